@@ -1,0 +1,1 @@
+"""Every algorithm by its name on the command line."""

@@ -1,0 +1,97 @@
+"""The abstract family "average what comes back": defaults for everything except `train`."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from ..core import Central, Local, Metrics, Replies, Reply, ServerState, Stage, State
+from ..fit import Training
+from ..messages import Message, message
+from ..tensors import Tensors, mean, only, rows
+
+
+@message
+class Model:
+    """A model's weights, or the part of them that is shared."""
+
+    model: Tensors
+
+
+def upload(model: Tensors, state: State, ctx: Local, metrics: Metrics) -> Reply:
+    """A reply of model weights, weighted by the number of training rows."""
+    return Reply(Model(model), state, float(rows(ctx.data["train"])), metrics)
+
+
+def average(replies: Replies) -> Tensors:
+    """Σ_k n_k/n·w_k, over the replies."""
+    return mean((reply.message.model, reply.weight) for reply in replies.values())
+
+
+@dataclass(frozen=True)
+class Averaging(ABC):
+    """Rounds of local training and weighted averaging."""
+
+    rounds: int = 5
+    """Rounds of training."""
+    sample: float = 1.0
+    """Share of the sites asked in each round."""
+    local: Training = Training(epochs=5)
+    """A site's training in one round."""
+
+    @abstractmethod
+    def train(self, down: Message, state: State, ctx: Local) -> Reply: ...
+
+    def init(self, ctx: Central) -> ServerState:
+        return Model(ctx.task.init(ctx.rng))
+
+    def down(self, server: ServerState, site: str) -> Message:
+        return server
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return None
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage("train", self.merge, self.train, sample=self.sample),) * self.rounds
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        return Model({**server.model, **average(replies)}), {}
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return server.model
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return down.model
+
+
+@dataclass(frozen=True)
+class PartlyShared(Averaging):
+    """Abstract: tensors whose name starts with `private` never leave the site.
+
+    The server holds and sends only the shared part; there is no global model, since nobody has a head for it.
+    """
+
+    private: str = "head."
+    """How the names of the tensors begin that stay with the site."""
+
+    def mine(self, name: str) -> bool:
+        return name.startswith(self.private)
+
+    def shared(self, name: str) -> bool:
+        return not self.mine(name)
+
+    def init(self, ctx: Central) -> ServerState:
+        return Model(only(ctx.task.init(ctx.rng), self.shared))
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Model(only(ctx.task.init(ctx.rng), self.mine))
+
+    def whole(self, down: Message, state: State) -> Tensors:
+        return {**down.model, **state.model}
+
+    def split(self, model: Tensors, ctx: Local, metrics: Metrics) -> Reply:
+        return upload(only(model, self.shared), Model(only(model, self.mine)), ctx, metrics)
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return None
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return self.whole(down, state)

@@ -1,0 +1,35 @@
+"""Ditto. Li et al., ICML 2021, arXiv:2012.04221, Algorithm 1.
+
+Departures: local steps are counted in epochs; the personal model gets as many (`personal`).
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from ..core import Local, Reply, State
+from ..fit import Training, fit, proximal
+from ..messages import Message
+from ..tensors import Tensors
+from .averaging import Averaging, Model, upload
+
+
+@final
+@dataclass(frozen=True)
+class Ditto(Averaging):
+    """FedAvg, and beside it a personal model that is held near the global one: + lam/2·||v - w^t||²."""
+
+    lam: float = 0.1
+    """Weight of the proximal term."""
+    personal: Training = Training(epochs=5)
+    """The personal model's training in one round."""
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Model(down.model)  # v_k
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])
+        personal, info = fit(ctx, state.model, self.personal, ctx.data["train"], penalty=proximal(down.model, self.lam))
+        return upload(model, Model(personal), ctx, {**metrics, "personal_loss": info["loss"]})
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return state.model

@@ -1,0 +1,22 @@
+"""FedAvg. McMahan et al., AISTATS 2017, arXiv:1602.05629, Algorithm 1.
+
+Departures: none. The personal model is the global one.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from ..core import Local, Reply, State
+from ..fit import fit
+from ..messages import Message
+from .averaging import Averaging, upload
+
+
+@final
+@dataclass(frozen=True)
+class FedAvg(Averaging):
+    """Local training from the global model, then the mean weighted by the sites' numbers of images."""
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])
+        return upload(model, state, ctx, metrics)

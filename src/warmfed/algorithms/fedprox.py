@@ -1,0 +1,26 @@
+"""FedProx. Li et al., MLSys 2020, arXiv:1812.06127, Algorithm 2.
+
+Departures: the local problem is solved by a fixed number of epochs, not to a given inexactness γ. mu = 0 is FedAvg.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from ..core import Local, Reply, State
+from ..fit import fit, proximal
+from ..messages import Message
+from .averaging import Averaging, upload
+
+
+@final
+@dataclass(frozen=True)
+class FedProx(Averaging):
+    """FedAvg whose local loss holds the site near the global model: + mu/2·||w - w^t||²."""
+
+    mu: float = 0.01
+    """Weight of the proximal term."""
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        penalty = proximal(down.model, self.mu) if self.mu else None
+        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"], penalty=penalty)
+        return upload(model, state, ctx, metrics)

@@ -1,0 +1,243 @@
+"""The contract: what an algorithm is, and what it may see.
+
+State and payload are values, never attributes: a site's state is an argument and a return value, so it cannot cross the
+wire by accident, be forgotten by a checkpoint, or depend on which process a site ran in.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .messages import Message, message
+from .tensors import Table, Tensors
+
+Metrics = Mapping[str, float]
+ServerState = Message
+State = Message
+
+
+class Task(Protocol):
+    """How to build a model, its loss and its metrics."""
+
+    def build(self) -> nn.Module: ...
+    def init(self, rng: torch.Generator) -> Tensors: ...
+    def loss(self, model: nn.Module, batch: Table) -> Tensor: ...
+    def metrics(self, model: Tensors, data: Table) -> Metrics: ...
+
+
+class Generator(Protocol):
+    """A text-conditioned image generator that adapts to a site and samples as that site."""
+
+    def adapt(self, ctx: "Local") -> tuple[Tensors, Metrics]:
+        """Tune a small adapter on the site's images. Returns its tensors, and what the report shows."""
+        ...
+
+    def check(self, adapter: Tensors, who: str) -> None:
+        """Raise `InputError` where an adapter does not fit the base or is not finite; `who` names it."""
+        ...
+
+    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: "Local | Central") -> Tensor:
+        """One image for each label, uint8 [n, 3, h, w], drawn from `ctx.rng`; None: from the base alone."""
+        ...
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The default of `progress`: says nothing."""
+
+
+def in_turn(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """The default of `spread`: one job after another, in this process."""
+    return [function(*job) for job in jobs]
+
+
+@dataclass(frozen=True)
+class Local:
+    """All that a client function may see."""
+
+    task: Any
+    data: Mapping[str, Table]
+    """The site's tables: train, validation, test."""
+    rng: torch.Generator
+    site: str = ""
+    prompts: tuple[str, ...] = ()
+    """The text of each class, in the order of the labels."""
+    generator: Any = None
+    device: str = "cpu"
+    progress: Callable[[str, int, int], None] = silent
+
+
+@dataclass(frozen=True)
+class Central:
+    """All that a server function may see."""
+
+    task: Any
+    rng: torch.Generator
+    sites: tuple[str, ...] = ()
+    """Every site of the federation, sorted by name."""
+    prompts: tuple[str, ...] = ()
+    generator: Any = None
+    device: str = "cpu"
+    folder: Path | None = None
+    """Where artefacts go (adapters, the synthetic set); None: they are not kept."""
+    spread: Callable[..., list[Any]] = in_turn
+    """spread(function, jobs): the results of independent jobs in order, over the worker processes if there are any."""
+    progress: Callable[[str, int, int], None] = silent
+
+
+@message
+class Reply:
+    """What a client function returns."""
+
+    message: Message
+    """Crosses the wire."""
+    state: Message
+    """Stays with the site."""
+    weight: float
+    metrics: Mapping[str, float]
+
+
+@message
+class Nothing:
+    """A message without content."""
+
+
+Replies = Mapping[str, Reply]
+"""By site, sorted by name: sums must not depend on who answered first."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One exchange with the sites, or a piece of work at the server alone."""
+
+    name: str
+    """Also the name of Flower's action: train.<name>."""
+    server: Callable[[ServerState, Replies, Central], tuple[ServerState, Metrics]]
+    client: Callable[[Message, State, Local], Reply] | None = None
+    """None: only the server works."""
+    down: Callable[[ServerState, str], Message] | None = None
+    """down(server, site), where this stage sends something else than `Algorithm.down`."""
+    sample: float = 1.0
+    """Share of the sites that is asked."""
+    evaluated: bool = True
+    """Whether the models are measured after it; not where it leaves them as they were."""
+
+
+class Algorithm(Protocol):
+    """A frozen dataclass of hyper-parameters with pure methods."""
+
+    def init(self, ctx: Central) -> ServerState:
+        """The server's state before anything has happened."""
+        ...
+
+    def down(self, server: ServerState, site: str) -> Message:
+        """What this site is sent."""
+        ...
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        """A site's state at first contact; None: it needs none yet."""
+        ...
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The plan: every exchange of the run, in order. A stage that recurs is a round of training."""
+        ...
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        """The model that the server would release; None: there is none."""
+        ...
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        """What a site would use: all it has is its last message and its state. None: nothing yet."""
+        ...
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One message, as the ledger records it."""
+
+    site: str
+    direction: str
+    kind: str
+    bytes: int
+    tensors: int
+    sha256: str
+
+
+class Transport(Protocol):
+    """Where the clients run."""
+
+    sites: tuple[str, ...]
+
+    def send(
+        self, step: int, stage: str, number: int, down: Mapping[str, Message]
+    ) -> Iterator[tuple[str, Reply, tuple[Exchange, ...]]]:
+        """Send each site its message; yield replies as they come, with what crossed the wire."""
+        ...
+
+    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics]]:
+        """By site: the metrics of "global/validation", "global/test", "personal/validation", "personal/test"."""
+        ...
+
+
+@dataclass(frozen=True)
+class Round:
+    """The record yielded after each stage: JSON lines on disk; reports read only these."""
+
+    step: int
+    """Stages done before this one."""
+    stage: str
+    number: int
+    """How often this stage had run before."""
+    server: ServerState = field(repr=False)
+    """The server's state now: what a checkpoint keeps (not part of the record)."""
+    cohort: tuple[str, ...]
+    train: Mapping[str, Metrics]
+    aggregate: Metrics
+    evaluation: Mapping[str, Mapping[str, Metrics]]
+    exchanges: tuple[Exchange, ...]
+    seconds: float
+
+    def results(self) -> dict[str, Any]:
+        """What must be equal in every rerun: everything but times."""
+        return {
+            "step": self.step,
+            "stage": self.stage,
+            "number": self.number,
+            "cohort": list(self.cohort),
+            "train": {site: dict(m) for site, m in self.train.items()},
+            "aggregate": dict(self.aggregate),
+            "global": _view(self.evaluation, "global"),
+            "personal": _view(self.evaluation, "personal"),
+            "union": _union(self.evaluation),
+            "bytes_up": _traffic(self.exchanges, "up"),
+            "bytes_down": _traffic(self.exchanges, "down"),
+        }
+
+
+def _view(evaluation: Mapping[str, Mapping[str, Metrics]], model: str) -> dict[str, dict[str, dict[str, float]]]:
+    views = {
+        site: {key.removeprefix(f"{model}/"): dict(m) for key, m in views.items() if key.startswith(f"{model}/")}
+        for site, views in evaluation.items()
+    }
+    return {site: view for site, view in views.items() if view}
+
+
+def _union(evaluation: Mapping[str, Mapping[str, Metrics]]) -> dict[str, dict[str, float]]:
+    """The global model on all test sets joined: means weighted by the sites' counts."""
+    tests = [views["global/test"] for views in evaluation.values() if "global/test" in views]
+    count = sum(m["count"] for m in tests)
+    if not count:
+        return {}
+    names = [name for name in ("accuracy", "loss") if all(name in m for m in tests)]
+    return {"global": {name: sum(m[name] * m["count"] for m in tests) / count for name in names} | {"count": count}}
+
+
+def _traffic(exchanges: Iterable[Exchange], direction: str) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for exchange in exchanges:
+        if exchange.direction == direction:
+            total[exchange.site] = total.get(exchange.site, 0) + exchange.bytes
+    return total

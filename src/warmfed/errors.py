@@ -1,0 +1,16 @@
+"""The one error a user can cause: what was expected, what came, what to do."""
+
+
+class InputError(ValueError):
+    """Bad input from outside (configuration, data, adapter, message, checkpoint).
+
+    The command line prints it as one line and exits with code 2; nothing has been changed when it is raised.
+    """
+
+
+def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """'; did you mean X?' for the nearest of `known`, or the list of what is known."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"

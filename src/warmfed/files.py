@@ -1,0 +1,62 @@
+"""Files are written whole or not at all: a reader never sees half of one, and a full disk leaves the old one."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write `content` beside `path`, flush it to the disk, then move it into place in one step.
+
+    Raises `InputError` where the disk is full or the folder cannot be written; what stood at `path` is then untouched.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another --out") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, values: list[Any]) -> None:
+    """One JSON value a line."""
+    write_whole(path, "".join(json.dumps(v, sort_keys=True) + "\n" for v in values))
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """The content of `path`; `what` names it in the error ("the adapter of site 'ink'")."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {what} at {path}: {error.strerror}; check the path") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    try:
+        return json.loads(read_bytes(path, what))
+    except ValueError as error:
+        raise InputError(f"{what} at {path} is damaged ({error}); restore it or start the run anew") from error
+
+
+def read_lines(path: Path, what: str) -> list[Any]:
+    try:
+        return [json.loads(line) for line in read_bytes(path, what).splitlines()]
+    except ValueError as error:
+        raise InputError(f"{what} at {path} is damaged ({error}); restore it or start the run anew") from error

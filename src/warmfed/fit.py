@@ -1,0 +1,226 @@
+"""The only training loop: clients, the server and the generator all use it, and it alone calls `.backward()`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .randomness import seeded
+from .tensors import Table, Tensors, rows, select
+
+Loss = Callable[[nn.Module, Table], Tensor]
+Penalty = Callable[[Tensors], Tensor]
+Correct = Callable[[str, Tensor], Tensor]
+Watch = Callable[[int, int, Callable[[], dict[str, Tensor]]], None]
+
+
+class Trains(Protocol):
+    """What `fit` needs of a task."""
+
+    def build(self) -> nn.Module: ...
+    def loss(self, model: nn.Module, batch: Table) -> Tensor: ...
+
+
+class Context(Protocol):
+    """What `fit` needs of a `Local` or `Central`."""
+
+    @property
+    def task(self) -> Trains: ...
+    @property
+    def rng(self) -> torch.Generator: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def progress(self) -> Callable[[str, int, int], None]: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train: the optimizer and how long."""
+
+    optimizer: str = "sgd"
+    """sgd, adam or adamw."""
+    lr: float = 0.05
+    """Learning rate (its peak, where there is a schedule)."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    weight_decay: float = 0.0
+    """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
+    epochs: int = 1
+    """Passes over the data."""
+    steps: int = 0
+    """Optimizer steps; above zero it replaces `epochs`."""
+    batch: int = 32
+    """Rows of one forward pass; the last one of an epoch may be smaller."""
+    accumulate: int = 1
+    """Forward passes of one optimizer step."""
+    schedule: str = "constant"
+    """constant, or cosine (to zero at the last step)."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from zero."""
+    clip: float = 0.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    ema: float = 0.0
+    """Decay of the exponential moving average that is returned instead of the last weights; 0: none."""
+    precision: str = "fp32"
+    """fp32, bf16 or fp16: the type of the forward pass (autocast)."""
+
+    def __post_init__(self) -> None:
+        for field, known in {
+            "optimizer": ("sgd", "adam", "adamw"),
+            "schedule": ("constant", "cosine"),
+            "precision": ("fp32", "bf16", "fp16"),
+        }.items():
+            if getattr(self, field) not in known:
+                raise InputError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
+        if self.batch < 1 or self.accumulate < 1 or self.epochs < 0 or self.steps < 0:
+            raise InputError("batch and accumulate must be at least 1, epochs and steps at least 0; check the training settings")
+
+    def count(self, n: int) -> int:
+        """Optimizer steps that training on `n` rows takes."""
+        if self.steps or not n:
+            return self.steps
+        return self.epochs * -(-n // (self.batch * self.accumulate))
+
+
+def _optimizer(training: Training, live: list[nn.Parameter]) -> torch.optim.Optimizer:
+    match training.optimizer:
+        case "sgd":
+            return torch.optim.SGD(live, training.lr, training.momentum, weight_decay=training.weight_decay)
+        case "adam":
+            return torch.optim.Adam(live, training.lr, weight_decay=training.weight_decay)
+        case _:
+            return torch.optim.AdamW(live, training.lr, weight_decay=training.weight_decay)
+
+
+def _rate(training: Training, step: int, steps: int) -> float:
+    rate = training.lr * min(1.0, (step + 1) / (training.warmup + 1))
+    if training.schedule == "cosine":
+        rate *= 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
+    return rate
+
+
+def _batches(n: int, size: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """Index batches of shuffled epochs, without end."""
+    while True:
+        yield from torch.randperm(n, generator=rng).split(size)
+
+
+def fit(
+    ctx: Context,
+    start: Tensors,
+    training: Training,
+    data: Table,
+    *,
+    loss: Loss | None = None,
+    penalty: Penalty | None = None,
+    correct: Correct | None = None,
+    trainable: Callable[[str], bool] | None = None,
+    watch: Watch | None = None,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Train from `start` on the rows of `data` and return the new tensors, under the names of `start`.
+
+    `start` may name only a part of the model's state: the rest is what `ctx.task.build()` gives it (a LoRA adapter on a
+    frozen base). Rows are shuffled anew each epoch from `ctx.rng`; torch's global stream is a child of it meanwhile, so
+    dropout and noise drawn in a loss are named too.
+
+    Args:
+        loss: loss(model, batch) replaces the task's loss (distillation).
+        penalty: penalty(parameters) is added to it (FedProx, Ditto).
+        correct: correct(name, gradient) rewrites each gradient (SCAFFOLD).
+        trainable: trainable(name) freezes the rest (FedPer, LoRA).
+        watch: watch(step, steps, tensors), called after each optimizer step; tensors() is what would be returned now.
+
+    Returns:
+        The tensors (the moving average's where `training.ema` is set), and the mean loss of the last and of the first
+        epoch (or of a tenth of the steps, where `training.steps` is set), the number of steps and of rows seen.
+
+    Raises:
+        InputError: there are no rows, or the loss is no longer finite.
+    """
+    n = rows(data)
+    if not n:
+        raise InputError("cannot train on no rows; check the site's training data")
+    model = ctx.task.build().to(ctx.device)
+    model.load_state_dict(dict(start), strict=False)
+    model.train()
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in start and (trainable is None or trainable(name)))
+    live = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    optimizer, objective = _optimizer(training, live), loss or ctx.task.loss
+    steps = training.count(n)
+    tail = -(-n // (training.batch * training.accumulate)) if not training.steps else -(-steps // 10)
+    average = {name: p.detach().clone() for name, p in parameters.items() if p.requires_grad} if training.ema else {}
+    kind = torch.device(ctx.device).type
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.precision)
+    autocast = torch.autocast(kind, half) if half else nullcontext()
+    scaler = torch.amp.GradScaler(kind, enabled=training.precision == "fp16")
+    varying = training.warmup > 0 or training.schedule != "constant"
+    logged: list[tuple[Tensor, int]] = []
+    batches = _batches(n, training.batch, ctx.rng)
+    data = {name: column.to(ctx.device) for name, column in data.items()}
+
+    def tensors() -> dict[str, Tensor]:
+        state = model.state_dict() | average
+        return {name: state[name].detach().to("cpu", copy=True) for name in start}
+
+    with seeded(ctx.rng):
+        for step in range(steps):
+            if varying:
+                for group in optimizer.param_groups:
+                    group["lr"] = _rate(training, step, steps)
+            optimizer.zero_grad()
+            for _ in range(training.accumulate):
+                batch = select(data, next(batches))
+                with autocast:
+                    value = objective(model, batch)
+                    full = value + penalty(parameters) if penalty else value
+                scaler.scale(full / training.accumulate if training.accumulate > 1 else full).backward()
+                logged.append((value.detach(), rows(batch)))
+            scaler.unscale_(optimizer)
+            if correct:
+                for name, parameter in parameters.items():
+                    if parameter.grad is not None:
+                        parameter.grad = correct(name, parameter.grad)
+            if training.clip:
+                torch.nn.utils.clip_grad_norm_(live, training.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            for name, smooth in average.items():
+                # a short memory at first, so that the start does not linger in a short training
+                decay = min(training.ema, (1 + step) / (10 + step))
+                smooth.lerp_(parameters[name].detach(), 1 - decay)
+            if watch:
+                watch(step + 1, steps, tensors)
+            ctx.progress("train", step + 1, steps)
+
+    window = tail * training.accumulate
+    info = {"steps": float(steps), "samples": float(sum(count for _, count in logged))}
+    if logged:
+        info |= {"loss": _mean(logged[-window:]), "first_loss": _mean(logged[:window])}
+        if not all(torch.isfinite(torch.stack([value for value, _ in logged]))):
+            raise InputError(
+                f"training diverged: the loss is no longer finite after {steps} steps; lower lr (now {training.lr}) or set clip"
+            )
+    return tensors(), info
+
+
+def _mean(logged: list[tuple[Tensor, int]]) -> float:
+    values = torch.stack([value for value, _ in logged]).double().cpu()
+    weights = torch.tensor([count for _, count in logged], dtype=torch.float64)
+    return float((values * weights).sum() / weights.sum())
+
+
+def proximal(anchor: Tensors, mu: float) -> Penalty:
+    """mu/2·||w - anchor||², over parameters (buffers are not trained)."""
+
+    def penalty(parameters: Tensors) -> Tensor:
+        live = [(p, anchor[name]) for name, p in parameters.items() if p.requires_grad]
+        return mu / 2 * torch.stack([((p - a) ** 2).sum() for p, a in live]).sum()
+
+    return penalty

@@ -1,0 +1,85 @@
+"""Small networks by name. GroupNorm everywhere: its statistics do not depend on the batch, and averaging has no buffers."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ..errors import InputError, suggest
+
+
+class Split(nn.Module):
+    """A backbone and a linear head: what personalised methods share and keep apart is told by these two names."""
+
+    def __init__(self, body: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(width, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Float [n, width], from images float [n, c, h, w] in [-1, 1]."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, float [n, classes]."""
+        return self.head(self.features(x))
+
+
+def _block(inside: int, outside: int) -> list[nn.Module]:
+    return [nn.Conv2d(inside, outside, 3, padding=1), nn.GroupNorm(8, outside), nn.ReLU(), nn.MaxPool2d(2)]
+
+
+def cnn(shape: tuple[int, int, int], classes: int, width: int = 32) -> Split:
+    """Three convolutions with GroupNorm and pooling, then a hidden layer of 128: 0.32 M parameters at 32×32."""
+    channels, height, w = shape
+    body = nn.Sequential(
+        *_block(channels, width),
+        *_block(width, 2 * width),
+        *_block(2 * width, 2 * width),
+        nn.Flatten(),
+        nn.Linear(2 * width * (height // 8) * (w // 8), 128),
+        nn.ReLU(),
+    )
+    return Split(body, 128, classes)
+
+
+def linear(shape: tuple[int, int, int], classes: int) -> Split:
+    """Logistic regression on the pixels."""
+    return Split(nn.Flatten(), shape[0] * shape[1] * shape[2], classes)
+
+
+def pfllib_cnn(shape: tuple[int, int, int], classes: int) -> Split:
+    """The four-layer CNN of McMahan et al. as PFLlib builds it for MNIST: 582,026 parameters at 1×28×28."""
+    channels, height, width = shape
+    body = nn.Sequential(
+        nn.Conv2d(channels, 32, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * ((height - 4) // 2 - 4) // 2 * (((width - 4) // 2 - 4) // 2), 512),
+        nn.ReLU(),
+    )
+    return Split(body, 512, classes)
+
+
+MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {"cnn": cnn, "linear": linear, "pfllib-cnn": pfllib_cnn}
+
+
+def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The network of this name for images of this shape; its weights come from torch's global stream."""
+    if name not in MODELS:
+        raise InputError(f"there is no model {name!r}{suggest(name, list(MODELS))}")
+    return MODELS[name](shape, classes)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def initial(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+__all__ = ["MODELS", "Split", "build", "cnn", "initial", "linear", "parameters", "pfllib_cnn"]

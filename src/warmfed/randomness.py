@@ -1,0 +1,40 @@
+"""The only place where a seed is set. A random stream has a name, never an order of use.
+
+Streams are named by (seed, stage, round, site, purpose): the number of workers, the order in which sites finish and
+the transport cannot change what is drawn.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def number(*key: object) -> int:
+    """A 63-bit number that depends on every part of `key` (SHA-256 of its representation)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def named(*key: object) -> torch.Generator:
+    """The stream of this name, on the CPU: drawing on the CPU keeps results equal across devices."""
+    return torch.Generator().manual_seed(number(*key))
+
+
+def numpy_named(*key: object) -> np.random.Generator:
+    """The same for code that needs NumPy (partitions, drawing of data)."""
+    return np.random.default_rng(number(*key))
+
+
+def child(parent: torch.Generator) -> torch.Generator:
+    """A stream of its own, drawn from `parent`: two users of it cannot disturb each other."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=parent)))
+
+
+@contextmanager
+def seeded(parent: torch.Generator) -> Iterator[None]:
+    """Inside, torch's global stream (dropout, module initialisation) is a child of `parent`; outside, it is as it was."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=parent)))
+        yield

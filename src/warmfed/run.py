@@ -1,0 +1,70 @@
+"""The only round loop."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from .core import Algorithm, Central, Exchange, Reply, Round, ServerState, Stage, Transport
+from .randomness import named
+
+
+def cohort(stage: Stage, sites: Sequence[str], rng: torch.Generator) -> list[str]:
+    """The sites that a stage asks: all, or a share of them drawn from `rng`; sorted by name."""
+    if stage.client is None:
+        return []
+    count = max(1, round(stage.sample * len(sites)))
+    return sorted(sites[i] for i in torch.randperm(len(sites), generator=rng)[:count].tolist())
+
+
+def run(
+    algorithm: Algorithm,
+    central: Central,
+    transport: Transport,
+    seed: int = 0,
+    *,
+    start: tuple[int, ServerState] | None = None,
+    evaluate: str = "every",
+) -> Iterator[Round]:
+    """Run an algorithm's stages in order and yield after each; progress, logs, checkpoints and reports consume it.
+
+    Args:
+        central: what the server may see; its `rng` is replaced by each stage's own.
+        start: (stages already done, the server's state then), to resume a run.
+        evaluate: every (stage that may change a model), last (only), or never.
+    """
+    sites = transport.sites
+    step, server = start or (0, algorithm.init(replace(central, rng=named(seed, "init"))))
+    plan = algorithm.stages()
+    counts = Counter(stage.name for stage in plan[:step])
+    for step, stage in list(enumerate(plan))[step:]:
+        began, number = time.perf_counter(), counts[stage.name]
+        counts[stage.name] += 1
+        asked = cohort(stage, sites, named(seed, stage.name, number, "cohort"))
+        replies: dict[str, Reply] = {}
+        exchanges: list[Exchange] = []
+        down = stage.down or algorithm.down
+        for site, reply, crossed in transport.send(step, stage.name, number, {s: down(server, s) for s in asked}):
+            replies[site] = reply
+            exchanges += crossed
+        replies = dict(sorted(replies.items()))
+        server, aggregate = stage.server(server, replies, replace(central, rng=named(seed, stage.name, number, "server")))
+        last = step == len(plan) - 1
+        measured = evaluate == "every" and (stage.evaluated or last) or evaluate == "last" and last
+        evaluation = (
+            transport.evaluate({s: algorithm.down(server, s) for s in sites}, algorithm.global_model(server)) if measured else {}
+        )
+        yield Round(
+            step=step,
+            stage=stage.name,
+            number=number,
+            server=server,
+            cohort=tuple(asked),
+            train={site: reply.metrics for site, reply in replies.items()},
+            aggregate=aggregate,
+            evaluation=evaluation,
+            exchanges=tuple(sorted(exchanges, key=lambda e: (e.direction, e.site))),
+            seconds=time.perf_counter() - began,
+        )

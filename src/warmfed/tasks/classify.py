@@ -1,0 +1,100 @@
+"""Image classification: cross-entropy, and the figures that reports show."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from .. import models
+from ..errors import InputError
+from ..files import read_bytes
+from ..randomness import seeded
+from ..tensors import Table, Tensors
+
+
+def pixels(image: Tensor) -> Tensor:
+    """Float [n, c, h, w] in [-1, 1], of uint8 images of that shape."""
+    return image.float().div_(127.5).sub_(1)
+
+
+def load_model(path: Path, like: Tensors, what: str) -> Tensors:
+    """The weights in a safetensors file, checked against a model's names and shapes; raises `InputError`."""
+    try:
+        found = load(read_bytes(path, what))
+    except SafetensorError as error:
+        raise InputError(f"{what} at {path} is damaged or no safetensors file ({error}); restore it") from error
+    for name in sorted(like.keys() | found.keys()):
+        if name not in found or name not in like or found[name].shape != like[name].shape:
+            raise InputError(f"{what} at {path} does not fit the model: tensor {name!r} differs; choose the model it was made with")
+    return found
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Classification of uint8 images [n, c, h, w] into `classes` classes (a `Task`)."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    model: str = "cnn"
+    start: str = ""
+    """A safetensors file that the model starts from; empty: random weights."""
+
+    def build(self) -> nn.Module:
+        return models.build(self.model, self.shape, self.classes)
+
+    def init(self, rng: torch.Generator) -> Tensors:
+        with seeded(rng):
+            fresh = models.initial(self.build())
+        return load_model(Path(self.start), fresh, "the classifier to start from") if self.start else fresh
+
+    def logits(self, model: nn.Module, batch: Table) -> Tensor:
+        return model(pixels(batch["image"]))
+
+    def loss(self, model: nn.Module, batch: Table) -> Tensor:
+        return F.cross_entropy(self.logits(model, batch), batch["label"])
+
+    def predict(self, model: Tensors, data: Table, batch: int = 256) -> Tensor:
+        """Logits, float [n, classes]."""
+        net = self.build().eval()
+        net.load_state_dict(dict(model))
+        with torch.inference_mode():
+            return torch.cat([self.logits(net, {"image": part}) for part in data["image"].split(batch)])
+
+    def features(self, model: Tensors, data: Table) -> Tensor:
+        """What the model's head sees, float [n, width]."""
+        net = self.build().eval()
+        net.load_state_dict(dict(model))
+        with torch.inference_mode():
+            return net.get_submodule("body")(pixels(data["image"]))
+
+    def metrics(self, model: Tensors, data: Table) -> dict[str, float]:
+        return measure(self.predict(model, data), data["label"])
+
+
+def measure(logits: Tensor, label: Tensor) -> dict[str, float]:
+    """Accuracy, balanced accuracy, macro-F1 and expected calibration error (15 bins), in percent; loss; count.
+
+    Balanced accuracy and macro-F1 are means over the classes that occur (scikit-learn's definitions, for labels that occur).
+    """
+    probability, guess = logits.double().softmax(-1).max(-1)
+    right = (guess == label).double()
+    classes = logits.shape[-1]
+    confusion = torch.zeros(classes, classes, dtype=torch.float64)
+    confusion.index_put_((label, guess), torch.ones_like(right), accumulate=True)
+    hits, truth, guessed = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    occurs = truth > 0
+    f1 = 2 * hits / (truth + guessed).clamp(min=1)
+    bins = (probability * 15).long().clamp(max=14)
+    gap = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, right - probability).abs().sum()
+    return {
+        "accuracy": 100 * right.mean().item(),
+        "balanced_accuracy": 100 * (hits / truth.clamp(min=1))[occurs].mean().item(),
+        "macro_f1": 100 * f1[occurs | (guessed > 0)].mean().item(),
+        "ece": 100 * gap.item() / len(label),
+        "loss": F.cross_entropy(logits.double(), label).item(),
+        "count": float(len(label)),
+    }

@@ -1,0 +1,99 @@
+"""Arithmetic on named tensors. Names must match exactly; nothing is positional.
+
+Integer tensors (counters) have no mean: `mean` and `mix` take the first operand's, all other arithmetic keeps torch's.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+"""Named and detached tensors: weights, gradients, columns of data."""
+
+Table = Mapping[str, Tensor]
+"""Tensors that share their first dimension: {"image": uint8 [n, 3, h, w], "label": int64 [n]}."""
+
+
+def _pair(op: Callable[[Tensor, Tensor], Tensor], a: Tensors, b: Tensors) -> dict[str, Tensor]:
+    if a.keys() != b.keys():
+        raise KeyError(f"tensor names differ: {sorted(a.keys() ^ b.keys())}")
+    return {name: op(a[name], b[name]) for name in a}
+
+
+def add(a: Tensors, b: Tensors) -> dict[str, Tensor]:
+    return _pair(torch.add, a, b)
+
+
+def sub(a: Tensors, b: Tensors) -> dict[str, Tensor]:
+    return _pair(torch.sub, a, b)
+
+
+def scale(a: Tensors, factor: float) -> dict[str, Tensor]:
+    return {name: value * factor for name, value in a.items()}
+
+
+def mix(a: Tensors, b: Tensors, share: float) -> dict[str, Tensor]:
+    """(1 - share)·a + share·b."""
+    return _pair(lambda x, y: torch.lerp(x, y, share) if x.is_floating_point() else x, a, b)
+
+
+def zeros(a: Tensors) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(value) for name, value in a.items()}
+
+
+def only(a: Tensors, keep: Callable[[str], bool]) -> dict[str, Tensor]:
+    return {name: value for name, value in a.items() if keep(name)}
+
+
+def mean(items: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
+    """Weighted mean in one pass, accumulated in float64 and returned in the operands' type; O(one model) memory.
+
+    Raises:
+        ValueError: nothing to average, or weights that do not sum to more than zero.
+    """
+    total: dict[str, Tensor] = {}
+    first: Tensors = {}
+    weights = 0.0
+    for tensors, weight in items:
+        wide = {name: value.double() * weight for name, value in tensors.items()}
+        total, first = (add(total, wide), first) if first else (wide, tensors)
+        weights += weight
+    if weights <= 0:
+        raise ValueError("mean of no updates: every client failed or had zero weight")
+    return {
+        name: (total[name] / weights).to(value.dtype) if value.is_floating_point() else value
+        for name, value in first.items()
+    }
+
+
+def to(a: Tensors, device: str | torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in a.items()}
+
+
+def rows(table: Table) -> int:
+    """How many rows a table has."""
+    return len(next(iter(table.values())))
+
+
+def select(table: Table, index: Tensor | slice) -> dict[str, Tensor]:
+    return {name: column[index] for name, column in table.items()}
+
+
+def join(tables: Iterable[Table]) -> dict[str, Tensor]:
+    """The rows of all tables, in order; their columns must have the same names."""
+    tables = list(tables)
+    if len({tuple(sorted(t)) for t in tables}) != 1:
+        raise KeyError(f"column names differ: {[sorted(t) for t in tables]}")
+    return {name: torch.cat([t[name] for t in tables]) for name in tables[0]}
+
+
+def sha256(a: Tensors) -> str:
+    """Digest of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(a):
+        value = a[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Where clients run. A transport knows no algorithm by name."""
