@@ -36,8 +36,12 @@ class Generator(Protocol):
         """Tune a small adapter on the site's images. Returns its tensors, and what the report shows."""
         ...
 
-    def check(self, adapter: Tensors, who: str) -> None:
+    def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
         """Raise `InputError` where an adapter does not fit the base or is not finite; `who` names it."""
+        ...
+
+    def write(self, adapter: Tensors, folder: Path, site: str) -> None:
+        """Keep a site's adapter as files that other tools open."""
         ...
 
     def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: "Local | Central") -> Tensor:

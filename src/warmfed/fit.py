@@ -78,7 +78,9 @@ class Training:
             if getattr(self, field) not in known:
                 raise InputError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
         if self.batch < 1 or self.accumulate < 1 or self.epochs < 0 or self.steps < 0:
-            raise InputError("batch and accumulate must be at least 1, epochs and steps at least 0; check the training settings")
+            raise InputError(
+                "batch and accumulate must be at least 1, epochs and steps at least 0; check the training settings"
+            )
 
     def count(self, n: int) -> int:
         """Optimizer steps that training on `n` rows takes."""

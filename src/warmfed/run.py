@@ -54,7 +54,9 @@ def run(
         last = step == len(plan) - 1
         measured = evaluate == "every" and (stage.evaluated or last) or evaluate == "last" and last
         evaluation = (
-            transport.evaluate({s: algorithm.down(server, s) for s in sites}, algorithm.global_model(server)) if measured else {}
+            transport.evaluate({s: algorithm.down(server, s) for s in sites}, algorithm.global_model(server))
+            if measured
+            else {}
         )
         yield Round(
             step=step,

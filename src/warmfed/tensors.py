@@ -63,8 +63,7 @@ def mean(items: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
     if weights <= 0:
         raise ValueError("mean of no updates: every client failed or had zero weight")
     return {
-        name: (total[name] / weights).to(value.dtype) if value.is_floating_point() else value
-        for name, value in first.items()
+        name: (total[name] / weights).to(value.dtype) if value.is_floating_point() else value for name, value in first.items()
     }
 
 

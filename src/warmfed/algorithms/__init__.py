@@ -1,1 +1,60 @@
 """Every algorithm by its name on the command line."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import InputError, suggest
+from .ditto import Ditto
+from .fedavg import FedAvg
+from .fedper import FedPer
+from .fedprox import FedProx
+from .fgl import FGL
+from .finetune import FedAvgFineTune
+from .pfedsd import PFedSD
+from .references import Centralized, LocalOnly
+from .warmfed import WarmFed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An algorithm as the command line offers it."""
+
+    cls: type
+    paper: str
+    about: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Configuration keys that belong to the name, under whatever the user sets."""
+
+
+ALGORITHMS: dict[str, Entry] = {
+    "warmfed": Entry(WarmFed, "Feng et al. 2025", "adapters, warm start, gated server fine-tuning, dynamic self-distillation"),
+    "local": Entry(LocalOnly, "reference", "each site alone"),
+    "local-converged": Entry(
+        LocalOnly, "reference", "each site alone, to its best validation", {"algorithm.budget.until": "validation"}
+    ),
+    "centralized": Entry(Centralized, "reference", "all images in one place"),
+    "centralized-converged": Entry(
+        Centralized, "reference", "all images in one place, to the best validation", {"algorithm.budget.until": "validation"}
+    ),
+    "fedavg": Entry(FedAvg, "McMahan et al. 2017", "weighted average of local models, from a random start"),
+    "fedavg-public": Entry(
+        FedAvg,
+        "McMahan et al. 2017",
+        "the same, from a classifier trained on the base's public data",
+        {"model.start": "public"},
+    ),
+    "fedavg-finetune": Entry(FedAvgFineTune, "Wang et al. 2019", "FedAvg, then each site trains the last model for itself"),
+    "fedprox": Entry(FedProx, "Li et al. 2020", "FedAvg with a proximal term"),
+    "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head"),
+    "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one"),
+    "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model"),
+    "fgl": Entry(FGL, "Zhang et al. 2023", "warm start from prompts alone, no adapters"),
+}
+
+
+def entry(name: str) -> Entry:
+    """The algorithm of this name; raises `InputError` with the nearest known one."""
+    if name not in ALGORITHMS:
+        raise InputError(f"there is no algorithm {name!r}{suggest(name, list(ALGORITHMS))}")
+    return ALGORITHMS[name]

@@ -29,7 +29,9 @@ def load_model(path: Path, like: Tensors, what: str) -> Tensors:
         raise InputError(f"{what} at {path} is damaged or no safetensors file ({error}); restore it") from error
     for name in sorted(like.keys() | found.keys()):
         if name not in found or name not in like or found[name].shape != like[name].shape:
-            raise InputError(f"{what} at {path} does not fit the model: tensor {name!r} differs; choose the model it was made with")
+            raise InputError(
+                f"{what} at {path} does not fit the model: tensor {name!r} differs; choose the model it was made with"
+            )
     return found
 
 

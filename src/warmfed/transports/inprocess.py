@@ -113,7 +113,8 @@ class InProcess:
                 yield site, worker.work(stage, number, content, self.state(site))
             return
         waiting = {
-            self._pool.submit(_work, site, stage, number, data, _pack(self.state(site))): site for site, (_, data) in down.items()
+            self._pool.submit(_work, site, stage, number, data, _pack(self.state(site))): site
+            for site, (_, data) in down.items()
         }
         total = len(waiting)
         try:

@@ -42,7 +42,9 @@ class Worker:
     def work(self, stage: str, number: int, down: Message, state: State) -> Reply:
         client = next((s.client for s in self.algorithm.stages() if s.name == stage), None)
         if client is None:
-            raise InputError(f"site {self.site!r} was asked for stage {stage!r}, which its algorithm does not have; do all run one version?")
+            raise InputError(
+                f"site {self.site!r} was asked for stage {stage!r}, which its algorithm does not have; do all run one version?"
+            )
         return client(down, self._entered(down, state), self.local(stage, number))
 
     def evaluate(self, down: Message, state: State, model: Tensors | None) -> dict[str, Metrics]:

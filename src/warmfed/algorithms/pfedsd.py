@@ -1,0 +1,43 @@
+"""pFedSD. Jin et al., IEEE TPDS 2023, "Personalized Edge Intelligence via Federated Self-Knowledge Distillation".
+
+The site's last personal model teaches the next one, which is also what is averaged.
+Departures: none known; λ and T are `distillation.weight` and `.temperature`.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from ..core import Local, Reply, State
+from ..fit import Training
+from ..messages import Message, message
+from ..tensors import Tensors
+from .averaging import Averaging, upload
+from .distillation import Distillation, distilled
+
+
+@message
+class Personal:
+    """A site's last personal model; none before its first round."""
+
+    model: Tensors | None  # v_k
+
+
+@final
+@dataclass(frozen=True)
+class PFedSD(Averaging):
+    """FedAvg whose local training is taught by the site's own model of the round before."""
+
+    local: Training = Training(lr=0.02, epochs=5)
+    """A site's training in one round."""
+    distillation: Distillation = Distillation()
+    """How the past model teaches."""
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Personal(None)
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        model, metrics = distilled(ctx, down.model, self.local, state.model, self.distillation)
+        return upload(model, Personal(model), ctx, metrics)
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return down.model if state.model is None else state.model

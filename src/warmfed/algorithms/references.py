@@ -1,0 +1,157 @@
+"""The two references of every comparison: each site alone, and all images in one place.
+
+Both get the same number of local epochs as the federated methods have over their rounds (`until` budget), or train
+until validation stops improving (`until` validation): the best validated weights are kept.
+"""
+
+from dataclasses import dataclass, replace
+from typing import final
+
+from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..errors import InputError
+from ..fit import Context, Training, fit
+from ..messages import Message, message
+from ..tensors import Table, Tensors, join, rows
+from .averaging import Model
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long the references train."""
+
+    until: str = "budget"
+    """budget: `rounds` times `local`; validation: until accuracy has not risen for `patience` times `local`."""
+    patience: int = 4
+    """Trainings without a better validation accuracy (of equal ones, the lower loss) before the end."""
+    limit: int = 60
+    """Trainings at the most."""
+
+    def __post_init__(self) -> None:
+        if self.until not in ("budget", "validation"):
+            raise InputError(f"until must be budget or validation; got {self.until!r}")
+
+
+def train_until(
+    ctx: Context, start: Tensors, training: Training, train: Table, check: Table, budget: Budget
+) -> tuple[Tensors, Metrics]:
+    """Train in pieces until validation stops improving; the best validated weights, and how many pieces there were."""
+    task = ctx.task
+    best, score, waited, model, info = start, (-1.0, 0.0), 0, start, {"loss": 0.0}
+    pieces = 0
+    while waited < budget.patience and pieces < budget.limit:
+        model, info = fit(ctx, model, training, train)
+        found = task.metrics(model, check)  # type: ignore[attr-defined]
+        now = (found["accuracy"], -found["loss"])
+        waited = 0 if now > score else waited + 1
+        best, score = (model, now) if now > score else (best, score)
+        pieces += 1
+    return best, {"loss": info["loss"], "trainings": float(pieces), "validation_accuracy": score[0]}
+
+
+@final
+@dataclass(frozen=True)
+class LocalOnly:
+    """Each site trains alone; no weights cross the wire, and there is no global model."""
+
+    rounds: int = 5
+    """Trainings in the budget."""
+    local: Training = Training(lr=0.02, epochs=5)
+    """A site's training in one round."""
+    budget: Budget = Budget()
+    """When to stop."""
+
+    def init(self, ctx: Central) -> ServerState:
+        # the common random start, as in FedAvg: one seed names one start
+        return Model(ctx.task.init(ctx.rng))
+
+    def down(self, server: ServerState, site: str) -> Message:
+        return server
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Model(down.model)
+
+    def stages(self) -> tuple[Stage, ...]:
+        train = Stage("train", self.done, self.train)
+        return (train,) * (self.rounds if self.budget.until == "budget" else 1)
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        data = ctx.data
+        if self.budget.until == "budget":
+            model, metrics = fit(ctx, state.model, self.local, data["train"])
+        else:
+            model, metrics = train_until(ctx, state.model, self.local, data["train"], data["validation"], self.budget)
+        return Reply(Nothing(), Model(model), float(rows(data["train"])), metrics)
+
+    def done(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        return server, {}
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return None
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return state.model
+
+
+@message
+class Pool:
+    """All sites' images in one place, and the model trained on them."""
+
+    model: Tensors
+    train: Tensors
+    validation: Tensors
+
+
+@message
+class Images:
+    """A site's images: what federated learning exists to avoid."""
+
+    train: Tensors
+    validation: Tensors
+
+
+@final
+@dataclass(frozen=True)
+class Centralized:
+    """The sites send their images; the server trains on all of them. The ceiling that nobody may reach in practice."""
+
+    rounds: int = 5
+    """Trainings in the budget."""
+    local: Training = Training(lr=0.02, epochs=5)
+    """The training of one round, on all images."""
+    budget: Budget = Budget()
+    """When to stop."""
+
+    def init(self, ctx: Central) -> ServerState:
+        return Pool(ctx.task.init(ctx.rng), {}, {})
+
+    def down(self, server: ServerState, site: str) -> Message:
+        return Model(server.model)
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return None
+
+    def stages(self) -> tuple[Stage, ...]:
+        collect = Stage("collect", self.pool, self.send, down=lambda server, site: Nothing(), evaluated=False)
+        return (collect,) + (Stage("train", self.train),) * (self.rounds if self.budget.until == "budget" else 1)
+
+    def send(self, down: Message, state: State, ctx: Local) -> Reply:
+        images = Images(ctx.data["train"], ctx.data["validation"])
+        return Reply(images, None, float(rows(ctx.data["train"])), {})
+
+    def pool(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        train = join(reply.message.train for reply in replies.values())
+        validation = join(reply.message.validation for reply in replies.values())
+        return replace(server, train=train, validation=validation), {}
+
+    def train(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        if self.budget.until == "budget":
+            model, info = fit(ctx, server.model, self.local, server.train)
+        else:
+            model, info = train_until(ctx, server.model, self.local, server.train, server.validation, self.budget)
+        return replace(server, model=model), info
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return server.model
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return down.model

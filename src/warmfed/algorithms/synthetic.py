@@ -1,0 +1,128 @@
+"""The synthetic set S: drawn from the sites' adapters, filtered, kept as an artefact, and what is trained on it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ..core import Central, Generator, Metrics
+from ..errors import InputError
+from ..files import write_json, write_whole
+from ..fit import Training, fit
+from ..randomness import child, named, number
+from ..tensors import Table, Tensors, rows, select, sha256
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """How S is drawn and filtered, and how a classifier is trained on it."""
+
+    per_class: int = 40
+    """Images per site and class."""
+    filter: str = "cross"
+    """cross: drop samples that a classifier trained on the other half of S takes for another class; none."""
+    filter_training: Training = Training(lr=0.02, epochs=8, batch=64, schedule="cosine")
+    """Training of the two classifiers that filter."""
+    training: Training = Training(lr=0.02, epochs=15, batch=64, schedule="cosine", weight_decay=5e-4)
+    """Training of the classifier on S, from random weights."""
+    subset: int = 400
+    """|S_sub|: images of the subset that later fine-tuning uses, even over sites and classes."""
+
+    def __post_init__(self) -> None:
+        if self.filter not in ("cross", "none"):
+            raise InputError(f"filter must be cross or none; got {self.filter!r}")
+        if self.per_class < 1 or self.subset < 1:
+            raise InputError("per_class and subset must be at least 1; check [algorithm.synthesis]")
+
+
+def _draw(
+    generator: Generator, adapter: Tensors | None, prompts: tuple[str, ...], label: Tensor, seed: int, device: str
+) -> Tensor:
+    return generator.synthesize(adapter, prompts, label, Central(None, named("synthesize", seed), device=device))
+
+
+def draw(ctx: Central, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], per_class: int) -> Table:
+    """S: `per_class` images for each class of each site, in order of sites: {"image", "label", "site"}."""
+    if ctx.generator is None:
+        raise InputError("this algorithm needs a generator; set generator.base to a base or a pipeline folder")
+    labels = {site: torch.tensor(classes[site]).repeat_interleave(per_class) for site in adapters}
+    seeds = {site: number(int(torch.randint(2**62, (), generator=ctx.rng)), site) for site in adapters}
+    jobs = [(ctx.generator, adapters[site], ctx.prompts, labels[site], seeds[site], ctx.device) for site in adapters]
+    images = ctx.spread(_draw, jobs)
+    return {
+        "image": torch.cat(images),
+        "label": torch.cat(list(labels.values())),
+        "site": torch.cat([torch.full((len(label),), i) for i, label in enumerate(labels.values())]),
+    }
+
+
+def _recognise(task: object, training: Training, learn: Table, guess: Table, seed: int) -> Tensor:
+    ctx = Central(task, named("filter", seed))
+    model, _ = fit(ctx, ctx.task.init(ctx.rng), training, learn)
+    return ctx.task.predict(model, guess).argmax(-1)
+
+
+def recognised(ctx: Central, samples: Table, training: Training) -> Tensor:
+    """Which samples are taken for their prompt's class by a classifier trained on the other half of S; bool [n]."""
+    order = torch.randperm(rows(samples), generator=ctx.rng)
+    halves = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
+    seed = int(torch.randint(2**62, (), generator=ctx.rng))
+    jobs = [
+        (ctx.task, training, select(samples, learn), select(samples, guess), seed + i)
+        for i, (learn, guess) in enumerate((halves, halves[::-1]))
+    ]
+    right = torch.zeros(rows(samples), dtype=torch.bool)
+    for guess, answer in zip(halves[::-1], ctx.spread(_recognise, jobs), strict=True):
+        right[guess] = answer == samples["label"][guess]
+    return right
+
+
+def even(samples: Table, count: int, rng: torch.Generator) -> Table:
+    """`count` rows at most, as even over sites and classes as the samples allow."""
+    order = torch.randperm(rows(samples), generator=rng)
+    group = samples["site"] * (int(samples["label"].max()) + 1) + samples["label"]
+    turn = torch.zeros(rows(samples), dtype=torch.int64)
+    seen: dict[int, int] = {}
+    for i in order.tolist():
+        turn[i] = seen.get(int(group[i]), 0)
+        seen[int(group[i])] = int(turn[i]) + 1
+    chosen = order[turn[order].sort(stable=True).indices[:count]]
+    return select(samples, chosen.sort().values)
+
+
+def warm_start(
+    ctx: Central, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], settings: Synthesis
+) -> tuple[Tensors, Table, Metrics]:
+    """Draw S, filter it and train the task's model on it from random weights.
+
+    Returns:
+        θ_g^0; S_sub as {"image", "label"}; and what the record shows: how many samples were drawn and kept, by site.
+    """
+    samples = draw(ctx, adapters, classes, settings.per_class)
+    right = recognised(ctx, samples, settings.filter_training)
+    keep = right if settings.filter == "cross" else torch.ones_like(right)
+    kept = select(samples, keep)
+    if not rows(kept):
+        raise InputError("no synthetic sample was recognised; adapt longer (generator.training.epochs) or set filter to none")
+    columns = {"image": kept["image"], "label": kept["label"]}
+    model, info = fit(replace(ctx, rng=child(ctx.rng)), ctx.task.init(child(ctx.rng)), settings.training, columns)
+    subset = even(kept, settings.subset, child(ctx.rng))
+    metrics = {"samples": float(rows(samples)), "kept": float(rows(kept)), "loss": info["loss"]}
+    for i, site in enumerate(adapters):
+        mine = samples["site"] == i
+        metrics |= {f"recognised/{site}": right[mine].double().mean().item(), f"kept/{site}": float(keep[mine].sum())}
+    _keep(ctx, tuple(adapters), samples, keep, settings)
+    return model, {"image": subset["image"], "label": subset["label"]}, metrics
+
+
+def _keep(ctx: Central, sites: tuple[str, ...], samples: Table, keep: Tensor, settings: Synthesis) -> None:
+    """S as an artefact: its images with labels, sites and what the filter kept; settings and hash beside them."""
+    if ctx.folder is None:
+        return
+    table = {**samples, "kept": keep}
+    manifest = {"sites": list(sites), "prompts": list(ctx.prompts), "settings": asdict(settings), "sha256": sha256(table)}
+    write_whole(ctx.folder / "synthetic" / "samples.safetensors", save({k: v.contiguous() for k, v in table.items()}))
+    write_json(ctx.folder / "synthetic" / "manifest.json", json.loads(json.dumps(manifest)))

@@ -1,0 +1,268 @@
+"""WarmFed. Feng, Zhang, Li, Huang, Liu, Wang, 2025, arXiv:2503.03110.
+
+One adapter of a diffusion model from each site; the server samples from them and trains a classifier on the samples; a
+few rounds follow with server fine-tuning on a small synthetic subset and dynamic self-distillation for the sites.
+The paper's full text and code are not public: this is a reading of its abstract and of summaries.
+
+Departures: samples are filtered (`synthesis.filter`), and a do-no-harm gate keeps a server fine-tuning step only where the
+sites' validation accuracy does not fall (`gate`); with both off it is the paper's. One more local step from the last
+global model (`personalize`) ends the run, and is the whole of the personal branch in one-shot mode (`rounds` 0). The
+selector's loss and the schedule of τ_t are ours. Where the paper's sentences disagree on who fine-tunes before the
+aggregation, `before` offers both readings.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+
+from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..errors import InputError
+from ..fit import Training, fit
+from ..messages import Message, message
+from ..tensors import Tensors, mean, mix, rows
+from .averaging import average, upload
+from .distillation import Distillation, distilled, dynamic
+from .synthetic import Synthesis, warm_start
+
+
+@message
+class Server:
+    """What the server keeps between stages."""
+
+    model: Tensors  # θ_g
+    adapters: Mapping[str, Tensors]  # A_n, B_n and prompt embeddings, until S is drawn
+    classes: Tensors  # Y_n, by site
+    subset: Tensors  # S_sub
+    tuned: Tensors | None  # θ_g after fine-tuning, while the sites judge it
+    strength: float
+    rounds: int
+
+
+@message
+class Adapter:
+    """All that a site sends before the warm start."""
+
+    adapter: Tensors
+    classes: tuple[int, ...]
+
+
+@message
+class Down:
+    """The global model, and once S_sub, where the sites fine-tune on it."""
+
+    model: Tensors
+    subset: Tensors | None
+
+
+@message
+class Candidates:
+    """The global model before and after the server's fine-tuning."""
+
+    average: Tensors
+    tuned: Tensors
+
+
+@message
+class Verdict:
+    """A site's validation of each share of fine-tuning."""
+
+    right: Mapping[str, float]
+    loss: Mapping[str, float]
+    count: int
+
+
+@message
+class Site:
+    """What a site keeps: its last two personal models, its selector and S_sub."""
+
+    personal: Tensors | None  # θ_{p,n}^{t-1}
+    older: Tensors | None  # θ_{p,n}^{t-2}
+    selector: Tensors | None  # ψ
+    subset: Tensors | None
+    steps: int
+
+
+@final
+@dataclass(frozen=True)
+class WarmFed:
+    """Warm start from the sites' adapters, then rounds with server fine-tuning and dynamic self-distillation."""
+
+    rounds: int = 5
+    """R, rounds after the warm start; 0: one-shot."""
+    sample: float = 1.0
+    """Share of the sites asked in each round."""
+    warm: bool = True
+    """Whether there is a warm start at all; without it the start is random, and nothing is synthesised."""
+    synthesis: Synthesis = Synthesis()
+    """How S is drawn and learned."""
+    local: Training = Training(lr=0.02, epochs=5)
+    """A site's training in one round, for the global model."""
+    personal: Training = Training(lr=0.02, epochs=5)
+    """A site's training in one round, for its own model."""
+    before: str = "none"
+    """Who fine-tunes on S_sub before the aggregation: client, server or none."""
+    before_training: Training = Training(lr=0.01, epochs=1)
+    """That fine-tuning."""
+    tune: bool = True
+    """Whether the server fine-tunes the aggregated model on S_sub."""
+    tune_training: Training = Training(lr=0.01, epochs=2)
+    """That fine-tuning."""
+    gate: bool = True
+    """Whether the sites' validation decides how much of the fine-tuning is kept: all, half or none of it."""
+    distill: str = "dynamic"
+    """Teacher of the personal models: dynamic (chosen per image from the last two), static (the last one) or none."""
+    distillation: Distillation = Distillation()
+    """How the teacher teaches."""
+    upload: str = "local"
+    """Which model is averaged: local (trained for it), or personal (reading B: the distilled one)."""
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("before", ("client", "server", "none")),
+            ("distill", ("dynamic", "static", "none")),
+            ("upload", ("local", "personal")),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+
+    @property
+    def tunes(self) -> bool:
+        return self.warm and self.tune
+
+    def stages(self) -> tuple[Stage, ...]:
+        adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False)
+        warm = Stage("warm", self.start)
+        train = Stage("train", self.merge, self.train, sample=self.sample, evaluated=not (self.tunes and self.gate))
+        gate = Stage("gate", self.decide, self.judge, down=self.candidates)
+        personalize = Stage("personalize", self.done, self.personalize)
+        one_round = (train, gate) if self.tunes and self.gate else (train,)
+        return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
+
+    def init(self, ctx: Central) -> ServerState:
+        return Server(ctx.task.init(ctx.rng), {}, {}, {}, None, 1.0, 0)
+
+    def down(self, server: ServerState, site: str) -> Message:
+        once = self.warm and self.before == "client" and server.rounds == 0
+        return Down(server.model, server.subset if once else None)
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Site(None, None, None, None, 0)
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return server.model
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return down.model if state.personal is None else state.personal
+
+    # adapt: each site tunes its adapter, step 0a
+
+    def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
+        if ctx.generator is None:
+            raise InputError("WarmFed needs a generator; set generator.base to a base or a pipeline folder")
+        tensors, metrics = ctx.generator.adapt(ctx)
+        held = tuple(ctx.data["train"]["label"].unique().tolist())
+        # no state: a site enters anew after the warm start
+        return Reply(Adapter(tensors, held), None, float(rows(ctx.data["train"])), metrics)
+
+    def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        for site, reply in replies.items():
+            ctx.generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}")
+            if ctx.folder is not None:
+                ctx.generator.write(reply.message.adapter, ctx.folder / "adapters", site)
+        adapters = {site: reply.message.adapter for site, reply in replies.items()}
+        classes = {site: torch.tensor(reply.message.classes) for site, reply in replies.items()}
+        return replace(server, adapters=adapters, classes=classes), {}
+
+    # warm: the server samples, filters and trains, steps 0b and 0c
+
+    def start(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
+        model, subset, metrics = warm_start(ctx, server.adapters, classes, self.synthesis)
+        return replace(server, model=model, subset=subset, adapters={}), metrics
+
+    # train: rounds t = 1..R
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        if down.subset is not None:
+            state = replace(state, subset=down.subset)
+        start = down.model
+        if state.subset is not None:
+            start, _ = fit(ctx, start, self.before_training, state.subset)  # e_s epochs, reading R2
+        model, metrics = start, {}
+        if self.upload == "local":
+            model, metrics = fit(ctx, start, self.local, ctx.data["train"])  # θ_n^t
+        state, info = self.personal_step(start, state, ctx)  # θ_{p,n}^t
+        return upload(state.personal if self.upload == "personal" else model, state, ctx, {**metrics, **info})
+
+    def personal_step(self, start: Tensors, state: State, ctx: Local) -> tuple[State, dict[str, float]]:
+        """One round of the personal branch: from the global model, taught by the site's own last two models."""
+        count = self.personal.count(rows(ctx.data["train"]))
+        selector = state.selector
+        if self.distill == "dynamic" and state.older is not None:
+            pool = (state.personal, state.older)
+            planned = count * max(self.rounds - 1, 1)
+            model, selector, info = dynamic(ctx, start, self.personal, pool, selector, self.distillation, state.steps, planned)
+            state = replace(state, steps=state.steps + count)
+        else:
+            teacher = None if self.distill == "none" else state.personal
+            model, info = distilled(ctx, start, self.personal, teacher, self.distillation)
+        info = {
+            ("personal_loss" if name == "loss" else name): info[name] for name in info if name == "loss" or "select" in name
+        }
+        return replace(state, personal=model, older=state.personal, selector=selector), info
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        server = replace(server, rounds=server.rounds + 1)
+        if self.before == "server" and self.warm:
+            # reading R1: each uploaded model, before they are averaged
+            models = ((fit(ctx, r.message.model, self.before_training, server.subset)[0], r.weight) for r in replies.values())
+            merged = mean(models)
+        else:
+            merged = average(replies)
+        if not self.tunes:
+            return replace(server, model=merged), {}
+        tuned, info = fit(ctx, merged, self.tune_training, server.subset)  # e_f epochs
+        if self.gate:
+            return replace(server, model=merged, tuned=tuned), {"tune_loss": info["loss"]}
+        return replace(server, model=tuned), {"tune_loss": info["loss"], "gate_kept": 1.0, "gate_strength": 1.0}
+
+    # gate: the sites judge the fine-tuning
+
+    def candidates(self, server: ServerState, site: str) -> Message:
+        return Candidates(server.model, server.tuned)
+
+    def judge(self, down: Message, state: State, ctx: Local) -> Reply:
+        table = ctx.data["validation"]
+        found = {share: ctx.task.metrics(mix(down.average, down.tuned, float(share)), table) for share in _SHARES}
+        right = {share: m["accuracy"] * m["count"] / 100 for share, m in found.items()}
+        loss = {share: m["loss"] * m["count"] for share, m in found.items()}
+        return Reply(Verdict(right, loss, rows(table)), state, float(rows(table)), {})
+
+    def decide(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        """Keep the share of the fine-tuning with most right answers; of equal ones the lower loss, none of it first."""
+        count = sum(r.message.count for r in replies.values())
+        right = {share: sum(r.message.right[share] for r in replies.values()) for share in _SHARES}
+        loss = {share: sum(r.message.loss[share] for r in replies.values()) for share in _SHARES}
+        best = max(_SHARES, key=lambda share: (round(right[share]), -loss[share]))
+        metrics = {
+            "gate_kept": float(best != _SHARES[0]),
+            "gate_strength": float(best),
+            "validation_before": 100 * right[_SHARES[0]] / count,
+            "validation_after": 100 * right[best] / count,
+            "validation_tuned": 100 * right[_SHARES[-1]] / count,
+        }
+        return replace(server, model=mix(server.model, server.tuned, float(best)), tuned=None), metrics
+
+    # personalize: the sites' last step, from the last global model
+
+    def personalize(self, down: Message, state: State, ctx: Local) -> Reply:
+        state, info = self.personal_step(down.model, state, ctx)
+        return Reply(Nothing(), state, float(rows(ctx.data["train"])), info)
+
+    def done(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        return server, {}
+
+
+_SHARES = ("0.0", "0.5", "1.0")

@@ -1,0 +1,1 @@
+"""The generator: latent diffusion pipelines, LoRA adapters, synthesis. Heavy libraries are imported here only, when used."""

@@ -1,0 +1,149 @@
+"""LoRA adapters (Hu et al., ICLR 2022, arXiv:2106.09685) of a pipeline's denoiser, with learned class prompts beside them.
+
+The layers are peft's. On the wire and on disk an adapter has diffusers' names (`unet.….lora_A.weight`, 16 bits), so that
+`pipeline.load_lora_weights` takes it. alpha equals the rank, which every tool assumes where no alpha is given.
+"""
+
+import copy
+import functools
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..files import read_bytes, write_whole
+from ..tensors import Tensors, only
+from . import pipeline
+
+TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "transformer": ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out"),
+    "all": (
+        *("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out"),
+        *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out"),
+    ),
+}
+"""Which layers of the denoiser get an adapter."""
+
+PROMPTS = "prompts"
+
+
+class Adapted(nn.Module):
+    """A frozen denoiser with LoRA layers, and the classes' prompts as parameters.
+
+    Its state outside of the adapter never changes, so one instance serves all sites: an adapter is loaded before each use.
+    """
+
+    def __init__(self, unet: nn.Module, prompts: Tensor, empty: Tensor) -> None:
+        super().__init__()
+        self.unet = unet
+        self.prompts = nn.Parameter(prompts.clone())
+        self.register_buffer("empty", empty)
+
+    def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """The denoiser's prediction for latents [n, c, h, w] under prompts [n, tokens, width]."""
+        return self.unet(noisy, time, condition).sample
+
+
+@functools.cache
+def parts(base: str, device: str) -> pipeline.Parts:
+    """A base's parts, loaded once per process."""
+    return pipeline.load(base, device)
+
+
+@functools.cache
+def _injected(base: str, classes: int, rank: int, targets: str, device: str) -> Adapted:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    loaded = parts(base, device)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS[targets]))
+    unet = inject_adapter_in_model(config, copy.deepcopy(loaded.unet))
+    empty = loaded.embed([""])
+    return Adapted(unet, empty.expand(classes, -1, -1), empty).requires_grad_(False).to(device)
+
+
+def adapted(base: str, prompts: tuple[str, ...], rank: int, targets: str, device: str) -> Adapted:
+    """The base with LoRA layers and these prompts. The model is made once per process and shared; load an adapter into it."""
+    model = _injected(base, len(prompts), rank, targets, device)
+    model.prompts.data.copy_(parts(base, device).embed(list(prompts)))
+    return model
+
+
+def fresh(model: Adapted, rng: torch.Generator) -> dict[str, Tensor]:
+    """An adapter that changes nothing yet: A uniform in ±1/√inputs (peft's choice), B zero, the prompts as they are."""
+    start: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            bound = parameter[0].numel() ** -0.5
+            start[name] = (2 * torch.rand(parameter.shape, generator=rng) - 1) * bound
+        elif ".lora_B." in name:
+            start[name] = torch.zeros(parameter.shape)
+    return {**start, PROMPTS: model.prompts.detach().cpu().clone()}
+
+
+def outward(adapter: Tensors) -> dict[str, Tensor]:
+    """An adapter as it travels: diffusers' names, 16 bits."""
+    return {name.replace(".default.", "."): tensor.half() for name, tensor in adapter.items()}
+
+
+def inward(adapter: Tensors) -> dict[str, Tensor]:
+    """The names and the type that the model has, of an adapter that has travelled."""
+    return {
+        name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): tensor.float()
+        for name, tensor in adapter.items()
+    }
+
+
+def check(adapter: Tensors, like: Tensors, who: str) -> None:
+    """Raise `InputError` where an adapter's names or shapes are not those of `like` or a value is not finite."""
+    for name in sorted(adapter.keys() | like.keys()):
+        if name not in adapter or name not in like:
+            where = "lacks" if name not in adapter else "has the unknown"
+            raise InputError(
+                f"{who} {where} tensor {name!r}: it was made for another base, rank or choice of layers; adapt again with this run's settings"
+            )
+        if adapter[name].shape != like[name].shape:
+            raise InputError(
+                f"{who}: {name!r} has shape {tuple(adapter[name].shape)}, expected {tuple(like[name].shape)}; "
+                "it was made for another base or rank; adapt again with this run's settings"
+            )
+        if not adapter[name].isfinite().all():
+            raise InputError(
+                f"{who}: {name!r} holds values that are not finite; its training diverged: adapt again with a lower lr"
+            )
+
+
+def merged(model: Adapted, adapter: Tensors) -> Adapted:
+    """A copy of the model with an adapter folded into the weights: sampling then costs what the base alone costs."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model.load_state_dict(dict(adapter), strict=False)
+    fused = copy.deepcopy(model)
+    for module in fused.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    return fused.eval()
+
+
+def write(adapter: Tensors, folder: Path, site: str) -> None:
+    """Two files: `<site>.safetensors`, which `load_lora_weights` takes, and `<site>.prompts.safetensors`."""
+    write_whole(folder / f"{site}.safetensors", save(only(adapter, lambda name: name != PROMPTS)))
+    if PROMPTS in adapter:
+        write_whole(folder / f"{site}.prompts.safetensors", save({PROMPTS: adapter[PROMPTS].contiguous()}))
+
+
+def read(folder: Path, site: str) -> dict[str, Tensor]:
+    """An adapter that `write` wrote, or one from elsewhere in diffusers' format; raises `InputError`."""
+    found: dict[str, Tensor] = {}
+    for path in (folder / f"{site}.safetensors", folder / f"{site}.prompts.safetensors"):
+        if path.exists() or not found:
+            try:
+                found |= load(read_bytes(path, f"the adapter of site {site!r}"))
+            except SafetensorError as error:
+                raise InputError(
+                    f"the adapter of site {site!r} at {path} is damaged or no safetensors file ({error}); ask the site for it again"
+                ) from error
+    return found

@@ -1,0 +1,40 @@
+"""The loss of a denoiser: what pre-training and adaptation share."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+
+def denoising_loss(
+    predict: Callable[[Tensor, Tensor], Tensor], latent: Tensor, alphas: Tensor, prediction: str, gamma: float
+) -> Tensor:
+    """Mean squared error of a denoiser at random times, weighted by min-SNR-γ (Hang et al., ICCV 2023, arXiv:2303.09556).
+
+    Noise and times come from torch's global stream. The times are stratified: the i-th row's is uniform in the i-th part of
+    the range, which leaves the expectation as it is and lowers its variance.
+
+    Args:
+        predict: predict(noisy, time), float [n, c, h, w] and int64 [n]; the model's output.
+        latent: clean latents, float [n, c, h, w].
+        alphas: ᾱ_t, float [T].
+        prediction: what the model predicts, "epsilon" or "v_prediction".
+        gamma: largest weight of a signal-to-noise ratio; 0: every time counts the same in the model's own prediction.
+    """
+    n = len(latent)
+    time = ((torch.arange(n) + torch.rand(n)) / n * len(alphas)).long().clamp_max(len(alphas) - 1).to(latent.device)
+    signal = alphas.to(latent)[time].view(-1, 1, 1, 1)
+    noise = torch.randn(latent.shape).to(latent)
+    noisy = signal.sqrt() * latent + (1 - signal).sqrt() * noise
+    ratio = signal / (1 - signal)
+    match prediction:
+        case "epsilon":
+            target, weight = noise, ratio.clamp_max(gamma) / ratio
+        case "v_prediction":
+            target, weight = signal.sqrt() * noise - (1 - signal).sqrt() * latent, ratio.clamp_max(gamma) / (ratio + 1)
+        case _:
+            raise InputError(f"the scheduler predicts {prediction!r}; epsilon and v_prediction are supported")
+    error = (predict(noisy, time) - target).square()
+    return (weight * error).mean() if gamma else error.mean()
