@@ -77,10 +77,8 @@ class Training:
         }.items():
             if getattr(self, field) not in known:
                 raise InputError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
-        if self.batch < 1 or self.accumulate < 1 or self.epochs < 0 or self.steps < 0:
-            raise InputError(
-                "batch and accumulate must be at least 1, epochs and steps at least 0; check the training settings"
-            )
+        if self.batch < 1 or self.accumulate < 1 or self.steps < 0 or (self.epochs < 1 and not self.steps):
+            raise InputError("batch, accumulate and epochs must be at least 1, steps at least 0; check the training settings")
 
     def count(self, n: int) -> int:
         """Optimizer steps that training on `n` rows takes."""
@@ -147,31 +145,31 @@ def fit(
     n = rows(data)
     if not n:
         raise InputError("cannot train on no rows; check the site's training data")
-    model = ctx.task.build().to(ctx.device)
-    model.load_state_dict(dict(start), strict=False)
-    model.train()
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in start and (trainable is None or trainable(name)))
-    live = [parameter for parameter in parameters.values() if parameter.requires_grad]
-    optimizer, objective = _optimizer(training, live), loss or ctx.task.loss
-    steps = training.count(n)
-    tail = -(-n // (training.batch * training.accumulate)) if not training.steps else -(-steps // 10)
-    average = {name: p.detach().clone() for name, p in parameters.items() if p.requires_grad} if training.ema else {}
-    kind = torch.device(ctx.device).type
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.precision)
-    autocast = torch.autocast(kind, half) if half else nullcontext()
-    scaler = torch.amp.GradScaler(kind, enabled=training.precision == "fp16")
-    varying = training.warmup > 0 or training.schedule != "constant"
-    logged: list[tuple[Tensor, int]] = []
-    batches = _batches(n, training.batch, ctx.rng)
-    data = {name: column.to(ctx.device) for name, column in data.items()}
-
-    def tensors() -> dict[str, Tensor]:
-        state = model.state_dict() | average
-        return {name: state[name].detach().to("cpu", copy=True) for name in start}
-
     with seeded(ctx.rng):
+        model = ctx.task.build().to(ctx.device)
+        model.load_state_dict(dict(start), strict=False)
+        model.train()
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in start and (trainable is None or trainable(name)))
+        live = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        optimizer, objective = _optimizer(training, live), loss or ctx.task.loss
+        steps = training.count(n)
+        tail = -(-n // (training.batch * training.accumulate)) if not training.steps else -(-steps // 10)
+        average = {name: p.detach().clone() for name, p in parameters.items() if p.requires_grad} if training.ema else {}
+        kind = torch.device(ctx.device).type
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.precision)
+        autocast = torch.autocast(kind, half) if half else nullcontext()
+        scaler = torch.amp.GradScaler(kind, enabled=training.precision == "fp16")
+        varying = training.warmup > 0 or training.schedule != "constant"
+        logged: list[tuple[Tensor, int]] = []
+        batches = _batches(n, training.batch, ctx.rng)
+        data = {name: column.to(ctx.device) for name, column in data.items()}
+
+        def tensors() -> dict[str, Tensor]:
+            state = model.state_dict() | average
+            return {name: state[name].detach().to("cpu", copy=True) for name in start}
+
         for step in range(steps):
             if varying:
                 for group in optimizer.param_groups:
