@@ -67,13 +67,15 @@ def _flatten(obj: Message, prefix: str = "") -> tuple[dict[str, torch.Tensor], d
             tensors |= {f"{path}/{name}": tensor for name, tensor in value.items()}
         elif _holds(declared, Mapping[str, Tensors]):
             scalars[field] = {group: sorted(named) for group, named in value.items()}
-            tensors |= {f"{path}/{g}/{name}": tensor for g, named in value.items() for name, tensor in named.items()}
+            tensors |= {f"{path}/{_group(g)}/{name}": tensor for g, named in value.items() for name, tensor in named.items()}
         elif _holds(declared, Mapping[str, float]):
             scalars[field] = {name: float(number) for name, number in value.items()}
         elif declared is Message:
             inner, fields = _flatten(value, f"{path}/")
             tensors |= inner
             scalars[field] = {"kind": kind(type(value)), "fields": fields}
+        elif _holds(declared, tuple[float, ...]):
+            scalars[field] = [float(number) for number in value]
         else:
             scalars[field] = float(value) if _holds(declared, float) else value
     return tensors, scalars
@@ -87,6 +89,11 @@ def _options(declared: Any) -> tuple[Any, ...]:
 
 def _holds(declared: Any, wanted: Any) -> bool:
     return wanted in _options(declared)
+
+
+def _group(name: str) -> str:
+    # {"a/b": {"c": …}} and {"a": {"b/c": …}} must not meet under one path
+    return name.replace("%", "%25").replace("/", "%2F")
 
 
 def encode(obj: Message) -> bytes:
@@ -124,10 +131,10 @@ def decode(data: bytes, expect: type | None = None, what: str = "message") -> Me
     try:
         flat = load(data)
         header = _header(data)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise InputError(f"{what} is damaged or not a warmfed message ({reason}); ask for it again") from error
-    if expect is not None and header.get("kind") != kind(expect):
+    if expect is not None and isinstance(header, dict) and header.get("kind") != kind(expect):
         raise InputError(f"{what} is of kind {header.get('kind')!r}, expected {kind(expect)}; {_VERSIONS}")
     obj = _build(header, flat, "", what)
     if flat:
@@ -139,22 +146,20 @@ _VERSIONS = "do both sides run the same version of warmfed?"
 
 
 def _build(header: Any, flat: dict[str, torch.Tensor], prefix: str, what: str) -> Message:
-    if not isinstance(header, dict) or header.get("kind") not in KINDS or not isinstance(header.get("fields"), dict):
-        name = header.get("kind") if isinstance(header, dict) else header
+    name, fields = (header.get("kind"), header.get("fields")) if isinstance(header, dict) else (header, None)
+    if not isinstance(name, str) or name not in KINDS or not isinstance(fields, dict):
         raise InputError(f"{what} is of kind {name!r}, expected a declared kind; {_VERSIONS}")
-    cls, scalars = KINDS[header["kind"]], header["fields"]
+    cls, scalars = KINDS[name], fields
     declared = _fields(cls)
     if declared.keys() != scalars.keys():
-        raise InputError(
-            f"{what} of kind {header['kind']} has fields {sorted(scalars)}, expected {sorted(declared)}; {_VERSIONS}"
-        )
+        raise InputError(f"{what} of kind {name} has fields {sorted(scalars)}, expected {sorted(declared)}; {_VERSIONS}")
     values: dict[str, Any] = {}
     for field, kind_of in declared.items():
         try:
             values[field] = _read(kind_of, scalars[field], flat, prefix + field, what)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(
-                f"{what} of kind {header['kind']}: field {field!r} does not hold what is declared ({error}); ask for it again"
+                f"{what} of kind {name}: field {field!r} does not hold what is declared ({error}); ask for it again"
             ) from error
     return cls(**values)
 
@@ -169,9 +174,9 @@ def _read(declared: Any, value: Any, flat: dict[str, torch.Tensor], path: str, w
     if _holds(declared, Tensors):
         return {name: flat.pop(f"{path}/{name}") for name in value}
     if _holds(declared, Mapping[str, Tensors]):
-        return {group: {name: flat.pop(f"{path}/{group}/{name}") for name in names} for group, names in value.items()}
+        return {group: {name: flat.pop(f"{path}/{_group(group)}/{name}") for name in names} for group, names in value.items()}
     if _holds(declared, Mapping[str, float]):
-        return {str(name): float(number) for name, number in value.items()}
+        return {name: _scalar(float, number) for name, number in value.items()}
     plain = next(option for option in _options(declared) if option is not type(None))
     if typing.get_origin(plain) is tuple:
         member = typing.get_args(plain)[0]
