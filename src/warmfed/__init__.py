@@ -1,3 +1,58 @@
 """Federated learning that gives every site a strong global and a strong personal image classifier in one to five rounds."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .algorithms import ALGORITHMS, WarmFed
+    from .config import Config, parse
+    from .data import Federation, digits4, load
+    from .diffusion.generator import LatentDiffusion
+    from .errors import InputError
+    from .fit import Training, fit
+    from .runs import execute, resume, simulate
+    from .tasks import Classify
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "ALGORITHMS": "algorithms",
+    "Classify": "tasks",
+    "Config": "config",
+    "Federation": "data",
+    "InputError": "errors",
+    "LatentDiffusion": "diffusion.generator",
+    "Training": "fit",
+    "WarmFed": "algorithms",
+    "digits4": "data",
+    "execute": "runs",
+    "fit": "fit",
+    "load": "data",
+    "parse": "config",
+    "resume": "runs",
+    "simulate": "runs",
+}
+__all__ = [
+    "ALGORITHMS",
+    "Classify",
+    "Config",
+    "Federation",
+    "InputError",
+    "LatentDiffusion",
+    "Training",
+    "WarmFed",
+    "digits4",
+    "execute",
+    "fit",
+    "load",
+    "parse",
+    "resume",
+    "simulate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch is imported with the first name that needs it: `warmfed --help` is instant
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -223,10 +223,15 @@ class Round:
 
 def _view(evaluation: Mapping[str, Mapping[str, Metrics]], model: str) -> dict[str, dict[str, dict[str, float]]]:
     views = {
-        site: {key.removeprefix(f"{model}/"): dict(m) for key, m in views.items() if key.startswith(f"{model}/")}
+        site: {key.removeprefix(f"{model}/"): _counted(m) for key, m in views.items() if key.startswith(f"{model}/")}
         for site, views in evaluation.items()
     }
     return {site: view for site, view in views.items() if view}
+
+
+def _counted(metrics: Metrics) -> dict[str, float]:
+    # a metric is a float on the wire; a count reads better as what it is
+    return {name: int(value) if name == "count" else value for name, value in metrics.items()}
 
 
 def _union(evaluation: Mapping[str, Mapping[str, Metrics]]) -> dict[str, dict[str, float]]:
@@ -236,7 +241,7 @@ def _union(evaluation: Mapping[str, Mapping[str, Metrics]]) -> dict[str, dict[st
     if not count:
         return {}
     names = [name for name in ("accuracy", "loss") if all(name in m for m in tests)]
-    return {"global": {name: sum(m[name] * m["count"] for m in tests) / count for name in names} | {"count": count}}
+    return {"global": {name: sum(m[name] * m["count"] for m in tests) / count for name in names} | {"count": int(count)}}
 
 
 def _traffic(exchanges: Iterable[Exchange], direction: str) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Files are written whole or not at all: a reader never sees half of one, and a full disk leaves the old one."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -60,3 +61,16 @@ def read_lines(path: Path, what: str) -> list[Any]:
         return [json.loads(line) for line in read_bytes(path, what).splitlines()]
     except ValueError as error:
         raise InputError(f"{what} at {path} is damaged ({error}); restore it or start the run anew") from error
+
+
+def write_sealed(path: Path, content: bytes) -> None:
+    """Write `content` under the line of its SHA-256, so that a reader sees damage of any kind."""
+    write_whole(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def read_sealed(path: Path, what: str) -> bytes:
+    """What `write_sealed` wrote; raises `InputError` where a bit of it has changed."""
+    seal, _, content = read_bytes(path, what).partition(b"\n")
+    if hashlib.sha256(content).hexdigest().encode() != seal:
+        raise InputError(f"{what} at {path} is damaged (its digest differs); restore it from a backup or start the run anew")
+    return content

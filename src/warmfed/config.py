@@ -1,0 +1,172 @@
+"""The configuration of a run: dataclasses, read from TOML and the command line, checked whole before anything starts."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from .algorithms import WarmFed, entry
+from .core import Algorithm
+from .diffusion.generator import LatentDiffusion
+from .errors import InputError, suggest
+from .files import read_bytes
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which federation."""
+
+    source: str = "digits4"
+    """An embedded federation, a folder site/class/*.png, or an .npz file."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What its reader takes: alpha of digits4's label skew, image_size and template of a folder, …"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The classifier."""
+
+    name: str = "cnn"
+    """A network of `warmfed.models`."""
+    start: str = ""
+    """What it starts from: nothing (random weights), public (trained on the base's public data), or a safetensors file."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, resolved: every value that it used is in here."""
+
+    name: str = "warmfed"
+    """The algorithm, by its name on the command line."""
+    algorithm: Algorithm = field(default_factory=WarmFed)
+    """Its hyper-parameters."""
+    seed: int = 0
+    """Names every random number of the run."""
+    data: Data = Data()
+    model: Model = Model()
+    generator: LatentDiffusion = LatentDiffusion()
+    workers: int = 2
+    """Processes that work at the same time; the results do not depend on it."""
+    device: str = "cpu"
+    """cpu, or cuda for one process with a graphics card."""
+    evaluate: str = "every"
+    """When the models are measured: every (stage), last or never."""
+
+    def toml(self) -> str:
+        algorithm = {"name": self.name, **_plain(self.algorithm)}
+        rest = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in ("name", "algorithm")}
+        return tomli_w.dumps({"algorithm": algorithm, **rest})
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def parse(file: Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:
+    """A configuration from a TOML file (or none) under `settings`, whose keys are dotted: {"algorithm.rounds": 1}.
+
+    Raises:
+        InputError: an unknown key (with the nearest known one), a wrong type, a value out of range.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(read_bytes(file, "the configuration").decode())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} is not TOML: {error}; correct it") from error
+    own = dict(settings or {})
+    chosen = values.get("algorithm", {})
+    name = own.pop("algorithm.name", chosen.get("name", "warmfed") if isinstance(chosen, dict) else chosen)
+    presets = entry(str(name)).settings
+    merged = _nested(presets)
+    for layer in (values, _nested(own)):
+        _overlay(merged, layer)
+    merged.setdefault("algorithm", {})["name"] = name
+    return build(merged)
+
+
+def build(values: dict[str, Any]) -> Config:
+    """A configuration from nested tables, as a resolved `config.toml` holds them."""
+    values = dict(values)
+    table = values.pop("algorithm", {})
+    if not isinstance(table, dict):
+        raise InputError(f'algorithm must be a table: [algorithm] with name = "{table}"')
+    table = dict(table)
+    name = str(table.pop("name", "warmfed"))
+    known = {f.name for f in dataclasses.fields(Config)} - {"name"}
+    for key in values:
+        if key not in known:
+            raise InputError(f"unknown key {key!r}{suggest(key, sorted(known))}")
+    algorithm = construct(entry(name).cls, table, "algorithm")
+    rest = construct(Config, {**values, "name": name}, "", skip=("algorithm",))
+    return dataclasses.replace(rest, algorithm=algorithm)
+
+
+def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[str, ...] = ()) -> T:
+    """A dataclass from a table, its fields' types checked; `path` is where the table stands, for errors."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name not in skip}  # type: ignore[arg-type]
+    arguments = {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else key
+        if key not in fields:
+            raise InputError(f"unknown key {where!r}{suggest(key, sorted(fields))}")
+        arguments[key] = _typed(fields[key], value, where)
+    return cls(**arguments)
+
+
+def _typed(declared: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(declared):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where} must be a table of settings; got {value!r}")
+        return construct(typing.cast(type, declared), value, where)
+    if typing.get_origin(declared) in (Mapping, dict, types.MappingProxyType) and isinstance(value, Mapping):
+        return dict(value)
+    if typing.get_origin(declared) is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(typing.get_args(declared)[0], item, where) for item in value)
+    if declared is float and type(value) is int:
+        return float(value)
+    if type(value) is not declared:
+        wanted = getattr(declared, "__name__", str(declared))
+        raise InputError(f"{where} must be of type {wanted}; got {value!r}")
+    return value
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """One `key=value` of the command line; the value is read as TOML, and as text where it is none."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set takes key=value; got {text!r}")
+    try:
+        return key.strip(), tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), raw
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        _overlay(nested, _chain(key.split("."), value))
+    return nested
+
+
+def _chain(keys: list[str], value: Any) -> dict[str, Any]:
+    return {keys[0]: _chain(keys[1:], value) if keys[1:] else value}
+
+
+def _overlay(under: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(under.get(key), dict):
+            _overlay(under[key], value)
+        else:
+            under[key] = dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,78 @@
+"""What the report shows of images: grids of real and synthetic samples, and where both lie in the classifier's features.
+
+Written at the end of a run, so that the report needs no model. In a deployment only a site itself may show its images.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from .data import Federation
+from .files import read_bytes, read_json, write_json, write_whole
+from .tasks import Classify
+from .tensors import Table, Tensors, rows, select
+
+_COLUMNS = 8
+_POINTS = 60
+
+
+def write_panel(folder: Path, federation: Federation, task: Classify, model: Tensors) -> None:
+    """panel/panel.json and a PNG grid for each site's real and synthetic images, a row for each class."""
+    synthetic = _synthetic(folder)
+    sites, features, points = {}, [], []
+    for i, (name, site) in enumerate(federation.sites.items()):
+        tables = {"real": site.test}
+        if synthetic:
+            mine = synthetic["kept"] & (synthetic["site"] == i)
+            tables["synthetic"] = select({"image": synthetic["image"], "label": synthetic["label"]}, mine)
+        shown: dict[str, Any] = {"synthetic": None}
+        for kind, table in tables.items():
+            if not rows(table):
+                continue
+            shown[kind] = f"{kind}-{name}.png"
+            write_whole(folder / "panel" / shown[kind], _png(_grid(table, len(federation.classes))))
+            part = select(table, torch.arange(0, rows(table), max(1, rows(table) // _POINTS))[:_POINTS])
+            features.append(task.features(model, part))
+            points += [{"site": name, "kind": kind, "class": int(label)} for label in part["label"]]
+        sites[name] = shown
+    for point, (x, y) in zip(points, _flat(torch.cat(features)), strict=True):
+        point |= {"x": round(x, 3), "y": round(y, 3)}
+    write_json(folder / "panel" / "panel.json", {"classes": list(federation.classes), "sites": sites, "features": points})
+
+
+def _synthetic(folder: Path) -> Table:
+    path = folder / "synthetic" / "samples.safetensors"
+    if not path.exists():
+        return {}
+    read_json(folder / "synthetic" / "manifest.json", "the synthetic set's manifest")
+    return load(read_bytes(path, "the synthetic set"))
+
+
+def _grid(table: Table, classes: int) -> Tensor:
+    """uint8 [3, classes·h, columns·w]; a class without enough images leaves its places white."""
+    image = table["image"]
+    grid = torch.full((classes, _COLUMNS, *image.shape[1:]), 255, dtype=torch.uint8)
+    for c in range(classes):
+        found = image[table["label"] == c][:_COLUMNS]
+        grid[c, : len(found)] = found
+    return grid.permute(2, 0, 3, 1, 4).reshape(3, classes * image.shape[2], _COLUMNS * image.shape[3])
+
+
+def _png(image: Tensor) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _flat(features: Tensor) -> list[list[float]]:
+    """t-SNE to the plane (van der Maaten and Hinton 2008), by scikit-learn."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=500).fit_transform(features.numpy()).tolist()
