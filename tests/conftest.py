@@ -1,0 +1,20 @@
+"""What every test may rely on: one thread, and toy data made once."""
+
+import os
+from collections.abc import Mapping
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import toy
+
+from warmfed.tensors import Table
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sites() -> Mapping[str, Mapping[str, Table]]:
+    return toy.SITES

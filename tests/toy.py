@@ -1,0 +1,201 @@
+"""A federation that runs in milliseconds: 8×8 images of three classes at four sites, and a generator of class means.
+
+The generator is no stand-in for ours but a second, honest one: it adapts (to a site's class means) and samples (around them).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from warmfed.algorithms import ALGORITHMS
+from warmfed.algorithms.references import Budget
+from warmfed.algorithms.synthetic import Synthesis
+from warmfed.core import Algorithm, Central, Exchange, Local, Metrics, Reply, Round
+from warmfed.errors import InputError
+from warmfed.files import write_whole
+from warmfed.fit import Training
+from warmfed.messages import Message
+from warmfed.randomness import named
+from warmfed.run import run
+from warmfed.tasks import Classify
+from warmfed.tensors import Table, Tensors
+from warmfed.transports.inprocess import InProcess
+from warmfed.transports.worker import Worker
+
+SHAPE, CLASSES = (3, 8, 8), 3
+PROMPTS = ("a left bar", "a middle bar", "a right bar")
+TASK = Classify(SHAPE, CLASSES, "linear")
+TRAINING = Training(lr=0.03, batch=12)
+
+
+def pattern(label: int) -> Tensor:
+    """Class c is a bright bar in the c-th part of the width; float [3, 8, 8]."""
+    image = torch.zeros(SHAPE)
+    image[:, :, (0, 3, 5)[label] : (3, 5, 8)[label]] = 1
+    return image
+
+
+def table(site: int, split: str, count: int) -> dict[str, Tensor]:
+    """`count` images of a site: its own light, colour and contrast, and much noise."""
+    rng = named("toy", site, split)
+    label = torch.arange(count) % CLASSES
+    tint = torch.tensor([1.0, 0.8, 0.6]).roll(site)[:, None, None]
+    clean = torch.stack([40 + 20 * site + (40 + 10 * site) * tint * pattern(int(c)) for c in label])
+    noisy = clean + 60 * torch.randn(clean.shape, generator=rng)
+    return {"image": noisy.clamp(0, 255).to(torch.uint8), "label": label}
+
+
+def site(number: int) -> dict[str, Table]:
+    return {
+        "train": table(number, "train", 24 + 4 * number),
+        "validation": table(number, "validation", 15),
+        "test": table(number, "test", 48),
+    }
+
+
+SITES: Mapping[str, Mapping[str, Table]] = {name: site(i) for i, name in enumerate("abcd")}
+
+
+@dataclass(frozen=True)
+class Means:
+    """A `Generator` that knows its prompts' patterns; its adapter is how far a site's class means lie from them."""
+
+    noise: float = 60.0
+    neutral: bool = False
+    """Whether `adapt` returns the adapter that changes nothing."""
+
+    def base(self, prompts: Sequence[str]) -> Tensor:
+        return torch.stack([70 + 50 * pattern(PROMPTS.index(prompt)) for prompt in prompts])
+
+    def adapt(self, ctx: Local) -> tuple[Tensors, Metrics]:
+        base, data = self.base(ctx.prompts), ctx.data["train"]
+        shift = torch.zeros_like(base)
+        for label in [] if self.neutral else data["label"].unique().tolist():
+            shift[label] = data["image"][data["label"] == label].float().mean(0) - base[label]
+        return {"shift": shift.half()}, {"loss": shift.square().mean().item()}
+
+    def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
+        wanted = (len(prompts), *SHAPE)
+        if adapter.keys() != {"shift"} or adapter["shift"].shape != wanted or not adapter["shift"].isfinite().all():
+            raise InputError(f"{who} does not hold a finite shift of shape {wanted}; adapt again")
+
+    def write(self, adapter: Tensors, folder: Path, site: str) -> None:
+        write_whole(folder / f"{site}.safetensors", save(dict(adapter)))
+
+    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
+        means = self.base(prompts) + (adapter["shift"].float() if adapter else 0)
+        drawn = means[labels] + self.noise * torch.randn(len(labels), *SHAPE, generator=ctx.rng)
+        return drawn.clamp(0, 255).to(torch.uint8)
+
+
+QUICK = {
+    Training: TRAINING,
+    Synthesis: Synthesis(per_class=8, subset=36, filter_training=Training(lr=0.02, epochs=2), training=Training(lr=0.01)),
+    Budget: Budget(patience=1, limit=2),
+}
+"""Settings under which every algorithm is quick, by the type of the field."""
+
+
+def quick(name: str, **changes: Any) -> Any:
+    """A registered algorithm with two rounds of little training."""
+    entry = ALGORITHMS[name]
+    values = {f.name: QUICK[type(f.default)] for f in fields(entry.cls) if type(f.default) in QUICK}
+    if "algorithm.budget.until" in entry.settings:
+        values["budget"] = replace(values["budget"], until=entry.settings["algorithm.budget.until"])
+    return entry.cls(**{"rounds": 2, **values, **changes})
+
+
+@dataclass
+class Outcome:
+    """A finished run, and the transport that holds its sites' states."""
+
+    algorithm: Any
+    rounds: list[Round]
+    transport: InProcess
+
+    @property
+    def server(self) -> Message:
+        return self.rounds[-1].server
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        return [record.results() for record in self.rounds]
+
+    @property
+    def model(self) -> Tensors:
+        return self.algorithm.global_model(self.server)
+
+    def personal(self, name: str) -> Tensors:
+        return self.algorithm.client_model(self.algorithm.down(self.server, name), self.transport.state(name))
+
+    def after(self, stage: str, number: int) -> Round:
+        return next(r for r in self.rounds if (r.stage, r.number) == (stage, number))
+
+
+def workers(
+    algorithm: Algorithm, *, seed: int = 0, task: Any = TASK, generator: Any = Means(), sites: Any = SITES
+) -> dict[str, Worker]:
+    return {
+        name: Worker(name, algorithm, task, data, seed, prompts=PROMPTS, generator=generator) for name, data in sites.items()
+    }
+
+
+def central(*, task: Any = TASK, generator: Any = Means(), sites: Any = SITES, **more: Any) -> Central:
+    return Central(task, named("unused"), tuple(sorted(sites)), prompts=PROMPTS, generator=generator, **more)
+
+
+def play(
+    algorithm: Algorithm,
+    *,
+    seed: int = 0,
+    task: Any = TASK,
+    generator: Any = Means(),
+    sites: Any = SITES,
+    folder: Path | None = None,
+    artefacts: Path | None = None,
+    start: tuple[int, Message] | None = None,
+    evaluate: str = "every",
+) -> Outcome:
+    """Run an algorithm to its end, one site after another."""
+    transport = InProcess(workers(algorithm, seed=seed, task=task, generator=generator, sites=sites), folder=folder)
+    server = central(task=task, generator=generator, sites=sites, folder=artefacts)
+    return Outcome(algorithm, list(run(algorithm, server, transport, seed, start=start, evaluate=evaluate)), transport)
+
+
+@dataclass
+class Tap:
+    """A transport that keeps what crosses it: (stage, site, down, state before, reply)."""
+
+    inner: InProcess
+    seen: list[tuple[str, str, Message, Message, Reply]] = field(default_factory=list)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return self.inner.sites
+
+    def send(
+        self, step: int, stage: str, number: int, down: Mapping[str, Message]
+    ) -> Iterator[tuple[str, Reply, tuple[Exchange, ...]]]:
+        before = {site: self.inner.state(site) for site in down}
+        for site, reply, exchanges in self.inner.send(step, stage, number, down):
+            self.seen.append((stage, site, down[site], before[site], reply))
+            yield site, reply, exchanges
+
+    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics]]:
+        return self.inner.evaluate(down, model)
+
+
+def accuracy(record: Round, model: str) -> float:
+    """Mean over the sites of a model's test accuracy, in percent."""
+    found = [views[f"{model}/test"]["accuracy"] for views in record.evaluation.values()]
+    return sum(found) / len(found)
+
+
+def same(a: Tensors, b: Tensors) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
