@@ -35,6 +35,11 @@ def child(parent: torch.Generator) -> torch.Generator:
 @contextmanager
 def seeded(parent: torch.Generator) -> Iterator[None]:
     """Inside, torch's global stream (dropout, module initialisation) is a child of `parent`; outside, it is as it was."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=parent)))
+    seed = int(torch.randint(2**62, (), generator=parent))
+    # torch.manual_seed would note a stack trace for every graphics card to come, which costs more than a small fit
+    cards = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cards):
+        torch.default_generator.manual_seed(seed)
+        if cards:
+            torch.cuda.manual_seed_all(seed)
         yield
