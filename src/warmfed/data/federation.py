@@ -1,0 +1,122 @@
+"""The federation: named sites, each with train, validation and test columns, and one tuple of class names."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from ..errors import InputError
+from ..tensors import Table, sha256
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One organisation's data: three tables {"image": uint8 [n, 3, height, width], "label": int64 [n]}."""
+
+    train: Table
+    validation: Table
+    test: Table
+
+    @property
+    def splits(self) -> dict[str, Table]:
+        """The tables by name: "train", "validation", "test"."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """Sites with the same classes and image size.
+
+    `classes` is the only place where a label gets its name: label i is `classes[i]`, its prompt `prompts[i]`.
+    `template` holds one `{}` for the class name. `sites` is kept sorted by name. `notes` are remarks of whoever
+    read the data (missing classes, duplicates); they do not enter the fingerprint. No table is empty.
+
+    Raises InputError, naming every fault at once, where a table has another shape, type or label than it should.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    template: str
+    sites: Mapping[str, Site] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "sites", dict(sorted(self.sites.items())))
+        faults = _faults(self)
+        if faults:
+            raise InputError(f"federation {self.name!r} is not usable: " + "; ".join(faults))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One prompt per class, in the order of the labels."""
+        return tuple(self.template.format(name) for name in self.classes)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, height, width) of every image."""
+        first = next(iter(self.sites.values())).train["image"]
+        return (int(first.shape[1]), int(first.shape[2]), int(first.shape[3]))
+
+    @property
+    def present(self) -> dict[str, tuple[str, ...]]:
+        """The classes that occur in each site's training table."""
+        return {
+            name: tuple(self.classes[label] for label in site.train["label"].unique().tolist())
+            for name, site in self.sites.items()
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 over site names, classes, template and every byte of every table.
+
+        The federation's own name and its notes stay out: the same data read from another folder are the same data.
+        """
+        tables = {f"{name}/{split}": sha256(table) for name, site in self.sites.items() for split, table in site.splits.items()}
+        return hashlib.sha256(json.dumps([self.classes, self.template, tables]).encode()).hexdigest()
+
+
+def _faults(federation: Federation) -> list[str]:
+    faults = []
+    count = len(federation.classes)
+    if count < 2 or len(set(federation.classes)) != count:
+        faults.append(f"two or more different class names were expected, {federation.classes} came")
+    try:
+        prompts = {federation.template.format(name) for name in federation.classes}
+    except (IndexError, KeyError, ValueError):
+        prompts = set()
+    if len(prompts) < len(set(federation.classes)):
+        faults.append(f"the template needs one {{}} for the class name, {federation.template!r} came")
+    if not federation.sites:
+        faults.append("at least one site was expected, none came")
+    shapes = set()
+    for name, site in federation.sites.items():
+        for split, table in site.splits.items():
+            where = f"site {name!r}, {split}"
+            if set(table) != {"image", "label"}:
+                faults.append(f"{where}: the columns image and label were expected, {sorted(table)} came")
+                continue
+            image, label = table["image"], table["label"]
+            if image.dtype != torch.uint8 or image.dim() != 4 or image.shape[1] != 3:
+                faults.append(f"{where}: uint8 images [n, 3, height, width] were expected, {_kind(image)} came")
+                continue
+            shapes.add(tuple(image.shape[2:]))
+            if label.dtype != torch.int64 or tuple(label.shape) != (len(image),):
+                faults.append(f"{where}: int64 labels [{len(image)}] were expected, {_kind(label)} came")
+            elif len(label) and not 0 <= int(label.min()) <= int(label.max()) < count:
+                span = f"{int(label.min())} to {int(label.max())}"
+                faults.append(f"{where}: labels 0 to {count - 1} were expected, {span} came")
+            if not len(image):
+                faults.append(f"{where}: no images; give the site more images or leave it out")
+    if len(shapes) > 1:
+        faults.append(f"images of one size were expected, {sorted(shapes)} came; resize them to one")
+    return faults
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,139 @@
+"""Dealing one table of examples to sites: every rule returns disjoint index arrays that together name each example once.
+
+Randomness is named: `key` is any tuple of plain values (seed, purpose); the same key deals the same cards on every
+machine and NumPy version.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import InputError, suggest
+from ..randomness import number
+from ..tensors import join, rows, select
+from .federation import SPLITS, Federation, Site
+
+Ints = NDArray[np.int64]
+
+
+def stream(*key: object) -> np.random.RandomState:
+    """A NumPy stream named by `key`, as `randomness.named` is for torch.
+
+    RandomState because its stream is frozen for good; NumPy keeps the right to change that of `Generator`.
+    """
+    name = number(*key)
+    return np.random.RandomState([name >> 32, name & 0xFFFFFFFF])
+
+
+def iid(labels: NDArray[Any], sites: int, *, key: Sequence[object]) -> list[Ints]:
+    """Equal shares, stratified by class: sizes and class counts differ by one at most."""
+    order = _shuffled(labels, sites, key)
+    return [order[start::sites] for start in range(sites)]
+
+
+def dirichlet(
+    labels: NDArray[Any], sites: int, alpha: float, *, key: Sequence[object], smallest: int = 20, tries: int = 1000
+) -> list[Ints]:
+    """Label skew (Hsu et al. 2019, arXiv 1909.06335): each class goes to the sites by shares drawn from Dirichlet(alpha).
+
+    The draw is repeated until every site has at least `smallest` examples of two or more classes; InputError where
+    `tries` draws do not bring that about.
+    """
+    if not 0 < alpha < float("inf"):
+        raise InputError(f"alpha above 0 was expected, {alpha} came; 0.1 is a strong skew, 10 a weak one")
+    order = _shuffled(labels, sites, key)
+    groups = [order[labels[order] == value] for value in np.unique(labels)]
+    random = stream(*key, "dirichlet")
+    for _ in range(tries):
+        parts: list[list[Ints]] = [[] for _ in range(sites)]
+        for group in groups:
+            shares = random.dirichlet(np.full(sites, float(alpha)))
+            cuts = np.rint(np.cumsum(shares)[:-1] * len(group)).astype(np.int64)
+            for part, piece in zip(parts, np.split(group, cuts), strict=True):
+                part.append(piece)
+        dealt = [np.concatenate(part) for part in parts]
+        if all(len(part) >= smallest and len(np.unique(labels[part])) >= 2 for part in dealt):
+            return dealt
+    raise InputError(
+        f"{sites} sites with at least {smallest} of {len(labels)} examples and two classes each were expected, "
+        f"{tries} draws with alpha {alpha:g} brought none; take a larger alpha or fewer sites"
+    )
+
+
+def shards(labels: NDArray[Any], sites: int, classes_per_site: int, *, key: Sequence[object]) -> list[Ints]:
+    """Each site holds `classes_per_site` classes (after McMahan et al. 2017, arXiv 1602.05629), in equal shares of each.
+
+    Classes are dealt like cards from a shuffled deck that is laid again and again, so that each is held by as many
+    sites as any other, or by one more. Departure from the paper: shards follow class borders, so the number of
+    classes is exact. InputError where there are too few sites to place every class or too few examples.
+    """
+    values = np.unique(labels)
+    if not 1 <= classes_per_site <= len(values) or sites * classes_per_site < len(values):
+        raise InputError(
+            f"classes per site from {max(1, -(-len(values) // max(1, sites)))} to {len(values)} were expected "
+            f"({len(values)} classes, {sites} sites), {classes_per_site} came"
+        )
+    order = _shuffled(labels, sites, key)
+    deck = stream(*key, "deck").permutation(values)
+    names = stream(*key, "sites").permutation(sites)
+    holders: dict[int, list[int]] = {int(value): [] for value in values}
+    for card in range(sites * classes_per_site):
+        holders[int(deck[card % len(deck)])].append(int(names[card // classes_per_site]))
+    parts: list[list[Ints]] = [[] for _ in range(sites)]
+    for value, held_by in holders.items():
+        for turn, site in enumerate(held_by):
+            parts[site].append(order[labels[order] == value][turn :: len(held_by)])
+    return [np.concatenate(part) for part in parts]
+
+
+def quantity(labels: NDArray[Any], sites: int, alpha: float, *, key: Sequence[object], smallest: int = 20) -> list[Ints]:
+    """Size skew: site sizes follow Dirichlet(alpha), each site has at least `smallest` examples, classes stay mixed."""
+    if not 0 < alpha < float("inf"):
+        raise InputError(f"alpha above 0 was expected, {alpha} came; 0.5 is a strong skew, 10 a weak one")
+    order = stream(*key, "quantity").permutation(_shuffled(labels, sites, key))
+    free = len(labels) - sites * smallest
+    if free < 0:
+        raise InputError(f"{sites * smallest} examples or more were expected, {len(labels)} came; take fewer sites")
+    shares = stream(*key, "sizes").dirichlet(np.full(sites, float(alpha)))
+    cuts = np.rint(np.cumsum(shares)[:-1] * free).astype(np.int64) + smallest * np.arange(1, sites)
+    return list(np.split(order, cuts))
+
+
+def deal(
+    federation: Federation, sites: int, rule: str = "iid", alpha: float = 0.5, classes_per_site: int = 2, seed: int = 0
+) -> Federation:
+    """All images of `federation`, dealt to `sites` new ones by "iid", "dirichlet", "shards" or "quantity".
+
+    Each image keeps its split: what was for testing stays for testing. `alpha` is for "dirichlet" and "quantity",
+    `classes_per_site` for "shards"; `seed` names the deal. InputError where a site would be left without a split.
+    """
+    pools = [join(site.splits[split] for site in federation.sites.values()) for split in SPLITS]
+    pool, bounds = join(pools), np.cumsum([0, *(rows(table) for table in pools)])
+    labels, key = pool["label"].numpy(), ("deal", rule, seed)
+    rules = {
+        "iid": lambda: iid(labels, sites, key=key),
+        "dirichlet": lambda: dirichlet(labels, sites, alpha, key=key),
+        "shards": lambda: shards(labels, sites, classes_per_site, key=key),
+        "quantity": lambda: quantity(labels, sites, alpha, key=key),
+    }
+    if rule not in rules:
+        raise InputError(f"there is no rule {rule!r} to deal by{suggest(rule, list(rules))}")
+    dealt = {}
+    for turn, part in enumerate(rules[rule]()):
+        pieces = [part[(part >= low) & (part < high)] for low, high in pairwise(bounds)]
+        tables = [select(pool, torch.from_numpy(np.sort(piece))) for piece in pieces]
+        dealt[f"site-{turn:0{len(str(sites - 1))}}"] = Site(*tables)
+    name = f"{federation.name} dealt to {sites} by {rule}"
+    return Federation(name, federation.classes, federation.template, dealt, federation.notes)
+
+
+def _shuffled(labels: NDArray[Any], sites: int, key: Sequence[object]) -> Ints:
+    """All indices sorted by class, shuffled within each."""
+    if not 1 <= sites <= len(labels):
+        raise InputError(f"1 to {len(labels)} sites were expected for {len(labels)} examples, {sites} came")
+    order = stream(*key, "order").permutation(len(labels))
+    return order[np.argsort(labels[order], kind="stable")]

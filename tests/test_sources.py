@@ -1,0 +1,352 @@
+"""Folders, arrays and files as people have them: what is read, and what is refused in one line."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from warmfed.data import Federation, arrays, folder, load, npz
+from warmfed.errors import InputError
+
+
+def picture(seed: int, height: int = 8, width: int = 8) -> Image.Image:
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8))
+
+
+def pets(root: Path, sites: tuple[str, ...] = ("home", "shelter"), each: int = 10, start: int = 0) -> Path:
+    """root/site/{cat,dog}/00.png … with noise, no two alike."""
+    for s, site in enumerate(sites):
+        for c, name in enumerate(("cat", "dog")):
+            (root / site / name).mkdir(parents=True)
+            for i in range(each):
+                picture(start + 1000 * s + 100 * c + i).save(root / site / name / f"{i:02}.png")
+    return root
+
+
+def sizes(federation: Federation) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(len(t["label"]) for t in site.splits.values()) for name, site in federation.sites.items()}
+
+
+def refused(call: object, *words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        call()  # type: ignore[operator]
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+# Folders
+
+
+def test_a_folder_becomes_a_federation(tmp_path: Path) -> None:
+    federation = folder(pets(tmp_path / "pets"), image_size=8)
+    assert federation.name == "pets"
+    assert federation.classes == ("cat", "dog")
+    assert federation.prompts == ("a photo of a cat", "a photo of a dog")
+    assert sizes(federation) == {"home": (12, 4, 4), "shelter": (12, 4, 4)}
+    for site in federation.sites.values():
+        for table in site.splits.values():
+            assert table["label"].bincount().unique().numel() == 1  # stratified
+    everything = {image.numpy().tobytes() for s in federation.sites.values() for t in s.splits.values() for image in t["image"]}
+    assert picture(103).tobytes() in {
+        np.frombuffer(i, np.uint8).reshape(3, 8, 8).transpose(1, 2, 0).tobytes() for i in everything
+    }
+    assert len(everything) == 40
+
+
+def test_the_same_folder_is_the_same_data_and_the_seed_names_the_split(tmp_path: Path) -> None:
+    root = pets(tmp_path)
+    assert folder(root).fingerprint == load(str(root)).fingerprint == load(f"folder:{root}").fingerprint
+    assert folder(root).fingerprint != folder(root, seed=1).fingerprint
+
+
+def test_given_splits_are_kept_and_a_missing_one_is_taken_from_train(tmp_path: Path) -> None:
+    pets(tmp_path / "home", ("train", "val", "test"))
+    pets(tmp_path / "shelter", ("train", "test"), start=5000)
+    federation = folder(tmp_path, image_size=8)
+    assert sizes(federation) == {"home": (20, 20, 20), "shelter": (16, 4, 20)}
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for site in ("road", "station"):
+        for name in ("car", "train"):
+            (tmp_path / site / name).mkdir(parents=True)
+            for i in range(5):
+                picture(hash((len(site), len(name), i)) % 2**31).save(tmp_path / site / name / f"{i}.png")
+    assert folder(tmp_path).classes == ("car", "train")
+
+
+def test_classes_are_the_union_and_numbers_are_sorted_by_value(tmp_path: Path) -> None:
+    for site, names in {"a": ("9", "10"), "b": ("9", "2")}.items():
+        for name in names:
+            (tmp_path / site / name).mkdir(parents=True)
+            for i in range(5):
+                picture(ord(site) * 100 + int(name) * 7 + i).save(tmp_path / site / name / f"{i}.png")
+    federation = folder(tmp_path)
+    assert federation.classes == ("2", "9", "10")
+    assert federation.notes == ("site 'a' has no images of 2", "site 'b' has no images of 10")
+    assert federation.present == {"a": ("9", "10"), "b": ("2", "9")}
+
+
+def test_all_kinds_of_pictures_become_rgb(tmp_path: Path) -> None:
+    pets(tmp_path)
+    where = tmp_path / "home" / "cat"
+    red = Image.new("RGB", (40, 20), (255, 0, 0))
+    red.convert("P").save(where / "a-palette.png")
+    Image.new("L", (20, 20), 7).save(where / "b-grey.bmp")
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(where / "c-alpha.webp", lossless=True)
+    Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(where / "d-cmyk.jpg", quality=100)
+    Image.fromarray(np.full((20, 20), 50 * 256 + 99, np.uint16)).save(where / "e-grey16.png")
+    Image.new("1", (20, 20), 1).save(where / "f-bit.png")
+    Image.new("LA", (20, 20), (0, 0)).save(where / "g-grey-alpha.png")
+    federation = folder(tmp_path)
+    plain = {
+        tuple(image[:, 0, 0].tolist())
+        for table in federation.sites["home"].splits.values()
+        for image in table["image"]
+        if (image == image[:, :1, :1]).all()
+    }
+    assert plain == {(255, 0, 0), (7, 7, 7), (255, 255, 255), (50, 50, 50)}
+    assert federation.notes == ("3 images repeat others exactly; each stays on one side of the splits",)
+
+
+def test_exif_rotation_is_undone(tmp_path: Path) -> None:
+    from warmfed.data.images import decode
+
+    sketch = Image.new("L", (16, 16), 0)
+    sketch.paste(255, (0, 0, 16, 8))  # light above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the file has to be turned clockwise
+    sketch.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif)
+    upright = decode(tmp_path / "turned.jpg", 16)
+    assert upright[:, :6].min() > 240
+    assert upright[:, 10:].max() < 15
+
+
+def test_large_pictures_are_read(tmp_path: Path) -> None:
+    from warmfed.data.images import decode
+
+    Image.new("RGB", (4000, 3000), (10, 200, 30)).save(tmp_path / "large.jpg")
+    pixels = decode(tmp_path / "large.jpg", 32)
+    assert pixels.shape == (3, 32, 32)
+    assert np.abs(pixels.astype(int) - np.array([10, 200, 30])[:, None, None]).max() < 4
+
+
+def test_pictures_beyond_all_measure_are_refused(tmp_path: Path) -> None:
+    pets(tmp_path)
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "home" / "cat" / "wall.png")
+    refused(lambda: folder(tmp_path), "home/cat/wall.png has too many pixels; make it smaller")
+
+
+def test_copies_never_straddle_a_split(tmp_path: Path) -> None:
+    pets(tmp_path, each=20)
+    for i in range(20):  # every cat of home four times, once at the other site, in another format
+        for copy, suffix in enumerate(("png", "bmp", "webp")):
+            picture(i).save(
+                tmp_path / "home" / "cat" / f"copy{i}-{copy}.{suffix}", **({"lossless": True} if suffix == "webp" else {})
+            )
+        picture(i).save(tmp_path / "shelter" / "cat" / f"copy{i}.png")
+    federation = folder(tmp_path, image_size=8)
+    split_of: dict[bytes, set[str]] = {}
+    for site in federation.sites.values():
+        for split, table in site.splits.items():
+            for image in table["image"]:
+                split_of.setdefault(image.numpy().tobytes(), set()).add(split)
+    assert len(split_of) == 80
+    assert all(len(splits) == 1 for splits in split_of.values())
+    assert sizes(federation)["home"] == (60, 20, 20)
+    assert federation.notes == ("80 images repeat others exactly; each stays on one side of the splits",)
+
+
+def test_every_fault_of_a_folder_is_told_at_once(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "home" / "cat" / "text.png").write_text("I am no picture")
+    whole = (tmp_path / "home" / "dog" / "00.png").read_bytes()
+    (tmp_path / "home" / "dog" / "00.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "shelter" / "dog" / "zero.jpg").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "lonely" / "cat").mkdir(parents=True)
+    picture(5).save(tmp_path / "lonely" / "cat" / "0.png")
+    refused(
+        lambda: folder(tmp_path),
+        "home/cat/text.png does not decode",
+        "home/dog/00.png does not decode",
+        "shelter/dog/zero.jpg does not decode",
+        "site 'empty' is empty",
+        "site 'lonely' has one class only, 'cat'",
+    )
+
+
+def test_what_is_no_image_folder_is_refused(tmp_path: Path) -> None:
+    refused(lambda: folder(tmp_path / "nowhere"), "does not exist")
+    (tmp_path / "file").write_text("x")
+    refused(lambda: folder(tmp_path / "file"), "is not a folder")
+    refused(lambda: folder(tmp_path), "is not an image folder", "site/class/image")
+    (tmp_path / "cat").mkdir()
+    picture(1).save(tmp_path / "cat" / "0.png")
+    refused(lambda: folder(tmp_path), "put them into one folder per site")
+
+
+def test_other_files_are_left_out_and_noted(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "home" / "cat" / "notes.txt").write_text("x")
+    (tmp_path / "home" / "cat" / ".DS_Store").write_text("x")
+    assert folder(tmp_path).notes == (
+        f"1 things in {tmp_path.name}/home are no images of a class and were left out, notes.txt first",
+    )
+
+
+def test_too_few_images_for_a_split_are_refused(tmp_path: Path) -> None:
+    refused(lambda: folder(pets(tmp_path, each=2)), "site 'home' has no test images", "site 'shelter' has no validation images")
+
+
+@pytest.mark.parametrize(("validation", "test"), [(0.0, 0.2), (0.2, -1.0), (0.5, 0.5)])
+def test_shares_that_leave_nothing_are_refused(tmp_path: Path, validation: float, test: float) -> None:
+    refused(lambda: folder(tmp_path, validation=validation, test=test), "shares above 0, together below 1")
+
+
+# Arrays
+
+IMAGES = np.random.RandomState(0).randint(0, 256, (20, 6, 6, 3)).astype(np.uint8)
+LABELS = np.arange(20) % 2
+
+
+def test_arrays_of_any_layout_are_the_same_data() -> None:
+    first = arrays({"a": (IMAGES, LABELS)})
+    assert first.shape == (3, 6, 6)
+    assert first.classes == ("0", "1")
+    assert sizes(first) == {"a": (12, 4, 4)}
+    channels_first = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
+    assert arrays({"a": (channels_first, torch.from_numpy(LABELS))}).fingerprint == first.fingerprint
+    assert arrays({"a": (IMAGES / 255, LABELS[:, None])}).fingerprint == first.fingerprint
+    grey = arrays({"a": (IMAGES[..., 0], LABELS)})
+    assert grey.fingerprint == arrays({"a": (IMAGES[..., :1], LABELS)}).fingerprint
+    assert torch.equal(grey.sites["a"].train["image"][:, 0], grey.sites["a"].train["image"][:, 2])
+
+
+def test_arrays_may_bring_their_splits_and_names() -> None:
+    given = {
+        "train": (IMAGES[:10], LABELS[:10]),
+        "validation": (IMAGES[10:14], LABELS[10:14]),
+        "test": (IMAGES[14:], LABELS[14:]),
+    }
+    federation = arrays({"a": given}, classes=("cat", "dog"), template="a {}", name="pets", image_size=12)
+    assert sizes(federation) == {"a": (10, 4, 6)}
+    assert federation.prompts == ("a cat", "a dog")
+    assert federation.shape == (3, 12, 12)
+
+
+def test_given_splits_lose_the_copies_outside_of_test() -> None:
+    given = {
+        "train": (IMAGES[:12], LABELS[:12]),
+        "validation": (IMAGES[10:16], LABELS[10:16]),
+        "test": (IMAGES[14:], LABELS[14:]),
+    }
+    federation = arrays({"a": given})
+    assert sizes(federation) == {"a": (10, 4, 6)}
+    assert federation.notes[-1].startswith("4 images of the given splits were dropped")
+
+
+@pytest.mark.parametrize(
+    ("sites", "words"),
+    [
+        ({}, "at least one site"),
+        ({"a": (IMAGES, LABELS * 0)}, "site 'a' has one class only"),
+        ({"a": (IMAGES[:0], LABELS[:0])}, "site 'a' is empty"),
+        ({"a": (IMAGES, LABELS[:3])}, "whole-number labels [20] were expected"),
+        ({"a": (IMAGES, LABELS / 1)}, "float64 [20] came"),
+        ({"a": (IMAGES, LABELS - 1)}, "labels 0 to 0 were expected, -1 to 0 came"),
+        ({"a": (IMAGES.astype(np.int32), LABELS)}, "uint8 images or floats from 0 to 1 were expected, int32, 0 to 255 came"),
+        ({"a": (np.full((20, 4, 4), np.nan), LABELS)}, "float64, nan to nan came"),
+        ({"a": (IMAGES[:, 0, 0, 0], LABELS)}, "[20] came"),
+        ({"a": IMAGES}, "a pair (images, labels) was expected, ndarray came"),
+        ({"a": {"trian": (IMAGES, LABELS)}}, "did you mean 'train'?"),
+        ({"a": {"test": (IMAGES, LABELS)}}, "a train split was expected, test came"),
+        ({"a": (IMAGES, LABELS), "b": (IMAGES[:, :5], LABELS)}, "images of one size"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(sites: dict[str, object], words: str) -> None:
+    refused(lambda: arrays(sites), words)
+
+
+# Files
+
+
+def test_npz_with_keys_per_site(tmp_path: Path) -> None:
+    path = tmp_path / "pets.npz"
+    np.savez(
+        path, my_home_x_train=IMAGES[:10], my_home_y_train=LABELS[:10], my_home_x_test=IMAGES[10:], my_home_y_test=LABELS[10:],
+        classes=np.array(["cat", "dog"]), remark=np.array(3),
+    )  # fmt: skip
+    federation = npz(path)
+    assert federation.name == "pets"
+    assert federation.classes == ("cat", "dog")
+    assert sizes(federation) == {"my_home": (8, 2, 10)}
+    assert load(str(path), template="a {}").prompts == ("a cat", "a dog")
+
+
+def test_npz_as_medmnist_has_it_can_be_dealt_to_sites(tmp_path: Path) -> None:
+    path = tmp_path / "lungs.npz"
+    content = {}
+    for at, split in enumerate(("train", "val", "test")):
+        content[f"{split}_images"] = np.random.RandomState(at).randint(0, 256, (40, 5, 5)).astype(np.uint8)
+        content[f"{split}_labels"] = (np.arange(40) % 2)[:, None].astype(np.uint8)
+    np.savez(path, **content)
+    assert sizes(npz(path)) == {"lungs": (40, 40, 40)}
+    dealt = load(str(path), deal={"sites": 3, "rule": "dirichlet", "alpha": 1})
+    assert [sum(column) for column in zip(*sizes(dealt).values(), strict=True)] == [40, 40, 40]
+    refused(lambda: load(str(path), deal={"sites": 3, "alhpa": 1}), "did you mean 'alpha'?")
+    refused(lambda: load(str(path), deal={"rule": "iid"}), "needs sites")
+
+
+def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
+    def saved(name: str, content: bytes) -> Path:
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    refused(lambda: npz(tmp_path / "nowhere.npz"), "cannot be read")
+    refused(lambda: npz(saved("text.npz", b"hello")), "damaged or no .npz")
+    refused(lambda: npz(saved("pickle.npz", b"\x80\x04]\x94(K\x01K\x02e.")), "damaged or no .npz")
+    np.savez(tmp_path / "whole.npz", a_x_train=IMAGES, a_y_train=LABELS)
+    refused(lambda: npz(saved("half.npz", (tmp_path / "whole.npz").read_bytes()[:900])), "damaged or no .npz")
+    np.savez(tmp_path / "objects.npz", a_x_train=np.array([None, {}]))
+    refused(lambda: npz(tmp_path / "objects.npz"), "damaged or no .npz file of plain arrays")
+    np.save(tmp_path / "one.npy", IMAGES)
+    refused(lambda: npz((tmp_path / "one.npy").rename(tmp_path / "one.npz")), "holds one array")
+    np.savez(tmp_path / "keys.npz", images=IMAGES)
+    refused(lambda: npz(tmp_path / "keys.npz"), "SITE_x_train", "images came")
+    np.savez(tmp_path / "unlabelled.npz", a_x_train=IMAGES)
+    refused(lambda: npz(tmp_path / "unlabelled.npz"), "has 'a_x_train' but no 'a_y_train'")
+
+
+# Names
+
+
+def test_names_and_options_have_neighbours(tmp_path: Path) -> None:
+    refused(lambda: load("digit4"), "there is no data 'digit4'", "did you mean 'digits4'?")
+    refused(lambda: load("folder:/no/such/place"), "does not exist")
+    refused(lambda: load("digits4", aplha=0.3), "no option 'aplha'; did you mean 'alpha'?")
+    refused(lambda: load("digits4", alpha="much"), "float or none was expected, 'much' came")
+    refused(lambda: load("digits4", seed=True), "int was expected, True came")
+    refused(lambda: load(str(pets(tmp_path)), image_size=8.5), "int was expected, 8.5 came")
+    refused(lambda: load(str(tmp_path), image_size=0), "image_size of 1 pixel or more")
+
+
+# Real data, where they are
+
+
+def test_five_digit_domains() -> None:
+    root = os.environ.get("WARMFED_DATA")
+    path = Path(root or "nowhere", "digits5", "digits5_32_small.npz")
+    if not path.is_file():
+        pytest.skip("set WARMFED_DATA to a folder that holds digits5/digits5_32_small.npz")
+    federation = npz(path)
+    assert sizes(federation) == {
+        "chars74k_font": (800, 200, 300), "chars74k_street": (383, 96, 114),
+        "mnist": (800, 200, 300), "mnist_m": (800, 200, 300), "usps": (800, 200, 300),
+    }  # fmt: skip
+    assert federation.shape == (3, 32, 32)
