@@ -140,7 +140,7 @@ def fit(
         epoch (or of a tenth of the steps, where `training.steps` is set), the number of steps and of rows seen.
 
     Raises:
-        InputError: there are no rows, or the loss is no longer finite.
+        InputError: there are no rows, or the loss or a weight is no longer finite.
     """
     n = rows(data)
     if not n:
@@ -201,13 +201,15 @@ def fit(
 
     window = tail * training.accumulate
     info = {"steps": float(steps), "samples": float(sum(count for _, count in logged))}
+    result = tensors()
     if logged:
         info |= {"loss": _mean(logged[-window:]), "first_loss": _mean(logged[:window])}
-        if not all(torch.isfinite(torch.stack([value for value, _ in logged]))):
+        losses = torch.stack([value for value, _ in logged])
+        if not all(value.isfinite().all() for value in (losses, *result.values())):
             raise InputError(
-                f"training diverged: the loss is no longer finite after {steps} steps; lower lr (now {training.lr}) or set clip"
+                f"training diverged: loss or weights are not finite after {steps} steps; lower lr (now {training.lr}) or set clip"
             )
-    return tensors(), info
+    return result, info
 
 
 def _mean(logged: list[tuple[Tensor, int]]) -> float:
