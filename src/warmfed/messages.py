@@ -136,7 +136,10 @@ def decode(data: bytes, expect: type | None = None, what: str = "message") -> Me
         raise InputError(f"{what} is damaged or not a warmfed message ({reason}); ask for it again") from error
     if expect is not None and isinstance(header, dict) and header.get("kind") != kind(expect):
         raise InputError(f"{what} is of kind {header.get('kind')!r}, expected {kind(expect)}; {_VERSIONS}")
-    obj = _build(header, flat, "", what)
+    try:
+        obj = _build(header, flat, "", what)
+    except RecursionError as error:
+        raise InputError(f"{what} is damaged: messages inside of messages without end; it is refused") from error
     if flat:
         raise InputError(f"{what} holds tensors that no field declares: {', '.join(sorted(flat)[:3])}; it is refused")
     return obj
