@@ -207,7 +207,7 @@ def fit(
         losses = torch.stack([value for value, _ in logged])
         if not all(value.isfinite().all() for value in (losses, *result.values())):
             raise InputError(
-                f"training diverged: loss or weights are not finite after {steps} steps; lower lr (now {training.lr}) or set clip"
+                f"training diverged: loss or weights not finite after {steps} steps; lower lr (now {training.lr}) or set clip"
             )
     return result, info
 
