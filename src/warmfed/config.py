@@ -52,7 +52,7 @@ class Config:
     """Names every random number of the run."""
     data: Data = Data()
     model: Model = Model()
-    generator: LatentDiffusion = LatentDiffusion()
+    generator: LatentDiffusion = field(default_factory=LatentDiffusion)
     workers: int = 2
     """Processes that work at the same time; the results do not depend on it."""
     device: str = "cpu"
@@ -78,21 +78,28 @@ def parse(file: Path | None = None, settings: Mapping[str, Any] | None = None) -
     Raises:
         InputError: an unknown key (with the nearest known one), a wrong type, a value out of range.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = tomllib.loads(read_bytes(file, "the configuration").decode())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} is not TOML: {error}; correct it") from error
-    own = dict(settings or {})
-    chosen = values.get("algorithm", {})
-    name = own.pop("algorithm.name", chosen.get("name", "warmfed") if isinstance(chosen, dict) else chosen)
-    presets = entry(str(name)).settings
-    merged = _nested(presets)
-    for layer in (values, _nested(own)):
+    return resolve(read_toml(file) if file is not None else {}, nested(settings or {}))
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """The tables of a TOML file; raises `InputError`."""
+    try:
+        return tomllib.loads(read_bytes(file, "the configuration").decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not TOML: {error}; correct it") from error
+
+
+def resolve(*layers: Mapping[str, Any]) -> Config:
+    """A configuration from nested tables, later ones above earlier ones, over what belongs to the algorithm's name."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
         _overlay(merged, layer)
-    merged.setdefault("algorithm", {})["name"] = name
-    return build(merged)
+    table = merged.setdefault("algorithm", {})
+    if not isinstance(table, dict):
+        raise InputError(f'algorithm must be a table; write algorithm.name = "{table}"')
+    presets = nested(entry(str(table.setdefault("name", "warmfed"))).settings)
+    _overlay(presets, merged)
+    return build(presets)
 
 
 def build(values: dict[str, Any]) -> Config:
@@ -100,20 +107,26 @@ def build(values: dict[str, Any]) -> Config:
     values = dict(values)
     table = values.pop("algorithm", {})
     if not isinstance(table, dict):
-        raise InputError(f'algorithm must be a table: [algorithm] with name = "{table}"')
+        raise InputError(f'algorithm must be a table; write algorithm.name = "{table}"')
     table = dict(table)
     name = str(table.pop("name", "warmfed"))
     known = {f.name for f in dataclasses.fields(Config)} - {"name"}
     for key in values:
         if key not in known:
             raise InputError(f"unknown key {key!r}{suggest(key, sorted(known))}")
-    algorithm = construct(entry(name).cls, table, "algorithm")
+    algorithm: Any = construct(entry(name).cls, table, "algorithm")
     rest = construct(Config, {**values, "name": name}, "", skip=("algorithm",))
     return dataclasses.replace(rest, algorithm=algorithm)
 
 
-def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[str, ...] = ()) -> T:
-    """A dataclass from a table, its fields' types checked; `path` is where the table stands, for errors."""
+def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[str, ...] = (), base: T | None = None) -> T:
+    """A dataclass from a table, its fields' types checked.
+
+    Args:
+        path: where the table stands, for errors.
+        base: what holds for the fields that the table does not name; none: the class's defaults.
+    """
+    base = cls() if base is None else base
     hints = typing.get_type_hints(cls)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name not in skip}  # type: ignore[arg-type]
     arguments = {}
@@ -121,19 +134,19 @@ def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[st
         where = f"{path}.{key}" if path else key
         if key not in fields:
             raise InputError(f"unknown key {where!r}{suggest(key, sorted(fields))}")
-        arguments[key] = _typed(fields[key], value, where)
-    return cls(**arguments)
+        arguments[key] = _typed(fields[key], value, where, getattr(base, key))
+    return dataclasses.replace(base, **arguments)  # type: ignore[type-var]
 
 
-def _typed(declared: Any, value: Any, where: str) -> Any:
+def _typed(declared: Any, value: Any, where: str, default: Any) -> Any:
     if dataclasses.is_dataclass(declared):
         if not isinstance(value, Mapping):
             raise InputError(f"{where} must be a table of settings; got {value!r}")
-        return construct(typing.cast(type, declared), value, where)
+        return construct(typing.cast(type, declared), value, where, base=default)
     if typing.get_origin(declared) in (Mapping, dict, types.MappingProxyType) and isinstance(value, Mapping):
         return dict(value)
     if typing.get_origin(declared) is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(typing.get_args(declared)[0], item, where) for item in value)
+        return tuple(_typed(typing.get_args(declared)[0], item, where, None) for item in value)
     if declared is float and type(value) is int:
         return float(value)
     if type(value) is not declared:
@@ -153,11 +166,12 @@ def setting(text: str) -> tuple[str, Any]:
         return key.strip(), raw
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of dotted keys: {"model.name": "cnn"} is {"model": {"name": "cnn"}}."""
+    tables: dict[str, Any] = {}
     for key, value in flat.items():
-        _overlay(nested, _chain(key.split("."), value))
-    return nested
+        _overlay(tables, _chain(key.split("."), value))
+    return tables
 
 
 def _chain(keys: list[str], value: Any) -> dict[str, Any]:

@@ -168,6 +168,8 @@ class Exchange:
     bytes: int
     tensors: int
     sha256: str
+    seconds: float | None = field(default=None, compare=False)
+    """How long the site worked for it; up only."""
 
 
 class Transport(Protocol):

@@ -9,6 +9,8 @@ from typing import Any
 
 from .errors import InputError
 
+_PARTIAL = ".partial"
+
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write `content` beside `path`, flush it to the disk, then move it into place in one step.
@@ -19,7 +21,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
@@ -30,6 +32,12 @@ def write_whole(path: Path, content: bytes | str) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another --out") from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process had not finished writing, in `folder` and below."""
+    for path in folder.rglob(f".*{_PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from .data import Federation
+from .errors import InputError
 from .files import read_bytes, read_json, write_json, write_whole
 from .tasks import Classify
 from .tensors import Table, Tensors, rows, select
@@ -49,7 +51,10 @@ def _synthetic(folder: Path) -> Table:
     if not path.exists():
         return {}
     read_json(folder / "synthetic" / "manifest.json", "the synthetic set's manifest")
-    return load(read_bytes(path, "the synthetic set"))
+    try:
+        return load(read_bytes(path, "the synthetic set"))
+    except SafetensorError as error:
+        raise InputError(f"the synthetic set at {path} is damaged ({error}); restore it or start the run anew") from error
 
 
 def _grid(table: Table, classes: int) -> Tensor:

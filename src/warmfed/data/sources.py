@@ -22,7 +22,7 @@ _FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "
 _LAYOUT = "folders site/class/image or site/{train,validation,test}/class/image were expected"
 
 
-def load(name: str, *, deal: Mapping[str, Any] | None = None, **options: Any) -> Federation:
+def load(name: str, /, *, deal: Mapping[str, Any] | None = None, **options: Any) -> Federation:
     """The federation of this name: "digits4", "folder:PATH" or a folder's path, or the path of a ".npz" file.
 
     `options` are those of `digits4`, `folder` or `npz`. `deal` holds the options of `partition.deal`, for data that
@@ -41,6 +41,8 @@ def load(name: str, *, deal: Mapping[str, Any] | None = None, **options: Any) ->
         raise InputError(f"there is no {what}: {expected}{suggest(name, ['digits4'])}")
     if deal is None:
         return federation
+    if not isinstance(deal, Mapping):
+        raise InputError(f"the deal of data must be a table of options; got {deal!r}")
     return partition.deal(federation, **_checked(partition.deal, deal, "the deal of data"))
 
 

@@ -47,9 +47,13 @@ class Worker:
             )
         return client(down, self._entered(down, state), self.local(stage, number))
 
+    def model(self, down: Message, state: State) -> Tensors | None:
+        """The model that the site would use; None: nothing yet."""
+        return self.algorithm.client_model(down, self._entered(down, state))
+
     def evaluate(self, down: Message, state: State, model: Tensors | None) -> dict[str, Metrics]:
         """The metrics of the global and of the site's own model on the site's validation and test rows."""
-        personal = self.algorithm.client_model(down, self._entered(down, state))
+        personal = self.model(down, state)
         return {
             f"{name}/{split}": self.task.metrics(tensors, self.data[split])
             for name, tensors in (("global", model), ("personal", personal))

@@ -1,0 +1,115 @@
+"""What summary.json says: one run in a few numbers, from its records and its models."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from . import __version__
+from .config import Config
+from .data import Federation
+from .tasks import Classify
+from .tensors import Tensors, join, rows, sha256
+
+_TIMES = ("seconds", "peak_memory_mb")
+Record = Mapping[str, Any]
+
+
+def results(record: Record) -> dict[str, Any]:
+    """What must be equal in every rerun: everything but seconds and memory."""
+    return {key: value for key, value in record.items() if key not in _TIMES}
+
+
+def history_sha256(records: list[dict[str, Any]]) -> str:
+    """Digest of all records' results."""
+    lines = [json.dumps(results(record), sort_keys=True) for record in records]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def summarize(
+    config: Config,
+    federation: Federation,
+    task: Classify,
+    base: str,
+    records: list[dict[str, Any]],
+    everywhere: Tensors | None,
+    personal: Mapping[str, Tensors],
+) -> dict[str, Any]:
+    """The summary of a finished run; accuracies are of the last record, in percent.
+
+    Args:
+        base: SHA-256 of the generator's base; empty where the algorithm uses none.
+        everywhere: the global model, where there is one.
+        personal: the sites' models by site, where there are some.
+    """
+    last = records[-1]
+    shared, own = _accuracies(last)
+    if own is not None:
+        union = join(site.test for site in federation.sites.values())
+        own["union"] = sum(task.metrics(model, union)["accuracy"] for model in personal.values()) / len(personal)
+    seconds: dict[str, float] = {}
+    for record in records:
+        seconds[record["stage"]] = round(seconds.get(record["stage"], 0.0) + record["seconds"], 3)
+    models = {f"personal/{site}": model for site, model in personal.items()}
+    if everywhere is not None:
+        models["global"] = dict(everywhere)
+    return {
+        "warmfed": __version__,
+        "algorithm": config.name,
+        "seed": config.seed,
+        "rounds": getattr(config.algorithm, "rounds", 0),
+        "federation": federation.name,
+        "classes": list(federation.classes),
+        "image": list(federation.shape),
+        "data_sha256": federation.fingerprint,
+        "base_sha256": base or None,
+        "global": shared,
+        "personal": own,
+        "one_shot": _one_shot(records),
+        "sites": {
+            name: {
+                "global": _accuracy(last["global"], name),
+                "personal": _accuracy(last["personal"], name),
+                **{split: rows(table) for split, table in site.splits.items()},
+            }
+            for name, site in federation.sites.items()
+        },
+        **{f"{key}_per_site": _mean_bytes(records, key, len(federation.sites)) for key in ("bytes_up", "bytes_down")},
+        "seconds": round(sum(seconds.values()), 3),
+        "seconds_by_stage": seconds,
+        "peak_memory_mb": max(record["peak_memory_mb"] for record in records),
+        "history_sha256": history_sha256(records),
+        "models_sha256": {name: sha256(model) for name, model in sorted(models.items())},
+    }
+
+
+def _accuracy(views: Mapping[str, Any], site: str) -> float | None:
+    return views[site]["test"]["accuracy"] if site in views else None
+
+
+def _mean_bytes(records: list[dict[str, Any]], key: str, sites: int) -> int:
+    return round(sum(sum(record[key].values()) for record in records) / sites)
+
+
+def _accuracies(record: Record) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    """Global and personal test accuracies of one record; None where it measured none."""
+    shared, own = ([views["test"]["accuracy"] for views in record[model].values()] for model in ("global", "personal"))
+    everywhere = personal = None
+    if shared:
+        union = record["union"]["global"]["accuracy"]
+        everywhere = {"union": union, "site_mean": sum(shared) / len(shared), "site_worst": min(shared)}
+    if own:
+        values = torch.tensor(own, dtype=torch.float64)
+        personal = {"mean": values.mean().item(), "worst": min(own), "std": values.std(correction=0).item()}
+    return everywhere, personal
+
+
+def _one_shot(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The warm start alone: the global model right after it, the personal ones after the sites' first training from it."""
+    warm = next((i for i, record in enumerate(records) if record["stage"] == "warm"), None)
+    if warm is None or not records[warm]["global"]:
+        return None
+    first = next((record for record in records[warm + 1 :] if record["personal"]), None)
+    return {"global": _accuracies(records[warm])[0], "personal": _accuracies(first)[1] if first else None}

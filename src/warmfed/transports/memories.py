@@ -1,0 +1,46 @@
+"""What the sites keep between messages, in this process and, with a folder, on disk."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..core import Reply
+from ..files import read_sealed, write_sealed
+from ..messages import Message, decode, encode, message
+
+
+@message
+class Memory:
+    """A site's last reply, with the state in it; the step that it answered, and how long it worked for it."""
+
+    step: int
+    seconds: float
+    reply: Message
+
+
+@dataclass
+class Memories:
+    """The sites' memories by name. With a folder, each is written there, under a seal, as soon as it is made."""
+
+    folder: Path | None = None
+    _known: dict[str, Memory] = field(default_factory=dict, init=False)
+
+    def keep(self, site: str, step: int, seconds: float, reply: Reply) -> None:
+        self._known[site] = Memory(step, seconds, reply)
+        if self.folder is not None:
+            write_sealed(self._path(site), encode(self._known[site]))
+
+    def recall(self, site: str) -> Memory | None:
+        """None: the site has never answered. Raises `InputError` where its file is damaged."""
+        if site not in self._known and self.folder is not None and self._path(site).exists():
+            what = f"the memory of site {site!r}"
+            self._known[site] = decode(read_sealed(self._path(site), what), Memory, f"{what} ({self._path(site)})")
+        return self._known.get(site)
+
+    def state(self, site: str) -> Message:
+        """The state that a site keeps; None before it has any."""
+        memory = self.recall(site)
+        return memory.reply.state if memory else None
+
+    def _path(self, site: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{site}.safetensors"
