@@ -134,6 +134,7 @@ def dynamic(
     Args:
         selector: its weights after an earlier round; None: random ones.
         done, planned: optimizer steps of distillation before this call, and in the whole run: they set τ_t.
+        training: its `clip` bounds the student's and the selector's gradients together.
 
     Returns:
         The student, the selector, and their metrics.

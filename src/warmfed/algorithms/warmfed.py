@@ -37,7 +37,7 @@ class Server:
     subset: Tensors  # S_sub
     tuned: Tensors | None  # θ_g after fine-tuning, while the sites judge it
     strength: float
-    rounds: int
+    holders: tuple[str, ...]  # sites that have been sent S_sub
 
 
 @message
@@ -141,11 +141,11 @@ class WarmFed:
         return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
 
     def init(self, ctx: Central) -> ServerState:
-        return Server(ctx.task.init(ctx.rng), {}, {}, {}, None, 1.0, 0)
+        return Server(ctx.task.init(ctx.rng), {}, {}, {}, None, 1.0, ())
 
     def down(self, server: ServerState, site: str) -> Message:
-        once = self.warm and self.before == "client" and server.rounds == 0
-        return Down(server.model, server.subset if once else None)
+        needed = self.warm and self.before == "client" and site not in server.holders
+        return Down(server.model, server.subset if needed else None)
 
     def enter(self, down: Message, ctx: Local) -> State:
         return Site(None, None, None, None, 0)
@@ -214,7 +214,7 @@ class WarmFed:
         return replace(state, personal=model, older=state.personal, selector=selector), info
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        server = replace(server, rounds=server.rounds + 1)
+        server = replace(server, holders=tuple(sorted({*server.holders, *replies})))
         if self.before == "server" and self.warm:
             # reading R1: each uploaded model, before they are averaged
             models = ((fit(ctx, r.message.model, self.before_training, server.subset)[0], r.weight) for r in replies.values())
