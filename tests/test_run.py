@@ -58,7 +58,9 @@ def test_another_seed_is_another_run() -> None:
     assert toy.play(algorithm, seed=1).results != toy.play(algorithm, seed=2).results
 
 
-@pytest.mark.parametrize(("evaluate", "measured"), [("every", [True, True]), ("last", [False, True]), ("never", [False, False])])
+@pytest.mark.parametrize(
+    ("evaluate", "measured"), [("every", [True, True]), ("last", [False, True]), ("never", [False, False])]
+)
 def test_when_models_are_measured(evaluate: str, measured: list[bool]) -> None:
     records = toy.play(toy.quick("fedavg"), evaluate=evaluate).rounds
     assert [bool(r.evaluation) for r in records] == measured
@@ -125,7 +127,7 @@ def test_a_run_killed_in_the_middle_of_a_round_asks_the_others_only(tmp_path: Pa
     whole = toy.play(algorithm)
     transport = InProcess(toy.workers(algorithm), folder=tmp_path)
     first = next(run(algorithm, toy.central(), transport))
-    sent = transport.send(1, "train", 1, {site: first.server for site in transport.sites})
+    sent = transport.send(1, "train", 1, dict.fromkeys(transport.sites, first.server))
     assert [next(sent)[0], next(sent)[0]] == ["a", "b"]  # and here the power fails
     sent.close()
     broken = {name: replace(w, data={}) if name in "ab" else w for name, w in toy.workers(algorithm).items()}

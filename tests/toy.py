@@ -186,6 +186,11 @@ class Tap:
             self.seen.append((stage, site, down[site], before[site], reply))
             yield site, reply, exchanges
 
+    def taken(self) -> list[tuple[str, str, Message, Message, Reply]]:
+        """What has crossed since the last call."""
+        taken, self.seen = self.seen, []
+        return taken
+
     def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics]]:
         return self.inner.evaluate(down, model)
 

@@ -1,0 +1,441 @@
+"""Exact facts about the algorithms. A curve of accuracies does not catch a wrong algorithm; these do."""
+
+import functools
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import toy
+from safetensors.torch import load_file, save_file
+
+from warmfed.algorithms.distillation import Distillation, distilled, divergence, dynamic
+from warmfed.algorithms.synthetic import Synthesis, draw, even, recognised, warm_start
+from warmfed.algorithms.warmfed import Verdict, WarmFed
+from warmfed.core import Local, Reply
+from warmfed.errors import InputError
+from warmfed.fit import Training, fit
+from warmfed.randomness import child, named
+from warmfed.run import run
+from warmfed.tasks import Classify
+from warmfed.tensors import mean, mix, rows, select, sub
+from warmfed.transports.inprocess import InProcess
+
+TRAINING = toy.TRAINING
+ASIDE = "abcd"
+play = functools.cache(toy.play)
+quick = toy.quick
+
+
+def personal(outcome: toy.Outcome) -> list[dict[str, torch.Tensor]]:
+    return [dict(outcome.personal(site)) for site in ASIDE]
+
+
+def all_same(a: list, b: list) -> bool:
+    return all(toy.same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def local(purpose: str = "identity", site: str = "c", task: Classify = toy.TASK) -> Local:
+    return Local(task, toy.SITES[site], named(purpose), site, toy.PROMPTS, toy.Means())
+
+
+def weights(*key: object) -> dict[str, torch.Tensor]:
+    return dict(toy.TASK.init(named(*key)))
+
+
+# the baselines
+
+
+def test_fedprox_without_its_term_is_fedavg() -> None:
+    assert toy.same(play(quick("fedprox", mu=0.0)).model, play(quick("fedavg")).model)
+    assert not toy.same(play(quick("fedprox", mu=0.5)).model, play(quick("fedavg")).model)
+
+
+def test_one_round_of_fedavg_is_the_weighted_mean_of_local_training() -> None:
+    server = play(quick("fedavg", rounds=1))
+    start = toy.TASK.init(named(0, "init"))
+    models = {
+        site: fit(Local(toy.TASK, data, named(0, "train", 0, site)), start, TRAINING, data["train"])[0]
+        for site, data in toy.SITES.items()
+    }
+    share = {"a": 24 / 120, "b": 28 / 120, "c": 32 / 120, "d": 36 / 120}
+    for name, value in server.model.items():
+        assert torch.allclose(value, sum(share[site] * models[site][name] for site in models), atol=1e-7)
+
+
+@pytest.fixture
+def common(tmp_path: Path) -> Classify:
+    """A task whose start is a file: every site begins alike."""
+    save_file(weights("start"), tmp_path / "start.safetensors")
+    return replace(toy.TASK, start=str(tmp_path / "start.safetensors"))
+
+
+def test_fedper_that_keeps_everything_is_local_training(common: Classify) -> None:
+    alone, kept = toy.play(quick("local"), task=common), toy.play(quick("fedper", private=""), task=common)
+    assert all_same(personal(alone), personal(kept))
+    assert not kept.server.model
+
+
+def test_fedper_that_keeps_nothing_is_fedavg() -> None:
+    shared = play(quick("fedper", private="no such layer"))
+    assert all_same(personal(shared), [dict(play(quick("fedavg")).model)] * 4)
+
+
+def test_fedper_averages_the_body_and_leaves_the_heads_apart() -> None:
+    task = replace(toy.TASK, model="cnn")
+    outcome = toy.play(quick("fedper", rounds=1, local=Training(lr=0.01, batch=16)), task=task, evaluate="never")
+    a, b = outcome.personal("a"), outcome.personal("b")
+    for name in a:
+        assert torch.equal(a[name], b[name]) == name.startswith("body.")
+
+
+def test_ditto_without_its_term_trains_alone() -> None:
+    ditto = play(quick("ditto", lam=0.0, rounds=1))
+    data = toy.SITES["c"]["train"]
+    ctx, start = local(), weights("ditto")
+    reply = quick("ditto", lam=0.0).train(play(quick("fedavg")).server, type(ditto.server)(start), ctx)
+    rng = local()
+    fit(rng, start, TRAINING, data)  # the global branch draws first
+    alone, _ = fit(rng, start, TRAINING, data)
+    assert toy.same(reply.state.model, alone)
+
+
+def test_dittos_global_model_is_fedavgs() -> None:
+    assert toy.same(play(quick("ditto")).model, play(quick("fedavg")).model)
+
+
+def test_a_strong_term_holds_dittos_personal_models_at_the_global_one() -> None:
+    def spread(lam: float) -> float:
+        ditto = play(quick("ditto", lam=lam))
+        return max(sub(model, ditto.model)["head.weight"].norm().item() for model in personal(ditto))
+
+    assert spread(20.0) < spread(1.0) < spread(0.0)
+
+
+def test_pfedsd_without_its_teacher_is_fedavg() -> None:
+    plain = play(quick("pfedsd", distillation=Distillation(weight=0.0)))
+    assert toy.same(plain.model, play(quick("fedavg")).model)
+    assert not toy.same(play(quick("pfedsd")).model, play(quick("fedavg")).model)
+
+
+def test_fine_tuning_leaves_fedavgs_global_model_alone() -> None:
+    tuned = play(quick("fedavg-finetune"))
+    assert toy.same(tuned.model, play(quick("fedavg")).model)
+    ctx = Local(toy.TASK, toy.SITES["b"], named(0, "personalize", 0, "b"))
+    assert toy.same(tuned.personal("b"), fit(ctx, tuned.model, TRAINING, toy.SITES["b"]["train"])[0])
+
+
+def test_local_training_is_the_same_whoever_else_there_is() -> None:
+    alone = toy.play(quick("local"), sites={"b": toy.SITES["b"]})
+    assert toy.same(alone.personal("b"), play(quick("local")).personal("b"))
+
+
+# WarmFed at its ends
+
+
+def test_without_warm_start_and_distillation_the_global_model_is_fedavgs() -> None:
+    assert toy.same(play(quick("warmfed", warm=False, distill="none")).model, play(quick("fedavg")).model)
+
+
+def test_static_distillation_that_uploads_the_personal_model_is_pfedsd() -> None:
+    rounds = 3
+    algorithm = quick("warmfed", rounds=rounds, warm=False, distill="static", upload="personal")
+    transport = InProcess(toy.workers(algorithm))
+    pfedsd = play(quick("pfedsd", rounds=rounds))
+    for record, other in zip(run(algorithm, toy.central(), transport), pfedsd.rounds, strict=False):
+        assert record.stage == "train"
+        assert toy.same(record.server.model, other.server.model)
+        assert record.results()["personal"] == other.results()["personal"]
+        if record.number == rounds - 1:
+            assert all_same([dict(transport.state(site).personal) for site in ASIDE], personal(pfedsd))
+            break
+
+
+def test_one_shot_is_training_on_the_synthetic_set_alone(tmp_path: Path) -> None:
+    algorithm = quick("warmfed", rounds=0)
+    outcome = toy.play(algorithm, artefacts=tmp_path)
+    samples = load_file(tmp_path / "synthetic" / "samples.safetensors")
+    kept = select(samples, samples["kept"])
+    ctx = replace(toy.central(), rng=named(0, "warm", 0, "server"))
+    torch.randint(2**62, (4,), generator=ctx.rng)  # what drawing the four sites' samples takes
+    recognised(ctx, samples, algorithm.synthesis.filter_training)
+    train = replace(ctx, rng=child(ctx.rng))
+    start = toy.TASK.init(child(ctx.rng))
+    model, _ = fit(train, start, algorithm.synthesis.training, {"image": kept["image"], "label": kept["label"]})
+    assert toy.same(outcome.model, model)
+    assert [r.stage for r in outcome.rounds] == ["adapt", "warm", "personalize"]
+    own = fit(local(site="c"), model, TRAINING, toy.SITES["c"]["train"])[0]
+    ctx_c = Local(toy.TASK, toy.SITES["c"], named(0, "personalize", 0, "c"))
+    assert toy.same(outcome.personal("c"), fit(ctx_c, model, TRAINING, toy.SITES["c"]["train"])[0])
+    assert not toy.same(outcome.personal("c"), own)
+
+
+def test_the_one_shot_model_knows_the_sites_by_their_adapters_only() -> None:
+    algorithm, neutral = quick("warmfed", rounds=0), toy.Means(neutral=True)
+    mirrored = {
+        name: {**data, "train": {**data["train"], "image": data["train"]["image"].flip(-1)}} for name, data in toy.SITES.items()
+    }
+    assert toy.same(toy.play(algorithm, generator=neutral, sites=mirrored).model, toy.play(algorithm, generator=neutral).model)
+    assert not toy.same(toy.play(algorithm, sites=mirrored).model, play(algorithm).model)
+
+
+def test_adapters_that_change_nothing_make_it_fgl() -> None:
+    plain = toy.play(quick("warmfed", gate=False), generator=toy.Means(neutral=True))
+    fgl = play(quick("fgl"))
+    for stage, number in (("warm", 0), ("train", 0), ("train", 1)):
+        assert toy.same(plain.after(stage, number).server.model, fgl.after(stage, number).server.model)
+    assert plain.after("warm", 0).aggregate == fgl.after("warm", 0).aggregate
+    assert not toy.same(play(quick("warmfed", gate=False)).model, fgl.model)
+
+
+@pytest.mark.parametrize("before", ["none", "server", "client"])
+def test_ungated_it_is_the_papers(before: str) -> None:
+    """w ← Σ n_k/n·w_k, then fine-tuning on S_sub: written out for the first round."""
+    algorithm = quick("warmfed", gate=False, before=before, rounds=1)
+    outcome = play(algorithm)
+    warm, subset = outcome.after("warm", 0).server.model, outcome.after("warm", 0).server.subset
+    uploads = []
+    for site, data in toy.SITES.items():
+        ctx, start = Local(toy.TASK, data, named(0, "train", 0, site)), warm
+        if before == "client":
+            start, _ = fit(ctx, start, algorithm.before_training, subset)
+        uploads.append((fit(ctx, start, TRAINING, data["train"])[0], float(rows(data["train"]))))
+    server = replace(toy.central(), rng=named(0, "train", 0, "server"))
+    if before == "server":
+        uploads = [(fit(server, model, algorithm.before_training, subset)[0], weight) for model, weight in uploads]
+    tuned, _ = fit(server, mean(uploads), algorithm.tune_training, subset)
+    assert toy.same(outcome.model, tuned)
+    assert outcome.after("train", 0).aggregate["gate_strength"] == 1
+
+
+@pytest.mark.parametrize("sample", [1.0, 0.5])
+def test_each_site_gets_the_subset_once(sample: float) -> None:
+    algorithm = quick("warmfed", before="client", rounds=3, sample=sample)
+    tap = toy.Tap(InProcess(toy.workers(algorithm)))
+    list(run(algorithm, toy.central(), tap, evaluate="never"))
+    sent = [(site, down.subset is not None) for stage, site, down, _, _ in tap.seen if stage == "train"]
+    seen: set[str] = set()
+    for site, subset in sent:
+        assert subset == (site not in seen)  # a site that was not asked in the first round gets it when it is
+        seen.add(site)
+
+
+# the gate
+
+
+def verdicts(*found: dict[str, float]) -> dict[str, Reply]:
+    shares = ("0.0", "0.5", "1.0")
+    return {
+        str(i): Reply(Verdict({s: f[s] for s in shares}, {s: -f[s] for s in shares}, 20), None, 20.0, {})
+        for i, f in enumerate(found)
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "strength"),
+    [
+        ([{"0.0": 10, "0.5": 9, "1.0": 9}, {"0.0": 10, "0.5": 10, "1.0": 10}], 0.0),
+        ([{"0.0": 10, "0.5": 12, "1.0": 9}, {"0.0": 10, "0.5": 9, "1.0": 11}], 0.5),
+        ([{"0.0": 10, "0.5": 12, "1.0": 19}, {"0.0": 10, "0.5": 9, "1.0": 9}], 1.0),
+        ([{"0.0": 10, "0.5": 10, "1.0": 10}], 0.0),
+    ],
+)
+def test_the_gate_follows_the_sum_of_right_answers(found: list, strength: float) -> None:
+    outcome = play(quick("warmfed"))
+    server = replace(outcome.server, model=weights("average"), tuned=weights("tuned"))
+    decided, metrics = outcome.algorithm.decide(server, verdicts(*found), toy.central())
+    assert metrics["gate_strength"] == strength
+    assert metrics["gate_kept"] == float(strength > 0)
+    assert metrics["validation_after"] >= metrics["validation_before"]
+    assert toy.same(decided.model, mix(server.model, server.tuned, strength))
+    assert decided.tuned is None
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.5, 5.0])
+def test_the_gate_never_lowers_the_sites_validation_accuracy(lr: float) -> None:
+    outcome = toy.play(quick("warmfed", tune_training=Training(lr=lr)))
+    decided = [r for r in outcome.rounds if r.stage == "gate"]
+    assert len(decided) == 2
+    for record in decided:
+        merged = outcome.after("train", record.number).server.model
+        right = [
+            sum(toy.TASK.metrics(model, data["validation"])["accuracy"] for data in toy.SITES.values()) / 4
+            for model in (merged, record.server.model)
+        ]
+        assert right[1] >= right[0]
+        assert record.aggregate["validation_before"] == pytest.approx(right[0])
+        assert record.aggregate["validation_after"] == pytest.approx(right[1])
+
+
+# distillation
+
+
+def test_the_divergence_is_kl_at_a_temperature() -> None:
+    student, teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    p, q = F.softmax(teacher / 2, -1), F.softmax(student / 2, -1)
+    assert divergence(student, teacher, 2.0).item() == pytest.approx(4 * (p * (p / q).log()).sum().item() / 2)
+    assert divergence(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_distillation_of_no_weight_or_no_teacher_is_training() -> None:
+    start, data = weights("start"), toy.SITES["c"]["train"]
+    plain, _ = fit(local(), start, TRAINING, data)
+    assert toy.same(distilled(local(), start, TRAINING, weights("old"), Distillation(weight=0.0))[0], plain)
+    assert toy.same(distilled(local(), start, TRAINING, None, Distillation())[0], plain)
+    assert not toy.same(distilled(local(), start, TRAINING, weights("old"), Distillation())[0], plain)
+
+
+def selector(hidden: int = 64) -> dict[str, torch.Tensor]:
+    """A selector that scores both teachers alike, whatever it sees."""
+    inputs = 2 * toy.CLASSES
+    return {
+        "0.weight": torch.zeros(hidden, inputs),
+        "0.bias": torch.zeros(hidden),
+        "2.weight": torch.zeros(2, hidden),
+        "2.bias": torch.zeros(2),
+    }
+
+
+def biased(recent: float) -> dict[str, torch.Tensor]:
+    return {**selector(), "2.bias": torch.tensor([recent, -recent])}
+
+
+POOL = (weights("recent"), weights("older"))
+
+
+def test_dynamic_distillation_of_no_weight_is_fine_tuning() -> None:
+    start = weights("start")
+    student, _, _ = dynamic(local(), start, TRAINING, POOL, selector(), Distillation(weight=0.0), 0, 10)
+    plain, _ = fit(local(), start, TRAINING, toy.SITES["c"]["train"])
+    assert toy.same(student, plain)
+
+
+@pytest.mark.parametrize(("recent", "which"), [(1e4, 0), (-1e4, 1)])
+def test_a_selector_that_always_picks_one_teacher_makes_it_static(recent: float, which: int) -> None:
+    start, settings = weights("start"), Distillation(tau_first=0.01, tau_last=0.01)
+    student, chosen, info = dynamic(local(), start, TRAINING, POOL, biased(recent), settings, 0, 10)
+    static, _ = distilled(local(), start, TRAINING, POOL[which], settings)
+    assert toy.same(student, static)
+    assert toy.same(chosen, biased(recent))  # and it gets no gradient where it is sure
+    assert info["selector_share_recent"] == 1 - which
+    assert info["selector_entropy"] == pytest.approx(0, abs=1e-6)
+
+
+def test_two_equal_teachers_are_one() -> None:
+    start, twice = weights("start"), (POOL[0], POOL[0])
+    student, _, _ = dynamic(local(), start, TRAINING, twice, selector(), Distillation(), 0, 10)
+    static, _ = distilled(local(), start, TRAINING, POOL[0], Distillation())
+    for name in static:
+        assert torch.allclose(student[name], static[name], atol=1e-6)
+
+
+def test_the_selectors_shares_sum_to_one_and_its_temperature_falls() -> None:
+    settings = Distillation(tau_first=1.0, tau_last=0.01)
+    steps = TRAINING.count(32)
+    _, chosen, first = dynamic(local(), weights("start"), TRAINING, POOL, None, settings, 0, 2 * steps)
+    _, _, second = dynamic(local(), weights("start"), TRAINING, POOL, chosen, settings, steps, 2 * steps)
+    for info in (first, second):
+        assert info["selector_share_recent"] + info["selector_share_older"] == pytest.approx(1)
+        assert 0 <= info["selector_share_recent"] <= 1
+        assert 0 < info["selector_entropy"] <= 0.6932
+    assert first["selector_temperature"] == pytest.approx(0.1)
+    assert second["selector_temperature"] == pytest.approx(0.01)
+
+
+def test_the_selector_learns_to_pick_the_teacher_that_knows() -> None:
+    knows, _ = fit(local("teacher"), weights("start"), Training(lr=0.05, epochs=5), toy.SITES["c"]["train"])
+    wrong = {name: -value for name, value in knows.items()}
+    settings, much = Distillation(selector_lr=1.0), Training(lr=0.05, epochs=15, batch=8)
+    _, _, info = dynamic(local(), weights("start"), much, (wrong, knows), selector(), settings, 0, 60)
+    assert info["selector_share_older"] > 0.8
+
+
+def test_the_pool_is_the_last_two_personal_models() -> None:
+    algorithm = quick("warmfed", rounds=3, warm=False)
+    tap = toy.Tap(InProcess(toy.workers(algorithm)))
+    list(run(algorithm, toy.central(), tap, evaluate="never"))
+    states = [reply.state for _, site, _, _, reply in tap.seen if site == "b"]
+    assert len(states) == 4
+    for before, after in pairwise(states):
+        assert toy.same(after.older, before.personal)
+    assert [s.selector is None for s in states] == [True, True, False, False]
+    assert [s.steps for s in states] == [0, 0, 3, 6]
+
+
+# the synthetic set
+
+
+def test_samples_are_drawn_by_plan_and_named_by_site() -> None:
+    ctx = replace(toy.central(), rng=named("draw"))
+    adapters = {site: toy.Means().adapt(local(site=site))[0] for site in "ab"}
+    table = draw(ctx, adapters, {"a": (0, 2), "b": (1,)}, 3)
+    assert table["label"].tolist() == [0, 0, 0, 2, 2, 2, 1, 1, 1]
+    assert table["site"].tolist() == [0] * 6 + [1] * 3
+    alone = draw(replace(toy.central(), rng=named("draw")), {"a": adapters["a"]}, {"a": (0, 2)}, 3)
+    assert torch.equal(alone["image"], table["image"][:6])
+    with pytest.raises(InputError, match="needs a generator"):
+        draw(toy.central(generator=None), adapters, {"a": (0,), "b": (0,)}, 1)
+
+
+def test_samples_look_like_the_site_of_their_adapter() -> None:
+    labels, ctx, generator = torch.arange(60) % 3, toy.central(), toy.Means(noise=1.0)
+    adapters = {site: toy.Means().adapt(local(site=site))[0] for site in "ad"}
+    light = {site: generator.synthesize(a, toy.PROMPTS, labels, ctx).float().mean().item() for site, a in adapters.items()}
+    real = {site: toy.SITES[site]["train"]["image"].float().mean().item() for site in "ad"}
+    assert light == pytest.approx(real, abs=6)
+    assert abs(light["a"] - light["d"]) > 20
+
+
+def test_a_subset_is_even_over_sites_and_classes() -> None:
+    label = torch.tensor([0] * 10 + [1] * 2 + [0] * 3 + [1] * 9)
+    table = {"label": label, "site": torch.tensor([0] * 12 + [1] * 12), "row": torch.arange(24)}
+    part = even(table, 10, named("even"))
+    counts = [int(((part["site"] == s) & (part["label"] == c)).sum()) for s in (0, 1) for c in (0, 1)]
+    assert sorted(counts) == [2, 2, 3, 3]
+    assert part["row"].tolist() == sorted(part["row"].tolist())
+    assert rows(even(table, 100, named("even"))) == 24
+
+
+def test_the_filter_drops_what_nobody_recognises(tmp_path: Path) -> None:
+    """One adapter draws the class 2 like its class 0."""
+    adapters = {site: dict(toy.Means().adapt(local(site=site))[0]) for site in "abc"}
+    adapters["b"] = {"shift": adapters["b"]["shift"].clone()}
+    adapters["b"]["shift"][2] -= 50 * toy.pattern(2).half() - 50 * toy.pattern(0).half()
+    classes = dict.fromkeys(adapters, (0, 1, 2))
+    settings = Synthesis(per_class=30, filter_training=Training(lr=0.03, epochs=4), training=TRAINING, subset=30)
+    ctx = replace(toy.central(generator=toy.Means(noise=20.0), folder=tmp_path), rng=named("filter"))
+    model, subset, metrics = warm_start(ctx, adapters, classes, settings)
+    samples = load_file(tmp_path / "synthetic" / "samples.safetensors")
+    assert metrics["recognised/b"] < 0.8 < 0.9 < min(metrics["recognised/a"], metrics["recognised/c"])
+    assert metrics["samples"] == 270
+    assert metrics["kept"] == samples["kept"].sum() == sum(metrics[f"kept/{site}"] for site in "abc")
+    assert samples["kept"][samples["site"] == 1].float().mean() == pytest.approx(metrics["recognised/b"])
+    assert rows(subset) == 30
+    assert model.keys() == toy.TASK.init(named(0)).keys()
+    everything = warm_start(replace(ctx, rng=named("filter")), adapters, classes, replace(settings, filter="none"))[2]
+    assert everything["kept"] == 270
+    assert everything["recognised/b"] == metrics["recognised/b"]
+
+
+def test_a_damaged_adapter_stops_the_run_and_names_its_site() -> None:
+    algorithm = quick("warmfed")
+    outcome = play(algorithm)
+    replies = {"ink": Reply(toy_adapter(torch.nan), None, 1.0, {})}
+    with pytest.raises(InputError, match="adapter of site 'ink'"):
+        algorithm.collect(outcome.server, replies, toy.central())
+
+
+def toy_adapter(value: float) -> object:
+    from warmfed.algorithms.warmfed import Adapter
+
+    return Adapter({"shift": torch.full((3, 3, 8, 8), value)}, (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"before": "both"}, {"distill": "dynamical"}, {"upload": "global"}, {"synthesis": {"filter": "oracle"}}]
+)
+def test_settings_that_cannot_be_are_refused(settings: dict) -> None:
+    with pytest.raises(InputError, match="must be"):
+        WarmFed(**{name: Synthesis(**value) if name == "synthesis" else value for name, value in settings.items()})
