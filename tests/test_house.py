@@ -1,0 +1,88 @@
+"""The laws of the house that no tool checks: who may train, who may seed, and what nobody imports."""
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "warmfed"
+FILES = {path.relative_to(SOURCE).as_posix(): path.read_text() for path in sorted(SOURCE.rglob("*.py"))}
+TREES = {name: ast.parse(text) for name, text in FILES.items()}
+
+
+@functools.cache
+def calls(name: str) -> set[str]:
+    """The functions and methods that a file calls, by their last name."""
+    found = (node.func for node in ast.walk(TREES[name]) if isinstance(node, ast.Call))
+    return {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in found}
+
+
+@functools.cache
+def imports(name: str) -> set[str]:
+    """The libraries that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("called", "home"),
+    [
+        ("backward", {"fit.py"}),
+        ("manual_seed", {"randomness.py"}),
+        ("manual_seed_all", {"randomness.py"}),
+        ("seed", set()),
+        ("hasattr", set()),
+    ],
+)
+def test_called_in_one_place(called: str, home: set[str]) -> None:
+    assert {name for name in FILES if called in calls(name)} <= home
+
+
+@pytest.mark.parametrize("library", ["pickle", "torchvision", "timm", "random", "dill", "joblib"])
+def test_never_imported(library: str) -> None:
+    assert not [name for name in FILES if library in imports(name)]
+
+
+@pytest.mark.parametrize("library", ["diffusers", "peft", "transformers"])
+def test_heavy_libraries_stay_in_their_folder(library: str) -> None:
+    assert {name for name in FILES if library in imports(name) and not name.startswith("diffusion/")} == set()
+
+
+def test_flower_is_imported_in_one_file() -> None:
+    assert {name for name in FILES if "flwr" in imports(name)} <= {"transports/flower.py"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "home"),
+    [
+        (r"weights_only=False|torch\.(load|save)\(", set()),
+        (r"for \w+ in range\([^)]*rounds|for [\w, ]+ in .*\bstages\(\).*:$", {"run.py"}),
+        (r"except( BaseException)?:", set()),
+    ],
+    ids=["unpickled weights", "loops over rounds", "bare except"],
+)
+def test_written_in_one_place(pattern: str, home: set[str]) -> None:
+    assert {name for name, text in FILES.items() if re.search(pattern, text, re.MULTILINE)} <= home
+
+
+def test_files_stay_small() -> None:
+    tests = {path.name: path.read_text() for path in Path(__file__).parent.glob("*.py")}
+    assert not {name: lines for name, text in {**FILES, **tests}.items() if (lines := text.count("\n")) > 500}
+
+
+def test_leaves_are_final_and_every_module_says_what_it_is() -> None:
+    assert not [name for name, text in FILES.items() if text.strip() and not ast.get_docstring(TREES[name])]
+    for name in FILES:
+        if name.startswith("algorithms/"):
+            for node in TREES[name].body:
+                marks = {ast.unparse(mark) for mark in getattr(node, "decorator_list", [])}
+                if isinstance(node, ast.ClassDef) and "final" in marks:
+                    assert "dataclass(frozen=True)" in marks
+                    assert all(isinstance(base, ast.Name) and base.id in ("Averaging", "PartlyShared") for base in node.bases)
