@@ -1,0 +1,9 @@
+"""The report: one HTML file that opens offline, made from a run folder or a comparison alone.
+
+It reads JSON and PNG files and knows nothing of torch or of how a run came about.
+"""
+
+from .comparison import Table, by_rounds, markdown, table, tests, write_comparison
+from .page import write
+
+__all__ = ["Table", "by_rounds", "markdown", "table", "tests", "write", "write_comparison"]

@@ -1,0 +1,254 @@
+"""Several algorithms, several seeds, one table: for the page, for Markdown and for the console."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .accuracy import headline, mean, milestones
+from .page import publish
+from .parts import Cell, Figure, Section, Table, cells, duration, number, percent, signed, size
+from .record import read_comparison, read_rounds
+
+Row = Mapping[str, Any]
+COLUMNS: tuple[tuple[str, str, str | None, Callable[..., Any], Callable[[float | None], str]], ...] = (
+    # header, key, key of its spread, which value wins, how it is written
+    ("global, %", "global_mean", "global_std", max, number),
+    ("global, worst site", "global_worst_mean", None, max, number),
+    ("personal, %", "personal_mean", "personal_std", max, number),
+    ("personal, worst site", "personal_worst_mean", None, max, number),
+    ("upload per site", "bytes_up", None, min, size),
+    ("time", "seconds", None, min, duration),
+)
+AFTER = ("end",)  # labels of what comes after the rounds
+CERTAIN = 0.05  # p below which a difference is called significant
+REFERENCES = ("local", "centralized")  # how their names begin
+CALL = f"at {CERTAIN:g}"
+
+
+def table(compare: Mapping[str, Any]) -> Table:
+    """The comparison's table; `Cell.best` marks the winner of every column, or several where they are equal.
+
+    Local and centralized training, which share nothing and everything, are references: they come last and win nothing.
+    Columns that no algorithm has a value for are left out; one algorithm alone wins nothing.
+    """
+    rivals, references = _sides(compare)
+    rows = [*rivals, *references]
+    shown = [column for column in COLUMNS if any(_known(row.get(column[1])) for row in rows)]
+    best = {
+        key: better((row[key] for row in rivals if _known(row.get(key))), default=None) if len(rows) > 1 else None
+        for _, key, _, better, _ in shown
+    }
+
+    def cell(row: Row, key: str, spread: str | None, write: Callable[[float | None], str]) -> Cell:
+        value = row.get(key)
+        text = write(value)
+        if spread is not None and _known(value) and _known(row.get(spread)):
+            text += f" ± {write(row[spread])}"
+        return Cell(text, best=row in rivals and _known(value) and value == best[key])
+
+    return Table(
+        f"{_length(compare)}, {_seeds(compare)}: mean ± standard deviation at the last round",
+        ("algorithm", *(header for header, *_ in shown)),
+        tuple(
+            (
+                Cell(row["algorithm"] + " (reference)" * (row in references)),
+                *(cell(row, key, spread, write) for _, key, spread, _, write in shown),
+            )
+            for row in rows
+        ),
+    )
+
+
+def by_rounds(compare: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The comparison taken apart by numbers of rounds, most rounds first: only rows of equal length compete."""
+    lengths = sorted({row.get("rounds", compare["rounds"]) for row in compare["rows"]}, reverse=True)
+
+    def of(length: int, key: str) -> list[Row]:
+        return [row for row in compare.get(key) or () if row.get("rounds", compare["rounds"]) == length]
+
+    return [{**compare, "rounds": length, "rows": of(length, "rows"), "tests": of(length, "tests")} for length in lengths]
+
+
+def _length(compare: Mapping[str, Any]) -> str:
+    rounds = compare["rounds"]
+    return "one-shot" if not rounds else f"{rounds} round{'s' * (rounds != 1)}"
+
+
+def _sides(compare: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
+    """The algorithms that compete, and the references; references alone compete with one another."""
+    references = [row for row in compare["rows"] if row["algorithm"].startswith(REFERENCES)]
+    rivals = [row for row in compare["rows"] if row not in references]
+    return (rivals, references) if rivals else (references, [])
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _seeds(compare: Mapping[str, Any]) -> str:
+    count = len(compare["seeds"])
+    return f"{count} seed{'s' * (count != 1)}"
+
+
+def tests(compare: Mapping[str, Any]) -> Table | None:
+    """The paired tests, or None where there are none."""
+    rows = tuple(
+        cells(
+            test["metric"],
+            f"{test['algorithm']} − {test['against']}",
+            signed(test["difference"], 2),
+            _chance(test["p"]),
+            "significant" if _known(test["p"]) and test["p"] < CERTAIN else "not significant",
+        )
+        for test in compare.get("tests") or ()
+    )
+    if not rows:
+        return None
+    title, header = f"{_length(compare)}: paired tests over the seeds", ("metric", "difference of", "points", "p", CALL)
+    return Table(title, header, rows, words=("difference of", CALL))
+
+
+def _chance(p: float | None) -> str:
+    return "< 0.001" if p is not None and p < 0.001 else number(p, 3)
+
+
+def markdown(compare: Mapping[str, Any]) -> str:
+    """The table, and the paired tests where there are some, as Markdown; winners in bold."""
+    return "\n".join(f"{each.title}\n\n{_markdown(each)}" for each in _tables(compare))
+
+
+def _tables(compare: Mapping[str, Any]) -> list[Table]:
+    both = [each for part in by_rounds(compare) for each in (table(part), tests(part))]
+    return [each for each in both if each is not None]
+
+
+def _markdown(each: Table) -> str:
+    def line(texts: list[str]) -> str:
+        return f"| {' | '.join(texts)} |\n"
+
+    def text(cell: Cell) -> str:
+        escaped = cell.text.replace("\\", "\\\\").replace("|", "\\|")
+        return f"**{escaped}**" if cell.best else escaped
+
+    rule = ["---", *["---:"] * (len(each.header) - 1)]
+    return "".join(line(row) for row in (list(each.header), rule, *([text(cell) for cell in row] for row in each.rows)))
+
+
+def write_comparison(folder: Path) -> Path:
+    """Write `folder`/report.html from `folder`/compare.json, whole or not at all; gives its path.
+
+    Accuracy by round is shown where the cells name their run folders ("folder", relative to `folder`).
+    Raises `InputError` where a file is missing or damaged.
+    """
+    compare = read_comparison(folder)
+    longest = by_rounds(compare)[0]
+    found = (_results(compare), _costs(longest), _rounds(longest, folder))
+    return publish(
+        folder / "report.html",
+        title=f"{len(longest['rows'])} algorithms on {compare['federation']}",
+        subtitle=f"{' and '.join(map(_length, by_rounds(compare)))} · seeds {', '.join(map(str, compare['seeds']))}",
+        tiles=_leaders(longest),
+        sections=[section for section in found if section is not None],
+    )
+
+
+def _leaders(compare: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rivals, references = _sides(compare)
+    shown = []
+    for kind, title, what in (
+        ("global", "Best global model", "test images of all sites, last round, mean over seeds"),
+        ("personal", "Best personal models", "each on its site’s test images, mean over sites and seeds"),
+    ):
+        key = f"{kind}_mean"
+        ranked = sorted((row for row in rivals if _known(row.get(key))), key=lambda row: -row[key])
+        if not ranked:
+            continue
+        best = ranked[0]
+        facts = [("worst site", percent(best.get(f"{kind}_worst_mean")))]
+        if len(ranked) > 1:
+            facts.append((f"ahead of {ranked[1]['algorithm']} by", f"{number(best[key] - ranked[1][key])} points"))
+        facts += [(f"{row['algorithm']} (reference)", percent(row[key])) for row in references if _known(row.get(key))]
+        shown.append(
+            {"kind": kind, "title": f"{title}: {best['algorithm']}", "what": what, "value": number(best[key]), "facts": facts}
+        )
+    return shown
+
+
+def _results(compare: Mapping[str, Any]) -> Section:
+    how = (
+        "Test accuracy in percent at the last round, never the best one. Global: one model on all sites’ test images. "
+        "Personal: each site’s own model on its own test images. The winner of every column is marked ★; "
+        "local and centralized training, which share nothing and everything, are references and win none."
+    )
+    if compare.get("tests"):
+        corrected = all("p_raw" in test for test in compare["tests"])
+        how += (
+            " The paired tests ask whether two algorithms differ over the same seeds; their p values are "
+            f"{'' if corrected else 'not '}corrected for the number of tests{' (Holm)' * corrected}."
+        )
+    return Section("results", "Results", how, tables=_tables(compare))
+
+
+def _costs(compare: Mapping[str, Any]) -> Section | None:
+    figures = []
+    for kind, title in (("global", "Global model"), ("personal", "Personal models")):
+        points = {
+            row["algorithm"]: (row["bytes_up"] / 1e6, row[f"{kind}_mean"], row.get(f"{kind}_std") or 0.0)
+            for row in compare["rows"]
+            if _known(row.get(f"{kind}_mean")) and _known(row.get("bytes_up"))
+        }
+        if points:
+            alt = f"{title}, accuracy against upload: " + "; ".join(
+                f"{name} {number(y)} % for {number(x, 2)} MB" for name, (x, y, _) in points.items()
+            )
+            svg = plots.frontier(f"cost-{kind}", alt, points, xlabel="upload per site, MB", unit="test accuracy, %")
+            figures.append(Figure(title, svg, alt))
+    if not figures:
+        return None
+    how = "Up and to the left is better: more accuracy for fewer bytes sent. Bars are one standard deviation over seeds."
+    return Section("megabytes", "Accuracy against megabytes", how, figures)
+
+
+def _rounds(compare: Mapping[str, Any], folder: Path) -> Section | None:
+    figures = []
+    for kind, title in (("global", "Global model"), ("personal", "Personal models")):
+        curves = {row["algorithm"]: _curve(row, folder, kind) for row in compare["rows"]}
+        ticks = _in_order(curves.values())
+        if len(ticks) < 2:
+            continue
+        series = {name: [curve.get(tick) for tick in ticks] for name, curve in curves.items() if curve}
+        alt = f"{title}: test accuracy by round, mean over seeds, of {', '.join(series)}."
+        svg = plots.lines(f"rounds-{kind}", alt, ticks, series, unit="test accuracy, %")
+        figures.append(Figure(title, svg, alt))
+    if not figures:
+        return None
+    how = (
+        "Test accuracy after every round, mean over seeds. “warm” is the warm start of the algorithms that have one; "
+        "“end” is after every site’s last step on its own model."
+    )
+    return Section("rounds", "Accuracy against rounds", how, figures)
+
+
+def _curve(row: Row, folder: Path, kind: str) -> dict[str, float | None]:
+    """Label of the round -> accuracy, mean over the cells whose run folder is known."""
+    lines: list[dict[str, float | None]] = []
+    for cell in row["cells"]:
+        if cell.get("folder") is None:
+            continue
+        records = milestones(read_rounds(folder / cell["folder"]))
+        records = {label: record for label, record in records.items() if record.get(kind)}
+        sites = sorted({site for record in records.values() for site in record[kind]})
+        if records:
+            lines.append(dict(zip(records, headline(records, sites, kind), strict=True)))
+    return {label: mean([line.get(label) for line in lines]) for label in _in_order(lines)}
+
+
+def _in_order(lines: Iterable[Iterable[str]]) -> list[str]:
+    """All labels of `lines`: the rounds by number, other stages before them or, as in `AFTER`, behind them."""
+
+    def place(label: str) -> tuple[int, int]:
+        return (1, int(label)) if label.isdecimal() else (2 if label in AFTER else 0, 0)
+
+    return sorted({label for line in lines for label in line}, key=lambda label: (place(label), label))

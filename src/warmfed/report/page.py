@@ -1,0 +1,93 @@
+"""Pages: sections put into one self-contained HTML file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from warmfed.files import write_whole
+
+from . import accuracy, sections
+from .parts import Section, duration, memory, size
+from .record import Run, read_run
+
+
+def write(folder: Path, summary: Mapping[str, Any] | None = None) -> Path:
+    """Write `folder`/report.html from the files of the run in `folder`, whole or not at all; gives its path.
+
+    `summary`: what summary.json will say, where it is not written yet. Raises `InputError` where a file is missing or
+    damaged; a run without synthetic images, adapters, a selector or a gate has no section on them.
+    """
+    run = read_run(folder, summary)
+    found = (
+        accuracy.progress(run),
+        accuracy.final(run),
+        sections.pictures(run),
+        sections.feature_map(run),
+        sections.adapters(run),
+        sections.samples(run),
+        sections.selector(run),
+        sections.gate(run),
+        sections.communication(run),
+        sections.time_and_memory(run),
+        sections.provenance(run),
+    )
+    summary = run.summary
+    return publish(
+        folder / "report.html",
+        title=f"{summary['algorithm']} on {summary['federation']}",
+        subtitle=_subtitle(run),
+        tiles=accuracy.tiles(run),
+        facts=_facts(summary),
+        marks=_marks(summary),
+        sections=[section for section in found if section is not None],
+    )
+
+
+def _subtitle(run: Run) -> str:
+    rounds = run.summary["rounds"]
+    parts = [
+        "one-shot" if not rounds else f"{rounds} round{'s' * (rounds != 1)}",
+        f"{len(run.sites)} site{'s' * (len(run.sites) != 1)}",
+        f"seed {run.summary['seed']}",
+    ]
+    if run.panel is not None:
+        parts.insert(2, f"{len(run.panel.classes)} classes")
+    return " · ".join(parts)
+
+
+def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("Upload per site", size(summary["bytes_up_per_site"])),
+        ("Download per site", size(summary["bytes_down_per_site"])),
+        ("Time", duration(summary["seconds"])),
+        ("Peak memory", memory(summary["peak_memory_mb"])),
+    ]
+
+
+def _marks(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, short form, full form) of what says exactly which run this is."""
+    named = [("data", "data_sha256"), ("base", "base_sha256"), ("history", "history_sha256")]
+    marks = [(name, summary[key][:12], summary[key]) for name, key in named if summary.get(key)]
+    return [("warmfed", summary["warmfed"], summary["warmfed"]), *marks]
+
+
+def publish(
+    path: Path,
+    *,
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    tiles: Sequence[Mapping[str, Any]] = (),
+    facts: Sequence[tuple[str, str]] = (),
+    marks: Sequence[tuple[str, str, str]] = (),
+) -> Path:
+    """Render the page and write it whole to `path`. Every value is escaped; only the plots are inserted as they are."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("warmfed.report")
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    html = pages.get_template("page.html").render(
+        title=title, subtitle=subtitle, sections=sections, tiles=tiles, facts=facts, marks=marks
+    )
+    write_whole(path, html)
+    return path

@@ -1,0 +1,128 @@
+"""What a page is made of (sections, figures, tables), and how numbers are written for people."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell. `best` marks the winner of its column; `bar`, from 0 to 1, draws a bar behind the text."""
+
+    text: str
+    best: bool = False
+    bar: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """`header` and `rows` are equally long; the first column names the row. `folded`: shown on demand.
+
+    `groups`: (title, how many columns) for a line above the header, which together cover all columns.
+    `words`: the columns that hold words, not numbers.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    folded: bool = False
+    groups: tuple[tuple[str, int], ...] = ()
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot: `svg` goes into the page as it is, `alt` says in words what it shows."""
+
+    title: str
+    svg: str
+    alt: str
+    key: tuple[tuple[str, str], ...] = ()  # (symbol, meaning): the legend, as text
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Grids of images of one site, a row per class: (caption, data URI, images in a row), from left to right."""
+
+    title: str
+    columns: tuple[tuple[str, str, int], ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """`how`: one or two plain sentences that say how to read what follows."""
+
+    key: str
+    title: str
+    how: str
+    figures: Sequence[Figure] = ()
+    pictures: Sequence[Picture] = ()
+    classes: Sequence[str] = ()  # row names of the pictures
+    tables: Sequence[Table] = ()
+    small: bool = False  # four plots beside one another, not three
+    text: str = ""  # preformatted, shown on demand
+
+    @property
+    def names_fit(self) -> bool:
+        """Whether the class names fit beside the rows of the pictures; otherwise their numbers do."""
+        return max((len(name) for name in self.classes), default=0) <= 8
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    if value is None:
+        return MISSING
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 1) -> str:
+    text = number(value, digits)
+    return f"+{text}" if value is not None and math.isfinite(value) and value > 0 else text
+
+
+def percent(value: float | None) -> str:
+    """`value` is in percent already."""
+    return number(value) + (" %" if value is not None and math.isfinite(value) else "")
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units, as networks count."""
+    if count is None or not math.isfinite(count):
+        return number(count)
+    for unit, scale, digits in (("GB", 1e9, 2), ("MB", 1e6, 2), ("kB", 1e3, 1)):
+        if abs(count) >= scale * 0.1:
+            return f"{number(count / scale, digits)} {unit}"
+    return f"{number(count, 0)} B"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return number(seconds)
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def memory(megabytes: float | None) -> str:
+    return size(None if megabytes is None else megabytes * 1e6)
+
+
+def without_gaps(title: str, header: tuple[str, ...], rows: Sequence[tuple[Cell, ...]], words: tuple[str, ...] = ()) -> Table:
+    """A table without the columns in which every row lacks a value."""
+    kept = [place for place in range(len(header)) if any(row[place].text != MISSING for row in rows)]
+    return Table(
+        title,
+        tuple(header[place] for place in kept),
+        tuple(tuple(row[place] for place in kept) for row in rows),
+        words=words,
+    )
+
+
+def cells(*values: str | Cell) -> tuple[Cell, ...]:
+    return tuple(value if isinstance(value, Cell) else Cell(value) for value in values)

@@ -1,0 +1,254 @@
+"""Read a run folder or a comparison, and check that every value is of the kind that the report expects.
+
+What each file holds is written down here as *shapes*: a type, `{"key": shape}` (a key ending in "?" may be absent),
+`[shape]` for lists, `Each(shape)` for mappings with any keys, `Maybe(shape)` where null is allowed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from warmfed.errors import InputError
+from warmfed.files import read_bytes, read_json, read_lines
+
+
+@dataclass(frozen=True)
+class Each:
+    shape: Any
+
+
+@dataclass(frozen=True)
+class Maybe:
+    shape: Any
+
+
+MEASURE = {
+    "accuracy": float,
+    "balanced_accuracy?": float,
+    "macro_f1?": float,
+    "ece?": float,
+    "loss?": float,
+    "count?": int,
+}
+EVALUATION = Each({"validation?": MEASURE, "test": MEASURE})
+ROUND = {
+    "step": int,
+    "stage": str,
+    "number": int,
+    "cohort": [str],
+    "train": Each(Each(Maybe(float))),
+    "aggregate": Each(Maybe(float)),
+    "global?": Maybe(EVALUATION),
+    "personal?": Maybe(EVALUATION),
+    "union?": Maybe({"global?": Maybe(MEASURE), "personal?": Maybe(Each(MEASURE))}),
+    "seconds": float,
+    "peak_memory_mb?": float,
+    "bytes_up": Each(int),
+    "bytes_down": Each(int),
+}
+MESSAGE = {"stage": str, "number": int, "site": str, "direction": str, "kind": str, "bytes": int, "tensors": int, "seconds?": float}
+STAGE = {"stage": str, "number": int, "seconds": float, "peak_memory_mb?": float}
+GLOBAL = {"union?": Maybe(float), "site_mean?": Maybe(float), "site_worst?": Maybe(float)}
+PERSONAL = {"mean?": Maybe(float), "worst?": Maybe(float), "std?": Maybe(float), "union?": Maybe(float)}
+SUMMARY = {
+    "warmfed": str,
+    "algorithm": str,
+    "seed": int,
+    "rounds": int,
+    "federation": str,
+    "data_sha256": str,
+    "base_sha256?": Maybe(str),
+    "global?": Maybe(GLOBAL),
+    "personal?": Maybe(PERSONAL),
+    "one_shot?": Maybe({"global?": Maybe(GLOBAL), "personal?": Maybe(PERSONAL)}),
+    "sites": Each({"global?": Maybe(float), "personal?": Maybe(float), "train": int, "validation": int, "test": int}),
+    "bytes_up_per_site": float,
+    "bytes_down_per_site": float,
+    "seconds": float,
+    "seconds_by_stage?": Each(float),
+    "peak_memory_mb": float,
+    "history_sha256": str,
+    "models_sha256?": Maybe(Each(str)),
+}
+POINT = {"site": str, "kind": str, "class": int, "x": float, "y": float}
+PANEL = {
+    "classes": [str],
+    "sites": Each({"real?": Maybe(str), "synthetic?": Maybe(str)}),
+    "features?": Maybe([POINT]),
+}
+COMPARISON = {
+    "rows": [
+        {
+            "algorithm": str,
+            "cells": [{"seed": int, "folder?": Maybe(str)}],
+            "global_mean?": Maybe(float),
+            "global_std?": Maybe(float),
+            "global_worst_mean?": Maybe(float),
+            "personal_mean?": Maybe(float),
+            "personal_std?": Maybe(float),
+            "personal_worst_mean?": Maybe(float),
+            "bytes_up?": Maybe(float),
+            "seconds?": Maybe(float),
+        }
+    ],
+    "tests?": [
+        {"metric": str, "algorithm": str, "against": str, "difference": Maybe(float), "p": Maybe(float)},
+    ],
+    "federation": str,
+    "seeds": [int],
+    "rounds": int,
+}
+
+KINDS = {float: ("a number", (int, float)), int: ("a whole number", (int,)), str: ("text", (str,))}
+
+
+def check(value: Any, shape: Any, where: str) -> None:
+    """Raise `InputError`, naming the place, where `value` is not of `shape`."""
+    match shape:
+        case Maybe():
+            if value is not None:
+                check(value, shape.shape, where)
+        case Each():
+            _is(value, dict, "an object", where)
+            for key, item in value.items():
+                check(item, shape.shape, f"{where}: {key}")
+        case list():
+            _is(value, list, "a list", where)
+            for place, item in enumerate(value):
+                check(item, shape[0], f"{where}[{place}]")
+        case dict():
+            _is(value, dict, "an object", where)
+            for key, item in shape.items():
+                name = key.removesuffix("?")
+                if name in value:
+                    check(value[name], item, f"{where}: {name}")
+                elif not key.endswith("?"):
+                    raise InputError(
+                        f"{where} has no {name!r}; it is damaged or of another version of warmfed; "
+                        "restore it or start the run anew"
+                    )
+        case _:
+            expected, types = KINDS[shape]
+            _is(value, types, expected, where)
+
+
+def _is(value: Any, types: type | tuple[type, ...], expected: str, where: str) -> None:
+    if not isinstance(value, types):
+        raise InputError(
+            f"{where}: expected {expected}; found {str(value)[:40]!r}; "
+            "the file is damaged or of another version of warmfed; restore it or start the run anew"
+        )
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The images and features that a run chose to show.
+
+    images: site -> {"real" | "synthetic": the bytes of a PNG grid, one row per class};
+    features: points {"site", "kind", "class", "x", "y"}.
+    """
+
+    classes: tuple[str, ...]
+    images: Mapping[str, Mapping[str, bytes]]
+    features: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as its folder tells it; `rounds` and `ledger` are the lines of the files of these names."""
+
+    summary: Mapping[str, Any]
+    rounds: tuple[Mapping[str, Any], ...]
+    messages: tuple[Mapping[str, Any], ...]  # of ledger.jsonl: what crossed the wire
+    stages: tuple[Mapping[str, Any], ...]  # of ledger.jsonl: seconds and peak memory
+    config: str
+    panel: Panel | None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(sorted(self.summary["sites"]))
+
+
+def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Run:
+    """The run in `folder`; `InputError` where a file is missing, damaged, or the run has not finished.
+
+    `summary`: what summary.json will say, where it is not written yet.
+    """
+    if not folder.is_dir():
+        raise InputError(f"expected a run folder; {folder} is not a folder; give the folder of a `warmfed run`")
+    path = folder / "summary.json"
+    if summary is None and not path.exists():
+        raise InputError(
+            f"{path} does not exist: the run has not finished, or this is no run folder; "
+            f"`warmfed resume {folder}` finishes a run"
+        )
+    summary = read_json(path, "the run's summary") if summary is None else summary
+    check(summary, SUMMARY, str(path))
+    rounds = read_rounds(folder)
+    path = folder / "ledger.jsonl"
+    ledger = read_lines(path, "the run's ledger")
+    for number, line in enumerate(ledger, 1):
+        is_message = isinstance(line, dict) and "direction" in line
+        check(line, MESSAGE if is_message else STAGE, f"{path} line {number}")
+    return Run(
+        summary=summary,
+        rounds=rounds,
+        messages=tuple(line for line in ledger if "direction" in line),
+        stages=tuple(line for line in ledger if "direction" not in line),
+        config=read_bytes(folder / "config.toml", "the run's configuration").decode(errors="replace"),
+        panel=_read_panel(folder / "panel"),
+    )
+
+
+def read_rounds(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    """The round records of the run in `folder`, in order."""
+    path = folder / "rounds.jsonl"
+    rounds = read_lines(path, "the run's rounds")
+    for number, line in enumerate(rounds, 1):
+        check(line, ROUND, f"{path} line {number}")
+    if not rounds:
+        raise InputError(f"{path} is empty; expected a line per round; restore it or start the run anew")
+    return tuple(rounds)
+
+
+def _read_panel(folder: Path) -> Panel | None:
+    path = folder / "panel.json"
+    if not path.exists():
+        return None
+    panel = read_json(path, "the run's panel")
+    check(panel, PANEL, str(path))
+    images = {
+        site: {kind: _read_picture(folder, site, name) for kind, name in named.items() if name is not None}
+        for site, named in sorted(panel["sites"].items())
+    }
+    features = tuple(panel.get("features") or ())
+    for place, point in enumerate(features):
+        if not 0 <= point["class"] < len(panel["classes"]):
+            raise InputError(
+                f"{path}: features[{place}]: expected a class from 0 to {len(panel['classes']) - 1}; "
+                f"found {point['class']}; restore it or start the run anew"
+            )
+    return Panel(tuple(panel["classes"]), images, features)
+
+
+def _read_picture(folder: Path, site: str, name: str) -> bytes:
+    """The bytes of a PNG beside panel.json, which may not point elsewhere."""
+    if Path(name).name != name:
+        raise InputError(
+            f"{folder / 'panel.json'}: expected the name of a PNG file beside it; "
+            f"found {name!r}; restore it or start the run anew"
+        )
+    return read_bytes(folder / name, f"the images of site {site!r}")
+
+
+def read_comparison(folder: Path) -> Mapping[str, Any]:
+    """compare.json of `folder`, checked."""
+    path = folder / "compare.json"
+    if not path.exists():
+        raise InputError(f"{path} does not exist; `warmfed compare --out {folder}` writes it")
+    compare = read_json(path, "the comparison")
+    check(compare, COMPARISON, str(path))
+    if not compare["rows"]:
+        raise InputError(f"{path} compares nothing; expected a row per algorithm; run the comparison again")
+    return compare
