@@ -65,15 +65,10 @@ def test_looks(federation: Federation) -> None:
     assert 2 < saturation[1] < 30 < saturation[3] < saturation[2]  # grey, tinted, coloured
 
 
-def test_another_seed_is_another_federation(federation: Federation) -> None:
-    other = digits4(seed=1)
-    assert other.name == "digits4(seed=1)"
-    assert other.fingerprint != federation.fingerprint
-
-
-def test_label_skew_on_top() -> None:
-    skewed = digits4(alpha=0.3)
-    assert skewed.name == "digits4(alpha=0.3)"
+def test_another_seed_and_label_skew_on_top(federation: Federation) -> None:
+    skewed = digits4(seed=1, alpha=0.3)
+    assert skewed.name == "digits4(seed=1, alpha=0.3)"
+    assert skewed.fingerprint != federation.fingerprint
     counts = torch.stack([site.train["label"].bincount(minlength=10) for site in skewed.sites.values()]).float()
     assert counts.std(0).mean() > 15
     assert sum(len(t["label"]) for site in skewed.sites.values() for t in site.splits.values()) == 1797

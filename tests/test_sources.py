@@ -1,6 +1,7 @@
 """Folders, arrays and files as people have them: what is read, and what is refused in one line."""
 
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -138,8 +139,11 @@ def test_large_pictures_are_read(tmp_path: Path) -> None:
 
 def test_pictures_beyond_all_measure_are_refused(tmp_path: Path) -> None:
     pets(tmp_path)
-    Image.new("1", (20_000, 10_000)).save(tmp_path / "home" / "cat" / "wall.png")
-    refused(lambda: folder(tmp_path), "home/cat/wall.png has too many pixels; make it smaller")
+    path = tmp_path / "home" / "cat" / "wall.bmp"
+    picture(1).save(path)
+    head = path.read_bytes()
+    path.write_bytes(head[:18] + struct.pack("<ii", 20_000, 10_000) + head[26:])  # width and height
+    refused(lambda: folder(tmp_path), "home/cat/wall.bmp has too many pixels; make it smaller")
 
 
 def test_copies_never_straddle_a_split(tmp_path: Path) -> None:
