@@ -139,8 +139,12 @@ class Ready:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def prepare(config: Config) -> Ready:
-    """Load and check all that a run needs, before anything is written; raises `InputError`."""
+def prepare(config: Config, federation: Federation | None = None) -> Ready:
+    """Load and check all that a run needs, before anything is written; raises `InputError`.
+
+    Args:
+        federation: the configuration's, where it is loaded already.
+    """
     for name, known in (("device", ("cpu", "cuda")), ("evaluate", ("every", "last", "never"))):
         if getattr(config, name) not in known:
             raise InputError(f"{name} must be one of {', '.join(known)}; got {getattr(config, name)!r}")
@@ -155,7 +159,7 @@ def prepare(config: Config) -> Ready:
     for stage in plan:
         if not 0 < stage.sample <= 1:
             raise InputError(f"sample must be more than 0 and at most 1; got {stage.sample}")
-    federation = load(config.data.source, **config.data.options)
+    federation = federation or load(config.data.source, **config.data.options)
     start = config.model.start
     if start == "public":
         start = str(pipeline.find(config.generator.base) / "classifier.safetensors")

@@ -1,0 +1,138 @@
+"""The command line. What a command needs is imported when it runs: `warmfed --help` is instant."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from .errors import InputError
+
+CODES = """exit codes:
+  0    done
+  1    verify found a difference
+  2    bad input: one line says what was expected, what came and what to do; nothing has been changed
+  130  interrupted; the line says how to go on
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; `{self.prog} --help` shows what there is")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    try:
+        asked = parser().parse_args(arguments)
+        if asked.command is None:
+            parser().print_help()
+            return 0
+        from . import commands
+
+        return int(getattr(commands, asked.command)(asked))
+    except InputError as error:
+        print(f"warmfed: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"warmfed: interrupted{''.join(f'; {words}' for words in stop.args)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # who read our output has gone (`| head`); nothing more may be written, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(
+        prog="warmfed",
+        description="Federated learning that gives every site a strong global and a strong personal image classifier.",
+        epilog=CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"warmfed {__version__}")
+    top.set_defaults(command=None)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    run = _command(commands, "run", "run an algorithm over a federation; without arguments: WarmFed on digits4")
+    run.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="a configuration; see docs/cli.md")
+    run.add_argument("--algorithm", metavar="NAME", help="one of `warmfed algorithms`")
+    run.add_argument("--seed", type=int, metavar="N", help="names every random number (default 0)")
+    run.add_argument("--rounds", type=int, metavar="R", help="rounds of training; 0: one shot, where the algorithm has it")
+    run.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default runs/ALGORITHM-SEED, never overwritten)")
+    _workers(run, "processes that work at the same time; they cannot change a result")
+    _settings(run)
+    _voices(run)
+
+    resume = _command(commands, "resume", "finish a run that was interrupted")
+    resume.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
+    _workers(resume, "processes that work at the same time; they cannot change a result")
+    _voices(resume)
+
+    compare = _command(commands, "compare", "run algorithms x seeds x rounds and make one table of them")
+    compare.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="what all share; may hold [compare] and [arms.NAME]"
+    )
+    compare.add_argument("--algorithms", nargs="+", default=[], metavar="NAME", help="algorithms, or arms of CONFIG.toml")
+    compare.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="default 0 1 2")
+    compare.add_argument("--rounds", nargs="+", type=int, default=[], metavar="R", help="default: what the configuration says")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="folder of the comparison; an existing one goes on")
+    _workers(compare, "runs at the same time (default: one for each processor)")
+    _settings(compare)
+    _voices(compare)
+
+    report = _command(commands, "report", "write the report of a finished run, or of a comparison, anew")
+    report.add_argument("folder", type=Path, metavar="DIR", help="a run folder, or that of a comparison")
+
+    predict = _command(commands, "predict", "class and probability of pictures, by a finished run's model")
+    predict.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    predict.add_argument("--site", default="", metavar="NAME", help="ask this site's personal model, not the global one")
+    predict.add_argument("--json", action="store_true", help="JSON, with the probabilities of all classes")
+
+    pretrain = _command(commands, "pretrain", "pre-train a generator's base on rendered digits")
+    pretrain.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the base, in diffusers' layout")
+    pretrain.add_argument("--work", type=Path, metavar="DIR", help="keeps finished phases, so that a later call goes on")
+    pretrain.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
+    _settings(pretrain)
+    _voices(pretrain)
+
+    algorithms = _command(commands, "algorithms", "list the algorithms")
+    algorithms.add_argument("--json", action="store_true", help="as JSON")
+
+    verify = _command(commands, "verify", "run a finished run again and compare record by record, and the models")
+    verify.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
+    _workers(verify, "processes of the rerun; they cannot change a result")
+    _voices(verify)
+    return top
+
+
+def _command(commands: Any, name: str, about: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+    command.set_defaults(command=name)
+    return command
+
+
+def _workers(command: argparse.ArgumentParser, about: str) -> None:
+    command.add_argument("--workers", type=_positive, default=0, metavar="N", help=about)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 was expected, got {text!r}")
+    return int(text)
+
+
+def _settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", nargs="+", action="extend", default=[], dest="settings", metavar="key=value",
+        help="any setting by its dotted name: algorithm.local.lr=0.01",
+    )  # fmt: skip
+
+
+def _voices(command: argparse.ArgumentParser) -> None:
+    voices = command.add_mutually_exclusive_group()
+    voices.add_argument("--quiet", action="store_true", help="print nothing but the path of what was made")
+    voices.add_argument("--json", action="store_true", help="print events as JSON lines")

@@ -1,0 +1,190 @@
+"""What the commands of `warmfed.cli` do; each takes the parsed arguments and returns the exit code."""
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from . import report as pages
+from .algorithms import ALGORITHMS
+from .compare import Cell, Cells
+from .compare import compare as compare_cells
+from .compare import plan as plan_cells
+from .config import construct, nested, parse, setting
+from .console import Events, Quiet, Teller, console, emit, rich_table, run_facts, run_table, teller
+from .errors import InputError
+from .predict import predict as predict_images
+from .progress import spoken
+from .report.parts import duration
+from .runs import execute
+from .runs import resume as resume_run
+from .verify import DifferenceError
+from .verify import verify as verify_run
+
+
+def run(asked: Namespace) -> int:
+    settings = dict(setting(text) for text in asked.settings)
+    own = {
+        "algorithm.name": asked.algorithm,
+        "seed": asked.seed,
+        "algorithm.rounds": asked.rounds,
+        "workers": asked.workers or None,
+    }
+    config = parse(asked.config, settings | {key: value for key, value in own.items() if value is not None})
+    return _finished(asked, lambda watcher: execute(config, asked.out, watcher))
+
+
+def resume(asked: Namespace) -> int:
+    return _finished(asked, lambda watcher: resume_run(asked.folder, watcher, asked.workers))
+
+
+def _finished(asked: Namespace, work: Callable[[Teller], dict[str, Any]]) -> int:
+    """Do the work of a run and show its end."""
+    with teller(quiet=asked.quiet, events=asked.json) as watcher:
+        try:
+            summary = work(watcher)
+        except KeyboardInterrupt:
+            raise _stopped(watcher.folder and f"resume with: warmfed resume {watcher.folder}") from None
+    folder = watcher.folder or asked.folder
+    if isinstance(watcher, Events):
+        emit("finished", folder=str(folder), summary=summary)
+    elif isinstance(watcher, Quiet):
+        print(folder)
+    else:
+        out = console()
+        out.print()
+        out.print(run_table(summary))
+        out.print(run_facts(summary), highlight=False)
+        out.print(f"report: {folder / 'report.html'}", highlight=False)
+    return 0
+
+
+def _stopped(advice: object) -> KeyboardInterrupt:
+    return KeyboardInterrupt(advice) if advice else KeyboardInterrupt()
+
+
+def compare(asked: Namespace) -> int:
+    settings = dict(setting(text) for text in asked.settings)
+    cells = plan_cells(asked.config, settings, asked.algorithms, asked.seeds, asked.rounds)
+    folder = asked.out or next(
+        path for n in count(1) if not (path := Path("runs") / ("compare" + (f"-{n}" if n > 1 else ""))).exists()
+    )
+    with teller(quiet=asked.quiet, events=asked.json) as watcher:
+        try:
+            table = compare_cells(cells, folder, asked.workers, _Shown(watcher))
+        except KeyboardInterrupt:
+            raise _stopped(f"the same command with --out {folder} goes on from here") from None
+    if isinstance(watcher, Events):
+        emit("finished", folder=str(folder), comparison=table)
+    elif isinstance(watcher, Quiet):
+        print(folder)
+    else:
+        out = console()
+        for part in pages.by_rounds(table):
+            out.print()
+            out.print(rich_table(pages.table(part)))
+            paired = pages.tests(part)
+            if paired is not None:
+                out.print()
+                out.print(rich_table(paired))
+        out.print(f"report: {folder / 'report.html'}", highlight=False)
+    return 0
+
+
+class _Shown(Cells):
+    """A comparison's progress by a run's teller."""
+
+    def __init__(self, watcher: Teller) -> None:
+        self._watcher, self._finished, self._total = watcher, 0, 0
+
+    def plan(self, folder: Path, cells: Sequence[Cell], finished: int) -> None:
+        self._finished, self._total = finished, len(cells)
+        done = f", {finished} of them done" if finished else ""
+        self._watcher.say(f"{len(cells)} runs{done} -> {folder}")
+        self._watcher.phase("runs", finished, self._total)
+
+    def progress(self, running: Mapping[str, tuple[str, float]], seconds_left: float | None) -> None:
+        at_work = " | ".join(f"{name} {stage} {100 * share:.0f} %" for name, (stage, share) in running.items())
+        left = f", {spoken(seconds_left)}" if seconds_left is not None else ""
+        self._watcher.phase(f"{at_work}{left}", self._finished, self._total)
+
+    def finished(self, cell: Cell, summary: Mapping[str, Any], done: int, total: int) -> None:
+        self._finished = done
+        shown = [
+            f"{model} {summary[model][key]:.1f} %"
+            for model, key in (("global", "union"), ("personal", "mean"))
+            if summary[model]
+        ]
+        self._watcher.say(f"  {cell.name}: {', '.join([*shown, duration(summary['seconds'])])}")
+        self._watcher.phase("runs", done, total)
+
+
+def report(asked: Namespace) -> int:
+    comparison = (asked.folder / "compare.json").exists()
+    print(pages.write_comparison(asked.folder) if comparison else pages.write(asked.folder))
+    return 0
+
+
+def predict(asked: Namespace) -> int:
+    found = predict_images(asked.folder, asked.images, asked.site)
+    if asked.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for header in ("image", "class", "probability"):
+        table.add_column(header, justify="right" if header == "probability" else "left")
+    for each in found:
+        table.add_row(each["image"], each["class"], f"{100 * each['probability']:.1f} %")
+    console().print(table)
+    return 0
+
+
+def pretrain(asked: Namespace) -> int:
+    from .diffusion.pretrain import Pretraining
+    from .diffusion.pretrain import pretrain as make
+
+    settings = construct(Pretraining, nested(dict(setting(text) for text in asked.settings)), "")
+    if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
+        raise InputError(f"{asked.out} is there already; choose another --out")
+    with teller(quiet=asked.quiet, events=asked.json) as watcher:
+        try:
+            record = make(settings, asked.out, watcher.phase, asked.work, asked.device)
+        except KeyboardInterrupt:
+            kept = f"the same command goes on from the phases in {asked.work}, with another --out" if asked.work else ""
+            raise _stopped(kept) from None
+    if isinstance(watcher, Events):
+        emit("finished", folder=str(asked.out), record=record)
+    else:
+        print(asked.out)
+    return 0
+
+
+def algorithms(asked: Namespace) -> int:
+    if asked.json:
+        rows = [{"name": name, "paper": each.paper, "about": each.about} for name, each in ALGORITHMS.items()]
+        print(json.dumps(rows, indent=1))
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for header in ("name", "paper", "what it does"):
+        table.add_column(header)
+    for name, each in ALGORITHMS.items():
+        table.add_row(name, each.paper, each.about)
+    console().print(table)
+    return 0
+
+
+def verify(asked: Namespace) -> int:
+    with teller(quiet=asked.quiet, events=asked.json) as watcher:
+        try:
+            history, difference = verify_run(asked.folder, watcher, asked.workers), None
+        except DifferenceError as error:
+            history, difference = None, str(error)
+    if isinstance(watcher, Events):
+        emit("verified", identical=difference is None, history_sha256=history, difference=difference)
+    else:
+        print(f"identical: history {history}" if difference is None else f"different: {difference}")
+    return 0 if difference is None else 1

@@ -1,0 +1,301 @@
+"""What the command line shows: progress with the time left, and tables."""
+
+import json
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from .config import Config
+from .core import Stage
+from .progress import Clock, spoken
+from .report.parts import Table as Plain
+from .report.parts import duration, memory, number, size
+from .runs import Watcher
+
+WIDTH = 160
+"""Of tables where the output is no terminal."""
+MOST_SITES = 8
+LINE_EVERY = 15.0
+
+
+def console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH, soft_wrap=True)
+
+
+class Teller(Watcher, ABC):
+    """Shows how a run goes; use it as a context."""
+
+    folder: Path | None = None
+
+    def __init__(self) -> None:
+        self.clock = Clock((), 1)
+        self._lock = threading.Lock()
+
+    def plan(self, folder: Path, config: Config, stages: tuple[Stage, ...], sites: tuple[str, ...], done: int) -> None:
+        self.folder = folder
+        self.clock = Clock([stage.name for stage in stages], len(sites), done, config.workers, time.monotonic())
+        self.begin(config, sites)
+
+    def progress(self, site: str, what: str, done: int, total: int) -> None:
+        with self._lock:
+            self.clock.work(site, what, done, total)
+            self.work(site, what, done, total)
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        with self._lock:
+            self.clock.finish(record["seconds"], time.monotonic())
+            self.stage(record)
+
+    def __enter__(self) -> "Teller":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing may be drawn after this."""
+
+    @abstractmethod
+    def begin(self, config: Config, sites: tuple[str, ...]) -> None: ...
+    @abstractmethod
+    def work(self, site: str, what: str, done: int, total: int) -> None: ...
+    @abstractmethod
+    def stage(self, record: Mapping[str, Any]) -> None: ...
+    @abstractmethod
+    def phase(self, what: str, done: int, total: int) -> None:
+        """Work that is no run's: a phase of pre-training, the cells of a comparison."""
+
+    @abstractmethod
+    def say(self, text: str) -> None: ...
+
+
+class Quiet(Teller):
+    """Says nothing."""
+
+    def begin(self, config: Config, sites: tuple[str, ...]) -> None: ...
+    def work(self, site: str, what: str, done: int, total: int) -> None: ...
+    def stage(self, record: Mapping[str, Any]) -> None: ...
+    def phase(self, what: str, done: int, total: int) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class Events(Teller):
+    """Events as JSON lines; reports from within a stage once a second at most."""
+
+    _told = 0.0
+
+    def begin(self, config: Config, sites: tuple[str, ...]) -> None:
+        stages, done = list(self.clock.stages), self.clock.done
+        emit(
+            "plan",
+            folder=str(self.folder),
+            algorithm=config.name,
+            seed=config.seed,
+            sites=list(sites),
+            stages=stages,
+            done=done,
+        )
+
+    def work(self, site: str, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._told >= 1:
+            self._told = now
+            left = round(self.clock.left(now), 1)
+            emit("progress", stage=self.clock.stage, site=site, what=what, done=done, total=total, seconds_left=left)
+
+    def stage(self, record: Mapping[str, Any]) -> None:
+        emit("round", **record)
+
+    def phase(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._told >= 1:
+            self._told = now
+            emit("progress", what=what, done=done, total=total)
+
+    def say(self, text: str) -> None:
+        emit("message", text=text)
+
+
+def emit(event: str, **values: Any) -> None:
+    print(json.dumps({"event": event, **values}), flush=True)
+
+
+class Lines(Teller):
+    """Plain lines, for files and pipes."""
+
+    _told = 0.0
+
+    def begin(self, config: Config, sites: tuple[str, ...]) -> None:
+        self._told = time.monotonic()
+        print(begun(config, sites, self.clock, self.folder), flush=True)
+
+    def work(self, site: str, what: str, done: int, total: int) -> None:
+        self._now_and_then(f"  {percent(self.clock)}, {spoken(self.clock.left(time.monotonic()))}")
+
+    def stage(self, record: Mapping[str, Any]) -> None:
+        self._told = time.monotonic()
+        print(line(record), flush=True)
+
+    def phase(self, what: str, done: int, total: int) -> None:
+        if done == total:
+            print(f"{what}: {done:,} of {total:,}", flush=True)
+        else:
+            self._now_and_then(f"  {what}: {done:,} of {total:,}")
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def _now_and_then(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._told >= LINE_EVERY:
+            self._told = now
+            print(text, flush=True)
+
+
+class _Left(ProgressColumn):
+    """The time left, which runs on between reports."""
+
+    def __init__(self, bars: "Bars") -> None:
+        super().__init__()
+        self._bars = bars
+
+    def render(self, task: Task) -> Text:
+        if task.id != self._bars.main:
+            return Text(f"{task.completed:,.0f} of {task.total:,.0f}" if task.total else "waits", style="dim")
+        return Text(self._bars.left(), style="bold")
+
+
+class Bars(Teller):
+    """A bar for the whole run with the time left, and one for each site at work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._console = console()
+        columns = (TextColumn("{task.description}"), BarColumn(30), _Left(self))
+        self._progress = Progress(*columns, console=self._console, transient=True, refresh_per_second=5)
+        self.main: TaskID | None = None
+        self._sites: dict[str, TaskID] = {}
+        self._drawn: dict[str, float] = {}
+        self._spoken = ""
+
+    def __enter__(self) -> "Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def left(self) -> str:
+        if not self.clock.stages:
+            return self._spoken
+        if self.main is not None:
+            self._progress.tasks[0].completed = self.clock.fraction(time.monotonic())
+        return spoken(self.clock.left(time.monotonic()))
+
+    def begin(self, config: Config, sites: tuple[str, ...]) -> None:
+        self._console.print(begun(config, sites, self.clock, self.folder), highlight=False)
+        self.main = self._progress.add_task(percent(self.clock), total=1.0)
+        if len(sites) <= MOST_SITES:
+            self._sites = {site: self._progress.add_task(f"  {site}", total=None, visible=False) for site in sites}
+
+    def work(self, site: str, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done != total and now - self._drawn.get(site, 0.0) < 0.1:
+            return
+        self._drawn[site] = now
+        if site in self._sites:
+            self._progress.update(self._sites[site], completed=done, total=total, visible=True)
+        if self.main is not None:
+            doing = "" if site or what == "sites" else f": {what} {done:,} of {total:,}"
+            self._progress.update(self.main, description=percent(self.clock) + doing)
+
+    def stage(self, record: Mapping[str, Any]) -> None:
+        self._console.print(line(record), highlight=False)
+        for task in self._sites.values():
+            self._progress.update(task, completed=0, total=None, visible=False)
+        if self.main is not None:
+            self._progress.update(self.main, description=percent(self.clock))
+
+    def phase(self, what: str, done: int, total: int) -> None:
+        what, _, self._spoken = what.partition(", ")
+        if self.main is None:
+            self.main = self._progress.add_task(what, total=total)
+        self._spoken = self._spoken or f"{done:,} of {total:,}"
+        self._progress.update(self.main, description=what, completed=done, total=total)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+
+def teller(*, quiet: bool, events: bool) -> Teller:
+    if quiet:
+        return Quiet()
+    if events:
+        return Events()
+    return Bars() if sys.stdout.isatty() else Lines()
+
+
+def begun(config: Config, sites: tuple[str, ...], clock: Clock, folder: Path | None) -> str:
+    done = f", {clock.done} of {len(clock.stages)} stages are done" if clock.done else f", {len(clock.stages)} stages"
+    return f"{config.name}, seed {config.seed}, {len(sites)} sites{done} -> {folder}"
+
+
+def percent(clock: Clock) -> str:
+    place = f"{min(clock.done + 1, len(clock.stages))}/{len(clock.stages)}"
+    share = f" {100 * clock.share:.0f} %" if clock.share else ""
+    return f"{clock.stage} ({place}){share}"
+
+
+def line(record: Mapping[str, Any]) -> str:
+    """One line on a finished stage: its name, test accuracies, seconds."""
+    name = f"{record['stage']} {record['number'] + 1}" if record["stage"] in ("train", "gate") else record["stage"]
+    shown = []
+    if record["union"]:
+        shown.append(f"global {record['union']['global']['accuracy']:5.1f} %")
+    if record["personal"]:
+        own = [views["test"]["accuracy"] for views in record["personal"].values()]
+        shown.append(f"personal {sum(own) / len(own):5.1f} %")
+    if "gate_kept" in record["aggregate"]:
+        shown.append("fine-tuning kept" if record["aggregate"]["gate_kept"] else "fine-tuning undone")
+    return f"  {name:<12} {duration(record['seconds']):>12}   {'   '.join(shown)}".rstrip()
+
+
+def run_table(summary: Mapping[str, Any]) -> Table:
+    """The end of a run: accuracies in percent."""
+    table = Table("test accuracy, %", box=None, pad_edge=False)
+    for header in ("all images", "mean of sites", "worst site"):
+        table.add_column(header, justify="right")
+    once = summary["one_shot"] or {}
+    for name, values, keys in (
+        ("global model", summary["global"], ("union", "site_mean", "site_worst")),
+        ("personal models", summary["personal"], ("union", "mean", "worst")),
+        ("one shot: global", once.get("global"), ("union", "site_mean", "site_worst")),
+        ("one shot: personal", once.get("personal"), ("union", "mean", "worst")),
+    ):
+        if values:
+            table.add_row(name, *(number(values.get(key)) for key in keys))
+    return table
+
+
+def run_facts(summary: Mapping[str, Any]) -> str:
+    up, down = (size(summary[f"bytes_{way}_per_site"]) for way in ("up", "down"))
+    return (
+        f"per site {up} up, {down} down; {duration(summary['seconds'])}; "
+        f"memory {memory(summary['peak_memory_mb'])}; history {summary['history_sha256'][:12]}"
+    )
+
+
+def rich_table(plain: Plain) -> Table:
+    """A report's table for the terminal; the winner of a column has a star."""
+    table = Table(title=plain.title, title_justify="left", box=None, pad_edge=False)
+    for place, header in enumerate(plain.header):
+        table.add_column(header, justify="right" if place and header not in plain.words else "left")
+    for row in plain.rows:
+        table.add_row(*(Text(f"★ {cell.text}", "bold green") if cell.best else Text(cell.text) for cell in row))
+    return table
