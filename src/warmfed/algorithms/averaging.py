@@ -34,7 +34,7 @@ class Averaging(ABC):
     """Rounds of training."""
     sample: float = 1.0
     """Share of the sites asked in each round."""
-    local: Training = Training(lr=0.02, epochs=5)
+    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """A site's training in one round."""
 
     @abstractmethod

@@ -20,7 +20,7 @@ class Ditto(Averaging):
 
     lam: float = 0.1
     """Weight of the proximal term."""
-    personal: Training = Training(lr=0.02, epochs=5)
+    personal: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """The personal model's training in one round."""
 
     def enter(self, down: Message, ctx: Local) -> State:

@@ -43,7 +43,7 @@ class FGL(Averaging):
     """How S is drawn and learned."""
     tune: bool = True
     """Whether the server fine-tunes the aggregated model on S_sub."""
-    tune_training: Training = Training(lr=0.01, epochs=2)
+    tune_training: Training = Training(lr=0.01, epochs=2, clip=1.0)
     """That fine-tuning."""
 
     def init(self, ctx: Central) -> ServerState:

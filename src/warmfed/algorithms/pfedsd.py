@@ -27,7 +27,7 @@ class Personal:
 class PFedSD(Averaging):
     """FedAvg whose local training is taught by the site's own model of the round before."""
 
-    local: Training = Training(lr=0.02, epochs=5)
+    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """A site's training in one round."""
     distillation: Distillation = Distillation()
     """How the past model teaches."""

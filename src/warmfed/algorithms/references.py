@@ -55,7 +55,7 @@ class LocalOnly:
 
     rounds: int = 5
     """Trainings in the budget."""
-    local: Training = Training(lr=0.02, epochs=5)
+    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """A site's training in one round."""
     budget: Budget = Budget()
     """When to stop."""
@@ -116,7 +116,7 @@ class Centralized:
 
     rounds: int = 5
     """Trainings in the budget."""
-    local: Training = Training(lr=0.02, epochs=5)
+    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """The training of one round, on all images."""
     budget: Budget = Budget()
     """When to stop."""

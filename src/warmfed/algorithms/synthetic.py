@@ -24,9 +24,9 @@ class Synthesis:
     """Images per site and class."""
     filter: str = "cross"
     """cross: drop samples that a classifier trained on the other half of S takes for another class; none."""
-    filter_training: Training = Training(lr=0.02, epochs=8, batch=64, schedule="cosine")
+    filter_training: Training = Training(lr=0.02, epochs=8, batch=64, schedule="cosine", clip=1.0)
     """Training of the two classifiers that filter."""
-    training: Training = Training(lr=0.02, epochs=15, batch=64, schedule="cosine", weight_decay=5e-4)
+    training: Training = Training(lr=0.02, epochs=15, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
     """Training of the classifier on S, from random weights."""
     subset: int = 400
     """|S_sub|: images of the subset that later fine-tuning uses, even over sites and classes."""

@@ -97,17 +97,17 @@ class WarmFed:
     """Whether there is a warm start at all; without it the start is random, and nothing is synthesised."""
     synthesis: Synthesis = Synthesis()
     """How S is drawn and learned."""
-    local: Training = Training(lr=0.02, epochs=5)
+    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """A site's training in one round, for the global model."""
-    personal: Training = Training(lr=0.02, epochs=5)
+    personal: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """A site's training in one round, for its own model."""
     before: str = "none"
     """Who fine-tunes on S_sub before the aggregation: client, server or none."""
-    before_training: Training = Training(lr=0.01, epochs=1)
+    before_training: Training = Training(lr=0.01, epochs=1, clip=1.0)
     """That fine-tuning."""
     tune: bool = True
     """Whether the server fine-tunes the aggregated model on S_sub."""
-    tune_training: Training = Training(lr=0.01, epochs=2)
+    tune_training: Training = Training(lr=0.01, epochs=2, clip=1.0)
     """That fine-tuning."""
     gate: bool = True
     """Whether the sites' validation decides how much of the fine-tuning is kept: all, half or none of it."""
