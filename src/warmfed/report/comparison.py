@@ -116,7 +116,8 @@ def _chance(p: float | None) -> str:
 
 def markdown(compare: Mapping[str, Any]) -> str:
     """The table, and the paired tests where there are some, as Markdown; winners in bold."""
-    return "\n".join(f"{each.title}\n\n{_markdown(each)}" for each in _tables(compare))
+    titled = len(by_rounds(compare)) > 1
+    return "\n".join(f"{each.title}\n\n" * titled + _markdown(each) for each in _tables(compare))
 
 
 def _tables(compare: Mapping[str, Any]) -> list[Table]:

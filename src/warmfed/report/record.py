@@ -47,7 +47,16 @@ ROUND = {
     "bytes_up": Each(int),
     "bytes_down": Each(int),
 }
-MESSAGE = {"stage": str, "number": int, "site": str, "direction": str, "kind": str, "bytes": int, "tensors": int, "seconds?": float}
+MESSAGE = {
+    "stage": str,
+    "number": int,
+    "site": str,
+    "direction": str,
+    "kind": str,
+    "bytes": int,
+    "tensors": int,
+    "seconds?": float,
+}
 STAGE = {"stage": str, "number": int, "seconds": float, "peak_memory_mb?": float}
 GLOBAL = {"union?": Maybe(float), "site_mean?": Maybe(float), "site_worst?": Maybe(float)}
 PERSONAL = {"mean?": Maybe(float), "worst?": Maybe(float), "std?": Maybe(float), "union?": Maybe(float)}
