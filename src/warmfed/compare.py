@@ -17,7 +17,6 @@ from typing import Any
 from . import __version__, report
 from .algorithms import ALGORITHMS, entry
 from .config import Config, nested, read_toml, resolve
-from .core import Stage
 from .data import Federation
 from .errors import InputError, suggest
 from .files import read_bytes, sweep, write_json, write_whole
@@ -226,8 +225,8 @@ class _Tells(Watcher):
     def __init__(self, index: int) -> None:
         self._index, self._clock = index, Clock((), 1)
 
-    def plan(self, folder: Path, config: Config, stages: tuple[Stage, ...], sites: tuple[str, ...], done: int) -> None:
-        self._clock = Clock([stage.name for stage in stages], len(sites), done, config.workers, time.monotonic())
+    def plan(self, folder: Path, config: Config, sites: tuple[str, ...], records: Sequence[Mapping[str, Any]]) -> None:
+        self._clock = Clock.of(config, len(sites), records, time.monotonic())
 
     def progress(self, site: str, what: str, done: int, total: int) -> None:
         self._clock.work(site, what, done, total)
@@ -248,7 +247,7 @@ class _Estimate:
     """The time left of a comparison: what is done of the expected work, at the pace so far."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
-        self._work = {cell.name: Clock([stage.name for stage in cell.config.algorithm.stages()], 1).total() for cell in cells}
+        self._work = {cell.name: Clock.of(cell.config, 1).total() for cell in cells}
         self._done: set[str] = set()
         self._began = time.monotonic()
 

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import Config
-from .core import Stage
 from .progress import Clock, spoken
 from .report.parts import Table as Plain
 from .report.parts import duration, memory, number, size
@@ -40,9 +39,9 @@ class Teller(Watcher, ABC):
         self.clock = Clock((), 1)
         self._lock = threading.Lock()
 
-    def plan(self, folder: Path, config: Config, stages: tuple[Stage, ...], sites: tuple[str, ...], done: int) -> None:
+    def plan(self, folder: Path, config: Config, sites: tuple[str, ...], records: Sequence[Mapping[str, Any]]) -> None:
         self.folder = folder
-        self.clock = Clock([stage.name for stage in stages], len(sites), done, config.workers, time.monotonic())
+        self.clock = Clock.of(config, len(sites), records, time.monotonic())
         self.begin(config, sites)
 
     def progress(self, site: str, what: str, done: int, total: int) -> None:

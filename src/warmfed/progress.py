@@ -1,6 +1,9 @@
 """How far a run is and how much time is left: an expectation, corrected by what has been measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .config import Config
 
 EXPECTED = {"adapt": 55.0, "collect": 1.0, "warm": 50.0, "train": 9.0, "gate": 1.5, "personalize": 7.0}
 """Seconds of a stage with its evaluation, for WarmFed on digits4 with two workers: only their proportions matter once
@@ -16,13 +19,21 @@ SERVER = {"draw": (0.0, 0.75), "recognise": (0.75, 0.9), "train": (0.9, 1.0)}
 class Clock:
     """The time of one run. Times are seconds on any clock that does not go back."""
 
-    def __init__(self, stages: Sequence[str], sites: int, done: int = 0, workers: int = 1, now: float = 0.0) -> None:
-        self.stages, self.done = tuple(stages), done
+    def __init__(self, stages: Sequence[str], sites: int, workers: int = 1, now: float = 0.0) -> None:
+        self.stages, self.done = tuple(stages), 0
         self._sites, self._slow = max(sites, 1), 2 / max(1, min(workers, sites))
         self._measured: dict[str, list[float]] = {}
         self._began = self._since = now
         self._parts: dict[str, float] = {}
         self._share = 0.0
+
+    @classmethod
+    def of(cls, config: Config, sites: int, records: Sequence[Mapping[str, Any]] = (), now: float = 0.0) -> "Clock":
+        """The clock of a run of which these records are there already."""
+        clock = cls([stage.name for stage in config.algorithm.stages()], sites, config.workers, now)
+        for record in records:
+            clock.finish(record["seconds"], now)
+        return clock
 
     @property
     def stage(self) -> str:

@@ -11,7 +11,7 @@ import json
 import shutil
 import tomllib
 from collections import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -23,7 +23,7 @@ from safetensors.torch import save
 
 from . import __version__, report
 from .config import Config, build
-from .core import Algorithm, Central, Generator, Round, ServerState, Stage, Task
+from .core import Algorithm, Central, Generator, Round, ServerState, Task
 from .data import Federation, load
 from .diffusion import pipeline
 from .errors import InputError
@@ -43,8 +43,8 @@ from .transports.worker import Worker
 class Watcher:
     """Is told how a run goes, also from other threads; this one keeps silent."""
 
-    def plan(self, folder: Path, config: Config, stages: tuple[Stage, ...], sites: tuple[str, ...], done: int) -> None:
-        """The run's folder, its stages, and how many of them an earlier process has done."""
+    def plan(self, folder: Path, config: Config, sites: tuple[str, ...], records: Sequence[Mapping[str, Any]]) -> None:
+        """The run's folder, and the records of stages that an earlier process has done."""
 
     def progress(self, site: str, what: str, done: int, total: int) -> None:
         """Work within a stage: at a site; or, for site "", at the server, or how many sites have finished."""
@@ -297,7 +297,7 @@ def _go(ready: Ready, folder: Path, watcher: Watcher, records: list[dict[str, An
     config, federation = ready.config, ready.federation
     ledger = read_lines(folder / "ledger.jsonl", "the run's ledger") if records else []
     ledger = [line for line in ledger if line["step"] < len(records)]
-    watcher.plan(folder, config, config.algorithm.stages(), tuple(federation.sites), len(records))
+    watcher.plan(folder, config, tuple(federation.sites), tuple(records))
     if not records:
         _keep(ready, folder, records, None)
     rounds = simulate(

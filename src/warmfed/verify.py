@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from safetensors.torch import load
 
 from . import __version__
 from .config import Config
-from .core import Stage
 from .errors import InputError
 from .files import read_bytes, read_lines
 from .runs import Watcher, execute, prepare, read_config, read_summary
@@ -30,8 +29,9 @@ class _Compare(Watcher):
     def __init__(self, records: list[dict[str, Any]], inner: Watcher) -> None:
         self._records, self._inner = records, inner
 
-    def plan(self, folder: Path, config: Config, stages: tuple[Stage, ...], sites: tuple[str, ...], done: int) -> None:
-        self._inner.plan(folder, config, stages, sites, done)
+    def plan(self, folder: Path, config: Config, sites: tuple[str, ...], records: Sequence[Mapping[str, Any]]) -> None:
+        self._inner.plan(folder, config, sites, records)
+        stages = config.algorithm.stages()
         if len(stages) != len(self._records):
             raise DifferenceError(f"stages: {len(self._records)} in the folder, {len(stages)} by its configuration")
 
