@@ -51,7 +51,7 @@ def kind(cls: type) -> str:
 
 
 @functools.cache
-def _fields(cls: type) -> dict[str, Any]:
+def _fields(cls: Any) -> dict[str, Any]:
     return {f.name: t for f, t in zip(dataclasses.fields(cls), typing.get_type_hints(cls).values(), strict=True)}
 
 

@@ -92,7 +92,7 @@ class _Selecting:
         share = min(1.0, (self.done + len(self.seen)) / self.planned)
         return self.settings.tau_first * (self.settings.tau_last / self.settings.tau_first) ** share  # τ_t
 
-    def loss(self, model: nn.Module, batch: Table) -> Tensor:
+    def loss(self, model: Any, batch: Table) -> Tensor:
         with torch.no_grad():
             pool = torch.stack([self.task.logits(teacher, batch) for teacher in self.teachers], 1)  # z^(1), z^(2)
         # probabilities, not logits: their range does not grow with the rounds

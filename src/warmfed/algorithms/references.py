@@ -7,6 +7,8 @@ until validation stops improving (`until` validation): the best validated weight
 from dataclasses import dataclass, replace
 from typing import final
 
+from torch import Tensor
+
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
 from ..errors import InputError
 from ..fit import Context, Training, fit
@@ -33,10 +35,11 @@ class Budget:
 
 def train_until(
     ctx: Context, start: Tensors, training: Training, train: Table, check: Table, budget: Budget
-) -> tuple[Tensors, Metrics]:
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Train in pieces until validation stops improving; the best validated weights, and how many pieces there were."""
     task = ctx.task
-    best, score, waited, model, info = start, (-1.0, 0.0), 0, start, {"loss": 0.0}
+    model, info = dict(start), {"loss": 0.0}
+    best, score, waited = model, (-1.0, 0.0), 0
     pieces = 0
     while waited < budget.patience and pieces < budget.limit:
         model, info = fit(ctx, model, training, train)

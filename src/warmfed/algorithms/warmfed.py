@@ -190,7 +190,7 @@ class WarmFed:
         start = down.model
         if state.subset is not None:
             start, _ = fit(ctx, start, self.before_training, state.subset)  # e_s epochs, reading R2
-        model, metrics = start, {}
+        model, metrics = dict(start), dict[str, float]()
         if self.upload == "local":
             model, metrics = fit(ctx, start, self.local, ctx.data["train"])  # θ_n^t
         state, info = self.personal_step(start, state, ctx)  # θ_{p,n}^t
@@ -220,7 +220,7 @@ class WarmFed:
             models = ((fit(ctx, r.message.model, self.before_training, server.subset)[0], r.weight) for r in replies.values())
             merged = mean(models)
         else:
-            merged = average(replies)
+            merged = dict(average(replies))
         if not self.tunes:
             return replace(server, model=merged), {}
         tuned, info = fit(ctx, merged, self.tune_training, server.subset)  # e_f epochs

@@ -37,6 +37,8 @@ class Adapted(nn.Module):
     Its state outside of the adapter never changes, so one instance serves all sites: an adapter is loaded before each use.
     """
 
+    empty: Tensor
+
     def __init__(self, unet: nn.Module, prompts: Tensor, empty: Tensor) -> None:
         super().__init__()
         self.unet = unet

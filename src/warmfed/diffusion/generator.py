@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,7 @@ class _Adapting:
     def build(self) -> nn.Module:
         return self.model
 
-    def loss(self, model: nn.Module, batch: Table) -> Tensor:
+    def loss(self, model: Any, batch: Table) -> Tensor:
         n, device = len(batch["label"]), batch["label"].device
         view = torch.randint(batch["latent"].shape[1], (n,)).to(device)
         latent = batch["latent"][torch.arange(n, device=device), view]

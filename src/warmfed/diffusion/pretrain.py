@@ -1,0 +1,365 @@
+"""Pre-training of a small text-conditioned latent diffusion pipeline on rendered digits.
+
+Three phases: an autoencoder (32×32 pixels to 8×8×4 latents), the latents of all images once, and the denoiser with its
+text encoder on captions. The denoiser predicts v (T. Salimans, J. Ho, ICLR 2022, arXiv:2202.00512) under the cosine
+schedule; a share of the captions is empty, for classifier-free guidance.
+"""
+
+import json
+import platform
+import string
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from warmfed.core import Central
+from warmfed.data.rendered import SIDE, rendered
+from warmfed.diffusion.objective import denoising_loss
+from warmfed.diffusion.pipeline import Parts, pixels, save
+from warmfed.files import write_whole
+from warmfed.fit import Training, fit
+from warmfed.randomness import named, seeded
+from warmfed.tasks import Classify
+from warmfed.tensors import Table, Tensors, only
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "a photo of the digit {word}", "a photo of the digit {word}", "a photo of a {word}", "a picture of the digit {word}",
+    "an image of the number {word}", "the digit {word}", "{word}", "a photo of the digit {numeral}",
+    "a picture of a {numeral}", "a handwritten {numeral}", "a drawing of the number {word}", "{numeral}",
+)  # fmt: skip
+"""What a digit may be called; the first one is twice as frequent."""
+TOKENS = 16
+PATCH = 48
+"""Values of a 4×4 patch."""
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How a base is made; the defaults made the embedded one."""
+
+    characters: str = "0123456789"
+    """Digits to draw and to name."""
+    images: int = 80_000
+    """Rendered images."""
+    channels: int = 8
+    """Channels of the latents."""
+    decoder_width: int = 32
+    """Channels of the autoencoder's decoder."""
+    decoder_steps: int = 3000
+    """Optimizer steps of the decoder."""
+    decoder_batch: int = 32
+    """Images per step of the decoder."""
+    decoder_lr: float = 1e-3
+    """Peak learning rate of the decoder."""
+    decoder_noise: float = 0.05
+    """Deviation of the noise on the latents that the decoder learns to bear."""
+    widths: tuple[int, ...] = (64, 128)
+    """Channels of the denoiser at 8 and 4 pixels; multiples of 16."""
+    text_width: int = 96
+    """Width of the text encoder; a multiple of 4."""
+    text_layers: int = 2
+    """Layers of the text encoder."""
+    steps: int = 6000
+    """Optimizer steps of the denoiser and the text encoder."""
+    batch: int = 64
+    """Latents per step."""
+    lr: float = 1e-3
+    """Peak learning rate; it rises over the first `warmup` steps and falls to zero as a cosine."""
+    warmup: int = 150
+    """Steps over which the learning rate rises."""
+    ema: float = 0.999
+    """Decay of the moving average of the weights, which is what is kept."""
+    dropout: float = 0.12
+    """Share of empty captions."""
+    gamma: float = 5.0
+    """Largest weight of a time in the loss (`denoising_loss`)."""
+    classifier_epochs: int = 3
+    """Passes of the public classifier over the images; it is what FedAvg is given where WarmFed is given the base."""
+    checkpoint: float = 300.0
+    """Seconds between intermediate folders; 0: only the last one is written."""
+    threads: int = 1
+    """Threads of torch; more of them change the last bits."""
+    seed: int = 0
+    """Names all random numbers."""
+
+
+def silent(phase: str, step: int, steps: int) -> None:
+    """Says nothing."""
+
+
+def captions(characters: str) -> tuple[tuple[str, ...], ...]:
+    """All captions of each character."""
+    return tuple(
+        tuple(template.format(word=WORDS[int(c)], numeral=c) for template in TEMPLATES) for c in characters
+    )
+
+
+def tokenizer() -> Any:
+    """A `CLIPTokenizer` whose vocabulary is the captions' words and all single characters, so it reads any text."""
+    from transformers import CLIPTokenizer
+
+    words = sorted({word for texts in captions("0123456789") for text in texts for word in text.split()})
+    words += ["character", "figure", "letter", "printed", "written", "in", "on", "with", "and", "small", "large"]
+    symbols = string.ascii_lowercase + string.digits + string.punctuation
+    pieces = [symbol + end for symbol in symbols for end in ("", "</w>")]
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        head = word[0]
+        for symbol in [*word[1:-1], word[-1] + "</w>"][: len(word) - 1]:
+            merges[head, symbol] = None
+            head += symbol
+            pieces.append(head)
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    return CLIPTokenizer(vocabulary, list(merges), model_max_length=TOKENS)
+
+
+def build(settings: Pretraining) -> Parts:
+    """The parts of the pipeline with random weights (drawn from torch's global stream)."""
+    from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    words, depth = tokenizer(), len(settings.widths)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(PATCH,) * 3, num_encoder_blocks=(0, 0, 0), latent_channels=settings.channels,
+        decoder_block_out_channels=(settings.decoder_width,) * 3, num_decoder_blocks=(3, 2, 1),
+    )  # fmt: skip
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words), hidden_size=settings.text_width, intermediate_size=4 * settings.text_width,
+            projection_dim=settings.text_width, num_hidden_layers=settings.text_layers, num_attention_heads=4,
+            max_position_embeddings=TOKENS, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    )  # fmt: skip
+    # Attention costs half of the speed at 8×8 and little at 4×4, where it is enough: the pooled prompt is added to the
+    # time embedding of all layers as well.
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // 4, in_channels=settings.channels, out_channels=settings.channels, layers_per_block=1,
+        block_out_channels=settings.widths, norm_num_groups=16, attention_head_dim=4,
+        down_block_types=("DownBlock2D",) * (depth - 1) + ("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
+        cross_attention_dim=settings.text_width, resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text", addition_embed_type_num_heads=4,
+    )  # fmt: skip
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
+        algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing", steps_offset=1,
+    )  # fmt: skip
+    for model in (vae, unet):
+        model.to(memory_format=torch.channels_last)
+    return Parts(words, text_encoder, unet, vae, scheduler)
+
+
+@torch.no_grad()
+def principal_patches(encoder: Any, images: Tensor) -> None:
+    """Make the encoder the projection of 4×4 patches on their first principal components, in closed form.
+
+    A learned encoder needs far more steps than a small budget has before it tells all colours apart; the components of the
+    rendered images are there at once and leave an error of 0.01 of a variance of 0.38. The first convolutions only sort a
+    patch's 48 values into channels, the last one projects. A component's deviation is its own to the power ½ (between the
+    image's spectrum and white), and 1 on average: the coarse shape stays the largest signal, and the last to drown in noise.
+    """
+    pick, first, second, project = (layer for layer in encoder.layers)
+    for layer in (pick, first, second, project):
+        layer.weight.zero_()
+    pick.bias.zero_()
+    for colour in range(3):
+        pick.weight[colour, colour, 1, 1] = 1
+    for layer, inputs in ((first, 3), (second, 12)):
+        for channel in range(inputs):
+            for place in range(4):
+                layer.weight[4 * channel + place, channel, 1 + place // 2, 1 + place % 2] = 1
+    patches = torch.cat([encoder.layers[:3](part.float() / 255).double() for part in images.split(500)])
+    patches = patches.permute(0, 2, 3, 1).reshape(-1, PATCH)
+    mean = patches.mean(0)
+    variance, basis = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    # the sign of an eigenvector is the library's whim
+    basis = basis.flip(1)[:, : project.out_channels]
+    basis = basis * basis.abs().amax(0, keepdim=True).eq(basis.abs()).mul(basis).sum(0).sign()
+    deviation = variance.flip(0)[: project.out_channels].sqrt()
+    weight = basis * deviation.rsqrt() / deviation.mean().sqrt()
+    project.weight[:, :, 1, 1] = weight.T.float()
+    project.bias.copy_(-(mean @ weight).float())
+
+
+class Decoding:
+    """The task of the decoder: absolute and squared error of the pixels, with a little noise on the latents."""
+
+    def __init__(self, vae: nn.Module, noise: float) -> None:
+        self.vae, self.noise = vae, noise
+
+    def build(self) -> nn.Module:
+        return self.vae
+
+    def loss(self, model: Any, batch: Table) -> Tensor:
+        latent = batch["latent"]
+        error = model.decode(latent + self.noise * torch.randn_like(latent)).sample - pixels(batch["image"])
+        return error.abs().mean() + error.square().mean()
+
+
+class Conditioned(nn.Module):
+    """Denoiser and text encoder as one model."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, noisy: Tensor, time: Tensor, ids: Tensor, which: Tensor) -> Tensor:
+        """The predicted v; `ids` are the distinct captions' tokens, `which` names each latent's caption."""
+        return self.unet(noisy, time, self.text_encoder(ids)[0][which]).sample
+
+
+class Denoising:
+    """The task of the denoiser: v of noisy latents, given a caption drawn from its class's captions."""
+
+    def __init__(self, parts: Parts, settings: Pretraining) -> None:
+        self.model = Conditioned(parts.unet, parts.text_encoder)
+        self.settings = settings
+        self.signal = parts.scheduler.alphas_cumprod  # ᾱ_t
+        texts = captions(settings.characters)
+        self.per_class = len(texts[0])
+        self.ids = parts.tokenizer(
+            ["", *(text for row in texts for text in row)], padding="max_length", max_length=TOKENS, return_tensors="pt"
+        ).input_ids
+
+    def build(self) -> nn.Module:
+        return self.model
+
+    def loss(self, model: Any, batch: Table) -> Tensor:
+        label = batch["label"]
+        caption = 1 + label * self.per_class + torch.randint(self.per_class, label.shape, device=label.device)
+        caption = caption.masked_fill(torch.rand(label.shape, device=label.device) < self.settings.dropout, 0)
+        distinct, which = caption.unique(return_inverse=True)
+        ids = self.ids.to(label.device)[distinct]
+        return denoising_loss(
+            lambda noisy, time: model(noisy, time, ids, which),
+            batch["latent"],
+            self.signal,
+            "v_prediction",
+            self.settings.gamma,
+        )
+
+
+def pretrain(
+    settings: Pretraining,
+    out: Path,
+    progress: Callable[[str, int, int], None] = silent,
+    work: Path | None = None,
+    device: str = "cpu",
+) -> Mapping[str, Any]:
+    """Make a base and write it to the folder `out`; returns what `pretraining.json` says.
+
+    Args:
+        progress: progress(phase, done, total), after each step.
+        work: folder where finished phases (images, autoencoder, latents) are kept; a later call with the same settings
+            takes them from there.
+    """
+    torch.set_num_threads(settings.threads)
+    torch.set_flush_denormal(True)
+    begun = time.time()
+    record: dict[str, Any] = {}
+    images = kept(work, "images", lambda: rendered_images(settings, record, progress))
+    with seeded(named("pretrain", settings.seed, "weights")):
+        parts = build(settings)
+
+    principal_patches(parts.vae.encoder, images["image"][:20_000])
+    parts.vae.to(device).eval()
+    parts.unet.to(device)
+
+    def latents() -> Tensors:
+        latent = parts.encode(images["image"])[0].cpu()
+        progress("latents", len(latent), len(latent))
+        return {"latent": latent, "label": images["label"]}
+
+    table = kept(work, "latents", latents)
+
+    def decoder() -> Tensors:
+        training = Training(
+            optimizer="adamw", lr=settings.decoder_lr, steps=settings.decoder_steps, batch=settings.decoder_batch,
+            schedule="cosine", warmup=settings.decoder_steps // 20, clip=1.0, ema=0.99,
+        )  # fmt: skip
+        ctx = Central(Decoding(parts.vae, settings.decoder_noise), named("pretrain", settings.seed, "decoder"), device=device)
+        start = only(parts.vae.state_dict(), lambda name: name.startswith("decoder."))
+        data = {"latent": table["latent"], "image": images["image"]}
+        tensors, info = fit(ctx, start, training, data, watch=lambda step, steps, _: progress("decoder", step, steps))
+        record.update({f"decoder_{name}": value for name, value in info.items()})
+        return tensors
+
+    parts.vae.load_state_dict(dict(kept(work, "decoder", decoder)), strict=False)
+    record["seconds_before_denoiser"] = round(time.time() - begun, 1)
+
+    task = Denoising(parts, settings)
+    training = Training(
+        optimizer="adamw", lr=settings.lr, steps=settings.steps, batch=settings.batch, schedule="cosine",
+        warmup=settings.warmup, clip=1.0, ema=settings.ema,
+    )  # fmt: skip
+    last = time.time()
+
+    def write(tensors: Tensors, **more: Any) -> None:
+        """A folder of these weights; the models in training are left as they are."""
+        copy = replace(build(settings), vae=parts.vae)
+        Conditioned(copy.unet, copy.text_encoder).load_state_dict(dict(tensors))
+        record.update(settings=asdict(settings), machine=f"{platform.machine()}, torch {torch.__version__}", **more)
+        record["seconds"] = round(time.time() - begun, 1)
+        save(copy, out, {"pretraining.json": json.dumps(record, indent=2) + "\n"})
+
+    def each(step: int, steps: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
+        nonlocal last
+        progress("denoiser", step, steps)
+        if settings.checkpoint and time.time() - last > settings.checkpoint and step < steps:
+            with seeded(named("pretrain", settings.seed, "copy")):
+                write(tensors(), denoiser_steps=step)
+            last = time.time()
+
+    ctx = Central(task, named("pretrain", settings.seed, "denoiser"), device=device)
+    tensors, info = fit(ctx, task.model.state_dict(), training, table, watch=each)
+    write(tensors, denoiser_steps=settings.steps, **info)
+    classifier = kept(work, "classifier", lambda: public_classifier(settings, images, progress, device))
+    write_whole(out / "classifier.safetensors", save_tensors(dict(classifier)))
+    return record
+
+
+def public_classifier(
+    settings: Pretraining, images: Table, progress: Callable[[str, int, int], None] = silent, device: str = "cpu"
+) -> Tensors:
+    """The default classifier, trained on the rendered images."""
+    task = Classify((3, SIDE, SIDE), len(settings.characters))
+    training = Training(lr=0.05, epochs=settings.classifier_epochs, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
+    ctx = Central(task, named("pretrain", settings.seed, "classifier"), device=device)
+    start = task.init(named("pretrain", settings.seed, "classifier", "start"))
+    return fit(ctx, start, training, images, watch=lambda step, steps, _: progress("classifier", step, steps))[0]
+
+
+def rendered_images(settings: Pretraining, record: dict[str, Any], progress: Callable[[str, int, int], None]) -> Tensors:
+    """The images and, as labels, positions in `settings.characters`."""
+    begun = time.time()
+    digits = [int(character) for character in settings.characters]
+    table = rendered(settings.images, named("pretrain", settings.seed, "images"), digits)
+    place = torch.zeros(10, dtype=torch.int64)
+    place[digits] = torch.arange(len(digits))
+    progress("images", settings.images, settings.images)
+    record["render_seconds"] = round(time.time() - begun, 1)
+    return {"image": table["image"], "label": place[table["label"]]}
+
+
+def kept(work: Path | None, name: str, make: Callable[[], Tensors]) -> Tensors:
+    """What `make` returns, read from the work folder where an earlier call left it."""
+    path = work and work / f"{name}.safetensors"
+    if path and path.exists():
+        return load_file(path)
+    made = make()
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".partial")
+        save_file({key: tensor.contiguous() for key, tensor in made.items()}, unfinished)
+        unfinished.replace(path)
+    return made
