@@ -327,6 +327,18 @@ def test_markdown_has_both_tables() -> None:
     assert text.splitlines()[-1] == "| global | warmfed − fedavg | +3.00 | < 0.001 | significant |"
 
 
+def test_only_rows_of_equal_length_compete() -> None:
+    short = {**COMPARE["rows"][1], "rounds": 1, "global_mean": 50.0}
+
+    text = report.markdown(
+        COMPARE | {"rows": [*COMPARE["rows"], short, {**short, "algorithm": "fedprox", "global_mean": 49.0}]}
+    )
+
+    assert "1 round, 2 seeds: mean ± standard deviation at the last round" in text
+    assert "| fedavg | **50.0 ± 0.5** |" in text
+    assert "| warmfed | **96.0 ± 0.5** |" in text
+
+
 def test_a_comparison_page_has_the_tables_and_the_plots(tmp_path: Path) -> None:
     text = report.write_comparison(comparison_folder(tmp_path)).read_text()
     read = Page(text)

@@ -194,6 +194,7 @@ def _results(compare: Mapping[str, Any]) -> Section:
 
 def _costs(compare: Mapping[str, Any]) -> Section | None:
     figures = []
+    names = [row["algorithm"] for row in compare["rows"]]
     for kind, title in (("global", "Global model"), ("personal", "Personal models")):
         points = {
             row["algorithm"]: (row["bytes_up"] / 1e6, row[f"{kind}_mean"], row.get(f"{kind}_std") or 0.0)
@@ -204,7 +205,9 @@ def _costs(compare: Mapping[str, Any]) -> Section | None:
             alt = f"{title}, accuracy against upload: " + "; ".join(
                 f"{name} {number(y)} % for {number(x, 2)} MB" for name, (x, y, _) in points.items()
             )
-            svg = plots.frontier(f"cost-{kind}", alt, points, xlabel="upload per site, MB", unit="test accuracy, %")
+            svg = plots.frontier(
+                f"cost-{kind}", alt, points, xlabel="upload per site, MB", unit="test accuracy, %", order=names
+            )
             figures.append(Figure(title, svg, alt))
     if not figures:
         return None
@@ -221,7 +224,7 @@ def _rounds(compare: Mapping[str, Any], folder: Path) -> Section | None:
             continue
         series = {name: [curve.get(tick) for tick in ticks] for name, curve in curves.items() if curve}
         alt = f"{title}: test accuracy by round, mean over seeds, of {', '.join(series)}."
-        svg = plots.lines(f"rounds-{kind}", alt, ticks, series, unit="test accuracy, %")
+        svg = plots.lines(f"rounds-{kind}", alt, ticks, series, unit="test accuracy, %", order=list(curves))
         figures.append(Figure(title, svg, alt))
     if not figures:
         return None

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Values = Sequence[float | None]
 LONGEST = 16  # letters of a name in a plot; tables have it in full
+LINE = 14  # height of a label
 ROW = 26  # height of a row of a plot by name
 
 
@@ -51,18 +52,23 @@ def lines(
     unit: str = "",
     bold: tuple[str, Values] | None = None,
     xlabel: str = "round",
+    order: Sequence[str] = (),
 ) -> str:
-    """A line for every name of `series` over `ticks`; `bold` is the one that sums them up.
+    """A line for every name of `series` over `ticks`; `bold` is the one that sums them up, where there is one.
 
-    With more names than colours the lines turn grey and only the bold one and the lowest are named.
+    With more names than colours the lines turn grey where there is a bold one, and only it and the lowest are named;
+    otherwise colours come again with broken lines. `order`: all names, by which colours are given, where plots share them.
     """
-    with axes() as ax:
+    order = list(order or series)
+    crowd = len(series) > SERIES and bold is not None
+    height = 230 if crowd else max(230, 60 + LINE * (len(series) + 1))
+    with axes(height) as ax:
         places = range(len(ticks))
-        crowd = len(series) > SERIES
         ends: list[tuple[float, str, str]] = []
         last = {name: end for name, values in series.items() if (end := _last(values)) is not None}
         lowest = min(last, key=last.__getitem__, default=None)
-        for index, (name, values) in enumerate(series.items()):
+        for name, values in series.items():
+            index = order.index(name)
             tint = MUTED if crowd else colour(index)
             plain = crowd and name != lowest
             ax.plot(
@@ -70,6 +76,7 @@ def lines(
                 _plain(values),
                 color=tint,
                 marker="" if plain else MARKERS[index % SERIES],
+                linestyle="-" if index < SERIES or crowd else "--",
                 markeredgecolor=CARD,
                 alpha=0.35 if plain else 1,
                 linewidth=1 if plain else 1.8,
@@ -84,7 +91,7 @@ def lines(
         _rounds(ax, ticks, xlabel)
         ax.set_ylabel(unit)
         _margins(ax)
-        _name_ends(ax, ends, len(ticks) - 1, strong=bold[0] if bold else None)
+        _name_ends(ax, ends, len(ticks) - 1, LINE / (height - 50), strong=bold[0] if bold else None)
         return markup(ax.figure, key, alt)
 
 
@@ -109,9 +116,9 @@ def _margins(ax: "Axes") -> None:
     ax.set_ylim(low - room, high + room)
 
 
-def _name_ends(ax: "Axes", ends: list[tuple[float, str, str]], place: float, strong: str | None) -> None:
+def _name_ends(ax: "Axes", ends: list[tuple[float, str, str]], place: float, gap: float, strong: str | None) -> None:
     low, high = ax.get_ylim()
-    heights = _apart([end for end, _, _ in ends], (high - low) * 0.078, low, high)
+    heights = _apart([end for end, _, _ in ends], (high - low) * gap, low, high)
     for height, (_, name, tint) in zip(heights, ends, strict=True):
         ax.annotate(
             name,
@@ -231,10 +238,14 @@ def _name_places(ax: "Axes", names: Mapping[str, tuple[float, float]]) -> None:
                 break
 
 
-def frontier(key: str, alt: str, points: Mapping[str, tuple[float, float, float]], *, xlabel: str, unit: str) -> str:
+def frontier(
+    key: str, alt: str, points: Mapping[str, tuple[float, float, float]], *, xlabel: str, unit: str, order: Sequence[str]
+) -> str:
     """Named points (x, y, spread of y); the label of each lies beside it, apart from the others."""
-    with axes(300) as ax:
-        for index, (x, y, spread) in enumerate(points.values()):
+    height = max(300, 60 + LINE * len(points))
+    with axes(height) as ax:
+        for name, (x, y, spread) in points.items():
+            index = order.index(name)
             ax.errorbar(x, y, yerr=spread or None, color=colour(index), fmt=MARKERS[index % SERIES], markersize=7,
                         markeredgecolor=CARD, elinewidth=1.4)  # fmt: skip
         ax.set_xlabel(xlabel)
@@ -242,16 +253,18 @@ def frontier(key: str, alt: str, points: Mapping[str, tuple[float, float, float]
         _margins(ax)
         right = max(x for x, _, _ in points.values())
         ax.set_xlim(-0.06 * (right or 1.0), (right or 1.0) * 1.06)
-        _name_points(ax, points, right * 1.06)
+        _name_points(ax, points, right * 1.06, LINE / (height - 50), order)
         return markup(ax.figure, key, alt)
 
 
-def _name_points(ax: "Axes", points: Mapping[str, tuple[float, float, float]], place: float) -> None:
+def _name_points(
+    ax: "Axes", points: Mapping[str, tuple[float, float, float]], place: float, gap: float, order: Sequence[str]
+) -> None:
     """Names in a column at the right, each joined to its point by a thin line: they never lie on one another."""
     low, high = ax.get_ylim()
-    heights = _apart([y for _, y, _ in points.values()], (high - low) * 0.062, low, high)
-    for index, ((name, (x, y, _)), height) in enumerate(zip(points.items(), heights, strict=True)):
+    heights = _apart([y for _, y, _ in points.values()], (high - low) * gap, low, high)
+    for (name, (x, y, _)), height in zip(points.items(), heights, strict=True):
         ax.annotate(short(name), (place, height), xytext=(9, 0), textcoords="offset points", va="center",
-                    color=colour(index), fontsize=10.5, annotation_clip=False)  # fmt: skip
+                    color=colour(order.index(name)), fontsize=10.5, annotation_clip=False)  # fmt: skip
         ax.annotate("", (x, y), (place, height), arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 1,
                     "shrinkA": 0, "shrinkB": 5}, annotation_clip=False)  # fmt: skip
