@@ -37,7 +37,8 @@ def write_panel(folder: Path, federation: Federation, task: Classify, model: Ten
                 continue
             shown[kind] = f"{kind}-{name}.png"
             write_whole(folder / "panel" / shown[kind], _png(_grid(table, len(federation.classes))))
-            part = select(table, torch.arange(0, rows(table), max(1, rows(table) // _POINTS))[:_POINTS])
+            spread = torch.linspace(0, rows(table) - 1, min(_POINTS, rows(table))).long()  # tables may be sorted by class
+            part = select(table, spread)
             features.append(task.features(model, part))
             points += [{"site": name, "kind": kind, "class": int(label)} for label in part["label"]]
         sites[name] = shown

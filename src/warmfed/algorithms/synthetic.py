@@ -113,7 +113,11 @@ def warm_start(
     metrics = {"samples": float(rows(samples)), "kept": float(rows(kept)), "loss": info["loss"]}
     for i, site in enumerate(adapters):
         mine = samples["site"] == i
-        metrics |= {f"recognised/{site}": right[mine].double().mean().item(), f"kept/{site}": float(keep[mine].sum())}
+        metrics |= {
+            f"samples/{site}": float(mine.sum()),
+            f"recognised/{site}": right[mine].double().mean().item(),
+            f"kept/{site}": float(keep[mine].sum()),
+        }
     _keep(ctx, tuple(adapters), samples, keep, settings)
     return model, {"image": subset["image"], "label": subset["label"]}, metrics
 
