@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 import warmfed.algorithms  # declares the algorithms' messages
-import warmfed.transports.inprocess  # noqa: F401
+import warmfed.transports.memories  # noqa: F401
 from warmfed.algorithms.averaging import Model
 from warmfed.algorithms.warmfed import Adapter, Verdict
 from warmfed.core import Nothing, Reply
@@ -90,7 +90,7 @@ def test_every_declared_kind_survives(name: str, data: st.DataObject) -> None:
 
 
 def test_the_algorithms_kinds_are_declared() -> None:
-    assert {"averaging.Model", "warmfed.Server", "warmfed.Site", "core.Reply", "inprocess.Memory"} <= KINDS.keys()
+    assert {"averaging.Model", "warmfed.Server", "warmfed.Site", "core.Reply", "memories.Memory"} <= KINDS.keys()
 
 
 def test_equal_messages_have_equal_bytes() -> None:

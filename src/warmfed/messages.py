@@ -58,7 +58,7 @@ def _fields(cls: Any) -> dict[str, Any]:
 def _flatten(obj: Message, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
-    for field, declared in _fields(type(obj)).items():
+    for field, declared in _fields(obj.__class__).items():
         value, path = getattr(obj, field), prefix + field
         if value is None:
             scalars[field] = None
