@@ -36,10 +36,10 @@ def run(
         evaluate: every (stage that may change a model), last (only), or never.
     """
     sites = transport.sites
-    step, server = start or (0, algorithm.init(replace(central, rng=named(seed, "init"))))
+    done, server = start or (0, algorithm.init(replace(central, rng=named(seed, "init"))))
     plan = algorithm.stages()
-    counts = Counter(stage.name for stage in plan[:step])
-    for step, stage in list(enumerate(plan))[step:]:
+    counts = Counter(stage.name for stage in plan[:done])
+    for step, stage in list(enumerate(plan))[done:]:
         began, number = time.perf_counter(), counts[stage.name]
         counts[stage.name] += 1
         asked = cohort(stage, sites, named(seed, stage.name, number, "cohort"))
@@ -52,7 +52,7 @@ def run(
         replies = dict(sorted(replies.items()))
         server, aggregate = stage.server(server, replies, replace(central, rng=named(seed, stage.name, number, "server")))
         last = step == len(plan) - 1
-        measured = evaluate == "every" and (stage.evaluated or last) or evaluate == "last" and last
+        measured = (evaluate == "every" and (stage.evaluated or last)) or (evaluate == "last" and last)
         evaluation = (
             transport.evaluate({s: algorithm.down(server, s) for s in sites}, algorithm.global_model(server))
             if measured
