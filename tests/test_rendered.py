@@ -44,7 +44,7 @@ def test_catmull_rom_weights(at: float, weights: list[float]) -> None:
 def test_strokes_run_through_their_first_and_last_points() -> None:
     bank = pens()
     ends = bank.basis @ bank.points[:, None]  # [paths, 2, SEGMENTS, 2]
-    assert bank.count.tolist() == [len(PATHS[digit]) for digit in range(10)]
+    assert bank.paths.tolist() == [len(PATHS[digit]) for digit in range(10)]
     flagged = ends[bank.first[1] + 1]  # "22 30, 55 0, 55 50, 55 100", centred
     assert flagged[0, 0].tolist() == pytest.approx([-0.28, -0.2])
     assert flagged[1, SEGMENTS - 1].tolist() == pytest.approx([0.05, 0.5])

@@ -74,7 +74,7 @@ class Pens(NamedTuple):
     points: Tensor  # [paths, controls, 2], centred
     basis: Tensor  # [paths, 2, SEGMENTS, controls]: first and last end of each piece
     first: Tensor  # [digits]: where a digit's paths begin
-    count: Tensor  # [digits]
+    paths: Tensor  # [digits]: how many a digit has
 
 
 def parsed(path: str) -> list[list[tuple[float, float]]]:

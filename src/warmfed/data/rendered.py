@@ -139,7 +139,7 @@ def characters(label: Tensor, rng: Generator) -> Tensor:
 def pen_strokes(label: Tensor, forward: Tensor, grid: Tensor, rng: Generator) -> Tensor:
     """Strokes of a pen whose width changes with position and direction: [n, SIDE, SIDE]."""
     draw, bank = Draw(len(label), rng), pens()
-    path = bank.first[label] + draw.integers(bank.count[label])
+    path = bank.first[label] + draw.integers(bank.paths[label])
     controls = bank.points[path]
     controls = controls + draw.uniform(0.01, 0.06, 1, 1) * draw.normal(*controls.shape[1:])
     controls = controls @ forward.transpose(1, 2) * torch.tensor((0.86, 0.94))  # keep the pen's width inside
