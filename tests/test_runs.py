@@ -1,0 +1,289 @@
+"""Whenever a run is killed, `resume` finishes it with the same bytes; whatever is damaged, it says so and touches nothing."""
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+
+from warmfed.cli import main
+from warmfed.config import Config, parse
+from warmfed.diffusion import pipeline
+from warmfed.files import read_sealed, sweep, write_sealed
+from warmfed.messages import decode, encode
+from warmfed.randomness import named, seeded
+from warmfed.runs import Checkpoint, execute, read_summary, resume
+
+with warnings.catch_warnings():
+    # diffusers and transformers import modules of their own that are deprecated
+    warnings.simplefilter("ignore")
+    from warmfed.diffusion.pretrain import Pretraining, build
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"  # diffusers' schedulers, NumPy 2
+)
+MEMORIES = 2 + 1  # files written before the second site's first memory: configuration, checkpoint, first memory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.arrays(tmp_path_factory.mktemp("data") / "toy.npz")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    execute(tiny.config(data), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was killed in its second stage, after the first site's answer."""
+    return tiny.interrupted(tiny.config(data), tmp_path_factory.mktemp("runs") / "begun", 8)
+
+
+def same(folder: Path, whole: Path) -> None:
+    assert tiny.names(folder) == tiny.names(whole)
+    assert tiny.models(folder) == tiny.models(whole)
+    assert read_summary(folder)["history_sha256"] == read_summary(whole)["history_sha256"]
+    assert (folder / "config.toml").read_bytes() == (whole / "config.toml").read_bytes()
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    """`warmfed resume` says these words in one line, exits with 2 and leaves the folder as it is."""
+    before = tiny.digest(folder)
+    capsys.readouterr()
+    assert main(["resume", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert tiny.digest(folder) == before
+
+
+def test_the_folder_of_a_run(whole: Path) -> None:
+    assert tiny.names(whole) == [
+        "config.toml", "ledger.jsonl", "models/global.safetensors", "models/personal/a.safetensors",
+        "models/personal/b.safetensors", "panel/panel.json", "panel/real-a.png", "panel/real-b.png", "report.html",
+        "rounds.jsonl", "summary.json",
+    ]  # fmt: skip
+    summary = read_summary(whole)
+    assert summary["sites"]["a"] | {"global": 0, "personal": 0} == {
+        "global": 0,
+        "personal": 0,
+        "train": 12,
+        "validation": 3,
+        "test": 6,
+    }
+    assert summary["models_sha256"]["global"] == tiny.models(whole)["models/global.safetensors"]
+    assert summary["image"] == [3, 8, 8]
+    lines = [json.loads(line) for line in (whole / "ledger.jsonl").read_text().splitlines()]
+    assert all(line["seconds"] >= 0 for line in lines if line.get("direction") == "up")
+    assert not any("seconds" in line for line in lines if line.get("direction") == "down")
+
+
+def test_every_process_is_killed(data: Path, whole: Path, tmp_path: Path) -> None:
+    assert tiny.harried(tiny.config(data), tmp_path / "run") == 8
+    same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("write", [1, 5, 18])
+def test_killed_once(write: int, data: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tiny.interrupted(tiny.config(data), tmp_path / "run", write)
+    resume(folder)
+    same(folder, whole)
+
+
+def test_a_kill_before_the_checkpoint_is_removed(begun: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tiny.copy(whole, tmp_path / "run")
+    tiny.copy(begun / "checkpoint", folder / "checkpoint")
+    resume(folder)
+    same(folder, whole)
+
+
+def test_resuming_a_finished_run_does_nothing(whole: Path) -> None:
+    before = tiny.digest(whole)
+    assert resume(whole) == read_summary(whole)
+    assert tiny.digest(whole) == before
+
+
+def test_a_site_that_was_never_asked_has_a_model(data: Path, tmp_path: Path) -> None:
+    settings = {"algorithm.name": "fedper", "algorithm.rounds": 1, "algorithm.sample": 0.5, "model.name": "linear"}
+    execute(parse(None, settings | {"data.source": str(data), "workers": 1}), tmp_path / "run")
+    assert len(tiny.models(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(("evaluate", "measured"), [("never", 0), ("last", 1), ("every", 2)])
+def test_how_often_models_are_measured(evaluate: str, measured: int, data: Path, tmp_path: Path) -> None:
+    summary = execute(tiny.config(data, evaluate=evaluate), tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert sum(bool(record["global"]) for record in records) == measured
+    assert (summary["global"] is None) == (summary["personal"] is None) == (measured == 0)
+    assert len(tiny.models(tmp_path / "run")) == 3
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """WarmFed in a second, on an untrained base."""
+    folder = tmp_path_factory.mktemp("warm")
+    with seeded(named("tiny")):
+        base = build(Pretraining(channels=4, decoder_width=8, widths=(16, 32), text_width=16, text_layers=1))
+    pipeline.save(base, folder / "base")
+    quick = {"rounds": 2, "synthesis__per_class": 4, "synthesis__subset": 12, "synthesis__filter": "none", "gate": False}
+    quick |= {f"{name}__epochs": 1 for name in ("synthesis__training", "synthesis__filter_training", "local", "personal")}
+    generator = {"base": str(folder / "base"), "rank": 2, "steps": 2, "training__epochs": 1}
+    return tiny.config(
+        tiny.arrays(folder / "toy.npz", side=32),
+        algorithm__name="warmfed",
+        **{f"algorithm__{key}": value for key, value in quick.items()},
+        **{f"generator__{key}": value for key, value in generator.items()},
+    )
+
+
+def test_every_process_of_warmfed_is_killed(warm: Config, tmp_path: Path) -> None:
+    execute(warm, tmp_path / "whole")
+    assert {"adapters/a.safetensors", "synthetic/samples.safetensors", "panel/synthetic-a.png"} <= set(
+        tiny.names(tmp_path / "whole")
+    )
+    tiny.harried(warm, tmp_path / "run")
+    same(tmp_path / "run", tmp_path / "whole")
+    for name in ("adapters/a.safetensors", "synthetic/samples.safetensors", "synthetic/manifest.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_kill_9(data: Path, tmp_path: Path) -> None:
+    config = tiny.config(data, algorithm__rounds=3, algorithm__local__epochs=30)
+    execute(config, tmp_path / "whole")
+    folder, toml = tmp_path / "run", tmp_path / "config.toml"
+    toml.write_text(replace(config, workers=2).toml())
+    command = ["run", str(toml), "--out", str(folder)]
+    for awaited in ("checkpoint/sites/a.safetensors", "rounds.jsonl"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "warmfed", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        while not (folder / awaited).exists() and process.poll() is None:
+            time.sleep(0.005)
+        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        os.kill(process.pid, signal.SIGKILL)
+        assert b"Traceback" not in process.communicate()[1]
+        command = ["resume", str(folder)]
+        assert psutil.wait_procs(below, timeout=20)[1] == []  # no worker outlives its parent
+    assert not (folder / "summary.json").exists()
+    resume(folder, workers=1)
+    assert tiny.models(folder) == tiny.models(tmp_path / "whole")
+    assert read_summary(folder)["history_sha256"] == read_summary(tmp_path / "whole")["history_sha256"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("checkpoint/server.safetensors", flip, ("checkpoint", "damaged")),
+        ("checkpoint/server.safetensors", cut, ("checkpoint", "damaged")),
+        ("checkpoint/server.safetensors", Path.unlink, ("missing",)),
+        ("checkpoint/sites/b.safetensors", flip, ("memory of site 'b'", "damaged")),
+        ("checkpoint/sites/a.safetensors", cut, ("memory of site 'a'", "damaged")),
+        ("rounds.jsonl", cut, ("rounds.jsonl", "damaged")),
+        ("rounds.jsonl", Path.unlink, ("rounds.jsonl",)),
+        ("ledger.jsonl", cut, ("ledger.jsonl", "damaged")),
+        ("config.toml", cut, ("config.toml",)),
+        ("config.toml", Path.unlink, ("run folder",)),
+    ],
+)
+def test_damage(
+    file: str, damage: Callable[[Path], Any], words: tuple[str, ...], begun: Path, tmp_path: Path, capsys: Any
+) -> None:
+    folder = tiny.copy(begun, tmp_path / "run")
+    damage(folder / file)
+    refused(folder, capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("rounds.jsonl", '"samples": 12', '"samples": 13', ("rounds.jsonl", "differs")),
+        ("config.toml", "seed = 0", "seed = 1", ("other settings",)),
+        ("config.toml", "seed = 0", "seeed = 0", ("'seeed'", "did you mean 'seed'")),
+    ],
+)
+def test_changed_files(file: str, old: str, new: str, words: tuple[str, ...], begun: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tiny.copy(begun, tmp_path / "run")
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new, 1))
+    refused(folder, capsys, *words)
+
+
+def test_changed_before_the_first_stage_is_done(data: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tiny.interrupted(tiny.config(data), tmp_path / "run", MEMORIES)
+    toml = folder / "config.toml"
+    toml.write_text(toml.read_text().replace("seed = 0", "seed = 1"))
+    refused(folder, capsys, "other settings")
+
+
+def test_another_version(begun: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tiny.copy(begun, tmp_path / "run")
+    path = folder / "checkpoint" / "server.safetensors"
+    kept = decode(read_sealed(path, "the checkpoint"), Checkpoint)
+    write_sealed(path, encode(replace(kept, version="0.0.7")))
+    refused(folder, capsys, "0.0.7", "finish it with that version")
+
+
+def test_the_data_have_changed(data: Path, tmp_path: Path, capsys: Any) -> None:
+    source = tiny.arrays(tmp_path / "toy.npz")
+    folder = tiny.interrupted(tiny.config(source), tmp_path / "run", MEMORIES)
+    tiny.arrays(source, sites="abc")
+    refused(folder, capsys, "data")
+    source.unlink()
+    refused(folder, capsys, "toy.npz")
+
+
+def test_two_processes_at_one_folder(begun: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tiny.copy(begun, tmp_path / "run")
+    with (folder / "config.toml").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(folder, capsys, "another process")
+
+
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """No file may be longer than 2,000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_changes_nothing(begun: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tiny.copy(begun, tmp_path / "run")
+    sweep(folder)
+    with small_disk():
+        refused(folder, capsys, "cannot write", "free some space")
+    resume(folder)
+    same(folder, whole)
