@@ -1,6 +1,6 @@
 """The cost of the engine: FedAvg in memory against a plain PyTorch loop doing the same arithmetic.
 
-Two works of PFLlib's and pfl-research's comparisons, on random data of the same shapes (arithmetic does not depend on the values):
+Two works of PFLlib's and pfl-research's comparisons, on random data of the same shapes (the arithmetic is the same):
 cnn: 20 clients × 2,625 images 1×28×28, the CNN of 582,026 parameters, one epoch, batch 64;
 small: 100 clients × 50 images, logistic regression, one epoch, batch 10.
 

@@ -74,8 +74,10 @@ class LocalOnly:
         return Model(down.model)
 
     def stages(self) -> tuple[Stage, ...]:
-        train = Stage("train", self.done, self.train)
-        return (train,) * (self.rounds if self.budget.until == "budget" else 1)
+        first = Stage("train", self.done, self.train)
+        later = Stage("train", self.done, self.train, down=lambda server, site: Nothing())
+        count = self.rounds if self.budget.until == "budget" else 1
+        return ((first,) + (later,) * count)[:count]
 
     def train(self, down: Message, state: State, ctx: Local) -> Reply:
         data = ctx.data

@@ -36,7 +36,6 @@ class Server:
     classes: Tensors  # Y_n, by site
     subset: Tensors  # S_sub
     tuned: Tensors | None  # θ_g after fine-tuning, while the sites judge it
-    strength: float
     holders: tuple[str, ...]  # sites that have been sent S_sub
 
 
@@ -141,7 +140,7 @@ class WarmFed:
         return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
 
     def init(self, ctx: Central) -> ServerState:
-        return Server(ctx.task.init(ctx.rng), {}, {}, {}, None, 1.0, ())
+        return Server(ctx.task.init(ctx.rng), {}, {}, {}, None, ())
 
     def down(self, server: ServerState, site: str) -> Message:
         needed = self.warm and self.before == "client" and site not in server.holders

@@ -105,7 +105,8 @@ def check(adapter: Tensors, like: Tensors, who: str) -> None:
         if name not in adapter or name not in like:
             where = "lacks" if name not in adapter else "has the unknown"
             raise InputError(
-                f"{who} {where} tensor {name!r}: it was made for another base, rank or choice of layers; adapt again with this run's settings"
+                f"{who} {where} tensor {name!r}: it was made for another base, rank or choice of layers; "
+                "adapt again with this run's settings"
             )
         if adapter[name].shape != like[name].shape:
             raise InputError(
@@ -146,6 +147,7 @@ def read(folder: Path, site: str) -> dict[str, Tensor]:
                 found |= load(read_bytes(path, f"the adapter of site {site!r}"))
             except SafetensorError as error:
                 raise InputError(
-                    f"the adapter of site {site!r} at {path} is damaged or no safetensors file ({error}); ask the site for it again"
+                    f"the adapter of site {site!r} at {path} is damaged or no safetensors file ({error}); "
+                    "ask the site for it again"
                 ) from error
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from warmfed.errors import InputError
 
@@ -170,7 +170,7 @@ def save(parts: Parts, folder: Path, extra: dict[str, str] | None = None) -> Non
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-    index |= dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None])
+    index |= {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
     quiet()
     for name in PARTS:
         part = getattr(parts, name)

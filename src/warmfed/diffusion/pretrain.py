@@ -67,7 +67,7 @@ class Pretraining:
     """Width of the text encoder; a multiple of 4."""
     text_layers: int = 2
     """Layers of the text encoder."""
-    steps: int = 6000
+    steps: int = 3200
     """Optimizer steps of the denoiser and the text encoder."""
     batch: int = 64
     """Latents per step."""
@@ -97,9 +97,7 @@ def silent(phase: str, step: int, steps: int) -> None:
 
 def captions(characters: str) -> tuple[tuple[str, ...], ...]:
     """All captions of each character."""
-    return tuple(
-        tuple(template.format(word=WORDS[int(c)], numeral=c) for template in TEMPLATES) for c in characters
-    )
+    return tuple(tuple(template.format(word=WORDS[int(c)], numeral=c) for template in TEMPLATES) for c in characters)
 
 
 def tokenizer() -> Any:

@@ -1,0 +1,99 @@
+"""A configuration is checked whole before anything starts."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from warmfed.algorithms import ALGORITHMS
+from warmfed.config import build, parse, setting
+from warmfed.errors import InputError
+from warmfed.runs import prepare
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_what_is_written_is_read_back(name: str) -> None:
+    config = parse(None, {"algorithm.name": name, "seed": 7})
+    assert build(tomllib.loads(config.toml())) == config
+    assert isinstance(config.algorithm, ALGORITHMS[name].cls)
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('seed = 3\n[algorithm]\nname = "fedprox"\nrounds = 2\nlocal = { lr = 1 }\n')
+    config = parse(file, {"algorithm.rounds": 1})
+    assert (config.name, config.seed, config.algorithm.rounds, config.algorithm.local.lr) == ("fedprox", 3, 1, 1.0)
+    assert config.algorithm.local.epochs == ALGORITHMS["fedprox"].cls().local.epochs
+
+
+def test_a_name_brings_its_settings_and_the_user_may_change_them() -> None:
+    assert parse(None, {"algorithm.name": "fedavg-public"}).model.start == "public"
+    assert parse(None, {"algorithm.name": "fedavg-public", "model.start": "x"}).model.start == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=1", 1), ("a=1.5", 1.5), ("a=true", True), ("a=text", "text"), ('a="1"', "1"), ("a=", ""), ("a=b=c", "b=c"),
+        ("a=[1, 2]", [1, 2]), ("a = 1", 1), ("a=/tmp/x y", "/tmp/x y"),
+    ],
+)  # fmt: skip
+def test_values_of_the_command_line(text: str, value: Any) -> None:
+    assert setting(text) == ("a", value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("algorithm.roundz", 1, "unknown key 'algorithm.roundz'; did you mean 'rounds'"),
+        ("sead", 1, "unknown key 'sead'; did you mean 'seed'"),
+        ("algorithm.local.lrr", 1, "did you mean 'lr'"),
+        ("seed", "one", "seed must be of type int; got 'one'"),
+        ("seed", True, "seed must be of type int; got True"),
+        ("seed", 1.0, "seed must be of type int; got 1.0"),
+        ("algorithm.gate", 1, "algorithm.gate must be of type bool; got 1"),
+        ("model", "cnn", "model must be a table"),
+        ("seed.x", 1, "seed must be of type int"),
+        ("algorithm", "fedavg", 'write algorithm.name = "fedavg"'),
+        ("algorithm.name", "fedavgg", "did you mean 'fedavg'"),
+        ("algorithm.before", "never", "client, server, none"),
+        ("algorithm.local.batch", 0, "at least 1"),
+    ],
+)
+def test_faults(key: str, value: Any, words: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse(None, {key: value})
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"device": "tpu"}, "cpu, cuda"),
+        ({"evaluate": "often"}, "every, last, never"),
+        ({"algorithm.rounds": 0}, "nothing to do in 0 rounds"),
+        ({"algorithm.rounds": -1}, "nothing to do in -1 rounds"),
+        ({"algorithm.sample": 0.0}, "sample must be more than 0"),
+        ({"data.source": "digits5"}, "did you mean 'digits4'"),
+        ({"data.options.alfa": 1.0}, "did you mean 'alpha'"),
+        ({"data.options.name": "x"}, "has no option 'name'"),
+        ({"data.options.deal": 3}, "deal of data must be a table"),
+        ({"model.name": "cmn"}, "did you mean 'cnn'"),
+        ({"model.start": "/nowhere.safetensors"}, "cannot read the classifier to start from"),
+        ({"model.name": "pfllib-cnn", "data.options.alpha": 0.0}, "alpha"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_starts(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as error:
+        prepare(parse(None, {"algorithm.name": "fedavg", **settings}))
+    assert words in str(error.value)
+
+
+def test_what_is_no_toml(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("seed = ")
+    with pytest.raises(InputError, match="is not TOML"):
+        parse(tmp_path / "run.toml")
+    with pytest.raises(InputError, match="cannot read the configuration"):
+        parse(tmp_path / "none.toml")
