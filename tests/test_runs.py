@@ -22,10 +22,11 @@ import tiny
 from warmfed.cli import main
 from warmfed.config import Config, parse
 from warmfed.diffusion import pipeline
+from warmfed.errors import InputError
 from warmfed.files import read_sealed, sweep, write_sealed
 from warmfed.messages import decode, encode
 from warmfed.randomness import named, seeded
-from warmfed.runs import Checkpoint, execute, read_summary, resume
+from warmfed.runs import Checkpoint, execute, prepare, read_summary, resume
 
 with warnings.catch_warnings():
     # diffusers and transformers import modules of their own that are deprecated
@@ -164,6 +165,11 @@ def test_every_process_of_warmfed_is_killed(warm: Config, tmp_path: Path) -> Non
     same(tmp_path / "run", tmp_path / "whole")
     for name in ("adapters/a.safetensors", "synthetic/samples.safetensors", "synthetic/manifest.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_base_that_draws_images_of_another_size(warm: Config, data: Path) -> None:
+    with pytest.raises(InputError, match=r"draws images of 32×32 pixels, those of toy have 8×8"):
+        prepare(replace(warm, data=replace(warm.data, source=str(data))))
 
 
 def test_kill_9(data: Path, tmp_path: Path) -> None:

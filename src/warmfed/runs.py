@@ -171,6 +171,11 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
             f"model {config.model.name!r} does not take images of {federation.shape} ({error}); choose another"
         ) from error
     uses = any(stage.name == "warm" for stage in plan)
+    if uses and federation.shape[1:] != (side := pipeline.side(config.generator.base),) * 2:
+        raise InputError(
+            f"{config.generator.base} draws images of {side}×{side} pixels, those of {federation.name} have "
+            f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side}, or choose another base"
+        )
     return Ready(
         config,
         federation,

@@ -108,6 +108,16 @@ def find(base: str | Path) -> Path:
     return folder
 
 
+def side(base: str | Path) -> int:
+    """Height and width in pixels of the images that a base draws; raises `InputError` as `find`."""
+    unet, vae = (json.loads((find(base) / part / "config.json").read_text()) for part in ("unet", "vae"))
+    try:
+        # each level of the autoencoder but the last one halves the image
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{find(base)} does not say the size of its images ({error}); save the pipeline again") from error
+
+
 def embedded() -> tuple[str, ...]:
     """The names of the bases inside the package."""
     return tuple(sorted(path.parent.name for path in BASES.glob("*/model_index.json")))

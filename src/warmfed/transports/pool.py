@@ -32,7 +32,7 @@ class Pool:
         context = get_context("forkserver" if os.name == "posix" else "spawn")
         if os.name == "posix":
             # the first optimizer of a process imports torch._dynamo, which takes as long as torch itself: once for all of them
-            context.set_forkserver_preload(["warmfed.transports.worker", "torch._dynamo"])
+            context.set_forkserver_preload(["warmfed.runs", "torch._dynamo"])
         self._events: SimpleQueue[Any] = context.SimpleQueue()
         self._report = report
         self._pids: set[int] = set()
