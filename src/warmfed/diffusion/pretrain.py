@@ -47,13 +47,13 @@ class Pretraining:
 
     characters: str = "0123456789"
     """Digits to draw and to name."""
-    images: int = 80_000
+    images: int = 48_000
     """Rendered images."""
     channels: int = 8
     """Channels of the latents."""
     decoder_width: int = 32
     """Channels of the autoencoder's decoder."""
-    decoder_steps: int = 3000
+    decoder_steps: int = 1600
     """Optimizer steps of the decoder."""
     decoder_batch: int = 32
     """Images per step of the decoder."""
@@ -67,9 +67,9 @@ class Pretraining:
     """Width of the text encoder; a multiple of 4."""
     text_layers: int = 2
     """Layers of the text encoder."""
-    steps: int = 3200
+    steps: int = 4000
     """Optimizer steps of the denoiser and the text encoder."""
-    batch: int = 64
+    batch: int = 32
     """Latents per step."""
     lr: float = 1e-3
     """Peak learning rate; it rises over the first `warmup` steps and falls to zero as a cosine."""
@@ -81,7 +81,7 @@ class Pretraining:
     """Share of empty captions."""
     gamma: float = 5.0
     """Largest weight of a time in the loss (`denoising_loss`)."""
-    classifier_epochs: int = 3
+    classifier_epochs: int = 5
     """Passes of the public classifier over the images; it is what FedAvg is given where WarmFed is given the base."""
     checkpoint: float = 300.0
     """Seconds between intermediate folders; 0: only the last one is written."""
@@ -262,7 +262,16 @@ def pretrain(
             takes them from there.
     """
     torch.set_num_threads(settings.threads)
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # numbers next to zero are slow, and a young denoiser has many
+    try:
+        return _pretrain(settings, out, progress, work, device)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _pretrain(
+    settings: Pretraining, out: Path, progress: Callable[[str, int, int], None], work: Path | None, device: str
+) -> Mapping[str, Any]:
     begun = time.time()
     record: dict[str, Any] = {}
     images = kept(work, "images", lambda: rendered_images(settings, record, progress))
