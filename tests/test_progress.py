@@ -39,6 +39,12 @@ def test_the_further_a_stage_is_the_more_its_own_pace_counts() -> None:
     assert clock.left(200.0) == pytest.approx(END)
 
 
+def test_what_is_late_already_slows_the_rest() -> None:
+    clock = Clock(("warm", "adapt"), sites=2, workers=2)
+    late = 2 * EXPECTED["warm"]
+    assert clock.left(late) == pytest.approx(0.2 * late + 2.4 * EXPECTED["adapt"] + END)
+
+
 def test_a_share_never_falls_back() -> None:
     clock = Clock(("adapt",), sites=1)
     clock.work("a", "train", 9, 10)

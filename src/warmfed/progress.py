@@ -78,12 +78,10 @@ class Clock:
             return max(END - elapsed, 0.0)
         pace = self._pace()
         expected = self._expected(self.stage, pace)
-        current = expected
-        if self._share > 0:
-            # the further it is, the more its own pace counts
-            current = (1 - self._share) * expected + elapsed
-            if not self._measured:
-                pace = current / self._prior(self.stage)
+        # the further it is, the more its own pace counts; and what is late already will be later
+        current = max((1 - self._share) * expected + elapsed if self._share else expected, 1.2 * elapsed * (1 - self._share))
+        if not self._measured:
+            pace = max(current, elapsed) / self._prior(self.stage)
         rest = sum(self._expected(stage, pace) for stage in self.stages[self.done + 1 :])
         return max(current - elapsed, 0.0) + rest + END
 
