@@ -1,0 +1,47 @@
+"""The documents are true: the README's example runs, links lead somewhere, every algorithm has its page."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from warmfed.algorithms import ALGORITHMS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
+SHORT = (
+    "LatentDiffusion()",
+    'LatentDiffusion(steps=2, views=1, training=Training(optimizer="adamw", lr=1e-3, steps=4, batch=16))',
+)
+"""The example adapts and samples for a minute; here it does the same with fewer steps."""
+
+
+def test_the_readme_example_runs(tmp_path: Path) -> None:
+    source = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert source
+    code = source.group(1)
+    assert len(code.splitlines()) <= 20
+    assert SHORT[0] in code
+    file = tmp_path / "example.py"
+    file.write_text("from warmfed import Training\n" + code.replace(*SHORT))
+    ran = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert [line.split()[:2] for line in lines if "global" in line] == [
+        ["fedavg", "train"], ["warmfed", "warm"], ["warmfed", "gate"], ["warmfed", "personalize"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    missing = [t for t in targets if not t.startswith(("http", "mailto")) and not (page.parent / t).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_has_a_page(name: str) -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "algorithms").glob("*.md"))
+    assert name.removesuffix("-converged").removesuffix("-public") in pages
