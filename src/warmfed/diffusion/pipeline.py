@@ -163,10 +163,11 @@ def load(base: str | Path, device: str = "cpu") -> Parts:
 
 
 def quiet() -> None:
-    """No progress bars of the libraries for files that take milliseconds."""
+    """No progress bars for files that take milliseconds, and no warning of a key that diffusers writes but does not read."""
     import diffusers
     import transformers
 
+    diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 
