@@ -31,7 +31,7 @@ class LatentDiffusion:
     """Which layers of the denoiser get an adapter: attention, transformer or all."""
     prompts: bool = True
     """Whether the classes' prompt embeddings are learned too and travel beside the adapter."""
-    training: Training = Training(optimizer="adamw", lr=2e-3, epochs=10, batch=32, schedule="cosine", warmup=5, clip=1.0)
+    training: Training = Training(optimizer="adamw", lr=2e-3, epochs=8, batch=32, schedule="cosine", warmup=5, clip=1.0)
     """A site's training of its adapter."""
     views: int = 2
     """Shifted copies of each image whose latents are cached; 1: only the image itself."""
