@@ -38,7 +38,7 @@ class LatentDiffusion:
     dropout: float = 0.1
     """Share of training images shown without a prompt, for guidance."""
     gamma: float = 5.0
-    """Largest weight of a signal-to-noise ratio in the loss (min-SNR-γ)."""
+    """Largest weight of a time in the loss, as an error of the clean image; 0: no cap."""
     steps: int = 8
     """Sampler steps."""
     guidance: float = 5.0

@@ -84,7 +84,7 @@ class Pretraining:
     dropout: float = 0.12
     """Share of empty captions."""
     gamma: float = 5.0
-    """Largest weight of a time in the loss (`denoising_loss`)."""
+    """Largest weight of a time in the loss, as an error of the clean image; 0: no cap."""
     classifier_epochs: int = 5
     """Passes of the public classifier over the images; it is what FedAvg is given where WarmFed is given the base."""
     checkpoint: float = 300.0
