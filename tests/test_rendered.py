@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from warmfed.data.pens import PATHS, SEGMENTS, pens, spline
-from warmfed.data.rendered import FONTS, blurred, characters, glyphs, looks, rendered
+from warmfed.data.rendered import FONTS, blurred, characters, glyphs, looks, rendered, spline
 from warmfed.randomness import named
 
 
@@ -39,16 +38,6 @@ def test_every_font_has_every_digit() -> None:
 @pytest.mark.parametrize(("at", "weights"), [(0, [1, 0, 0, 0]), (2, [0, 0, 1, 0]), (1.5, [-1 / 16, 9 / 16, 9 / 16, -1 / 16])])
 def test_catmull_rom_weights(at: float, weights: list[float]) -> None:
     assert spline(4, at).tolist() == pytest.approx(weights)
-
-
-def test_strokes_run_through_their_first_and_last_points() -> None:
-    bank = pens()
-    ends = bank.basis @ bank.points[:, None]  # [paths, 2, SEGMENTS, 2]
-    assert bank.paths.tolist() == [len(PATHS[digit]) for digit in range(10)]
-    flagged = ends[bank.first[1] + 1]  # "22 30, 55 0, 55 50, 55 100", centred
-    assert flagged[0, 0].tolist() == pytest.approx([-0.28, -0.2])
-    assert flagged[1, SEGMENTS - 1].tolist() == pytest.approx([0.05, 0.5])
-    assert flagged[1, :-1].sub(flagged[0, 1:]).abs().max() < 1e-6  # one stroke: its pieces join
 
 
 def test_characters_are_drawn_and_an_eight_takes_more_ink_than_a_one() -> None:

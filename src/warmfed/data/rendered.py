@@ -1,9 +1,8 @@
 """Rendered digits: the public data behind the embedded base and the public classifier.
 
-Nobody's handwriting is in here. Four in ten characters are glyphs of the fonts that ship with matplotlib, bent and with
-uneven strokes; the others follow pen paths (control points typed in by hand, see `pens`) that are jittered, so that ones
-with flags, crossed sevens and open fours occur as in handwriting. Each character is then put before a flat, shaded or
-textured ground in any colours, blurred and made noisy.
+Nobody's handwriting is in here. Every character is a glyph of a font that ships with matplotlib, turned, sheared, bent, and
+with strokes made thinner or thicker by a smooth field, so that handwriting is not far. It is then put before a flat, shaded
+or textured ground in any colours, blurred and made noisy.
 
 All draws come from the generator that is passed in, so (count, generator, classes) names the images bit for bit.
 """
@@ -17,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .pens import SEGMENTS, pens, spline
 
 SIDE = 32
 """Height and width of a rendered image in pixels."""
@@ -76,6 +74,17 @@ def glyphs(side: int = 96) -> Glyphs:
     return Glyphs(torch.from_numpy(distance), torch.from_numpy(stem))
 
 
+def spline(count: int, at: float) -> Tensor:
+    """Weights of `count` control points at position `at` (0 to count - 1) of their Catmull-Rom spline."""
+    left = min(int(at), count - 2)
+    t = at - left
+    cubic = (-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, -(t**2) + t**3)
+    weights = torch.zeros(count)
+    for offset, weight in enumerate(cubic):
+        weights[min(max(left - 1 + offset, 0), count - 1)] += weight / 2
+    return weights
+
+
 @cache
 def enlarging(cells: int) -> Tensor:
     """Weights [SIDE, cells + 3] of a smooth curve through `cells` cells and what lies around them."""
@@ -110,7 +119,6 @@ class Draw:
 def characters(label: Tensor, rng: Generator) -> Tensor:
     """Ink of one character per label, [n, 1, SIDE, SIDE] in [0, 1]."""
     draw = Draw(len(label), rng)
-    n = len(label)
     # forward map from the unit character to pixels around the centre
     # mostly centred and upright: a small denoiser learns what a class looks like only where its shapes lie on each other
     height = SIDE * draw.uniform(0.76, 0.98)
@@ -124,46 +132,18 @@ def characters(label: Tensor, rng: Generator) -> Tensor:
     centre = torch.cat((draw.uniform(-1, 1) * (room + 1), draw.uniform(-1, 1) * room), 1)  # [n, 2]
     ticks = torch.arange(SIDE) - (SIDE - 1) / 2
     grid = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1)  # [SIDE, SIDE, 2] as (x, y)
-    bend = draw.smooth(3, 2) * draw.uniform(0, 1.2, 1, 1, 1)
+    bend = draw.smooth(3, 2) * draw.uniform(0, 1.6, 1, 1, 1)
     grid = grid + bend.permute(0, 2, 3, 1) - centre[:, None, None]
 
-    drawn = torch.empty(n, SIDE, SIDE)
-    pen = draw.chance(0.6)[:, 0] > 0
-    drawn[pen] = pen_strokes(label[pen], forward[pen], grid[pen], rng)
-    drawn[~pen] = font_shapes(label[~pen], forward[~pen], grid[~pen], rng)
-    ink = drawn[:, None]
+    ink = font_shapes(label, forward, grid, draw)[:, None]
     gaps = torch.sigmoid(5 * (draw.smooth(6) + draw.uniform(0.6, 1.6, 1, 1, 1)))
     ink = torch.where(draw.chance(0.1, 1, 1, 1) > 0, ink * gaps, ink)
     return resolution(ink, draw)
 
 
-def pen_strokes(label: Tensor, forward: Tensor, grid: Tensor, rng: Generator) -> Tensor:
-    """Strokes of a pen whose width changes with position and direction: [n, SIDE, SIDE]."""
-    draw, bank = Draw(len(label), rng), pens()
-    path = bank.first[label] + draw.integers(bank.paths[label])
-    controls = bank.points[path]
-    controls = controls + draw.uniform(0.01, 0.06, 1, 1) * draw.normal(*controls.shape[1:])
-    controls = controls @ forward.transpose(1, 2) * torch.tensor((0.86, 0.94))  # keep the pen's width inside
-    ends = torch.einsum("nesc,ncd->nesd", bank.basis[path], controls)
-    start, along = ends[:, 0], ends[:, 1] - ends[:, 0]  # [n, S, 2]
-    length = along.square().sum(-1).clamp_min(1e-6)
-    direction = torch.atan2(along[..., 1], along[..., 0])
-    position = torch.linspace(0, 1, SEGMENTS)
-    wave = torch.sin(2 * math.pi * (position * draw.uniform(0.3, 2.5) + draw.uniform(0, 1)))
-    nib = torch.cos(2 * (direction - draw.uniform(0, math.pi)))
-    width = draw.uniform(0.8, 2.9) * (1 + draw.uniform(0, 0.35) * wave + draw.uniform(0, 0.4) * nib)
-    pixels = grid.reshape(len(label), 1, -1, 2)
-    x, y = pixels[..., 0] - start[..., 0, None], pixels[..., 1] - start[..., 1, None]  # [n, S, pixels]
-    ax, ay = along[..., 0, None], along[..., 1, None]
-    t = ((x * ax + y * ay) / length[..., None]).clamp_(0, 1)
-    distance = ((x - t * ax).square() + (y - t * ay).square()).sqrt()
-    depth = (width.clamp_min(0.55)[..., None] - distance).amax(1).view(-1, SIDE, SIDE)
-    return torch.sigmoid(depth / draw.uniform(0.22, 0.6, 1, 1))
-
-
-def font_shapes(label: Tensor, forward: Tensor, grid: Tensor, rng: Generator) -> Tensor:
+def font_shapes(label: Tensor, forward: Tensor, grid: Tensor, draw: Draw) -> Tensor:
     """Glyphs whose strokes are thinned or thickened by a smooth field: [n, SIDE, SIDE]."""
-    draw, bank = Draw(len(label), rng), glyphs()
+    bank = glyphs()
     font = draw.integers(len(FONTS))
     inverse = torch.linalg.inv(forward)
     where = torch.einsum("nij,nhwj->nhwi", inverse, grid)  # units of the height; the field spans [-1, 1]
@@ -296,7 +276,7 @@ def rendered(count: int, rng: Generator, classes: Sequence[int] = DIGITS, batch:
     """A table of `count` rendered digits in random order, as equally many of each class as `count` allows.
 
     Args:
-        count: images to render; about 400 a second on one core.
+        count: images to render; about 2,000 a second on one core.
         rng: names the images: the same state gives the same bytes.
         classes: the digits to draw; an image's label is the digit itself.
         batch: images rendered at once; another value gives other images.

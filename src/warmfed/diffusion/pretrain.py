@@ -49,7 +49,7 @@ class Pretraining:
 
     characters: str = "0123456789"
     """Digits to draw and to name."""
-    images: int = 48_000
+    images: int = 100_000
     """Rendered images."""
     channels: int = 8
     """Channels of the latents."""
@@ -71,13 +71,13 @@ class Pretraining:
     """Layers of the text encoder."""
     text_steps: int = 300
     """Optimizer steps of the text encoder."""
-    steps: int = 2800
+    steps: int = 18_000
     """Optimizer steps of the denoiser."""
-    batch: int = 32
+    batch: int = 64
     """Latents per step."""
     lr: float = 1e-3
     """Peak learning rate; it rises over the first `warmup` steps and falls to zero as a cosine."""
-    warmup: int = 150
+    warmup: int = 300
     """Steps over which the learning rate rises."""
     ema: float = 0.999
     """Decay of the moving average of the weights, which is what is kept."""
