@@ -12,7 +12,7 @@ import toy
 from safetensors.torch import load_file, save_file
 
 from warmfed.algorithms.distillation import Distillation, distilled, divergence, dynamic
-from warmfed.algorithms.synthetic import Synthesis, draw, even, recognised, warm_start
+from warmfed.algorithms.synthetic import Synthesis, draw, even, judged, warm_start
 from warmfed.algorithms.warmfed import Verdict, WarmFed
 from warmfed.core import Local, Reply
 from warmfed.errors import InputError
@@ -160,7 +160,7 @@ def test_one_shot_is_training_on_the_synthetic_set_alone(tmp_path: Path) -> None
     kept = select(samples, samples["kept"])
     ctx = replace(toy.central(), rng=named(0, "warm", 0, "server"))
     torch.randint(2**62, (4,), generator=ctx.rng)  # what drawing the four sites' samples takes
-    recognised(ctx, samples, algorithm.synthesis.filter_training)
+    judged(ctx, samples, algorithm.synthesis.filter_training)
     train = replace(ctx, rng=child(ctx.rng))
     start = toy.TASK.init(child(ctx.rng))
     model, _ = fit(train, start, algorithm.synthesis.training, {"image": kept["image"], "label": kept["label"]})
@@ -404,19 +404,22 @@ def test_the_filter_drops_what_nobody_recognises(tmp_path: Path) -> None:
     adapters["b"] = {"shift": adapters["b"]["shift"].clone()}
     adapters["b"]["shift"][2] -= 50 * toy.pattern(2).half() - 50 * toy.pattern(0).half()
     classes = dict.fromkeys(adapters, (0, 1, 2))
-    settings = Synthesis(per_class=30, filter_training=Training(lr=0.03, epochs=4), training=TRAINING, subset=30)
+    settings = Synthesis(per_class=30, least=0.5, filter_training=Training(lr=0.03, epochs=4), training=TRAINING, subset=30)
     ctx = replace(toy.central(generator=toy.Means(noise=20.0), folder=tmp_path), rng=named("filter"))
     model, subset, metrics = warm_start(ctx, adapters, classes, settings)
     samples = load_file(tmp_path / "synthetic" / "samples.safetensors")
     assert metrics["recognised/b"] < 0.8 < 0.9 < min(metrics["recognised/a"], metrics["recognised/c"])
     assert metrics["samples"] == 270
     assert metrics["kept"] == samples["kept"].sum() == sum(metrics[f"kept/{site}"] for site in "abc")
-    assert samples["kept"][samples["site"] == 1].float().mean() == pytest.approx(metrics["recognised/b"])
+    dropped, mirrored = ~samples["kept"], (samples["site"] == 1) & (samples["label"] == 2)
+    assert dropped[mirrored].float().mean() > 0.8 > 0.1 > dropped[~mirrored].float().mean()
     assert rows(subset) == 30
     assert model.keys() == toy.TASK.init(named(0)).keys()
     everything = warm_start(replace(ctx, rng=named("filter")), adapters, classes, replace(settings, filter="none"))[2]
     assert everything["kept"] == 270
     assert everything["recognised/b"] == metrics["recognised/b"]
+    lenient = warm_start(replace(ctx, rng=named("filter")), adapters, classes, replace(settings, least=0.0))[2]
+    assert lenient["kept"] == 270
 
 
 def test_a_damaged_adapter_stops_the_run_and_names_its_site() -> None:

@@ -19,7 +19,7 @@ from .averaging import Averaging, Model, upload
 class FedAvgFineTune(Averaging):
     """FedAvg; then each site trains the last global model once more for itself."""
 
-    personal: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    personal: Training = Training(lr=0.005, epochs=5, clip=1.0)
     """That last training."""
 
     def stages(self) -> tuple[Stage, ...]:

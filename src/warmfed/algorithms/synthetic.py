@@ -20,10 +20,12 @@ from ..tensors import Table, Tensors, rows, select, sha256
 class Synthesis:
     """How S is drawn and filtered, and how a classifier is trained on it."""
 
-    per_class: int = 40
+    per_class: int = 100
     """Images per site and class."""
     filter: str = "cross"
-    """cross: drop samples that a classifier trained on the other half of S takes for another class; none."""
+    """cross: drop samples whose class a classifier trained on the other half of S holds for unlikely; none."""
+    least: float = 0.1
+    """Probability of its class below which a sample is dropped. Samples that are merely hard teach most: keep them."""
     filter_training: Training = Training(lr=0.02, epochs=8, batch=64, schedule="cosine", clip=1.0)
     """Training of the two classifiers that filter."""
     training: Training = Training(lr=0.02, epochs=15, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
@@ -36,6 +38,8 @@ class Synthesis:
             raise InputError(f"filter must be cross or none; got {self.filter!r}")
         if self.per_class < 1 or self.subset < 1:
             raise InputError("per_class and subset must be at least 1; check [algorithm.synthesis]")
+        if not 0 <= self.least < 1:
+            raise InputError(f"least must be at least 0 and below 1; got {self.least}")
 
 
 def _draw(
@@ -62,11 +66,15 @@ def draw(ctx: Central, adapters: Mapping[str, Tensors | None], classes: Mapping[
 def _recognise(task: object, training: Training, learn: Table, guess: Table, seed: int) -> Tensor:
     ctx = Central(task, named("filter", seed))
     model, _ = fit(ctx, ctx.task.init(ctx.rng), training, learn)
-    return ctx.task.predict(model, guess).argmax(-1)
+    return ctx.task.predict(model, guess).softmax(-1)
 
 
-def recognised(ctx: Central, samples: Table, training: Training) -> Tensor:
-    """Which samples are taken for their prompt's class by a classifier trained on the other half of S; bool [n]."""
+def judged(ctx: Central, samples: Table, training: Training) -> tuple[Tensor, Tensor]:
+    """What a classifier trained on the other half of S makes of each sample.
+
+    Returns:
+        The probability of its prompt's class, float [n]; whether that is the likeliest class, bool [n].
+    """
     order = torch.randperm(rows(samples), generator=ctx.rng)
     halves = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
     seed = int(torch.randint(2**62, (), generator=ctx.rng))
@@ -74,10 +82,12 @@ def recognised(ctx: Central, samples: Table, training: Training) -> Tensor:
         (ctx.task, training, select(samples, learn), select(samples, guess), seed + i)
         for i, (learn, guess) in enumerate((halves, halves[::-1]))
     ]
-    right = torch.zeros(rows(samples), dtype=torch.bool)
-    for guess, answer in zip(halves[::-1], ctx.spread(_recognise, jobs), strict=True):
-        right[guess] = answer == samples["label"][guess]
-    return right
+    probability, right = torch.zeros(rows(samples)), torch.zeros(rows(samples), dtype=torch.bool)
+    for guess, found in zip(halves[::-1], ctx.spread(_recognise, jobs), strict=True):
+        label = samples["label"][guess]
+        probability[guess] = found.gather(1, label[:, None])[:, 0]
+        right[guess] = found.argmax(-1) == label
+    return probability, right
 
 
 def even(samples: Table, count: int, rng: torch.Generator) -> Table:
@@ -102,8 +112,8 @@ def warm_start(
         θ_g^0; S_sub as {"image", "label"}; and what the record shows: how many samples were drawn and kept, by site.
     """
     samples = draw(ctx, adapters, classes, settings.per_class)
-    right = recognised(ctx, samples, settings.filter_training)
-    keep = right if settings.filter == "cross" else torch.ones_like(right)
+    probability, right = judged(ctx, samples, settings.filter_training)
+    keep = probability >= settings.least if settings.filter == "cross" else torch.ones_like(right)
     kept = select(samples, keep)
     if not rows(kept):
         raise InputError("no synthetic sample was recognised; adapt longer (generator.training.epochs) or set filter to none")

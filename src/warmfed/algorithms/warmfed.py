@@ -98,7 +98,7 @@ class WarmFed:
     """How S is drawn and learned."""
     local: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """A site's training in one round, for the global model."""
-    personal: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    personal: Training = Training(lr=0.005, epochs=5, clip=1.0)
     """A site's training in one round, for its own model."""
     before: str = "none"
     """Who fine-tunes on S_sub before the aggregation: client, server or none."""
@@ -106,7 +106,7 @@ class WarmFed:
     """That fine-tuning."""
     tune: bool = True
     """Whether the server fine-tunes the aggregated model on S_sub."""
-    tune_training: Training = Training(lr=0.01, epochs=2, clip=1.0)
+    tune_training: Training = Training(lr=0.005, epochs=1, clip=1.0)
     """That fine-tuning."""
     gate: bool = True
     """Whether the sites' validation decides how much of the fine-tuning is kept: all, half or none of it."""

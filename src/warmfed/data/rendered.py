@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-
 SIDE = 32
 """Height and width of a rendered image in pixels."""
 
