@@ -412,7 +412,7 @@ def test_the_filter_drops_what_nobody_recognises(tmp_path: Path) -> None:
     assert metrics["samples"] == 270
     assert metrics["kept"] == samples["kept"].sum() == sum(metrics[f"kept/{site}"] for site in "abc")
     dropped, mirrored = ~samples["kept"], (samples["site"] == 1) & (samples["label"] == 2)
-    assert dropped[mirrored].float().mean() > 0.8 > 0.1 > dropped[~mirrored].float().mean()
+    assert dropped[mirrored].float().mean() > 0.5 > 0.1 > dropped[~mirrored].float().mean()
     assert rows(subset) == 30
     assert model.keys() == toy.TASK.init(named(0)).keys()
     everything = warm_start(replace(ctx, rng=named("filter")), adapters, classes, replace(settings, filter="none"))[2]
