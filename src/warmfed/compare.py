@@ -237,10 +237,11 @@ class _Tells(Watcher):
 
 
 def _cell(index: int, config: Config, folder: Path) -> dict[str, Any]:
+    shared = folder.parent.parent / "shared"
     if (folder / "config.toml").exists():
-        return resume(folder, _Tells(index))
+        return resume(folder, _Tells(index), shared=shared)
     sweep(folder)
-    return execute(config, folder, _Tells(index))
+    return execute(config, folder, _Tells(index), shared)
 
 
 class _Estimate:

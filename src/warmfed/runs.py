@@ -26,6 +26,7 @@ from .config import Config, build
 from .core import Algorithm, Central, Generator, Round, ServerState, Task
 from .data import Federation, load
 from .diffusion import pipeline
+from .diffusion.once import Once
 from .errors import InputError
 from .files import read_bytes, read_json, read_lines, read_sealed, sweep, write_json, write_lines, write_sealed, write_whole
 from .memory import Meter
@@ -185,11 +186,14 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
     )
 
 
-def execute(config: Config, folder: Path | None = None, watcher: Watcher | None = None) -> dict[str, Any]:
+def execute(
+    config: Config, folder: Path | None = None, watcher: Watcher | None = None, shared: Path | None = None
+) -> dict[str, Any]:
     """Run a configuration into a new folder and return its summary.
 
     Args:
         folder: the run folder itself; none: runs/<algorithm>-<seed>, or the first free of -2, -3, … after it.
+        shared: where adapters and samples are kept for other runs that need the same ones; none: they are not.
     """
     ready = prepare(config)
     folder = _claimed(config) if folder is None else folder
@@ -202,7 +206,7 @@ def execute(config: Config, folder: Path | None = None, watcher: Watcher | None 
             folder.rmdir()
         raise
     with _alone(folder):
-        return _go(ready, folder, watcher or Watcher(), [], None)
+        return _go(ready, folder, watcher or Watcher(), [], None, shared)
 
 
 def _claimed(config: Config) -> Path:
@@ -254,11 +258,12 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def resume(folder: Path, watcher: Watcher | None = None, workers: int = 0) -> dict[str, Any]:
+def resume(folder: Path, watcher: Watcher | None = None, workers: int = 0, shared: Path | None = None) -> dict[str, Any]:
     """Finish a run that was interrupted; a finished one is left as it is.
 
     Args:
         workers: how many from here on; 0: as many as the configuration says.
+        shared: as in `execute`.
     """
     if (folder / "summary.json").exists():
         summary = read_summary(folder)
@@ -269,7 +274,7 @@ def resume(folder: Path, watcher: Watcher | None = None, workers: int = 0) -> di
         ready = prepare(replace(config, workers=workers or config.workers))
         records, server = _resumed(ready, folder)
         sweep(folder)
-        return _go(ready, folder, watcher or Watcher(), records, server)
+        return _go(ready, folder, watcher or Watcher(), records, server, shared)
 
 
 def _resumed(ready: Ready, folder: Path) -> tuple[list[dict[str, Any]], ServerState]:
@@ -298,7 +303,14 @@ def _resumed(ready: Ready, folder: Path) -> tuple[list[dict[str, Any]], ServerSt
     return records, kept.server
 
 
-def _go(ready: Ready, folder: Path, watcher: Watcher, records: list[dict[str, Any]], server: ServerState) -> dict[str, Any]:
+def _go(
+    ready: Ready,
+    folder: Path,
+    watcher: Watcher,
+    records: list[dict[str, Any]],
+    server: ServerState,
+    shared: Path | None = None,
+) -> dict[str, Any]:
     config, federation = ready.config, ready.federation
     ledger = read_lines(folder / "ledger.jsonl", "the run's ledger") if records else []
     ledger = [line for line in ledger if line["step"] < len(records)]
@@ -310,7 +322,7 @@ def _go(ready: Ready, folder: Path, watcher: Watcher, records: list[dict[str, An
         federation,
         ready.task,
         seed=config.seed,
-        generator=config.generator,
+        generator=Once(config.generator, shared) if shared else config.generator,
         workers=config.workers,
         device=config.device,
         evaluate=config.evaluate,

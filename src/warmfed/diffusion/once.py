@@ -1,0 +1,70 @@
+"""A generator that does equal work once: the cells of a comparison share their adapters and samples."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..core import Central, Local, Metrics
+from ..files import read_sealed, write_sealed
+from ..tensors import Tensors, sha256
+from .generator import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class Once:
+    """Adapts and samples as `generator` does, and keeps what was made in `folder`, under a digest of all it was made of.
+
+    That names settings and base, images or adapter, prompts, labels and the state of the random numbers; so what is found
+    is what would have been made, bit for bit. Only the seconds of a run that finds something are shorter.
+    """
+
+    generator: LatentDiffusion
+    folder: Path
+
+    def adapt(self, ctx: Local) -> tuple[Tensors, Metrics]:
+        def make() -> dict[str, Tensor]:
+            tensors, metrics = self.generator.adapt(ctx)
+            return {
+                **{f"adapter/{name}": tensor for name, tensor in tensors.items()},
+                **{f"metric/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()},
+            }
+
+        found = self._once("adapt", ctx, ctx.prompts, ctx.data["train"], make)
+        return _under(found, "adapter/"), {name: value.item() for name, value in _under(found, "metric/").items()}
+
+    def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
+        self.generator.check(adapter, prompts, who)
+
+    def write(self, adapter: Tensors, folder: Path, site: str) -> None:
+        self.generator.write(adapter, folder, site)
+
+    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
+        def make() -> dict[str, Tensor]:
+            return {"image": self.generator.synthesize(adapter, prompts, labels, ctx)}
+
+        return self._once("samples", ctx, prompts, {**(adapter or {}), "labels": labels}, make)["image"]
+
+    def _once(
+        self, what: str, ctx: Local | Central, prompts: Sequence[str], given: Tensors, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        before = ctx.rng.get_state()
+        text = repr(
+            (self.generator, self.generator.fingerprint(), tuple(prompts), ctx.device, sha256({**given, "rng": before}))
+        )
+        path = self.folder / f"{what}-{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+        if path.exists():
+            found = load(read_sealed(path, "what another run of the comparison has made"))
+            ctx.rng.set_state(found["rng"])
+            return found
+        made = {name: tensor.contiguous() for name, tensor in make().items()}
+        write_sealed(path, save({**made, "rng": ctx.rng.get_state()}))
+        return made
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,80 @@
+"""Work that runs of a comparison share is done once, and gives each of them what it would have made itself."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from warmfed.core import Central, Local
+from warmfed.diffusion.generator import LatentDiffusion
+from warmfed.diffusion.once import Once
+from warmfed.errors import InputError
+from warmfed.fit import Training
+from warmfed.randomness import named
+from warmfed.tensors import sha256
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from warmfed.diffusion import pipeline
+    from warmfed.diffusion.pretrain import Pretraining, build
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+PROMPTS = ("zero", "one")
+LABELS = torch.tensor([0, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
+    folder = tmp_path_factory.mktemp("base") / "base"
+    pipeline.save(build(Pretraining(channels=4, decoder_width=8, widths=(16, 32), text_width=16, text_layers=1)), folder)
+    return LatentDiffusion(str(folder), steps=2, views=1, training=Training(optimizer="adamw", lr=1e-2, steps=2, batch=4))
+
+
+def at_site(seed: int = 0) -> Local:
+    table = {"image": torch.randint(256, (6, 3, 32, 32), generator=named("once"), dtype=torch.uint8)}
+    table["label"] = torch.arange(6) % 2
+    return Local(None, {"train": table}, named("site", seed), "a", PROMPTS)
+
+
+def test_what_is_found_is_what_would_have_been_made(generator: LatentDiffusion, tmp_path: Path) -> None:
+    once = Once(generator, tmp_path)
+    seen = []
+    for adapting in (generator, once, once):
+        ctx, server = at_site(), Central(None, named("server"))
+        adapter, metrics = adapting.adapt(ctx)
+        images = adapting.synthesize(adapter, PROMPTS, LABELS, server)
+        bare = adapting.synthesize(None, PROMPTS, LABELS, server)
+        states = {"site": ctx.rng.get_state(), "server": server.rng.get_state(), "images": images, "bare": bare}
+        seen.append((sha256(adapter), metrics, sha256(states)))
+    assert seen[0] == seen[1] == seen[2]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_other_work_has_other_names(generator: LatentDiffusion, tmp_path: Path) -> None:
+    once = Once(generator, tmp_path)
+    adapter, _ = once.adapt(at_site())
+    other, _ = once.adapt(at_site(1))
+    assert sha256(adapter) != sha256(other)
+    for adapted, prompts, settings in (
+        (adapter, PROMPTS, generator),
+        (other, PROMPTS, generator),
+        (adapter, PROMPTS[::-1], generator),
+        (adapter, PROMPTS, replace(generator, guidance=2.0)),
+    ):
+        Once(settings, tmp_path).synthesize(adapted, prompts, LABELS, Central(None, named("server")))
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_damage_is_told_in_one_line(generator: LatentDiffusion, tmp_path: Path) -> None:
+    once = Once(generator, tmp_path)
+    once.adapt(at_site())
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    before = tiny.digest(tmp_path)
+    with pytest.raises(InputError, match="is damaged"):
+        once.adapt(at_site())
+    assert tiny.digest(tmp_path) == before
