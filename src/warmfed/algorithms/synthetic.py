@@ -20,7 +20,7 @@ from ..tensors import Table, Tensors, rows, select, sha256
 class Synthesis:
     """How S is drawn and filtered, and how a classifier is trained on it."""
 
-    per_class: int = 100
+    per_class: int = 80
     """Images per site and class."""
     filter: str = "cross"
     """cross: drop samples whose class a classifier trained on the other half of S holds for unlikely; none."""
