@@ -154,7 +154,7 @@ def test_static_distillation_that_uploads_the_personal_model_is_pfedsd() -> None
 
 
 def test_one_shot_is_training_on_the_synthetic_set_alone(tmp_path: Path) -> None:
-    algorithm = quick("warmfed", rounds=0)
+    algorithm = quick("warmfed", rounds=0, personal_gate=False)
     outcome = toy.play(algorithm, artefacts=tmp_path)
     samples = load_file(tmp_path / "synthetic" / "samples.safetensors")
     kept = select(samples, samples["kept"])
@@ -267,6 +267,19 @@ def test_the_gate_never_lowers_the_sites_validation_accuracy(lr: float) -> None:
         assert right[1] >= right[0]
         assert record.aggregate["validation_before"] == pytest.approx(right[0])
         assert record.aggregate["validation_after"] == pytest.approx(right[1])
+
+
+@pytest.mark.parametrize("lr", [0.01, 5.0])
+def test_a_sites_own_gate_never_lowers_its_validation_accuracy(lr: float) -> None:
+    outcome = toy.play(quick("warmfed", personal=Training(lr=lr)))
+    strengths = outcome.rounds[-1].train
+    for site, data in toy.SITES.items():
+        before, after = (
+            toy.TASK.metrics(model, data["validation"])["accuracy"] for model in (outcome.model, outcome.personal(site))
+        )
+        assert after >= before
+        assert strengths[site]["personal_strength"] in (0.0, 0.5, 1.0)
+    assert lr < 1 or all(toy.same(outcome.personal(site), outcome.model) for site in toy.SITES)
 
 
 # distillation

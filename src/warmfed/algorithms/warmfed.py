@@ -110,6 +110,8 @@ class WarmFed:
     """That fine-tuning."""
     gate: bool = True
     """Whether the sites' validation decides how much of the fine-tuning is kept: all, half or none of it."""
+    personal_gate: bool = True
+    """Whether a site's validation decides how much of its last personal step is kept: all, half or none of it."""
     distill: str = "dynamic"
     """Teacher of the personal models: dynamic (chosen per image from the last two), static (the last one) or none."""
     distillation: Distillation = Distillation()
@@ -233,18 +235,17 @@ class WarmFed:
         return Candidates(server.model, server.tuned)
 
     def judge(self, down: Message, state: State, ctx: Local) -> Reply:
-        table = ctx.data["validation"]
-        found = {share: ctx.task.metrics(mix(down.average, down.tuned, float(share)), table) for share in _SHARES}
-        right = {share: m["accuracy"] * m["count"] / 100 for share, m in found.items()}
-        loss = {share: m["loss"] * m["count"] for share, m in found.items()}
-        return Reply(Verdict(right, loss, rows(table)), state, float(rows(table)), {})
+        verdict = _verdict(ctx, down.average, down.tuned)
+        return Reply(verdict, state, float(verdict.count), {})
 
     def decide(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        """Keep the share of the fine-tuning with most right answers; of equal ones the lower loss, none of it first."""
-        count = sum(r.message.count for r in replies.values())
-        right = {share: sum(r.message.right[share] for r in replies.values()) for share in _SHARES}
-        loss = {share: sum(r.message.loss[share] for r in replies.values()) for share in _SHARES}
-        best = max(_SHARES, key=lambda share: (round(right[share]), -loss[share]))
+        """Keep the share of the fine-tuning with most right answers; of equal ones the lower loss."""
+        total = Verdict(
+            {share: sum(r.message.right[share] for r in replies.values()) for share in _SHARES},
+            {share: sum(r.message.loss[share] for r in replies.values()) for share in _SHARES},
+            sum(r.message.count for r in replies.values()),
+        )
+        best, right, count = _best(total), total.right, total.count
         metrics = {
             "gate_kept": float(best != _SHARES[0]),
             "gate_strength": float(best),
@@ -258,6 +259,10 @@ class WarmFed:
 
     def personalize(self, down: Message, state: State, ctx: Local) -> Reply:
         state, info = self.personal_step(down.model, state, ctx)
+        if self.personal_gate:
+            share = float(_best(_verdict(ctx, down.model, state.personal)))
+            state = replace(state, personal=mix(down.model, state.personal, share))
+            info = {**info, "personal_strength": share}
         return Reply(Nothing(), state, float(rows(ctx.data["train"])), info)
 
     def done(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
@@ -265,3 +270,16 @@ class WarmFed:
 
 
 _SHARES = ("0.0", "0.5", "1.0")
+
+
+def _verdict(ctx: Local, before: Tensors, after: Tensors) -> Verdict:
+    """What the site's validation says of each share of the way from one model to the other."""
+    table = ctx.data["validation"]
+    found = {share: ctx.task.metrics(mix(before, after, float(share)), table) for share in _SHARES}
+    right = {share: m["accuracy"] * m["count"] / 100 for share, m in found.items()}
+    return Verdict(right, {share: m["loss"] * m["count"] for share, m in found.items()}, rows(table))
+
+
+def _best(verdict: Verdict) -> str:
+    """The share with most right answers; of equal ones the lower loss."""
+    return max(_SHARES, key=lambda share: (round(verdict.right[share]), -verdict.loss[share]))
