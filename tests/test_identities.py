@@ -279,7 +279,6 @@ def test_a_sites_own_gate_never_lowers_its_validation_accuracy(lr: float) -> Non
         )
         assert after >= before
         assert strengths[site]["personal_strength"] in (0.0, 0.5, 1.0)
-    assert lr < 1 or all(toy.same(outcome.personal(site), outcome.model) for site in toy.SITES)
 
 
 # distillation
