@@ -10,7 +10,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_folders import COMPARE, LEDGER, SUMMARY, WARMFED, comparison_folder, judged, png, record, run_folder
+from report_folders import (
+    COMPARE,
+    LEDGER,
+    SUMMARY,
+    WARMFED,
+    comparison_folder,
+    judged,
+    one_round,
+    png,
+    record,
+    run_folder,
+)
 
 from warmfed import report
 from warmfed.errors import InputError
@@ -360,6 +371,14 @@ def test_a_round_goes_by_its_number_and_its_last_stage() -> None:
 
     assert {label: record["step"] for label, record in found.items()} == {"warm": 1, "1": 3, "2": 5, "3": 7, "end": 8}
     assert list(found) == ["warm", "1", "2", "3", "end"]
+
+
+def test_the_sites_own_gates_stand_beside_the_servers(tmp_path: Path) -> None:
+    shares = {"ink": {"personal_strength": 0.5}, "street": {"personal_strength": 0.0}}
+    records = [*one_round(0, 0, 0.0, 1.0, None), record(2, "personalize", 0, train=shares, **judged(0.0))]
+    section = sections.gate(read_run(run_folder(tmp_path, records, panel=False)))
+    assert section is not None
+    assert [[cell.text for cell in row] for row in section.tables[-1].rows] == [["ink", "✓ kept 50 %"], ["street", "✗ undone"]]
 
 
 def test_a_gate_that_was_off_is_not_shown(tmp_path: Path) -> None:

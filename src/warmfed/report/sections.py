@@ -261,8 +261,18 @@ def gate(run: Run) -> Section | None:
         f"lower the sites’ validation accuracy, whole or in part: {sum(kept)} of {len(kept)} rounds."
     )
     header = ("round", "decision", "change", "before, %", "after, %", "if whole, %")
-    table = without_gaps("Decisions of the gate", header, rows, words=("decision",))
-    return Section("gate", "The do-no-harm gate", how, [figure], tables=[table])
+    tables = [without_gaps("Decisions of the gate", header, rows, words=("decision",))]
+    own = {
+        site: m["personal_strength"]
+        for record in run.rounds
+        for site, m in sorted(record["train"].items())
+        if "personal_strength" in m
+    }
+    if own:
+        how += " At the end each site lets its own validation decide the same of its last personal step."
+        decisions = tuple(cells(site, _decision(share > 0, share)) for site, share in own.items())
+        tables.append(Table("The sites’ last personal steps", ("site", "decision"), decisions, words=("decision",)))
+    return Section("gate", "The do-no-harm gate", how, [figure], tables=tables)
 
 
 def _decision(kept: bool, strength: float | None) -> str:
