@@ -95,7 +95,9 @@ class Means:
 
 QUICK = {
     Training: TRAINING,
-    Synthesis: Synthesis(per_class=8, subset=36, filter_training=Training(lr=0.02, epochs=2), training=Training(lr=0.01)),
+    Synthesis: Synthesis(
+        per_class=8, least=0.5, subset=36, filter_training=Training(lr=0.02, epochs=2), training=Training(lr=0.01)
+    ),
     Budget: Budget(patience=1, limit=2),
 }
 """Settings under which every algorithm is quick, by the type of the field."""
