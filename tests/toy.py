@@ -96,7 +96,7 @@ class Means:
 QUICK = {
     Training: TRAINING,
     Synthesis: Synthesis(
-        per_class=8, least=0.5, subset=36, filter_training=Training(lr=0.02, epochs=2), training=Training(lr=0.01)
+        per_class=8, least=0.4, subset=36, filter_training=Training(lr=0.02, epochs=2), training=Training(lr=0.01)
     ),
     Budget: Budget(patience=1, limit=2),
 }
