@@ -109,6 +109,10 @@ def test_an_adapter_travels_in_16_bits_under_diffusers_names(generator: LatentDi
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if ".lora_B." in name)
 
 
+def test_samples_have_the_layout_of_images_that_were_read(generator: LatentDiffusion) -> None:
+    assert generator.synthesize(None, PROMPTS, LABELS, Central(None, named("layout"))).is_contiguous()
+
+
 def test_samples_depend_on_the_adapter_and_on_the_name_of_the_stream_only(generator: LatentDiffusion) -> None:
     first = generator.synthesize(adapted(generator), PROMPTS, LABELS, central())
     assert first.shape == (4, 3, 32, 32)

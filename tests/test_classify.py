@@ -10,7 +10,9 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, l
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from warmfed import models
+from warmfed.core import Central
 from warmfed.errors import InputError
+from warmfed.fit import Training, fit
 from warmfed.randomness import named
 from warmfed.tasks import Classify
 from warmfed.tasks.classify import measure, pixels
@@ -88,3 +90,17 @@ def test_a_start_that_does_not_fit_is_refused(content: object, words: str, tmp_p
     content(tmp_path / "start.safetensors")
     with pytest.raises(InputError, match=words):
         Classify(toy.SHAPE, 3, "linear", start=str(tmp_path / "start.safetensors")).init(named("start"))
+
+
+def test_the_layout_of_images_in_memory_changes_no_bit() -> None:
+    """Samples straight from a generator and those that were written and read are the same data."""
+    task = Classify((3, 32, 32), 10)
+    table = {"image": torch.randint(256, (64, 3, 32, 32), generator=named("layout"), dtype=torch.uint8)}
+    table["label"] = torch.arange(64) % 10
+    other = {**table, "image": table["image"].contiguous(memory_format=torch.channels_last)}
+    one, two = (
+        fit(Central(task, named("layout")), task.init(named("start")), Training(lr=0.05, epochs=2, batch=16), data)[0]
+        for data in (table, other)
+    )
+    assert toy.same(one, two)
+    assert task.predict(one, table).equal(task.predict(one, other))

@@ -73,7 +73,8 @@ class Parts:
         decoded = [
             self.vae.decode(part.to(self.device) / self.vae.config.scaling_factor).sample for part in latents.split(batch)
         ]
-        return torch.cat(decoded).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        # in the layout that images have when they have been written and read, or sums over them differ in last bits
+        return torch.cat(decoded).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu().contiguous()
 
 
 def pixels(images: Tensor) -> Tensor:

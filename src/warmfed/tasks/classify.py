@@ -17,8 +17,8 @@ from ..tensors import Table, Tensors
 
 
 def pixels(image: Tensor) -> Tensor:
-    """Float [n, c, h, w] in [-1, 1], of uint8 images of that shape."""
-    return image.float().div_(127.5).sub_(1)
+    """Float [n, c, h, w] in [-1, 1], of uint8 images of that shape, in one layout: last bits depend on it."""
+    return image.contiguous().float().div_(127.5).sub_(1)
 
 
 def load_model(path: Path, like: Tensors, what: str) -> Tensors:
