@@ -7,8 +7,8 @@ The paper's full text and code are not public: this is a reading of its abstract
 Departures: samples are filtered (`synthesis.filter`), and a do-no-harm gate keeps a server fine-tuning step only where the
 sites' validation accuracy does not fall (`gate`). One more local step from the last global model (`personalize`) ends the
 run, is the whole of the personal branch in one-shot mode (`rounds` 0), and is kept as far as the site's own validation says
-(`personal_gate`). With all three off it is the paper's. The selector's loss and the schedule of τ_t are ours. Where the paper's sentences disagree on who fine-tunes before the
-aggregation, `before` offers both readings.
+(`personal_gate`). With all three off it is the paper's. The selector's loss and the schedule of τ_t are ours. Where the
+paper's sentences disagree on who fine-tunes before the aggregation, `before` offers both readings.
 """
 
 from collections.abc import Mapping
