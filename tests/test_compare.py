@@ -10,8 +10,11 @@ import tiny
 from scipy.stats import ttest_rel
 
 from warmfed.cli import main
-from warmfed.compare import Cell, Cells, compare, holm, paired, plan, tabulate
+from warmfed.compare import Cell, Cells, compare, plan
+from warmfed.data import load
 from warmfed.errors import InputError
+from warmfed.report import latex
+from warmfed.tabulate import holm, paired, tabulate
 
 QUICK = {"model.name": "linear", "algorithm.local.epochs": 1}
 
@@ -149,6 +152,70 @@ def test_a_killed_comparison_goes_on_and_a_finished_one_grows(data: Path, tmp_pa
     with pytest.raises(InputError, match="other settings"):
         compare(cells(data, ["fedavg"], [0], [1], **{"algorithm.local.lr": 0.3}), tmp_path / "x")
     assert tiny.digest(tmp_path / "x") == before
+
+
+def test_a_sweep_chooses_by_validation(data: Path, tmp_path: Path, capsys: Any) -> None:
+    common = ["--set", "model.name=linear", f"data.source={data}", "--rounds", "1", "--seeds", "0", "--algorithms", "fedavg"]
+    assert main(["sweep", *common, "--out", str(tmp_path / "x"), "--grid", "local.lr=0.0001"]) == 2
+    assert "unknown key 'local'" in capsys.readouterr().err
+    grid = ["--grid", "algorithm.local.lr=0.0001,0.05", "algorithm.local.epochs=1,2"]
+    assert main(["sweep", *common, "--out", str(tmp_path / "x"), *grid]) == 0
+    table = json.loads((tmp_path / "x" / "compare.json").read_text())
+    assert table["swept"] == ["algorithm.local.lr", "algorithm.local.epochs"]
+    assert [row["algorithm"] for row in table["rows"]] == [
+        f"fedavg lr={lr} epochs={epochs}" for lr in (0.0001, 0.05) for epochs in (1, 2)
+    ]
+    cells = sorted(path.name for path in (tmp_path / "x" / "cells").iterdir())
+    assert cells[0] == "fedavg_lr=0.0001_epochs=1-rounds1-seed0"
+    validation = [row["validation_mean"] for row in table["rows"]]
+    lines = (tmp_path / "x" / "compare.md").read_text().splitlines()
+    bold = [line.split(" | ")[0].removeprefix("| ") for line in lines if "**" in line]
+    assert bold == [row["algorithm"] for row in table["rows"] if row["validation_mean"] == max(validation)]
+    assert all(line.count("**") == 2 for line in lines if "**" in line)  # the test columns mark nobody
+    page = (tmp_path / "x" / "report.html").read_text()
+    assert "What each setting does" in page
+    assert "Accuracy by site" in page
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[sweep]\nalgorithm.rounds = 3", "sweep.algorithm.rounds must be a list"),
+        ("[sweep]\nalgorithm.rounds = [3, 3]", "names a value twice"),
+        ("[sweep]\nalgorithm.roundz = [3, 4]", "unknown key 'algorithm.roundz'"),
+    ],
+)
+def test_bad_sweeps(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.toml").write_text(content)
+    with pytest.raises(InputError) as error:
+        plan(tmp_path / "sweep.toml")
+    assert words in str(error.value)
+
+
+def test_a_site_that_takes_no_part(data: Path, tmp_path: Path) -> None:
+    sites = list(load(str(data)).sites)
+    planned = plan(None, QUICK | {"data.source": str(data)}, ["fedavg", "fedper"], [0], [1], sites[:2])
+    assert [(cell.arm, cell.unseen) for cell in planned] == [(arm, site) for arm in ("fedavg", "fedper") for site in sites[:2]]
+    table = compare(planned, tmp_path / "x", workers=2)
+    assert table["unseen"] == sites[:2]
+    fedavg, fedper = table["rows"]
+    summaries = [json.loads((tmp_path / "x" / cell["folder"] / "summary.json").read_text()) for cell in fedavg["cells"]]
+    assert all(
+        sites[i] not in summary["sites"] and summary["unseen"]["site"] == sites[i] for i, summary in enumerate(summaries)
+    )
+    assert fedavg["unseen_mean"] == pytest.approx(sum(s["unseen"]["global"] for s in summaries) / 2)
+    assert fedper["unseen_mean"] is None  # nobody has a head for the site
+    with pytest.raises(InputError, match="cannot be left out"):
+        compare(plan(None, {"data.source": str(data)}, ["fedavg"], [0], [1], ["nowhere"]), tmp_path / "y")
+
+
+def test_latex() -> None:
+    planned = plan(None, {}, ["fedavg", "warmfed"], [0, 1], [1])
+    found = [summary(80.0 + 10 * (cell.arm == "warmfed") + cell.seed, 85.0 + cell.seed) for cell in planned]
+    text = latex(tabulate(planned, found))
+    assert r"warmfed & \textbf{90.5 $\pm$ 0.7}" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    assert r"global, \%" in text
 
 
 def test_a_cell_that_fails_is_named(data: Path, tmp_path: Path) -> None:

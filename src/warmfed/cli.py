@@ -76,12 +76,15 @@ def parser() -> argparse.ArgumentParser:
         "config", nargs="?", type=Path, metavar="CONFIG.toml", help="what all share; may hold [compare] and [arms.NAME]"
     )
     compare.add_argument("--algorithms", nargs="+", default=[], metavar="NAME", help="algorithms, or arms of CONFIG.toml")
-    compare.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="default 0 1 2")
-    compare.add_argument("--rounds", nargs="+", type=int, default=[], metavar="R", help="default: what the configuration says")
-    compare.add_argument("--out", type=Path, metavar="DIR", help="folder of the comparison; an existing one goes on")
-    _workers(compare, "runs at the same time (default: one for each processor)")
-    _settings(compare)
-    _voices(compare)
+    _study(compare)
+
+    sweep = _command(commands, "sweep", "try every combination of settings and choose by validation")
+    sweep.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="what all share; may hold [sweep]")
+    sweep.add_argument("--algorithms", nargs="+", default=[], metavar="NAME", help="default: warmfed")
+    sweep.add_argument(
+        "--grid", nargs="+", action="extend", default=[], metavar="key=a,b,c", help="a setting and the values to try"
+    )
+    _study(sweep)
 
     report = _command(commands, "report", "write the report of a finished run, or of a comparison, anew")
     report.add_argument("folder", type=Path, metavar="DIR", help="a run folder, or that of a comparison")
@@ -113,6 +116,19 @@ def _command(commands: Any, name: str, about: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
     command.set_defaults(command=name)
     return command
+
+
+def _study(command: argparse.ArgumentParser) -> None:
+    """What all commands take that run many runs."""
+    command.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="default 0 1 2")
+    command.add_argument("--rounds", nargs="+", type=int, default=[], metavar="R", help="default: what the configuration says")
+    command.add_argument(
+        "--unseen", nargs="+", default=[], metavar="SITE", help="leave these sites out, one at a time, and measure there too"
+    )
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder of the study; an existing one goes on")
+    _workers(command, "runs at the same time (default: one for each processor)")
+    _settings(command)
+    _voices(command)
 
 
 def _workers(command: argparse.ArgumentParser, about: str) -> None:

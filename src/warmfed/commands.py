@@ -14,7 +14,7 @@ from .algorithms import ALGORITHMS
 from .compare import Cell, Cells
 from .compare import compare as compare_cells
 from .compare import plan as plan_cells
-from .config import construct, nested, parse, setting
+from .config import choices, construct, nested, parse, setting
 from .console import Events, Quiet, Teller, console, emit, rich_table, run_facts, run_table, teller
 from .errors import InputError
 from .predict import predict as predict_images
@@ -69,9 +69,22 @@ def _stopped(advice: object) -> KeyboardInterrupt:
 
 def compare(asked: Namespace) -> int:
     settings = dict(setting(text) for text in asked.settings)
-    cells = plan_cells(asked.config, settings, asked.algorithms, asked.seeds, asked.rounds)
+    return _study(asked, plan_cells(asked.config, settings, asked.algorithms, asked.seeds, asked.rounds, asked.unseen))
+
+
+def sweep(asked: Namespace) -> int:
+    settings, grid = dict(setting(text) for text in asked.settings), dict(choices(text) for text in asked.grid)
+    names = asked.algorithms or ["warmfed"] * (asked.config is None)
+    cells = plan_cells(asked.config, settings, names, asked.seeds, asked.rounds, asked.unseen, grid)
+    if not cells[0].settings:
+        raise InputError("a sweep needs settings to vary; name some: --grid algorithm.local.lr=0.01,0.02")
+    return _study(asked, cells)
+
+
+def _study(asked: Namespace, cells: Sequence[Cell]) -> int:
+    """Run the cells and show their table."""
     folder = asked.out or next(
-        path for n in count(1) if not (path := Path("runs") / ("compare" + (f"-{n}" if n > 1 else ""))).exists()
+        path for n in count(1) if not (path := Path("runs") / (asked.command + (f"-{n}" if n > 1 else ""))).exists()
     )
     with teller(quiet=asked.quiet, events=asked.json) as watcher:
         try:

@@ -1,4 +1,4 @@
-"""Several algorithms, seeds and numbers of rounds: a run folder each, one table, paired tests.
+"""Several algorithms, settings, seeds and numbers of rounds: a run folder each, one table, paired tests.
 
 Each cell of a comparison is an ordinary run in DIR/cells/; a comparison that was killed goes on where it was, and one
 that is asked for more seeds or algorithms computes only these.
@@ -6,32 +6,25 @@ that is asked for more seeds or algorithms computes only these.
 
 import dataclasses
 import os
+import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from . import __version__, report
 from .algorithms import ALGORITHMS, entry
 from .config import Config, nested, read_toml, resolve
-from .data import Federation
+from .data import Federation, load
 from .errors import InputError, suggest
 from .files import read_bytes, sweep, write_json, write_whole
 from .progress import Clock
 from .runs import Watcher, execute, prepare, read_summary, resume
+from .tabulate import tabulate
 from .transports.pool import Pool, death_told, tell
-
-METRICS = {
-    "global": ("global", "union"),
-    "global_worst": ("global", "site_worst"),
-    "personal": ("personal", "mean"),
-    "personal_worst": ("personal", "worst"),
-}
-"""Row keys by where the summaries hold the accuracy."""
-TESTED = ("global", "personal")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +35,19 @@ class Cell:
     rounds: int
     seed: int
     config: Config
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """What a sweep varies: dotted key -> value, as text."""
+
+    @property
+    def unseen(self) -> str:
+        """The site that is left out; empty: none."""
+        return self.config.unseen.site
 
     @property
     def name(self) -> str:
-        return f"{self.arm}-rounds{self.rounds}-seed{self.seed}"
+        """Also its folder's name."""
+        without = f"-without-{self.unseen}" if self.unseen else ""
+        return re.sub(r"[^\w.=,+-]", "_", f"{self.arm}-rounds{self.rounds}-seed{self.seed}{without}")
 
 
 def plan(
@@ -54,39 +56,84 @@ def plan(
     algorithms: Sequence[str] = (),
     seeds: Sequence[int] = (),
     rounds: Sequence[int] = (),
+    unseen: Sequence[str] = (),
+    grid: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Cell]:
     """The cells, in the order of arms, rounds, seeds; all of them checked.
 
-    A TOML file may hold, beside a configuration that all arms share, the tables `[compare]` (algorithms, seeds, rounds)
-    and `[arms.NAME]`: a configuration under a name of its own, over what is shared. What is shared of `[algorithm]`
-    goes to those algorithms that have such a setting.
+    A TOML file may hold, beside a configuration that all arms share, the tables `[compare]` (algorithms, seeds, rounds,
+    unseen), `[arms.NAME]`: a configuration under a name of its own, over what is shared; and `[sweep]`: lists of values,
+    of which every combination is tried in every arm. What is shared of `[algorithm]` goes to those algorithms that
+    have such a setting.
 
     Args:
         settings: dotted keys over the file's.
         algorithms: names of algorithms or of arms; none: the file's, or all its arms, or warmfed and fedavg.
         seeds: none: the file's, or 0, 1, 2.
         rounds: none: the file's, or each arm's own.
+        unseen: sites that are left out, one at a time; none: the file's, or the configuration's.
+        grid: dotted keys and the values to try; none: the file's.
     """
     tables = read_toml(file) if file is not None else {}
-    arms, asked = tables.pop("arms", {}), tables.pop("compare", {})
-    if not isinstance(arms, dict) or not all(isinstance(arm, dict) for arm in arms.values()) or not isinstance(asked, dict):
-        raise InputError(f"{file}: [compare] and [arms.NAME] must be tables")
+    arms, asked, swept = tables.pop("arms", {}), tables.pop("compare", {}), tables.pop("sweep", {})
+    if not all(isinstance(table, dict) for table in (arms, asked, swept, *dict(arms).values())):
+        raise InputError(f"{file}: [compare], [sweep] and [arms.NAME] must be tables")
     for key in asked:
-        if key not in ("algorithms", "seeds", "rounds"):
-            raise InputError(f"unknown key 'compare.{key}'{suggest(key, ['algorithms', 'seeds', 'rounds'])}")
+        if key not in _ASKED:
+            raise InputError(f"unknown key 'compare.{key}'{suggest(key, list(_ASKED))}")
+    points = _points(grid or _flat(swept))
     names = _each("compare.algorithms", algorithms or asked.get("algorithms") or list(arms) or ["warmfed", "fedavg"], str)
     numbers = _each("compare.seeds", seeds or asked.get("seeds") or [0, 1, 2], int)
     lengths: Sequence[int | None] = _each("compare.rounds", rounds or asked.get("rounds") or [], int) or [None]
+    left_out = _each("compare.unseen", unseen or asked.get("unseen") or [], str) or [None]
     shared = _merged(tables, nested(settings or {}))
     found = []
     for name in names:
         if name not in arms and name not in ALGORITHMS:
             raise InputError(f"there is no algorithm or arm {name!r}{suggest(name, [*arms, *ALGORITHMS])}")
-        for length in lengths:
-            for seed in numbers:
-                config = _config(shared, name, arms.get(name, {}), length, seed)
-                found.append(Cell(name, getattr(config.algorithm, "rounds", 0) if length is None else length, seed, config))
+        for point, length, seed, site in product(points, lengths, numbers, left_out):
+            own = [arms.get(name, {}), nested(point), {} if site is None else {"unseen": {"site": site}}]
+            config = _config(shared, name, _merged(*own), length, seed)
+            settings = {key: _text(value) for key, value in point.items()}
+            arm = " ".join([name, *_words(settings)])
+            found.append(
+                Cell(arm, getattr(config.algorithm, "rounds", 0) if length is None else length, seed, config, settings)
+            )
     return found
+
+
+_ASKED = ("algorithms", "seeds", "rounds", "unseen")
+
+
+def _flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Dotted keys of nested tables."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return flat
+
+
+def _points(grid: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of a grid's values; of an empty grid the one that changes nothing."""
+    for key, values in grid.items():
+        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+            raise InputError(f"sweep.{key} must be a list of values to try; got {values!r}")
+        if len({_text(value) for value in values}) < len(values):
+            raise InputError(f"sweep.{key} names a value twice: {values!r}")
+    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _words(settings: Mapping[str, str]) -> list[str]:
+    """key=value of each setting, under the shortest ends of the keys that tell them apart."""
+    ends = {key: key.split(".") for key in settings}
+    length = 1
+    while len({tuple(end[-length:]) for end in ends.values()}) < len(ends):
+        length += 1
+    return [f"{'.'.join(ends[key][-length:])}={value}" for key, value in settings.items()]
 
 
 def _each(where: str, values: Any, kind: type) -> list[Any]:
@@ -145,12 +192,20 @@ def compare(cells: Sequence[Cell], folder: Path, workers: int = 0, watcher: Cell
     watcher = watcher or Cells()
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "cells").is_dir())):
         raise InputError(f"{folder} is there already and is no comparison; choose another --out")
+    if len({cell.name for cell in cells}) < len(cells):
+        raise InputError("two runs of this comparison have one name; give arms and swept values names that differ")
     known: dict[str, Federation] = {}
-    for cell in {(cell.arm, cell.rounds): cell for cell in cells}.values():
+    data: dict[tuple[str, str], str] = {}
+    for cell in {(cell.arm, cell.rounds, cell.unseen): cell for cell in cells}.values():
         source = repr(cell.config.data)
-        known[source] = prepare(cell.config, known.get(source)).federation
-    data = {cell: known[repr(cell.config.data)].fingerprint for cell in cells}
-    summaries = {cell: found for cell in cells if (found := _finished(cell, folder, data[cell])) is not None}
+        if source not in known:
+            known[source] = load(cell.config.data.source, **cell.config.data.options)
+        data[source, cell.unseen] = prepare(cell.config, known[source]).federation.fingerprint
+    summaries = {
+        cell: found
+        for cell in cells
+        if (found := _finished(cell, folder, data[repr(cell.config.data), cell.unseen])) is not None
+    }
     todo = [cell for cell in cells if cell not in summaries]
     watcher.plan(folder, cells, len(summaries))
     if todo:
@@ -159,6 +214,7 @@ def compare(cells: Sequence[Cell], folder: Path, workers: int = 0, watcher: Cell
     table = tabulate(cells, [summaries[cell] for cell in cells])
     write_json(folder / "compare.json", table)
     write_whole(folder / "compare.md", report.markdown(table))
+    write_whole(folder / "compare.tex", report.latex(table))
     report.write_comparison(folder)
     return table
 
@@ -261,84 +317,3 @@ class _Estimate:
         done = sum(self._work[name] for name in self._done)
         done += sum(self._work[name] * share for name, (_, share) in running.items() if name not in self._done)
         return (time.monotonic() - self._began) * (total - done) / done if done > 0.02 * total / len(self._work) else None
-
-
-def tabulate(cells: Sequence[Cell], summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """compare.json: a row for each arm and number of rounds, and paired tests over the seeds.
-
-    The tests compare the first arm (warmfed, where it is there) with each other one, over the seeds (Student's paired
-    t-test, two-sided), with Holm's correction over the arms for each metric and number of rounds.
-    """
-    groups: dict[tuple[int, str], list[tuple[Cell, Mapping[str, Any]]]] = {}
-    for cell, summary in zip(cells, summaries, strict=True):
-        groups.setdefault((cell.rounds, cell.arm), []).append((cell, summary))
-    rows = [_row(arm, rounds, members) for (rounds, arm), members in groups.items()]
-    names = list(dict.fromkeys(cell.arm for cell in cells))
-    first = "warmfed" if "warmfed" in names else names[0]
-    tests = []
-    for rounds in dict.fromkeys(cell.rounds for cell in cells):
-        for metric in TESTED:
-            values = {arm: _values(members, metric) for (r, arm), members in groups.items() if r == rounds}
-            tests += [{"rounds": rounds, **test} for test in _tests(metric, first, values)]
-    return {
-        "rows": rows,
-        "tests": tests,
-        "federation": summaries[0]["federation"],
-        "seeds": list(dict.fromkeys(cell.seed for cell in cells)),
-        "rounds": max(cell.rounds for cell in cells),
-    }
-
-
-def _row(arm: str, rounds: int, members: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "algorithm": arm,
-        "rounds": rounds,
-        "cells": [{**summary, "seed": cell.seed, "folder": f"cells/{cell.name}"} for cell, summary in members],
-        "bytes_up": fmean(summary["bytes_up_per_site"] for _, summary in members),
-        "seconds": fmean(summary["seconds"] for _, summary in members),
-    }
-    for key in METRICS:
-        values = [value for value in _values(members, key).values() if value is not None]
-        row[f"{key}_mean"] = fmean(values) if values else None
-        row[f"{key}_std"] = stdev(values) if len(values) > 1 else None
-    return row
-
-
-def _values(members: Iterable[tuple[Cell, Mapping[str, Any]]], metric: str) -> dict[int, float | None]:
-    """By seed, the accuracy of this name; None where the algorithm has no such model."""
-    model, key = METRICS[metric]
-    return {cell.seed: (summary.get(model) or {}).get(key) for cell, summary in members}
-
-
-def _tests(metric: str, first: str, values: Mapping[str, Mapping[int, float | None]]) -> list[dict[str, Any]]:
-    own = values.get(first, {})
-    found: list[dict[str, Any]] = []
-    for against, others in values.items():
-        pairs = [(own[seed], other) for seed, other in others.items() if own.get(seed) is not None and other is not None]
-        if against == first or len(pairs) < 2:
-            continue
-        differences = [a - b for a, b in pairs]  # type: ignore[operator]
-        found.append({"metric": metric, "algorithm": first, "against": against, "difference": fmean(differences)})
-        found[-1]["p_raw"] = paired(differences)
-    corrected = holm([test["p_raw"] for test in found])
-    return [{**test, "p": p} for test, p in zip(found, corrected, strict=True)]
-
-
-def paired(differences: Sequence[float]) -> float | None:
-    """p of Student's paired t-test, two-sided; None where the differences do not vary."""
-    from scipy.stats import ttest_rel
-
-    if max(differences) - min(differences) < 1e-9:
-        return None
-    return float(ttest_rel(differences, [0.0] * len(differences)).pvalue)
-
-
-def holm(values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down correction (Scandinavian Journal of Statistics 1979); None stays, and counts as no test."""
-    ranked = sorted((value, place) for place, value in enumerate(values) if value is not None)
-    corrected: list[float | None] = [None] * len(values)
-    highest = 0.0
-    for rank, (value, place) in enumerate(ranked):
-        highest = max(highest, min(1.0, value * (len(ranked) - rank)))
-        corrected[place] = highest
-    return corrected

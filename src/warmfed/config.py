@@ -16,6 +16,7 @@ from .core import Algorithm
 from .diffusion.generator import LatentDiffusion
 from .errors import InputError, suggest
 from .files import read_bytes
+from .fit import Training
 
 T = TypeVar("T")
 
@@ -41,6 +42,16 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """A site that takes no part. At the end it joins late: it is sent the global model, and tunes it alone."""
+
+    site: str = ""
+    """Its name; empty: every site takes part."""
+    training: Training = Training(lr=0.005, epochs=5, clip=1.0)
+    """How it tunes the global model, in every algorithm alike."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run, resolved: every value that it used is in here."""
 
@@ -52,6 +63,7 @@ class Config:
     """Names every random number of the run."""
     data: Data = Data()
     model: Model = Model()
+    unseen: Unseen = Unseen()
     generator: LatentDiffusion = field(default_factory=LatentDiffusion)
     workers: int = 2
     """Processes that work at the same time; the results do not depend on it."""
@@ -164,6 +176,13 @@ def setting(text: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), raw
+
+
+def choices(text: str) -> tuple[str, list[Any]]:
+    """One `key=a,b,c` of the command line: the values that a sweep tries."""
+    key, _, raw = text.partition("=")
+    values = setting(f"{key}=[{raw}]" if not raw.strip().startswith("[") else text)[1] if raw else text
+    return key.strip(), values if isinstance(values, list) else [part.strip() for part in raw.split(",") if part.strip()]
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

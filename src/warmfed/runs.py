@@ -24,11 +24,12 @@ from safetensors.torch import save
 from . import __version__, report
 from .config import Config, build
 from .core import Algorithm, Central, Generator, Round, ServerState, Task
-from .data import Federation, load
+from .data import Federation, Site, load
 from .diffusion import pipeline
 from .diffusion.once import Once
 from .errors import InputError
 from .files import read_bytes, read_json, read_lines, read_sealed, sweep, write_json, write_lines, write_sealed, write_whole
+from .fit import fit
 from .memory import Meter
 from .messages import Message, decode, encode, message
 from .panel import write_panel
@@ -125,6 +126,9 @@ class Ready:
 
     config: Config
     federation: Federation
+    """The sites that take part."""
+    unseen: Site | None
+    """The one that joins at the end, if there is one."""
     task: Classify
     base: str
     """SHA-256 of the generator's base; empty where the algorithm uses none."""
@@ -144,7 +148,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
     """Load and check all that a run needs, before anything is written; raises `InputError`.
 
     Args:
-        federation: the configuration's, where it is loaded already.
+        federation: the configuration's with all sites, where it is loaded already.
     """
     for name, known in (("device", ("cpu", "cuda")), ("evaluate", ("every", "last", "never"))):
         if getattr(config, name) not in known:
@@ -161,6 +165,9 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
         if not 0 < stage.sample <= 1:
             raise InputError(f"sample must be more than 0 and at most 1; got {stage.sample}")
     federation = federation or load(config.data.source, **config.data.options)
+    unseen = None
+    if config.unseen.site:
+        federation, unseen = federation.without(config.unseen.site), federation.sites[config.unseen.site]
     start = config.model.start
     if start == "public":
         start = str(pipeline.find(config.generator.base) / "classifier.safetensors")
@@ -180,6 +187,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
     return Ready(
         config,
         federation,
+        unseen,
         task,
         base=config.generator.fingerprint() if uses else "",
         start=hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start else "",
@@ -369,10 +377,22 @@ def _finish(ready: Ready, folder: Path, records: list[dict[str, Any]], server: S
     if shown is not None:
         write_panel(folder, federation, task, shown)
     summary = summarize(config, federation, task, ready.base, records, everywhere, personal)
+    if ready.unseen is not None and everywhere is not None:
+        summary["unseen"] = _late(ready, ready.unseen, everywhere)
     report.write(folder, summary)
     write_json(folder / "summary.json", summary)
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     return summary
+
+
+def _late(ready: Ready, site: Site, model: Tensors) -> dict[str, Any]:
+    """Test accuracy, in percent, of the global model at the site that took no part, and after it has tuned it alone."""
+    config, task = ready.config, ready.task
+    name = config.unseen.site
+    worker = Worker(name, config.algorithm, task, site.splits, config.seed, ready.federation.prompts, device=config.device)
+    tuned, _ = fit(worker.local("unseen", 0), model, config.unseen.training, site.train)
+    found = {key: task.metrics(weights, site.test)["accuracy"] for key, weights in (("global", model), ("tuned", tuned))}
+    return {"site": name, **found}
 
 
 def _write_model(path: Path, model: Tensors) -> None:

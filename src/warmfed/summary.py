@@ -68,6 +68,7 @@ def summarize(
         "global": shared,
         "personal": own,
         "one_shot": _one_shot(records),
+        "validation": {model: _validation(last[model]) for model in ("global", "personal")},
         "sites": {
             name: {
                 "global": _accuracy(last["global"], name),
@@ -83,6 +84,12 @@ def summarize(
         "history_sha256": history_sha256(records),
         "models_sha256": {name: sha256(model) for name, model in sorted(models.items())},
     }
+
+
+def _validation(views: Mapping[str, Any]) -> float | None:
+    """Mean over the sites: what settings are chosen by, since the test sets must not choose."""
+    found = [view["validation"]["accuracy"] for view in views.values() if "validation" in view]
+    return sum(found) / len(found) if found else None
 
 
 def _accuracy(views: Mapping[str, Any], site: str) -> float | None:

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, suggest
 from ..tensors import Table, sha256
 
 SPLITS = ("train", "validation", "test")
@@ -70,6 +70,15 @@ class Federation:
             name: tuple(self.classes[label] for label in site.train["label"].unique().tolist())
             for name, site in self.sites.items()
         }
+
+    def without(self, name: str) -> "Federation":
+        """The federation that is left where this site takes no part; raises `InputError`."""
+        if name not in self.sites or len(self.sites) < 2:
+            raise InputError(
+                f"{self.name} has the sites {', '.join(self.sites)}: {name!r} cannot be left out of them"
+                f"{suggest(name, list(self.sites)) if name not in self.sites else '; more than one is needed'}"
+            )
+        return replace(self, sites={key: site for key, site in self.sites.items() if key != name})
 
     @cached_property
     def fingerprint(self) -> str:

@@ -12,16 +12,22 @@ from .parts import Cell, Figure, Section, Table, cells, duration, number, percen
 from .record import read_comparison, read_rounds
 
 Row = Mapping[str, Any]
-COLUMNS: tuple[tuple[str, str, str | None, Callable[..., Any], Callable[[float | None], str]], ...] = (
+Column = tuple[str, str, str | None, Callable[..., Any], Callable[[float | None], str]]
+COLUMNS: tuple[Column, ...] = (
     # header, key, key of its spread, which value wins, how it is written
     ("global, %", "global_mean", "global_std", max, number),
     ("global, worst site", "global_worst_mean", None, max, number),
     ("personal, %", "personal_mean", "personal_std", max, number),
     ("personal, worst site", "personal_worst_mean", None, max, number),
+    ("unseen site, %", "unseen_mean", "unseen_std", max, number),
+    ("unseen, tuned there, %", "unseen_tuned_mean", "unseen_tuned_std", max, number),
     ("upload per site", "bytes_up", None, min, size),
     ("time", "seconds", None, min, duration),
 )
+CHOSEN = (("validation, %", "validation_mean"), ("validation of personal models, %", "validation_personal_mean"))
+"""What a sweep chooses by: the first that its rows have."""
 AFTER = ("end",)  # labels of what comes after the rounds
+MOST_SITES = 12  # in a grid of accuracies by site
 CERTAIN = 0.05  # p below which a difference is called significant
 REFERENCES = ("local", "centralized")  # how their names begin
 CALL = f"at {CERTAIN:g}"
@@ -31,13 +37,18 @@ def table(compare: Mapping[str, Any]) -> Table:
     """The comparison's table; `Cell.best` marks the winner of every column, or several where they are equal.
 
     Local and centralized training, which share nothing and everything, are references: they come last and win nothing.
-    Columns that no algorithm has a value for are left out; one algorithm alone wins nothing.
+    Columns that no algorithm has a value for are left out; one algorithm alone wins nothing. A sweep has one winner: the
+    settings with the best accuracy on validation, whatever the test sets say.
     """
     rivals, references = _sides(compare)
     rows = [*rivals, *references]
-    shown = [column for column in COLUMNS if any(_known(row.get(column[1])) for row in rows)]
+    chosen = _chosen(compare)
+    columns: tuple[Column, ...] = ((*chosen, None, max, number), *COLUMNS) if chosen else COLUMNS
+    shown = [column for column in columns if any(_known(row.get(column[1])) for row in rows)]
     best = {
-        key: better((row[key] for row in rivals if _known(row.get(key))), default=None) if len(rows) > 1 else None
+        key: better((row[key] for row in rivals if _known(row.get(key))), default=None)
+        if len(rows) > 1 and (not chosen or key == chosen[1])
+        else None
         for _, key, _, better, _ in shown
     }
 
@@ -59,6 +70,13 @@ def table(compare: Mapping[str, Any]) -> Table:
             for row in rows
         ),
     )
+
+
+def _chosen(compare: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Title and key of the column that a sweep chooses by; None: this is no sweep."""
+    if not compare.get("swept"):
+        return None
+    return next((each for each in CHOSEN if any(_known(row.get(each[1])) for row in compare["rows"])), None)
 
 
 def by_rounds(compare: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -120,6 +138,30 @@ def markdown(compare: Mapping[str, Any]) -> str:
     return "\n".join(f"{each.title}\n\n" * titled + _markdown(each) for each in _tables(compare))
 
 
+def latex(compare: Mapping[str, Any]) -> str:
+    """The same tables for LaTeX (package booktabs); winners in bold."""
+    return "\n".join(map(_latex, _tables(compare)))
+
+
+_TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "–": "--", "<": "$<$", ">": "$>$", "~": r"\textasciitilde{}"}
+_TEX |= {each: f"\\{each}" for each in "&%$#_{}"} | {"^": r"\textasciicircum{}"}
+
+
+def _latex(each: Table) -> str:
+    def text(words: str) -> str:
+        return "".join(_TEX.get(letter, letter) for letter in words)
+
+    def line(texts: Iterable[str]) -> str:
+        return f"{' & '.join(texts)} \\\\\n"
+
+    rows = ([rf"\textbf{{{text(cell.text)}}}" if cell.best else text(cell.text) for cell in row] for row in each.rows)
+    columns = "".join("l" if not place or name in each.words else "r" for place, name in enumerate(each.header))
+    return (
+        f"% {each.title}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(map(text, each.header))}\\midrule\n"
+        f"{''.join(map(line, rows))}\\bottomrule\n\\end{{tabular}}\n"
+    )
+
+
 def _tables(compare: Mapping[str, Any]) -> list[Table]:
     both = [each for part in by_rounds(compare) for each in (table(part), tests(part))]
     return [each for each in both if each is not None]
@@ -145,12 +187,12 @@ def write_comparison(folder: Path) -> Path:
     """
     compare = read_comparison(folder)
     longest = by_rounds(compare)[0]
-    found = (_results(compare), _costs(longest), _rounds(longest, folder))
+    found = (_results(compare), _effects(longest), _sites(longest), _costs(longest), _rounds(longest, folder))
     return publish(
         folder / "report.html",
         title=f"{len(longest['rows'])} algorithms on {compare['federation']}",
         subtitle=f"{' and '.join(map(_length, by_rounds(compare)))} · seeds {', '.join(map(str, compare['seeds']))}",
-        tiles=_leaders(longest),
+        tiles=[] if longest.get("swept") else _leaders(longest),
         sections=[section for section in found if section is not None],
     )
 
@@ -190,6 +232,58 @@ def _results(compare: Mapping[str, Any]) -> Section:
             f"{'' if corrected else 'not '}corrected for the number of tests{' (Holm)' * corrected}."
         )
     return Section("results", "Results", how, tables=_tables(compare))
+
+
+EFFECTS = {"validation": "validation_mean", "global, test": "global_mean", "personal, test": "personal_mean"}
+
+
+def _effects(compare: Mapping[str, Any]) -> Section | None:
+    """What each setting of a sweep does, the others averaged over."""
+    figures = []
+    for key in compare.get("swept") or ():
+        groups: dict[str, list[Row]] = {}
+        for row in compare["rows"]:
+            groups.setdefault(row["settings"][key], []).append(row)
+        lines = {name: [mean([row.get(of) for row in rows]) for rows in groups.values()] for name, of in EFFECTS.items()}
+        lines = {name: line for name, line in lines.items() if any(map(_known, line))}
+        if len(groups) < 2 or not lines:
+            continue
+        alt = f"Accuracy by {key}: " + "; ".join(
+            f"{name} {', '.join(f'{number(value)} % at {at}' for at, value in zip(groups, line, strict=True))}"
+            for name, line in lines.items()
+        )
+        place, label = f"effect-{key.replace('.', '-')}", key.rpartition(".")[2]
+        figures.append(Figure(key, plots.lines(place, alt, list(groups), lines, unit="accuracy, %", xlabel=label), alt))
+    if not figures:
+        return None
+    how = "Mean accuracy at each value of a setting, over all values of the others and all seeds. Choose by validation."
+    return Section("effects", "What each setting does", how, figures)
+
+
+def _sites(compare: Mapping[str, Any]) -> Section | None:
+    """Accuracy by site, a row for each algorithm."""
+    figures = []
+    for kind, title in (("global", "Global model"), ("personal", "Personal models")):
+        grids = {row["algorithm"]: _by_site(row, kind) for row in compare["rows"]}
+        grids = {name: grid for name, grid in grids.items() if grid}
+        sites = sorted({site for grid in grids.values() for site in grid})
+        if not grids or len(sites) > MOST_SITES:
+            continue
+        values = [[grid.get(site) for site in sites] for grid in grids.values()]
+        alt = f"{title}, test accuracy in percent by site: " + "; ".join(
+            f"{name} {', '.join(f'{site} {number(value)}' for site, value in zip(sites, line, strict=True))}"
+            for name, line in zip(grids, values, strict=True)
+        )
+        figures.append(Figure(title, plots.heat(f"sites-{kind}", alt, list(grids), sites, values), alt))
+    if not figures:
+        return None
+    return Section("sites", "Accuracy by site", "Test accuracy at the last round, mean over seeds; darker is better.", figures)
+
+
+def _by_site(row: Row, kind: str) -> dict[str, float | None]:
+    sites = [cell.get("sites") or {} for cell in row["cells"]]
+    found = {name: mean([each.get(name, {}).get(kind) for each in sites]) for each in sites for name in each}
+    return found if any(_known(value) for value in found.values()) else {}
 
 
 def _costs(compare: Mapping[str, Any]) -> Section | None:

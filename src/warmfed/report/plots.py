@@ -174,6 +174,26 @@ def _rows(ax: "Axes", names: Sequence[str]) -> None:
     ax.spines["left"].set_visible(False)
 
 
+def heat(key: str, alt: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Values]) -> str:
+    """A grid of numbers, the deeper in colour the higher; gaps stay empty."""
+    known = [value for line in map(_plain, values) for value in line if not math.isnan(value)]
+    low, span = min(known, default=0.0), (max(known, default=1.0) - min(known, default=0.0)) or 1.0
+    with axes(44 + ROW * len(rows)) as ax:
+        for row, line in enumerate(map(_plain, values)):
+            for column, value in enumerate(line):
+                if math.isnan(value):
+                    continue
+                ax.barh(row, 0.96, left=column - 0.48, height=0.92, color=ACCENT, alpha=0.05 + 0.55 * (value - low) / span)
+                ax.annotate(f"{value:.1f}", (column, row), ha="center", va="center", fontsize=10)
+        _rows(ax, rows)
+        ax.set_xticks(range(len(columns)), [short(name) for name in columns])
+        ax.set_xlim(-0.55, len(columns) - 0.45)
+        ax.xaxis.tick_top()
+        ax.grid(visible=False)
+        ax.spines[:].set_visible(False)
+        return markup(ax.figure, key, alt)
+
+
 def decisions(key: str, alt: str, ticks: Sequence[str], before: Values, after: Values, kept: Sequence[bool]) -> str:
     """An arrow a round from `before` to `after`: solid where the step was kept, dashed and hollow where it was not."""
     with axes() as ax:

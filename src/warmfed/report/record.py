@@ -71,6 +71,8 @@ SUMMARY = {
     "global?": Maybe(GLOBAL),
     "personal?": Maybe(PERSONAL),
     "one_shot?": Maybe({"global?": Maybe(GLOBAL), "personal?": Maybe(PERSONAL)}),
+    "validation?": Maybe({"global?": Maybe(float), "personal?": Maybe(float)}),
+    "unseen?": Maybe({"site": str, "global": float, "tuned": float}),
     "sites": Each({"global?": Maybe(float), "personal?": Maybe(float), "train": int, "validation": int, "test": int}),
     "bytes_up_per_site": float,
     "bytes_down_per_site": float,
@@ -97,8 +99,15 @@ COMPARISON = {
             "personal_mean?": Maybe(float),
             "personal_std?": Maybe(float),
             "personal_worst_mean?": Maybe(float),
+            "unseen_mean?": Maybe(float),
+            "unseen_std?": Maybe(float),
+            "unseen_tuned_mean?": Maybe(float),
+            "unseen_tuned_std?": Maybe(float),
+            "validation_mean?": Maybe(float),
+            "validation_personal_mean?": Maybe(float),
             "bytes_up?": Maybe(float),
             "seconds?": Maybe(float),
+            "settings?": Each(str),
         }
     ],
     "tests?": [
@@ -107,6 +116,8 @@ COMPARISON = {
     "federation": str,
     "seeds": [int],
     "rounds": int,
+    "unseen?": [str],
+    "swept?": [str],
 }
 
 KINDS = {float: ("a number", (int, float)), int: ("a whole number", (int,)), str: ("text", (str,))}

@@ -1,0 +1,128 @@
+"""Runs by arm, number of rounds and seed, as one table: means, spreads and paired tests."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any, Protocol
+
+Summary = Mapping[str, Any]
+
+METRICS = {
+    "global": ("global", "union"),
+    "global_worst": ("global", "site_worst"),
+    "personal": ("personal", "mean"),
+    "personal_worst": ("personal", "worst"),
+    "unseen": ("unseen", "global"),
+    "unseen_tuned": ("unseen", "tuned"),
+    "validation": ("validation", "global"),
+    "validation_personal": ("validation", "personal"),
+}
+"""Row keys by where the summaries hold the accuracy."""
+TESTED = ("global", "personal", "unseen", "unseen_tuned")
+
+
+class Cell(Protocol):
+    """What the table needs of a run."""
+
+    @property
+    def arm(self) -> str: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def unseen(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, str]: ...
+    @property
+    def name(self) -> str: ...
+
+
+Member = tuple[Cell, Summary]
+Pairing = tuple[int, str]
+"""Seed and unseen site: what two arms must share to be compared."""
+
+
+def tabulate(cells: Sequence[Cell], summaries: Sequence[Summary]) -> dict[str, Any]:
+    """compare.json: a row for each arm and number of rounds, and paired tests over the seeds.
+
+    The tests compare the first arm (warmfed, where it is there) with each other one, over the seeds and unseen sites
+    (Student's paired t-test, two-sided), with Holm's correction over the arms for each metric and number of rounds.
+    """
+    groups: dict[tuple[int, str], list[Member]] = {}
+    for cell, summary in zip(cells, summaries, strict=True):
+        groups.setdefault((cell.rounds, cell.arm), []).append((cell, summary))
+    rows = [_row(arm, rounds, members) for (rounds, arm), members in groups.items()]
+    names = list(dict.fromkeys(cell.arm for cell in cells))
+    first = "warmfed" if "warmfed" in names else names[0]
+    tests = []
+    for rounds in dict.fromkeys(cell.rounds for cell in cells):
+        for metric in TESTED:
+            values = {arm: _values(members, metric) for (r, arm), members in groups.items() if r == rounds}
+            tests += [{"rounds": rounds, **test} for test in _tests(metric, first, values)]
+    return {
+        "rows": rows,
+        "tests": tests,
+        "federation": summaries[0]["federation"],
+        "seeds": list(dict.fromkeys(cell.seed for cell in cells)),
+        "rounds": max(cell.rounds for cell in cells),
+        "swept": list(dict.fromkeys(key for cell in cells for key in cell.settings)),
+        "unseen": [site for site in dict.fromkeys(cell.unseen for cell in cells) if site],
+    }
+
+
+def _row(arm: str, rounds: int, members: Sequence[Member]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "algorithm": arm,
+        "rounds": rounds,
+        "settings": dict(members[0][0].settings),
+        "cells": [{**summary, "seed": cell.seed, "folder": f"cells/{cell.name}"} for cell, summary in members],
+        "bytes_up": fmean(summary["bytes_up_per_site"] for _, summary in members),
+        "seconds": fmean(summary["seconds"] for _, summary in members),
+    }
+    for key in METRICS:
+        values = [value for value in _values(members, key).values() if value is not None]
+        row[f"{key}_mean"] = fmean(values) if values else None
+        row[f"{key}_std"] = stdev(values) if len(values) > 1 else None
+    return row
+
+
+def _values(members: Iterable[Member], metric: str) -> dict[Pairing, float | None]:
+    """By seed and unseen site, the accuracy of this name; None where the algorithm has no such model."""
+    model, key = METRICS[metric]
+    return {(cell.seed, cell.unseen): (summary.get(model) or {}).get(key) for cell, summary in members}
+
+
+def _tests(metric: str, first: str, values: Mapping[str, Mapping[Pairing, float | None]]) -> list[dict[str, Any]]:
+    own = values.get(first, {})
+    found: list[dict[str, Any]] = []
+    for against, others in values.items():
+        pairs = [
+            (own[pairing], other) for pairing, other in others.items() if own.get(pairing) is not None and other is not None
+        ]
+        if against == first or len(pairs) < 2:
+            continue
+        differences = [a - b for a, b in pairs]  # type: ignore[operator]
+        found.append({"metric": metric, "algorithm": first, "against": against, "difference": fmean(differences)})
+        found[-1]["p_raw"] = paired(differences)
+    corrected = holm([test["p_raw"] for test in found])
+    return [{**test, "p": p} for test, p in zip(found, corrected, strict=True)]
+
+
+def paired(differences: Sequence[float]) -> float | None:
+    """p of Student's paired t-test, two-sided; None where the differences do not vary."""
+    from scipy.stats import ttest_rel
+
+    if max(differences) - min(differences) < 1e-9:
+        return None
+    return float(ttest_rel(differences, [0.0] * len(differences)).pvalue)
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction (Scandinavian Journal of Statistics 1979); None stays, and counts as no test."""
+    ranked = sorted((value, place) for place, value in enumerate(values) if value is not None)
+    corrected: list[float | None] = [None] * len(values)
+    highest = 0.0
+    for rank, (value, place) in enumerate(ranked):
+        highest = max(highest, min(1.0, value * (len(ranked) - rank)))
+        corrected[place] = highest
+    return corrected
