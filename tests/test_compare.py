@@ -163,10 +163,10 @@ def test_a_sweep_chooses_by_validation(data: Path, tmp_path: Path, capsys: Any) 
     table = json.loads((tmp_path / "x" / "compare.json").read_text())
     assert table["swept"] == ["algorithm.local.lr", "algorithm.local.epochs"]
     assert [row["algorithm"] for row in table["rows"]] == [
-        f"fedavg lr={lr} epochs={epochs}" for lr in (0.0001, 0.05) for epochs in (1, 2)
+        f"lr={lr} epochs={epochs}" for lr in (0.0001, 0.05) for epochs in (1, 2)
     ]
     cells = sorted(path.name for path in (tmp_path / "x" / "cells").iterdir())
-    assert cells[0] == "fedavg_lr=0.0001_epochs=1-rounds1-seed0"
+    assert cells[0] == "lr=0.0001_epochs=1-rounds1-seed0"
     validation = [row["validation_mean"] for row in table["rows"]]
     lines = (tmp_path / "x" / "compare.md").read_text().splitlines()
     bold = [line.split(" | ")[0].removeprefix("| ") for line in lines if "**" in line]

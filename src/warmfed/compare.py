@@ -95,7 +95,7 @@ def plan(
             own = [arms.get(name, {}), nested(point), {} if site is None else {"unseen": {"site": site}}]
             config = _config(shared, name, _merged(*own), length, seed)
             settings = {key: _text(value) for key, value in point.items()}
-            arm = " ".join([name, *_words(settings)])
+            arm = " ".join([name] * (not settings or len(names) > 1) + _words(settings))
             found.append(
                 Cell(arm, getattr(config.algorithm, "rounds", 0) if length is None else length, seed, config, settings)
             )

@@ -96,7 +96,8 @@ def _length(compare: Mapping[str, Any]) -> str:
 
 def _sides(compare: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
     """The algorithms that compete, and the references; references alone compete with one another."""
-    references = [row for row in compare["rows"] if row["algorithm"].startswith(REFERENCES)]
+    swept = compare.get("swept")
+    references = [] if swept else [row for row in compare["rows"] if row["algorithm"].startswith(REFERENCES)]
     rivals = [row for row in compare["rows"] if row not in references]
     return (rivals, references) if rivals else (references, [])
 
@@ -190,7 +191,7 @@ def write_comparison(folder: Path) -> Path:
     found = (_results(compare), _effects(longest), _sites(longest), _costs(longest), _rounds(longest, folder))
     return publish(
         folder / "report.html",
-        title=f"{len(longest['rows'])} algorithms on {compare['federation']}",
+        title=f"{len(longest['rows'])} {'settings' if longest.get('swept') else 'algorithms'} on {compare['federation']}",
         subtitle=f"{' and '.join(map(_length, by_rounds(compare)))} · seeds {', '.join(map(str, compare['seeds']))}",
         tiles=[] if longest.get("swept") else _leaders(longest),
         sections=[section for section in found if section is not None],
@@ -222,8 +223,13 @@ def _leaders(compare: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _results(compare: Mapping[str, Any]) -> Section:
     how = (
         "Test accuracy in percent at the last round, never the best one. Global: one model on all sites’ test images. "
-        "Personal: each site’s own model on its own test images. The winner of every column is marked ★; "
-        "local and centralized training, which share nothing and everything, are references and win none."
+        "Personal: each site’s own model on its own test images. "
+        + (
+            "★ marks the best settings on validation; the test columns mark nobody, so that no setting is chosen by them."
+            if compare.get("swept")
+            else "The winner of every column is marked ★; local and centralized training, which share nothing and "
+            "everything, are references and win none."
+        )
     )
     if compare.get("tests"):
         corrected = all("p_raw" in test for test in compare["tests"])
