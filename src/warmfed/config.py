@@ -13,12 +13,15 @@ import tomli_w
 
 from .algorithms import WarmFed, entry
 from .core import Algorithm
+from .diffusion.denoise import Denoising
 from .diffusion.generator import LatentDiffusion
+from .diffusion.quality import Measuring
 from .errors import InputError, suggest
 from .files import read_bytes
 from .fit import Training
 
 T = TypeVar("T")
+TASKS = ("classify", "denoise")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,12 @@ class Config:
     """Names every random number of the run."""
     data: Data = Data()
     model: Model = Model()
+    task: str = "classify"
+    """What is learned: classify, or denoise (a diffusion model of the images)."""
+    denoising: Denoising = Denoising()
+    """The diffusion model, where it is learned."""
+    measuring: Measuring = Measuring()
+    """How it is measured."""
     unseen: Unseen = Unseen()
     generator: LatentDiffusion = field(default_factory=LatentDiffusion)
     workers: int = 2

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from .config import Config
 from .progress import Clock, spoken
+from .report.generators import quality_table
 from .report.parts import Table as Plain
 from .report.parts import duration, memory, number, size
 from .runs import Watcher
@@ -255,18 +256,27 @@ def line(record: Mapping[str, Any]) -> str:
     """One line on a finished stage: its name, test accuracies, seconds."""
     name = f"{record['stage']} {record['number'] + 1}" if record["stage"] in ("train", "gate") else record["stage"]
     shown = []
-    if record["union"]:
-        shown.append(f"global {record['union']['global']['accuracy']:5.1f} %")
-    if record["personal"]:
+    union = (record["union"] or {}).get("global")
+    if union and "accuracy" in union:
+        shown.append(f"global {union['accuracy']:5.1f} %")
+    elif union:
+        shown.append(f"loss {union['loss']:.4f}")
+    if record["personal"] and (not union or "accuracy" in union):
         own = [views["test"]["accuracy"] for views in record["personal"].values()]
         shown.append(f"personal {sum(own) / len(own):5.1f} %")
+    if "quality" in record:
+        shown.append(f"FID {record['quality']['fid']:.2f}")
+    if record["aggregate"].get("corrected"):
+        shown.append("corrected")
     if "gate_kept" in record["aggregate"]:
         shown.append("fine-tuning kept" if record["aggregate"]["gate_kept"] else "fine-tuning undone")
     return f"  {name:<12} {duration(record['seconds']):>12}   {'   '.join(shown)}".rstrip()
 
 
 def run_table(summary: Mapping[str, Any]) -> Table:
-    """The end of a run: accuracies in percent."""
+    """The end of a run: accuracies in percent, or how good the samples are."""
+    if summary["task"] == "denoise":
+        return rich_table(quality_table(summary["quality"] or {}))
     table = Table("test accuracy, %", box=None, pad_edge=False)
     for header in ("all images", "mean of sites", "worst site"):
         table.add_column(header, justify="right")

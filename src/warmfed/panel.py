@@ -13,13 +13,16 @@ from safetensors.torch import load
 from torch import Tensor
 
 from .data import Federation
+from .diffusion.denoise import Denoise
 from .errors import InputError
 from .files import read_bytes, read_json, write_json, write_whole
+from .randomness import named
 from .tasks import Classify
 from .tensors import Table, Tensors, rows, select
 
 _COLUMNS = 8
 _POINTS = 60
+DRAWN = "drawn by the model"
 
 
 def write_panel(folder: Path, federation: Federation, task: Classify, model: Tensors) -> None:
@@ -45,6 +48,25 @@ def write_panel(folder: Path, federation: Federation, task: Classify, model: Ten
     for point, (x, y) in zip(points, _flat(torch.cat(features)), strict=True):
         point |= {"x": round(x, 3), "y": round(y, 3)}
     write_json(folder / "panel" / "panel.json", {"classes": list(federation.classes), "sites": sites, "features": points})
+
+
+def write_samples(folder: Path, federation: Federation, task: Denoise, model: Tensors, seed: int) -> None:
+    """The same for a diffusion model: what it draws, a row for each class; and the auxiliary set where there is one."""
+    synthetic, shown = _synthetic(folder), dict[str, dict[str, str | None]]()
+    label = torch.arange(len(federation.classes)).repeat_interleave(_COLUMNS)
+    drawn = {"image": task.decoded(task.sample(model, label, named(seed, "panel"))), "label": label}
+    grids: dict[str, dict[str, Table]] = {DRAWN: {"synthetic": drawn}}
+    for i, (name, site) in enumerate(federation.sites.items()):
+        grids[name] = {"real": site.train}
+        if synthetic:
+            grids[name]["synthetic"] = select({key: synthetic[key] for key in ("image", "label")}, synthetic["site"] == i)
+    for number, (name, tables) in enumerate(grids.items()):
+        shown[name] = {"synthetic": None}
+        for kind, table in tables.items():
+            if rows(table):
+                shown[name][kind] = file = f"{kind}-{number}.png"
+                write_whole(folder / "panel" / file, _png(_grid(table, len(federation.classes))))
+    write_json(folder / "panel" / "panel.json", {"classes": list(federation.classes), "sites": shown, "features": []})
 
 
 def _synthetic(folder: Path) -> Table:

@@ -22,17 +22,20 @@ import torch
 from safetensors.torch import save
 
 from . import __version__, report
-from .config import Config, build
+from .algorithms import ALGORITHMS, entry
+from .config import TASKS, Config, build
 from .core import Algorithm, Central, Generator, Round, ServerState, Task
 from .data import Federation, Site, load
 from .diffusion import pipeline
+from .diffusion.denoise import Denoise
 from .diffusion.once import Once
+from .diffusion.quality import Gauge
 from .errors import InputError
 from .files import read_bytes, read_json, read_lines, read_sealed, sweep, write_json, write_lines, write_sealed, write_whole
 from .fit import fit
 from .memory import Meter
 from .messages import Message, decode, encode, message
-from .panel import write_panel
+from .panel import write_panel, write_samples
 from .run import run
 from .summary import history_sha256, summarize
 from .tasks import Classify
@@ -71,7 +74,7 @@ def _workers(
     algorithm: Algorithm, federation: Federation, task: Task, seed: int, generator: Generator | None, device: str
 ) -> dict[str, Worker]:
     return {
-        name: Worker(name, algorithm, task, site.splits, seed, federation.prompts, generator, device)
+        name: Worker(name, algorithm, task, task.tables(site.splits), seed, federation.prompts, generator, device)
         for name, site in federation.sites.items()
     }
 
@@ -129,7 +132,7 @@ class Ready:
     """The sites that take part."""
     unseen: Site | None
     """The one that joins at the end, if there is one."""
-    task: Classify
+    task: Classify | Denoise
     base: str
     """SHA-256 of the generator's base; empty where the algorithm uses none."""
     start: str
@@ -150,7 +153,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
     Args:
         federation: the configuration's with all sites, where it is loaded already.
     """
-    for name, known in (("device", ("cpu", "cuda")), ("evaluate", ("every", "last", "never"))):
+    for name, known in (("device", ("cpu", "cuda")), ("evaluate", ("every", "last", "never")), ("task", TASKS)):
         if getattr(config, name) not in known:
             raise InputError(f"{name} must be one of {', '.join(known)}; got {getattr(config, name)!r}")
     if config.workers < 1:
@@ -164,6 +167,9 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
     for stage in plan:
         if not 0 < stage.sample <= 1:
             raise InputError(f"sample must be more than 0 and at most 1; got {stage.sample}")
+    if config.task not in entry(config.name).tasks:
+        able = ", ".join(name for name, each in ALGORITHMS.items() if config.task in each.tasks)
+        raise InputError(f"{config.name} cannot learn the task {config.task}; choose one of {able}")
     federation = federation or load(config.data.source, **config.data.options)
     unseen = None
     if config.unseen.site:
@@ -171,9 +177,12 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
     start = config.model.start
     if start == "public":
         start = str(pipeline.find(config.generator.base) / "classifier.safetensors")
-    task = Classify(federation.shape, len(federation.classes), config.model.name, start)
+    if config.task == "denoise" and start and config.model.start == "public":
+        raise InputError("a denoiser does not start from the public classifier; set model.start to a file, or to nothing")
+    size = federation.shape, len(federation.classes)
+    task = Denoise(*size, config.denoising, start) if config.task == "denoise" else Classify(*size, config.model.name, start)
     try:
-        task.predict(task.init(torch.Generator()), {"image": next(iter(federation.sites.values())).test["image"][:1]})
+        task.probe(next(iter(federation.sites.values())).test["image"][:1])
     except RuntimeError as error:
         raise InputError(
             f"model {config.model.name!r} does not take images of {federation.shape} ({error}); choose another"
@@ -325,6 +334,7 @@ def _go(
     watcher.plan(folder, config, tuple(federation.sites), tuple(records))
     if not records:
         _keep(ready, folder, records, None)
+    gauge = Gauge(config.measuring, ready.task, federation, config.denoising.latent or "digits", config.seed)
     rounds = simulate(
         config.algorithm,
         federation,
@@ -342,6 +352,11 @@ def _go(
         for done in rounds:
             server, seconds, peak = done.server, round(done.seconds, 3), round(meter.lap(), 1)
             records.append({**done.results(), "seconds": seconds, "peak_memory_mb": peak})
+            model = config.algorithm.global_model(server)
+            if model is not None and gauge.due(done, last=len(records) == len(config.algorithm.stages())):
+                watcher.progress("", "measure", 0, 1)
+                records[-1]["quality"] = gauge.measure(model, len(records))
+                meter.lap()
             where = {"step": done.step, "stage": done.stage, "number": done.number}
             for exchange in done.exchanges:
                 ledger.append(where | {key: value for key, value in asdict(exchange).items() if value is not None})
@@ -374,7 +389,9 @@ def _finish(ready: Ready, folder: Path, records: list[dict[str, Any]], server: S
     if everywhere is not None:
         _write_model(folder / "models" / "global.safetensors", everywhere)
     shown = everywhere if everywhere is not None else next(iter(personal.values()), None)
-    if shown is not None:
+    if shown is not None and isinstance(task, Denoise):
+        write_samples(folder, federation, task, shown, config.seed)
+    if shown is not None and isinstance(task, Classify):
         write_panel(folder, federation, task, shown)
     summary = summarize(config, federation, task, ready.base, records, everywhere, personal)
     if ready.unseen is not None and everywhere is not None:
@@ -386,13 +403,15 @@ def _finish(ready: Ready, folder: Path, records: list[dict[str, Any]], server: S
 
 
 def _late(ready: Ready, site: Site, model: Tensors) -> dict[str, Any]:
-    """Test accuracy, in percent, of the global model at the site that took no part, and after it has tuned it alone."""
+    """Test accuracy (or loss) of the global model at the site that took no part, and after it has tuned it alone."""
     config, task = ready.config, ready.task
     name = config.unseen.site
-    worker = Worker(name, config.algorithm, task, site.splits, config.seed, ready.federation.prompts, device=config.device)
-    tuned, _ = fit(worker.local("unseen", 0), model, config.unseen.training, site.train)
-    found = {key: task.metrics(weights, site.test)["accuracy"] for key, weights in (("global", model), ("tuned", tuned))}
-    return {"site": name, **found}
+    worker = Worker(
+        name, config.algorithm, task, task.tables(site.splits), config.seed, ready.federation.prompts, device=config.device
+    )
+    tuned, _ = fit(worker.local("unseen", 0), model, config.unseen.training, worker.data["train"])
+    found = {key: task.metrics(each, worker.data["test"]) for key, each in (("global", model), ("tuned", tuned))}
+    return {"site": name, **{key: metrics[task.measure] for key, metrics in found.items()}}
 
 
 def _write_model(path: Path, model: Tensors) -> None:

@@ -9,17 +9,17 @@ import torch
 
 from . import __version__
 from .config import Config
+from .core import Task
 from .data import Federation
-from .tasks import Classify
 from .tensors import Tensors, join, rows, sha256
 
-_TIMES = ("seconds", "peak_memory_mb")
+_ASIDE = ("seconds", "peak_memory_mb", "quality")
 Record = Mapping[str, Any]
 
 
 def results(record: Record) -> dict[str, Any]:
-    """What must be equal in every rerun: everything but seconds and memory."""
-    return {key: value for key, value in record.items() if key not in _TIMES}
+    """What must be equal in every rerun: all but seconds and memory, and a generator's quality, which no site can measure."""
+    return {key: value for key, value in record.items() if key not in _ASIDE}
 
 
 def history_sha256(records: list[dict[str, Any]]) -> str:
@@ -31,7 +31,7 @@ def history_sha256(records: list[dict[str, Any]]) -> str:
 def summarize(
     config: Config,
     federation: Federation,
-    task: Classify,
+    task: Task,
     base: str,
     records: list[dict[str, Any]],
     everywhere: Tensors | None,
@@ -45,10 +45,11 @@ def summarize(
         personal: the sites' models by site, where there are some.
     """
     last = records[-1]
-    shared, own = _accuracies(last)
+    measure = task.measure
+    shared, own = _sums(last, measure)
     if own is not None:
-        union = join(site.test for site in federation.sites.values())
-        own["union"] = sum(task.metrics(model, union)["accuracy"] for model in personal.values()) / len(personal)
+        union = join(task.tables({"test": site.test})["test"] for site in federation.sites.values())
+        own["union"] = sum(task.metrics(model, union)[measure] for model in personal.values()) / len(personal)
     seconds: dict[str, float] = {}
     for record in records:
         seconds[record["stage"]] = round(seconds.get(record["stage"], 0.0) + record["seconds"], 3)
@@ -58,6 +59,8 @@ def summarize(
     return {
         "warmfed": __version__,
         "algorithm": config.name,
+        "task": config.task,
+        "measure": measure,
         "seed": config.seed,
         "rounds": getattr(config.algorithm, "rounds", 0),
         "federation": federation.name,
@@ -67,12 +70,13 @@ def summarize(
         "base_sha256": base or None,
         "global": shared,
         "personal": own,
-        "one_shot": _one_shot(records),
-        "validation": {model: _validation(last[model]) for model in ("global", "personal")},
+        "one_shot": _one_shot(records, measure),
+        "quality": next((record["quality"] for record in reversed(records) if "quality" in record), None),
+        "validation": {model: _validation(last[model], measure) for model in ("global", "personal")},
         "sites": {
             name: {
-                "global": _accuracy(last["global"], name),
-                "personal": _accuracy(last["personal"], name),
+                "global": _at(last["global"], name, measure),
+                "personal": _at(last["personal"], name, measure),
                 **{split: rows(table) for split, table in site.splits.items()},
             }
             for name, site in federation.sites.items()
@@ -86,37 +90,38 @@ def summarize(
     }
 
 
-def _validation(views: Mapping[str, Any]) -> float | None:
+def _validation(views: Mapping[str, Any], measure: str) -> float | None:
     """Mean over the sites: what settings are chosen by, since the test sets must not choose."""
-    found = [view["validation"]["accuracy"] for view in views.values() if "validation" in view]
+    found = [view["validation"][measure] for view in views.values() if "validation" in view]
     return sum(found) / len(found) if found else None
 
 
-def _accuracy(views: Mapping[str, Any], site: str) -> float | None:
-    return views[site]["test"]["accuracy"] if site in views else None
+def _at(views: Mapping[str, Any], site: str, measure: str) -> float | None:
+    return views[site]["test"][measure] if site in views else None
 
 
 def _mean_bytes(records: list[dict[str, Any]], key: str, sites: int) -> int:
     return round(sum(sum(record[key].values()) for record in records) / sites)
 
 
-def _accuracies(record: Record) -> tuple[dict[str, float] | None, dict[str, float] | None]:
-    """Global and personal test accuracies of one record; None where it measured none."""
-    shared, own = ([views["test"]["accuracy"] for views in record[model].values()] for model in ("global", "personal"))
+def _sums(record: Record, measure: str) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    """Global and personal test accuracies (or losses) of one record; None where it measured none."""
+    shared, own = ([views["test"][measure] for views in record[model].values()] for model in ("global", "personal"))
     everywhere = personal = None
+    worst = min if measure == "accuracy" else max
     if shared:
-        union = record["union"]["global"]["accuracy"]
-        everywhere = {"union": union, "site_mean": sum(shared) / len(shared), "site_worst": min(shared)}
+        union = record["union"]["global"][measure]
+        everywhere = {"union": union, "site_mean": sum(shared) / len(shared), "site_worst": worst(shared)}
     if own:
         values = torch.tensor(own, dtype=torch.float64)
-        personal = {"mean": values.mean().item(), "worst": min(own), "std": values.std(correction=0).item()}
+        personal = {"mean": values.mean().item(), "worst": worst(own), "std": values.std(correction=0).item()}
     return everywhere, personal
 
 
-def _one_shot(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _one_shot(records: list[dict[str, Any]], measure: str) -> dict[str, Any] | None:
     """The warm start alone: the global model right after it, the personal ones after the sites' first training from it."""
     warm = next((i for i, record in enumerate(records) if record["stage"] == "warm"), None)
     if warm is None or not records[warm]["global"]:
         return None
     first = next((record for record in records[warm + 1 :] if record["personal"]), None)
-    return {"global": _accuracies(records[warm])[0], "personal": _accuracies(first)[1] if first else None}
+    return {"global": _sums(records[warm], measure)[0], "personal": _sums(first, measure)[1] if first else None}

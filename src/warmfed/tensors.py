@@ -88,6 +88,14 @@ def join(tables: Iterable[Table]) -> dict[str, Tensor]:
     return {name: torch.cat([t[name] for t in tables]) for name in tables[0]}
 
 
+def dealt(counts: Tensor, wanted: int) -> Tensor:
+    """`wanted` labels, sorted, as frequent as `counts` says: largest remainders."""
+    exact = counts.double() * wanted / counts.sum()
+    base = exact.floor().long()
+    base[(exact - base).sort(descending=True, stable=True).indices[: wanted - int(base.sum())]] += 1
+    return torch.arange(len(counts)).repeat_interleave(base)
+
+
 def sha256(a: Tensors) -> str:
     """Digest of names, types, shapes and bytes."""
     digest = hashlib.sha256()

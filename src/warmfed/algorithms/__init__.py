@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import InputError, suggest
 from .ditto import Ditto
 from .fedavg import FedAvg
+from .fedddpm import FedDDPM
 from .fedper import FedPer
 from .fedprox import FedProx
 from .fgl import FGL
@@ -25,19 +26,24 @@ class Entry:
     about: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Configuration keys that belong to the name, under whatever the user sets."""
+    tasks: tuple[str, ...] = ("classify",)
+    """What it can learn."""
 
+
+BOTH = ("classify", "denoise")
+DENOISE = {"task": "denoise"}
 
 ALGORITHMS: dict[str, Entry] = {
     "warmfed": Entry(WarmFed, "Feng et al. 2025", "adapters, warm start, gated server fine-tuning, dynamic self-distillation"),
-    "local": Entry(LocalOnly, "reference", "each site alone"),
+    "local": Entry(LocalOnly, "reference", "each site alone", tasks=BOTH),
     "local-converged": Entry(
         LocalOnly, "reference", "each site alone, to its best validation", {"algorithm.budget.until": "validation"}
     ),
-    "centralized": Entry(Centralized, "reference", "all images in one place"),
+    "centralized": Entry(Centralized, "reference", "all images in one place", tasks=BOTH),
     "centralized-converged": Entry(
         Centralized, "reference", "all images in one place, to the best validation", {"algorithm.budget.until": "validation"}
     ),
-    "fedavg": Entry(FedAvg, "McMahan et al. 2017", "weighted average of local models, from a random start"),
+    "fedavg": Entry(FedAvg, "McMahan et al. 2017", "weighted average of local models, from a random start", tasks=BOTH),
     "fedavg-public": Entry(
         FedAvg,
         "McMahan et al. 2017",
@@ -45,11 +51,21 @@ ALGORITHMS: dict[str, Entry] = {
         {"model.start": "public"},
     ),
     "fedavg-finetune": Entry(FedAvgFineTune, "Wang et al. 2019", "FedAvg, then each site trains the last model for itself"),
-    "fedprox": Entry(FedProx, "Li et al. 2020", "FedAvg with a proximal term"),
+    "fedprox": Entry(FedProx, "Li et al. 2020", "FedAvg with a proximal term", tasks=BOTH),
     "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one"),
     "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model"),
     "fgl": Entry(FGL, "Zhang et al. 2023", "warm start from prompts alone, no adapters"),
+    "fedddpm": Entry(
+        FedDDPM, "Peng et al. 2025", "a diffusion model, corrected on samples of the sites' own models", DENOISE, ("denoise",)
+    ),
+    "fedddpm-plus": Entry(
+        FedDDPM,
+        "Peng et al. 2025",
+        "the same, corrected only where learning is slow",
+        {**DENOISE, "algorithm.correct": "slow"},
+        ("denoise",),
+    ),
 }
 
 

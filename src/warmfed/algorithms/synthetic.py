@@ -128,15 +128,14 @@ def warm_start(
             f"recognised/{site}": right[mine].double().mean().item(),
             f"kept/{site}": float(keep[mine].sum()),
         }
-    _keep(ctx, tuple(adapters), samples, keep, settings)
+    keep_samples(ctx, tuple(adapters), {**samples, "kept": keep}, asdict(settings))
     return model, {"image": subset["image"], "label": subset["label"]}, metrics
 
 
-def _keep(ctx: Central, sites: tuple[str, ...], samples: Table, keep: Tensor, settings: Synthesis) -> None:
-    """S as an artefact: its images with labels, sites and what the filter kept; settings and hash beside them."""
+def keep_samples(ctx: Central, sites: tuple[str, ...], table: Table, settings: Mapping[str, object]) -> None:
+    """Samples as an artefact: {"image", "label", "site", "kept"}; settings and hash beside them."""
     if ctx.folder is None:
         return
-    table = {**samples, "kept": keep}
-    manifest = {"sites": list(sites), "prompts": list(ctx.prompts), "settings": asdict(settings), "sha256": sha256(table)}
+    manifest = {"sites": list(sites), "prompts": list(ctx.prompts), "settings": settings, "sha256": sha256(table)}
     write_whole(ctx.folder / "synthetic" / "samples.safetensors", save({k: v.contiguous() for k, v in table.items()}))
     write_json(ctx.folder / "synthetic" / "manifest.json", json.loads(json.dumps(manifest)))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..errors import InputError, suggest
+from .eyes import EYES
 
 
 class Split(nn.Module):
@@ -82,4 +83,4 @@ def initial(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-__all__ = ["MODELS", "Split", "build", "cnn", "initial", "linear", "parameters", "pfllib_cnn"]
+__all__ = ["EYES", "MODELS", "Split", "build", "cnn", "initial", "linear", "parameters", "pfllib_cnn"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from warmfed.files import write_whole
 
-from . import accuracy, sections
+from . import accuracy, generators, sections
 from .parts import Section, duration, memory, size
 from .record import Run, read_run
 
@@ -18,9 +18,9 @@ def write(folder: Path, summary: Mapping[str, Any] | None = None) -> Path:
     damaged; a run without synthetic images, adapters, a selector or a gate has no section on them.
     """
     run = read_run(folder, summary)
+    drawing = run.summary.get("task") == "denoise"
     found = (
-        accuracy.progress(run),
-        accuracy.final(run),
+        *(generators.sections(run) if drawing else (accuracy.progress(run), accuracy.final(run))),
         sections.pictures(run),
         sections.feature_map(run),
         sections.adapters(run),
@@ -36,7 +36,7 @@ def write(folder: Path, summary: Mapping[str, Any] | None = None) -> Path:
         folder / "report.html",
         title=f"{summary['algorithm']} on {summary['federation']}",
         subtitle=_subtitle(run),
-        tiles=accuracy.tiles(run),
+        tiles=generators.tiles(run) if drawing else accuracy.tiles(run),
         facts=_facts(summary),
         marks=_marks(summary),
         sections=[section for section in found if section is not None],

@@ -24,18 +24,25 @@ class Maybe:
 
 
 MEASURE = {
-    "accuracy": float,
+    "accuracy?": float,
     "balanced_accuracy?": float,
     "macro_f1?": float,
     "ece?": float,
     "loss?": float,
     "count?": int,
 }
+QUALITY = {
+    "features": str,
+    "samples": int,
+    **dict.fromkeys(("fid", "kid", "precision", "recall", "density", "coverage", "copies", "floor_fid", "floor_kid"), float),
+    "taught?": float,
+}
 EVALUATION = Each({"validation?": MEASURE, "test": MEASURE})
 ROUND = {
     "step": int,
     "stage": str,
     "number": int,
+    "quality?": QUALITY,
     "cohort": [str],
     "train": Each(Each(Maybe(float))),
     "aggregate": Each(Maybe(float)),
@@ -63,6 +70,9 @@ PERSONAL = {"mean?": Maybe(float), "worst?": Maybe(float), "std?": Maybe(float),
 SUMMARY = {
     "warmfed": str,
     "algorithm": str,
+    "task?": str,
+    "measure?": str,
+    "quality?": Maybe(QUALITY),
     "seed": int,
     "rounds": int,
     "federation": str,

@@ -1,5 +1,6 @@
 """Image classification: cross-entropy, and the figures that reports show."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,19 @@ class Classify:
     model: str = "cnn"
     start: str = ""
     """A safetensors file that the model starts from; empty: random weights."""
+
+    @property
+    def measure(self) -> str:
+        """The metric that sums up a model."""
+        return "accuracy"
+
+    def tables(self, splits: Mapping[str, Table]) -> Mapping[str, Table]:
+        """A site's tables as this task takes them: as they are."""
+        return splits
+
+    def probe(self, image: Tensor) -> None:
+        """Raise RuntimeError where the model does not take such images."""
+        self.predict(self.init(torch.Generator()), {"image": image})
 
     def build(self) -> nn.Module:
         return models.build(self.model, self.shape, self.classes)

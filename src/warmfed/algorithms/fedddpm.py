@@ -1,0 +1,201 @@
+"""FedDDPM and FedDDPM+. Peng, Wang, Chen, Rao, Shen, Jiang, IEEE TCCN 2025, arXiv:2503.06426.
+
+Each site trains a diffusion model of its own well and uploads it once; the server samples from all of them an auxiliary set
+that looks like everybody's data together. Rounds of FedAvg on the diffusion loss follow, and after every aggregation the server
+trains the mean on the auxiliary set. FedDDPM+ does that only where learning is slow, and then once.
+The paper's full text and code are not public: this is a reading of its abstract and of summaries.
+
+Departures: the paper's trigger is unknown; ours is the relative progress of the loss on a held-out tenth of the auxiliary
+set, or the size of an update, or how far the sites' updates point apart. `corrections` and `wait` offer both readings of
+"one-shot".
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import final
+
+import torch
+
+from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..errors import InputError
+from ..fit import Training, fit
+from ..messages import Message, message
+from ..randomness import child
+from ..tensors import Tensors, dealt, rows, select, sub
+from .averaging import Model, average, upload
+from .synthetic import keep_samples
+
+SIGNALS = ("progress", "update", "dispersion")
+
+
+@message
+class Server:
+    """What the server keeps between stages."""
+
+    model: Tensors  # w_r
+    locals: Mapping[str, Tensors]  # v_k, until D_aux is drawn
+    labels: Tensors  # how often each class occurs, by site
+    auxiliary: Tensors  # D_aux, what is trained on
+    held: Tensors  # D_aux, what the progress is measured on
+    signals: tuple[float, ...]  # of every round so far
+    corrected: tuple[int, ...]  # rounds after which the server has trained
+
+
+@message
+class Drawing:
+    """A site's own diffusion model, and what it needs to be sampled: how often each class occurs."""
+
+    model: Tensors
+    labels: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True)
+class FedDDPM:
+    """Local diffusion models, an auxiliary set of their samples, and rounds that are corrected on it at the server."""
+
+    rounds: int = 10
+    """R, rounds of training."""
+    sample: float = 1.0
+    """Share of the sites asked in each round."""
+    local: Training = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
+    """A site's training in one round."""
+    first: Training = Training(optimizer="adam", lr=1e-3, epochs=60, batch=32, schedule="cosine", warmup=20, clip=1.0, ema=0.99)
+    """A site's training of its own model, before the rounds (E_0)."""
+    share: float = 0.1
+    """Size of the auxiliary set, as a share of the sites' images (M)."""
+    server: Training = Training(optimizer="adam", lr=2e-4, epochs=1, batch=32, clip=1.0)
+    """The server's training on the auxiliary set after an aggregation (E_s)."""
+    correct: str = "every"
+    """When it takes place: every (FedDDPM: after every aggregation), slow (FedDDPM+: where learning is slow), or never."""
+    correction: Training = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
+    """The server's training where learning was slow (E_c)."""
+    signal: str = "progress"
+    """What tells slow learning: progress (of the held-out auxiliary loss, relative), update (‖w̄ - w‖/‖w‖) or dispersion (mean
+    cosine between the sites' updates): it is slow where the signal is below `slow`."""
+    slow: float = 0.005
+    """ε_slow."""
+    window: int = 5
+    """q: progress compares the mean of the last q rounds with that of the q before."""
+    corrections: int = 1
+    """How many corrections a run makes at the most; 0: any number."""
+    wait: int = 5
+    """Rounds after a correction in which none follows."""
+
+    def __post_init__(self) -> None:
+        if self.correct not in ("every", "slow", "never"):
+            raise InputError(f"correct must be every, slow or never; got {self.correct!r}")
+        if self.signal not in SIGNALS:
+            raise InputError(f"signal must be one of {', '.join(SIGNALS)}; got {self.signal!r}")
+        if not self.share > 0 or self.window < 1 or self.corrections < 0:
+            raise InputError("share must be above 0, window at least 1 and corrections at least 0; check [algorithm]")
+
+    def stages(self) -> tuple[Stage, ...]:
+        local = Stage("local", self.collect, self.draw, down=lambda server, site: Nothing(), evaluated=False)
+        auxiliary = Stage("auxiliary", self.auxiliary, evaluated=False)
+        return (local, auxiliary, *(Stage("train", self.merge, self.train, sample=self.sample),) * self.rounds)
+
+    def init(self, ctx: Central) -> ServerState:
+        return Server(ctx.task.init(ctx.rng), {}, {}, {}, {}, (), ())
+
+    def down(self, server: ServerState, site: str) -> Message:
+        return Model(server.model)
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return None
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return server.model
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return down.model
+
+    # local: each site learns its own images well
+
+    def draw(self, down: Message, state: State, ctx: Local) -> Reply:
+        data = ctx.data["train"]
+        model, metrics = fit(ctx, ctx.task.init(child(ctx.rng)), self.first, data)  # v_k
+        counts = tuple(data["label"].bincount(minlength=ctx.task.classes).tolist())
+        return Reply(Drawing(model, counts), None, float(rows(data)), metrics)
+
+    def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        labels = {site: torch.tensor(reply.message.labels) for site, reply in replies.items()}
+        return replace(server, locals={site: r.message.model for site, r in replies.items()}, labels=labels), {}
+
+    # auxiliary: the server draws from all of them, in proportion to the sites' images
+
+    def auxiliary(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        drawn: list[dict[str, torch.Tensor]] = []
+        for site, model in server.locals.items():
+            counts = server.labels[site]
+            wanted = max(1, round(self.share * int(counts.sum())))
+            label = dealt(counts, wanted)
+            latent = ctx.task.sample(model, label, child(ctx.rng), lambda done, total: ctx.progress("sample", done, total))
+            drawn.append({"latent": latent, "label": label, "site": torch.full((wanted,), len(drawn))})
+        table = {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}
+        images = {"image": ctx.task.decoded(table["latent"]), "label": table["label"], "site": table["site"]}
+        everything = torch.ones(rows(table), dtype=torch.bool)
+        keep_samples(ctx, tuple(server.locals), {**images, "kept": everything}, {"share": self.share})
+        order, tenth = torch.randperm(rows(table), generator=ctx.rng), max(1, rows(table) // 10)
+        table = {name: table[name] for name in ("latent", "label")}
+        held, trained = (select(table, part.sort().values) for part in (order[:tenth], order[tenth:]))
+        metrics = {f"samples/{site}": float(rows(part)) for site, part in zip(server.locals, drawn, strict=True)}
+        metrics["samples"] = float(rows(table))
+        return replace(server, locals={}, auxiliary=trained, held=held), metrics
+
+    # train: FedAvg, and the server's correction
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])  # w_{r+1}^k
+        return upload(model, state, ctx, metrics)
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        merged = {**server.model, **average(replies)}  # w̄_{r+1}
+        held = ctx.task.metrics(merged, server.held)["loss"]
+        signals = (*server.signals, self._signal(server, replies, merged, held))
+        slow = self._slow(server, signals)
+        server = replace(server, model=merged, signals=signals)
+        metrics = {"auxiliary_loss": held, "slow": float(slow), "corrected": 0.0}
+        if self.signal != "progress":
+            metrics[self.signal] = signals[-1]
+        training = {"every": self.server, "slow": self.correction if slow else None, "never": None}[self.correct]
+        if training is None:
+            return server, metrics
+        model, info = fit(ctx, merged, training, server.auxiliary)
+        server = replace(server, model=model, corrected=(*server.corrected, len(signals) - 1))
+        return server, {**metrics, "corrected": 1.0, "correction_loss": info["loss"], "correction_steps": info["steps"]}
+
+    def _signal(self, server: ServerState, replies: Replies, merged: Tensors, held: float) -> float:
+        match self.signal:
+            case "update":
+                return _norm(sub(merged, server.model)) / max(_norm(server.model), 1e-12)
+            case "dispersion":
+                moves = [_flat(sub(reply.message.model, server.model)) for reply in replies.values()]
+                middle = torch.stack(moves).mean(0)
+                return fmean(torch.cosine_similarity(move, middle, 0).item() for move in moves)
+            case _:
+                return held
+
+    def _slow(self, server: ServerState, signals: tuple[float, ...]) -> bool:
+        """Whether learning is slow now, and a correction is due."""
+        spent = self.corrections and len(server.corrected) >= self.corrections
+        waiting = bool(server.corrected) and len(signals) - 1 - server.corrected[-1] <= self.wait
+        if self.correct != "slow" or spent or waiting:
+            return False
+        if self.signal != "progress":
+            return len(signals) > 1 and signals[-1] < self.slow
+        q = self.window
+        since = signals[server.corrected[-1] + 1 :] if server.corrected else signals
+        if len(since) < 2 * q:
+            return False
+        before, now = fmean(since[-2 * q : -q]), fmean(since[-q:])
+        return (before - now) / before < self.slow
+
+
+def _flat(tensors: Tensors) -> torch.Tensor:
+    return torch.cat([value.double().flatten() for _, value in sorted(tensors.items()) if value.is_floating_point()])
+
+
+def _norm(tensors: Tensors) -> float:
+    return _flat(tensors).norm().item()

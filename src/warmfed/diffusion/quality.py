@@ -1,0 +1,208 @@
+"""How good samples are: Fréchet and kernel distance, precision, recall, density, coverage, and copies of training images.
+
+Statistics are torchmetrics'; features are the user's choice, since Inception's weights are a download: scores compare only
+within one choice of features and one number of samples, which are told with them, as is real against real as the floor.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..core import Central, Round
+from ..data import Federation
+from ..errors import InputError
+from ..files import read_bytes
+from ..fit import Training, fit
+from ..randomness import named
+from ..tasks.classify import Classify, load_model
+from ..tensors import Table, Tensors, dealt, join
+from . import pipeline
+from .denoise import Denoise
+
+Extractor = Callable[[Tensor], Tensor]
+"""uint8 images [n, 3, h, w] to features, float [n, width]."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a generator is measured."""
+
+    samples: int = 1000
+    """Samples drawn for a measurement, classes as frequent as in the data; 0: none is made."""
+    when: str = "last"
+    """every (stage that may change the model) or last."""
+    features: str = "public"
+    """What looks at images: public (the body of the base's public classifier), a warmfed classifier's .safetensors, a LeNet's
+    or ResNet-20's .npz, or a folder of a Hugging Face vision model."""
+    neighbours: int = 5
+    """k of precision, recall, density and coverage."""
+
+    def __post_init__(self) -> None:
+        if self.when not in ("every", "last"):
+            raise InputError(f"when must be every or last; got {self.when!r}")
+        if self.samples < 0 or self.neighbours < 1:
+            raise InputError("samples must be at least 0 and neighbours at least 1; check [measuring]")
+
+
+def extractor(features: str, base: str, shape: tuple[int, int, int], classes: int) -> tuple[Extractor, str]:
+    """What looks at images, and its fingerprint; raises `InputError` where there is no such thing."""
+    path = pipeline.find(base) / "classifier.safetensors" if features == "public" else Path(features)
+    if path.is_dir():
+        return _hugging(path), f"{path.name}"
+    data = read_bytes(path, "the network whose features measure samples")
+    digest = hashlib.sha256(data).hexdigest()
+    if path.suffix == ".npz":
+        return _arrays(path), digest
+    task = Classify(shape, classes)
+    model = load_model(path, task.init(torch.Generator()), "the classifier whose features measure samples")
+    return lambda image: _batched(lambda part: task.features(model, {"image": part}), image), digest
+
+
+def _batched(look: Extractor, image: Tensor, batch: int = 256) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([look(part) for part in image.split(batch)]).clone()
+
+
+def _arrays(path: Path) -> Extractor:
+    """A network of `warmfed.models` that its weights' names tell, from .npz."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            weights = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged or no .npz of arrays ({error}); restore it") from error
+    for eyes in models.EYES.values():
+        net = eyes()
+        if {key for key in net.state_dict() if not key.endswith("num_batches_tracked")} == weights.keys():
+            net.load_state_dict(weights, strict=False)
+            net.eval().requires_grad_(False)
+            return lambda image: _batched(net, image)
+    raise InputError(
+        f"{path} holds none of the networks {', '.join(models.EYES)}; its tensors are {', '.join(sorted(weights)[:4])}, …"
+    )
+
+
+def _hugging(folder: Path) -> Extractor:
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        net = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().requires_grad_(False)
+        look = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each model has its own; all mean that the folder is not what it should be
+        raise InputError(f"cannot load a vision model from {folder} ({str(error).splitlines()[0]}); save it again") from error
+
+    def features(part: Tensor) -> Tensor:
+        inputs = look(images=list(part), return_tensors="pt")
+        found = net(**inputs)
+        pooled = getattr(found, "pooler_output", None)
+        return pooled if pooled is not None else found.last_hidden_state.mean(1)
+
+    return lambda image: _batched(features, image, 64)
+
+
+class _Features(nn.Module):
+    """Features are computed once and given to torchmetrics as they are."""
+
+    num_features: int
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_features = width
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def distances(real: Tensor, fake: Tensor) -> dict[str, float]:
+    """Fréchet (Heusel et al., NeurIPS 2017) and kernel distance (Bińkowski et al., ICLR 2018) of features [n, width]."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import poly_mmd
+
+    width, size = real.shape[1], min(len(real), len(fake))
+    eyes: Any = {"feature": _Features(width), "input_img_size": (width,)}
+    frechet: Any = FrechetInceptionDistance(**eyes).set_dtype(torch.float64)
+    frechet.update(real.double(), real=True)
+    frechet.update(fake.double(), real=False)
+    # rows of a table may be sorted by class: spread the subset over it
+    one, other = (table[torch.linspace(0, len(table) - 1, size).long()].double() for table in (real, fake))
+    return {"fid": frechet.compute().item(), "kid": poly_mmd(one, other).item()}
+
+
+def neighbourhoods(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
+    """In percent: precision and recall (Kynkäänniemi et al., NeurIPS 2019), density and coverage (Naeem et al., ICML 2020)."""
+
+    def radius(points: Tensor) -> Tensor:
+        return torch.cdist(points, points).kthvalue(min(k + 1, len(points))).values
+
+    around_real, around_fake, apart = radius(real), radius(fake), torch.cdist(real, fake)
+    inside = apart <= around_real[:, None]
+    return {
+        "precision": 100 * inside.any(0).double().mean().item(),
+        "recall": 100 * (apart <= around_fake[None]).any(1).double().mean().item(),
+        "density": 100 * (inside.double().sum(0).mean() / k).item(),
+        "coverage": 100 * (apart.min(1).values <= around_real).double().mean().item(),
+    }
+
+
+def copies(train: Tensor, test: Tensor, fake: Tensor) -> dict[str, float]:
+    """Percent of samples nearer to a training image than 95 % of the test images are: about 5 where nothing is copied."""
+    nearest = torch.cdist(test, train).min(1).values.quantile(0.05)
+    return {"copies": 100 * (torch.cdist(fake, train).min(1).values < nearest).double().mean().item()}
+
+
+SCHOOL = Training(lr=0.02, epochs=15, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
+"""Training of the classifier that learns from samples alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gauge:
+    """Measures the generator of a run on this machine; in a deployment nobody sees all sites' images, and nobody can."""
+
+    settings: Measuring
+    task: object
+    federation: Federation
+    base: str
+    seed: int
+
+    def due(self, done: Round, *, last: bool) -> bool:
+        """Whether the model is measured after this stage."""
+        every = self.settings.when == "every" and bool(done.evaluation)
+        return isinstance(self.task, Denoise) and self.settings.samples > 0 and (every or last)
+
+    @functools.cached_property
+    def _real(self) -> tuple[Extractor, str, Table, Table, Tensor, Tensor]:
+        sites = self.federation.sites.values()
+        train, test = join(site.train for site in sites), join(site.test for site in sites)
+        look, digest = extractor(self.settings.features, self.base, self.federation.shape, len(self.federation.classes))
+        return look, digest, train, test, look(train["image"]), look(test["image"])
+
+    def measure(self, model: Tensors, step: int) -> dict[str, Any]:
+        """Samples against training images; `floor_…` is test against training images, the best that can be hoped for.
+
+        Returns:
+            fid, kid, precision, recall, density, coverage, copies (shares in percent); of conditional models `taught`, the
+            accuracy on real test images of a classifier trained on samples alone (Ravuri and Vinyals, NeurIPS 2019); the number
+            of samples, and the SHA-256 of what looked at them.
+        """
+        assert isinstance(self.task, Denoise)
+        look, digest, train, test, seen, unseen = self._real
+        classes = len(self.federation.classes)
+        label = dealt(train["label"].bincount(minlength=classes), self.settings.samples)
+        fake = self.task.decoded(self.task.sample(model, label, named(self.seed, "measure", step)))
+        found: dict[str, Any] = {"features": digest, "samples": len(fake)}
+        drawn, k = look(fake), self.settings.neighbours
+        found |= distances(seen, drawn) | neighbourhoods(seen, drawn, k) | copies(seen, unseen, drawn)
+        found |= {f"floor_{name}": value for name, value in distances(seen, unseen).items()}
+        if self.task.settings.conditional:
+            school = Central(Classify(self.federation.shape, classes), named(self.seed, "school"))
+            pupil, _ = fit(school, school.task.init(school.rng), SCHOOL, {"image": fake, "label": label})
+            found["taught"] = school.task.metrics(pupil, test)["accuracy"]
+        return found
