@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from warmfed.algorithms import ALGORITHMS
+from warmfed.algorithms import ALGORITHMS, entry
 from warmfed.algorithms.references import Budget
 from warmfed.algorithms.synthetic import Synthesis
 from warmfed.core import Algorithm, Central, Exchange, Local, Metrics, Reply, Round
+from warmfed.diffusion.denoise import Denoise, Denoising
 from warmfed.errors import InputError
 from warmfed.files import write_whole
 from warmfed.fit import Training
@@ -30,6 +31,12 @@ from warmfed.transports.worker import Worker
 SHAPE, CLASSES = (3, 8, 8), 3
 PROMPTS = ("a left bar", "a middle bar", "a right bar")
 TASK = Classify(SHAPE, CLASSES, "linear")
+DRAWING = Denoise(
+    SHAPE, CLASSES, Denoising(width=32, depth=1, latent="", prediction="epsilon", schedule="linear", times=50, steps=3)
+)
+"""For algorithms that learn to draw."""
+LEARNING = Training(optimizer="adamw", lr=3e-3, batch=12, epochs=3)
+"""Their training."""
 TRAINING = Training(lr=0.03, batch=12)
 
 
@@ -105,11 +112,19 @@ QUICK = {
 
 def quick(name: str, **changes: Any) -> Any:
     """A registered algorithm with two rounds of little training."""
-    entry = ALGORITHMS[name]
-    values = {f.name: QUICK[type(f.default)] for f in fields(entry.cls) if type(f.default) in QUICK}
-    if "algorithm.budget.until" in entry.settings:
-        values["budget"] = replace(values["budget"], until=entry.settings["algorithm.budget.until"])
-    return entry.cls(**{"rounds": 2, **values, **changes})
+    found = ALGORITHMS[name]
+    settings = QUICK if task_of(name) is TASK else {**QUICK, Training: LEARNING}
+    values = {f.name: settings[type(f.default)] for f in fields(found.cls) if type(f.default) in settings}
+    if "algorithm.budget.until" in found.settings:
+        values["budget"] = replace(values["budget"], until=found.settings["algorithm.budget.until"])
+    if "algorithm.correct" in found.settings:
+        values |= {"correct": found.settings["algorithm.correct"], "slow": 1.0, "window": 1}
+    return found.cls(**{"rounds": 2, **values, **changes})
+
+
+def task_of(name: str) -> Any:
+    """The toy task that an algorithm can learn."""
+    return TASK if "classify" in entry(name).tasks else DRAWING
 
 
 @dataclass
@@ -143,7 +158,8 @@ def workers(
     algorithm: Algorithm, *, seed: int = 0, task: Any = TASK, generator: Any = Means(), sites: Any = SITES
 ) -> dict[str, Worker]:
     return {
-        name: Worker(name, algorithm, task, data, seed, prompts=PROMPTS, generator=generator) for name, data in sites.items()
+        name: Worker(name, algorithm, task, task.tables(data), seed, prompts=PROMPTS, generator=generator)
+        for name, data in sites.items()
     }
 
 
@@ -199,7 +215,12 @@ class Tap:
 
 def accuracy(record: Round, model: str) -> float:
     """Mean over the sites of a model's test accuracy, in percent."""
-    found = [views[f"{model}/test"]["accuracy"] for views in record.evaluation.values()]
+    return mean(record, model, "accuracy")
+
+
+def mean(record: Round, model: str, measure: str) -> float:
+    """Mean over the sites of a measure of a model on their test images."""
+    found = [views[f"{model}/test"][measure] for views in record.evaluation.values()]
     return sum(found) / len(found)
 
 

@@ -95,6 +95,18 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--site", default="", metavar="NAME", help="ask this site's personal model, not the global one")
     predict.add_argument("--json", action="store_true", help="JSON, with the probabilities of all classes")
 
+    synthesize = _command(commands, "synthesize", "draw images by a finished run's adapters or diffusion model")
+    synthesize.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
+    synthesize.add_argument("--site", default="", metavar="NAME", help="draw by this site's adapter or model")
+    synthesize.add_argument(
+        "--label", nargs="+", default=[], dest="labels", metavar="CLASS", help="names of classes (default all)"
+    )
+    synthesize.add_argument("--count", type=_positive, default=8, metavar="N", help="images of each class (default 8)")
+    synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="names every random number (default 0)")
+    synthesize.add_argument("--grid", type=Path, dest="picture", metavar="FILE.png", help="a picture, a row for each class")
+    synthesize.add_argument("--out", type=Path, metavar="FILE.safetensors", help="the images with their labels")
+    _voices(synthesize)
+
     pretrain = _command(commands, "pretrain", "pre-train a generator's base on rendered digits")
     pretrain.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the base, in diffusers' layout")
     pretrain.add_argument("--work", type=Path, metavar="DIR", help="keeps finished phases, so that a later call goes on")

@@ -22,6 +22,7 @@ from .progress import spoken
 from .report.parts import duration
 from .runs import execute
 from .runs import resume as resume_run
+from .synthesize import synthesize as draw
 from .verify import DifferenceError
 from .verify import verify as verify_run
 
@@ -153,6 +154,27 @@ def predict(asked: Namespace) -> int:
     for each in found:
         table.add_row(each["image"], each["class"], f"{100 * each['probability']:.1f} %")
     console().print(table)
+    return 0
+
+
+def synthesize(asked: Namespace) -> int:
+    with teller(quiet=asked.quiet, events=asked.json) as watcher:
+        made = draw(
+            asked.folder,
+            site=asked.site,
+            labels=asked.labels,
+            count=asked.count,
+            seed=asked.seed,
+            picture=asked.picture,
+            out=asked.out,
+            progress=watcher.phase,
+        )
+    if isinstance(watcher, Events):
+        emit("finished", **made)
+    elif isinstance(watcher, Quiet):
+        print(made.get("grid") or made["out"])
+    else:
+        print(f"{made['images']} images by {made['by']}: {', '.join(made[key] for key in ('grid', 'out') if key in made)}")
     return 0
 
 

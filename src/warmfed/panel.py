@@ -39,7 +39,7 @@ def write_panel(folder: Path, federation: Federation, task: Classify, model: Ten
             if not rows(table):
                 continue
             shown[kind] = f"{kind}-{name}.png"
-            write_whole(folder / "panel" / shown[kind], _png(_grid(table, len(federation.classes))))
+            write_whole(folder / "panel" / shown[kind], grid(table, len(federation.classes)))
             spread = torch.linspace(0, rows(table) - 1, min(_POINTS, rows(table))).long()  # tables may be sorted by class
             part = select(table, spread)
             features.append(task.features(model, part))
@@ -65,7 +65,7 @@ def write_samples(folder: Path, federation: Federation, task: Denoise, model: Te
         for kind, table in tables.items():
             if rows(table):
                 shown[name][kind] = file = f"{kind}-{number}.png"
-                write_whole(folder / "panel" / file, _png(_grid(table, len(federation.classes))))
+                write_whole(folder / "panel" / file, grid(table, len(federation.classes)))
     write_json(folder / "panel" / "panel.json", {"classes": list(federation.classes), "sites": shown, "features": []})
 
 
@@ -80,19 +80,16 @@ def _synthetic(folder: Path) -> Table:
         raise InputError(f"the synthetic set at {path} is damaged ({error}); restore it or start the run anew") from error
 
 
-def _grid(table: Table, classes: int) -> Tensor:
-    """uint8 [3, classes·h, columns·w]; a class without enough images leaves its places white."""
-    image = table["image"]
-    grid = torch.full((classes, _COLUMNS, *image.shape[1:]), 255, dtype=torch.uint8)
-    for c in range(classes):
-        found = image[table["label"] == c][:_COLUMNS]
-        grid[c, : len(found)] = found
-    return grid.permute(2, 0, 3, 1, 4).reshape(3, classes * image.shape[2], _COLUMNS * image.shape[3])
-
-
-def _png(image: Tensor) -> bytes:
+def grid(table: Table, classes: int, columns: int = _COLUMNS) -> bytes:
+    """A PNG with a row for each class; a class without enough images leaves its places white."""
     from PIL import Image
 
+    image = table["image"]
+    places = torch.full((classes, columns, *image.shape[1:]), 255, dtype=torch.uint8)
+    for c in range(classes):
+        found = image[table["label"] == c][:columns]
+        places[c, : len(found)] = found
+    image = places.permute(2, 0, 3, 1, 4).reshape(3, classes * image.shape[2], columns * image.shape[3])
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -1,16 +1,41 @@
 """What a finished run's models say of pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .core import Task
 from .data.images import UnreadableError, decode
 from .errors import InputError, suggest
 from .runs import read_config, read_summary
 from .tasks.classify import Classify, load_model
-from .tensors import sha256
+from .tensors import Tensors, sha256
+
+
+def described(folder: Path, summary: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, int, int]]:
+    """Class names and shape of the images of a finished run."""
+    try:
+        channels, height, width = summary["image"]
+        return tuple(summary["classes"]), (channels, height, width)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}/summary.json is damaged or of another version of warmfed; start the run anew") from error
+
+
+def released(folder: Path, summary: Mapping[str, Any], site: str, task: Task) -> Tensors:
+    """A finished run's global model, or a site's own, checked against the summary's digest; raises `InputError`."""
+    name, digests = f"personal/{site}" if site else "global", summary.get("models_sha256") or {}
+    if name not in digests:
+        sites = sorted(key.removeprefix("personal/") for key in digests if key.startswith("personal/"))
+        if site:
+            raise InputError(f"the run has no personal model of site {site!r}{suggest(site, sites)}")
+        raise InputError(f"{summary.get('algorithm')} has no global model; name a site by --site: {', '.join(sites)}")
+    path, what = folder / "models" / f"{name}.safetensors", f"the model {name!r}"
+    model = load_model(path, task.init(torch.Generator()), what)
+    if sha256(model) != digests[name]:
+        raise InputError(f"{what} at {path} is not the one that the run made; restore it or start the run anew")
+    return model
 
 
 def predict(folder: Path, images: Sequence[Path], site: str = "") -> list[dict[str, Any]]:
@@ -27,27 +52,13 @@ def predict(folder: Path, images: Sequence[Path], site: str = "") -> list[dict[s
         InputError: no finished run, no such site or model, a damaged model, a picture that does not decode.
     """
     config, summary = read_config(folder), read_summary(folder)
-    try:
-        classes = tuple(summary["classes"])
-        shape = tuple(summary["image"])
-        digests = summary["models_sha256"]
-        channels, height, width = shape
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder}/summary.json is damaged or of another version of warmfed; start the run anew") from error
+    if config.task != "classify":
+        raise InputError(f"the run in {folder} learned to draw, not to classify; `warmfed synthesize {folder}` draws")
+    classes, (channels, height, width) = described(folder, summary)
     if height != width:
         raise InputError(f"pictures are squeezed to squares, but this run's images are {height}×{width}; it cannot be asked so")
-    name = f"personal/{site}" if site else "global"
-    if name not in digests:
-        sites = sorted(key.removeprefix("personal/") for key in digests if key.startswith("personal/"))
-        if site:
-            raise InputError(f"the run has no personal model of site {site!r}{suggest(site, sites)}")
-        raise InputError(f"{summary.get('algorithm')} has no global model; name a site by --site: {', '.join(sites)}")
     task = Classify((channels, height, width), len(classes), config.model.name)
-    what = f"the model {name!r}"
-    path = folder / "models" / f"{name}.safetensors"
-    model = load_model(path, task.init(torch.Generator()), what)
-    if sha256(model) != digests[name]:
-        raise InputError(f"{what} at {path} is not the one that the run made; restore it or start the run anew")
+    model = released(folder, summary, site, task)
     pixels = []
     for image in images:
         try:

@@ -65,6 +65,7 @@ def summarize(
         "rounds": getattr(config.algorithm, "rounds", 0),
         "federation": federation.name,
         "classes": list(federation.classes),
+        "prompts": list(federation.prompts),
         "image": list(federation.shape),
         "data_sha256": federation.fingerprint,
         "base_sha256": base or None,

@@ -16,7 +16,7 @@ from .. import models
 from ..errors import InputError
 from ..randomness import child, named, seeded
 from ..tasks.classify import load_model, pixels
-from ..tensors import Table, Tensors, rows
+from ..tensors import Table, Tensors, rows, select
 from . import pipeline
 from .objective import denoising_loss
 
@@ -224,23 +224,25 @@ class Denoise:
 
     def metrics(self, model: Tensors, data: Table) -> dict[str, float]:
         """The loss with the same noise in every call, so that two models are told apart by their weights alone."""
-        net = self.build().eval()
-        net.load_state_dict(dict(model))
         total, count = 0.0, rows(data)
         with torch.no_grad(), seeded(named("denoise", "metrics")):
-            for latent, label in zip(
-                data["latent"].split(self.settings.batch), data["label"].split(self.settings.batch), strict=True
-            ):
-                total += self.loss(net, {"latent": latent, "label": label}).item() * len(label)
+            net = self._loaded(model)
+            for part in torch.arange(count).split(self.settings.batch):
+                total += self.loss(net, select(data, part)).item() * len(part)
         return {"loss": total / count, "count": float(count)}
+
+    def _loaded(self, model: Tensors) -> nn.Module:
+        net = self.build().eval()
+        net.load_state_dict(dict(model))
+        return net
 
     def sample(
         self, model: Tensors, label: Tensor, rng: torch.Generator, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
         """One latent for each label, float [n, c, h, w], drawn from `rng`; labels count where it is conditional."""
-        net = self.build().eval()
-        net.load_state_dict(dict(model))
         noise = torch.randn((len(label), *self.space), generator=rng)
+        with seeded(child(rng)):
+            net = self._loaded(model)
         drawn = []
         for part in torch.arange(len(label)).split(self.settings.batch):
             with seeded(child(rng)):

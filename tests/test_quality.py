@@ -1,0 +1,80 @@
+"""Scores of samples, each against an oracle that can be seen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from warmfed.diffusion.quality import copies, distances, extractor, neighbourhoods
+from warmfed.errors import InputError
+from warmfed.models import EYES
+from warmfed.randomness import named
+from warmfed.tensors import dealt
+
+
+def points(name: str, n: int = 400, shift: float = 0.0) -> torch.Tensor:
+    return torch.randn(n, 6, generator=named(name)) + shift
+
+
+def test_frechet_distance_is_its_formula() -> None:
+    from scipy.linalg import sqrtm
+
+    a, b = points("a"), 1.5 * points("b") + torch.arange(6) * 0.1
+    first, second = np.cov(a.double().numpy().T), np.cov(b.double().numpy().T)
+    gap = (a.double().mean(0) - b.double().mean(0)).square().sum().item()
+    wanted = gap + np.trace(first + second - 2 * sqrtm(first @ second).real)
+    assert distances(a, b)["fid"] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_kernel_distance_is_its_formula() -> None:
+    a, b = points("a", 50), points("b", 50, 0.5)
+    kernel = lambda x, y: (x.double() @ y.double().T / 6 + 1) ** 3  # noqa: E731
+    xx, yy, xy = kernel(a, a), kernel(b, b), kernel(a, b)
+    off = lambda k: (k.sum() - k.diagonal().sum()) / (50 * 49)  # noqa: E731
+    assert distances(a, b)["kid"] == pytest.approx((off(xx) + off(yy) - 2 * xy.mean()).item(), rel=1e-6)
+
+
+def test_neighbourhoods_on_a_line() -> None:
+    # real 0, 1, 2, 3 (each within 1 of its nearest), samples 0.5, 0.6 and 9
+    real, fake = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([[0.5], [0.6], [9.0]])
+    found = neighbourhoods(real, fake, 1)
+    assert found["precision"] == pytest.approx(100 * 2 / 3)  # 9 is far from all
+    assert found["density"] == pytest.approx(100 * (2 + 2) / 3)  # 0.5 and 0.6 each lie within reach of 0 and 1
+    assert found["coverage"] == pytest.approx(100 * 2 / 4)  # 0 and 1 have a sample within reach
+    # samples reach 0.1, 0.1 and 8.4: only the last one reaches, as far back as 0.6
+    assert found["recall"] == pytest.approx(100 * 3 / 4)
+
+
+def test_copies_are_found() -> None:
+    train, test = points("train", 300), points("test", 300)
+    assert copies(train, test, train[:50])["copies"] == 100
+    assert copies(train, test, points("new", 300))["copies"] < 12
+
+
+def test_labels_as_frequent_as_the_data() -> None:
+    assert dealt(torch.tensor([10, 0, 5, 5]), 8).tolist() == [0, 0, 0, 0, 2, 2, 3, 3]
+    assert dealt(torch.tensor([2, 1]), 4).bincount().tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("name", EYES)
+def test_networks_of_a_file(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = EYES[name]().eval()
+    weights = {key: value.numpy() for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
+    np.savez(tmp_path / "eyes.npz", **weights)
+    look, digest = extractor(str(tmp_path / "eyes.npz"), "digits", (3, 32, 32), 10)
+    image = torch.randint(256, (3, 3, 32, 32), generator=named("image"), dtype=torch.uint8)
+    assert torch.allclose(look(image), net(image), atol=1e-6)
+    assert len(digest) == 64
+
+
+def test_the_public_classifier_looks_too(tmp_path: Path) -> None:
+    look, _ = extractor("public", "digits", (3, 32, 32), 10)
+    assert look(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 128)
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    with pytest.raises(InputError, match="holds none of the networks lenet, resnet20"):
+        extractor(str(tmp_path / "other.npz"), "digits", (3, 32, 32), 10)
+    (tmp_path / "broken.npz").write_bytes(b"no zip")
+    with pytest.raises(InputError, match="damaged"):
+        extractor(str(tmp_path / "broken.npz"), "digits", (3, 32, 32), 10)
