@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load
 
 from warmfed.config import Config, parse
-from warmfed.randomness import named
+from warmfed.models import EYES
+from warmfed.randomness import named, seeded
 from warmfed.runs import execute, resume
 from warmfed.tensors import sha256
 
@@ -39,6 +40,14 @@ def arrays(path: Path, sites: str = "ab", side: int = 8) -> Path:
             content[f"{site}_x_{split}"] = image.numpy()
             content[f"{site}_y_{split}"] = table["label"].numpy()
     np.savez(path, **content)
+    return path
+
+
+def eyes(path: Path) -> Path:
+    """A LeNet of random weights, as .npz: features good enough to tell a run from another."""
+    with seeded(named("eyes")):
+        weights = EYES["lenet"]().state_dict()
+    np.savez(path, **{name: value.numpy() for name, value in weights.items()})
     return path
 
 

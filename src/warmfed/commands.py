@@ -131,8 +131,10 @@ class _Shown(Cells):
         shown = [
             f"{model} {summary[model][key]:.1f} %"
             for model, key in (("global", "union"), ("personal", "mean"))
-            if summary[model]
+            if summary[model] and summary["measure"] == "accuracy"
         ]
+        if summary["quality"]:
+            shown.append(f"FID {summary['quality']['fid']:.2f}")
         self._watcher.say(f"  {cell.name}: {', '.join([*shown, duration(summary['seconds'])])}")
         self._watcher.phase("runs", done, total)
 

@@ -15,9 +15,14 @@ METRICS = {
     "unseen_tuned": ("unseen", "tuned"),
     "validation": ("validation", "global"),
     "validation_personal": ("validation", "personal"),
+    "fid": ("quality", "fid"),
+    "kid": ("quality", "kid"),
+    "coverage": ("quality", "coverage"),
+    "taught": ("quality", "taught"),
 }
 """Row keys by where the summaries hold the accuracy."""
-TESTED = ("global", "personal", "unseen", "unseen_tuned")
+TESTED = {"accuracy": ("global", "personal", "unseen", "unseen_tuned"), "loss": ("fid", "taught")}
+"""By what sums up the task's models: accuracy, or (of a diffusion model) its loss."""
 
 
 class Cell(Protocol):
@@ -53,15 +58,17 @@ def tabulate(cells: Sequence[Cell], summaries: Sequence[Summary]) -> dict[str, A
         groups.setdefault((cell.rounds, cell.arm), []).append((cell, summary))
     rows = [_row(arm, rounds, members) for (rounds, arm), members in groups.items()]
     names = list(dict.fromkeys(cell.arm for cell in cells))
+    measure = summaries[0].get("measure", "accuracy")
     first = "warmfed" if "warmfed" in names else names[0]
     tests = []
     for rounds in dict.fromkeys(cell.rounds for cell in cells):
-        for metric in TESTED:
+        for metric in TESTED[measure]:
             values = {arm: _values(members, metric) for (r, arm), members in groups.items() if r == rounds}
             tests += [{"rounds": rounds, **test} for test in _tests(metric, first, values)]
     return {
         "rows": rows,
         "tests": tests,
+        "measure": measure,
         "federation": summaries[0]["federation"],
         "seeds": list(dict.fromkeys(cell.seed for cell in cells)),
         "rounds": max(cell.rounds for cell in cells),

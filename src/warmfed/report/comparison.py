@@ -24,6 +24,19 @@ COLUMNS: tuple[Column, ...] = (
     ("upload per site", "bytes_up", None, min, size),
     ("time", "seconds", None, min, duration),
 )
+DRAWING: tuple[Column, ...] = (
+    ("Fréchet distance", "fid_mean", "fid_std", min, lambda value: number(value, 2)),
+    ("taught by samples, %", "taught_mean", "taught_std", max, number),
+    ("coverage, %", "coverage_mean", "coverage_std", max, number),
+    ("loss", "global_mean", "global_std", min, lambda value: number(value, 4)),
+    *(column for column in COLUMNS if column[1] in ("bytes_up", "seconds")),
+)
+"""The columns of diffusion models."""
+KINDS = {
+    "accuracy": (("global", "Global model", "test accuracy, %"), ("personal", "Personal models", "test accuracy, %")),
+    "loss": (("fid", "Fréchet distance", "Fréchet distance"), ("taught", "Taught by samples", "test accuracy, %")),
+}
+"""What is plotted, by what sums up the task's models."""
 CHOSEN = (("validation, %", "validation_mean"), ("validation of personal models, %", "validation_personal_mean"))
 """What a sweep chooses by: the first that its rows have."""
 AFTER = ("end",)  # labels of what comes after the rounds
@@ -43,7 +56,10 @@ def table(compare: Mapping[str, Any]) -> Table:
     rivals, references = _sides(compare)
     rows = [*rivals, *references]
     chosen = _chosen(compare)
-    columns: tuple[Column, ...] = ((*chosen, None, max, number), *COLUMNS) if chosen else COLUMNS
+    drawing = compare.get("measure") == "loss"
+    columns = DRAWING if drawing else COLUMNS
+    if chosen:
+        columns = ((*chosen, None, min if drawing else max, DRAWING[3][4] if drawing else number), *columns)
     shown = [column for column in columns if any(_known(row.get(column[1])) for row in rows)]
     best = {
         key: better((row[key] for row in rivals if _known(row.get(key))), default=None)
@@ -188,12 +204,16 @@ def write_comparison(folder: Path) -> Path:
     """
     compare = read_comparison(folder)
     longest = by_rounds(compare)[0]
-    found = (_results(compare), _effects(longest), _sites(longest), _costs(longest), _rounds(longest, folder))
+    drawing = compare.get("measure") == "loss"
+    found = [_results(compare), _costs(longest)]
+    if not drawing:
+        found[1:1] = [_effects(longest), _sites(longest)]
+        found.append(_rounds(longest, folder))
     return publish(
         folder / "report.html",
         title=f"{len(longest['rows'])} {'settings' if longest.get('swept') else 'algorithms'} on {compare['federation']}",
         subtitle=f"{' and '.join(map(_length, by_rounds(compare)))} · seeds {', '.join(map(str, compare['seeds']))}",
-        tiles=[] if longest.get("swept") else _leaders(longest),
+        tiles=[] if longest.get("swept") or drawing else _leaders(longest),
         sections=[section for section in found if section is not None],
     )
 
@@ -221,15 +241,18 @@ def _leaders(compare: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _results(compare: Mapping[str, Any]) -> Section:
+    drawing = compare.get("measure") == "loss"
     how = (
-        "Test accuracy in percent at the last round, never the best one. Global: one model on all sites’ test images. "
+        "At the last round, never the best one. Fréchet distance: of samples to training images, lower is better. Taught: "
+        "test accuracy of a classifier trained on samples alone. Coverage: training images with a sample as a neighbour. "
+        if drawing
+        else "Test accuracy in percent at the last round, never the best one. Global: one model on all sites’ test images. "
         "Personal: each site’s own model on its own test images. "
-        + (
-            "★ marks the best settings on validation; the test columns mark nobody, so that no setting is chosen by them."
-            if compare.get("swept")
-            else "The winner of every column is marked ★; local and centralized training, which share nothing and "
-            "everything, are references and win none."
-        )
+    ) + (
+        "★ marks the best settings on validation; the test columns mark nobody, so that no setting is chosen by them."
+        if compare.get("swept")
+        else "The winner of every column is marked ★; local and centralized training, which share nothing and "
+        "everything, are references and win none."
     )
     if compare.get("tests"):
         corrected = all("p_raw" in test for test in compare["tests"])
@@ -295,24 +318,27 @@ def _by_site(row: Row, kind: str) -> dict[str, float | None]:
 def _costs(compare: Mapping[str, Any]) -> Section | None:
     figures = []
     names = [row["algorithm"] for row in compare["rows"]]
-    for kind, title in (("global", "Global model"), ("personal", "Personal models")):
+    for kind, title, unit in KINDS[compare.get("measure", "accuracy")]:
         points = {
             row["algorithm"]: (row["bytes_up"] / 1e6, row[f"{kind}_mean"], row.get(f"{kind}_std") or 0.0)
             for row in compare["rows"]
             if _known(row.get(f"{kind}_mean")) and _known(row.get("bytes_up"))
         }
         if points:
-            alt = f"{title}, accuracy against upload: " + "; ".join(
-                f"{name} {number(y)} % for {number(x, 2)} MB" for name, (x, y, _) in points.items()
+            alt = f"{title}, {unit} against upload: " + "; ".join(
+                f"{name} {number(y)} for {number(x, 2)} MB" for name, (x, y, _) in points.items()
             )
-            svg = plots.frontier(
-                f"cost-{kind}", alt, points, xlabel="upload per site, MB", unit="test accuracy, %", order=names
-            )
+            svg = plots.frontier(f"cost-{kind}", alt, points, xlabel="upload per site, MB", unit=unit, order=names)
             figures.append(Figure(title, svg, alt))
     if not figures:
         return None
-    how = "Up and to the left is better: more accuracy for fewer bytes sent. Bars are one standard deviation over seeds."
-    return Section("megabytes", "Accuracy against megabytes", how, figures)
+    how = "More to the left is better: fewer bytes sent. Bars are one standard deviation over seeds."
+    return Section(
+        "megabytes",
+        "Accuracy against megabytes" if compare.get("measure") != "loss" else "Quality against megabytes",
+        how,
+        figures,
+    )
 
 
 def _rounds(compare: Mapping[str, Any], folder: Path) -> Section | None:

@@ -115,6 +115,7 @@ COMPARISON = {
             "unseen_tuned_std?": Maybe(float),
             "validation_mean?": Maybe(float),
             "validation_personal_mean?": Maybe(float),
+            **{f"{key}_{of}?": Maybe(float) for key in ("fid", "kid", "coverage", "taught") for of in ("mean", "std")},
             "bytes_up?": Maybe(float),
             "seconds?": Maybe(float),
             "settings?": Each(str),
@@ -123,6 +124,7 @@ COMPARISON = {
     "tests?": [
         {"metric": str, "algorithm": str, "against": str, "difference": Maybe(float), "p": Maybe(float)},
     ],
+    "measure?": str,
     "federation": str,
     "seeds": [int],
     "rounds": int,
