@@ -132,7 +132,7 @@ def test_resume_of_a_finished_run(folder: Path, capsys: Any) -> None:
         ("run none.toml", "none.toml"),
         ("run --set data.source=none.npz", "none.npz"),
         ("run --set data.source=empty", "is not an image folder"),
-        ("run --set data.source=flat", "put them into one folder per site"),
+        ("run --set data.source=flat", "has one class only"),
         ("run --set data.source=broken", "b/1/0.png does not decode"),
         ("run --set data.source=lonely", "'b'"),
         ("run --set data.source=void", "'b'"),

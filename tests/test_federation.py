@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from warmfed.data import deal
 from warmfed.data.federation import Federation, Site
-from warmfed.data.partition import deal, dirichlet, iid, quantity, shards, stream
+from warmfed.data.partition import dirichlet, iid, quantity, shards, stream
 from warmfed.errors import InputError
 
 LABELS = np.repeat(np.arange(10), 60)
@@ -65,7 +66,7 @@ def test_the_fingerprint_knows_every_byte_and_no_more() -> None:
         ({"sites": {"a": Site({"image": torch.zeros(1, 3, 4, 4)}, table([1]), table([0]))}}, "columns image and label"),
         (
             {"sites": {"a": Site({"image": torch.zeros(1, 3, 4, 4), "label": torch.tensor([0])}, table([1]), table([0]))}},
-            "uint8 images [n, 3, height, width] were expected, float32 [1, 3, 4, 4] came",
+            "uint8 images [n, 1 or 3, height, width] were expected, float32 [1, 3, 4, 4] came",
         ),
     ],
 )

@@ -192,7 +192,7 @@ def test_what_is_no_image_folder_is_refused(tmp_path: Path) -> None:
     refused(lambda: folder(tmp_path), "is not an image folder", "site/class/image")
     (tmp_path / "cat").mkdir()
     picture(1).save(tmp_path / "cat" / "0.png")
-    refused(lambda: folder(tmp_path), "put them into one folder per site")
+    refused(lambda: folder(tmp_path), "has one class only, 'cat'")
 
 
 def test_other_files_are_left_out_and_noted(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_names_and_options_have_neighbours(tmp_path: Path) -> None:
     refused(lambda: load("digits4", aplha=0.3), "no option 'aplha'; did you mean 'alpha'?")
     refused(lambda: load("digits4", alpha="much"), "float or none was expected, 'much' came")
     refused(lambda: load("digits4", seed=True), "int was expected, True came")
-    refused(lambda: load(str(pets(tmp_path)), image_size=8.5), "int was expected, 8.5 came")
+    refused(lambda: load(str(pets(tmp_path)), image_size=8.5), "int or none was expected, 8.5 came")
     refused(lambda: load(str(tmp_path), image_size=0), "image_size of 1 pixel or more")
 
 

@@ -89,6 +89,13 @@ def parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", "write the report of a finished run, or of a comparison, anew")
     report.add_argument("folder", type=Path, metavar="DIR", help="a run folder, or that of a comparison")
 
+    data = _command(commands, "data", "what a configuration's data are: sites, classes, splits, duplicates, and every fault")
+    data.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="a configuration; none: digits4")
+    data.add_argument("--plot", type=Path, metavar="FILE", help="draw who holds how much of what (.png, .svg or .pdf)")
+    data.add_argument("--save", type=Path, metavar="FILE.json", help="write which image is where, to deal them so again")
+    _settings(data)
+    data.add_argument("--json", action="store_true", help="as JSON")
+
     predict = _command(commands, "predict", "class and probability of pictures, by a finished run's model")
     predict.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")

@@ -14,8 +14,9 @@ from .algorithms import ALGORITHMS
 from .compare import Cell, Cells
 from .compare import compare as compare_cells
 from .compare import plan as plan_cells
-from .config import choices, construct, nested, parse, setting
-from .console import Events, Quiet, Teller, console, emit, rich_table, run_facts, run_table, teller
+from .config import choices, construct, data_table, nested, parse, setting
+from .console import Events, Quiet, Teller, console, data_counts, data_facts, emit, rich_table, run_facts, run_table, teller
+from .data import DataError, save_partition
 from .errors import InputError
 from .predict import predict as predict_images
 from .progress import spoken
@@ -142,6 +143,34 @@ class _Shown(Cells):
 def report(asked: Namespace) -> int:
     comparison = (asked.folder / "compare.json").exists()
     print(pages.write_comparison(asked.folder) if comparison else pages.write(asked.folder))
+    return 0
+
+
+def data(asked: Namespace) -> int:
+    from .data.facts import facts, plot
+    from .runs import load_data
+
+    chosen = data_table(asked.config, dict(setting(text) for text in asked.settings))
+    try:
+        federation = load_data(chosen)
+    except DataError as error:
+        if asked.json:
+            print(json.dumps({"usable": False, "name": error.name, "faults": list(error.faults)}, indent=1))
+        else:
+            console().print("\n".join(error.faults), highlight=False, markup=False)
+        raise InputError(f"{error.name} is not usable: {len(error.faults)} faults, listed above") from error
+    found = facts(federation, chosen.cache)
+    if asked.plot:
+        plot(federation, asked.plot)
+    if asked.save:
+        found["partition_sha256"] = save_partition(federation, asked.save)
+    if asked.json:
+        print(json.dumps({"usable": True, **found}, indent=1))
+        return 0
+    out = console()
+    out.print(data_counts(found))
+    out.print()
+    out.print(data_facts(found), highlight=False, markup=False)
     return 0
 
 

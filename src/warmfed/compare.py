@@ -199,7 +199,7 @@ def compare(cells: Sequence[Cell], folder: Path, workers: int = 0, watcher: Cell
     for cell in {(cell.arm, cell.rounds, cell.unseen): cell for cell in cells}.values():
         source = repr(cell.config.data)
         if source not in known:
-            known[source] = load(cell.config.data.source, **cell.config.data.options)
+            known[source] = load_data(cell.config.data)
         data[source, cell.unseen] = prepare(cell.config, known[source]).federation.fingerprint
     summaries = {
         cell: found

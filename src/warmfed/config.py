@@ -29,9 +29,13 @@ class Data:
     """Which federation."""
 
     source: str = "digits4"
-    """An embedded federation, a folder site/class/*.png, or an .npz file."""
+    """digits4, or how `path` is read: folder, npz, idx, csv, camelyon17, parquet, hub; without `path`: a path itself."""
+    path: str = ""
+    """What is read; for hub, the data set's name."""
+    cache: str = ""
+    """Folder where decoded images are kept; empty: $WARMFED_CACHE, or warmfed in the user's cache folder."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What its reader takes: alpha of digits4's label skew, image_size and template of a folder, …"""
+    """What its reader takes: image_size, classes, deal, …; see docs/data.md."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,19 @@ def parse(file: Path | None = None, settings: Mapping[str, Any] | None = None) -
     Raises:
         InputError: an unknown key (with the nearest known one), a wrong type, a value out of range.
     """
-    return resolve(read_toml(file) if file is not None else {}, nested(settings or {}))
+    tables = read_toml(file) if file is not None else {}
+    shared = {key: value for key, value in tables.items() if key not in ("compare", "arms")}  # for `warmfed compare` alone
+    return resolve(shared, nested(settings or {}))
+
+
+def data_table(file: Path | None = None, settings: Mapping[str, Any] | None = None) -> Data:
+    """The table `data` of a configuration alone: `warmfed data` needs no other. Raises as `parse` does."""
+    tables = read_toml(file) if file is not None else {}
+    _overlay(tables, nested(settings or {}))
+    values = tables.get("data", {})
+    if not isinstance(values, Mapping):
+        raise InputError(f"data must be a table of settings; got {values!r}")
+    return construct(Data, values, "data")
 
 
 def read_toml(file: Path) -> dict[str, Any]:

@@ -308,3 +308,40 @@ def rich_table(plain: Plain) -> Table:
     for row in plain.rows:
         table.add_row(*(Text(f"★ {cell.text}", "bold green") if cell.best else Text(cell.text) for cell in row))
     return table
+
+
+MOST_CLASSES = 12
+"""Wider tables than of so many classes do not fit; then least and most images of a class are shown."""
+
+
+def data_counts(found: Mapping[str, Any]) -> Table:
+    """Sites × classes with the counts of each split, as `warmfed data` shows them."""
+    classes = found["classes"]
+    many = len(classes) > MOST_CLASSES
+    table = Table(box=None, pad_edge=False)
+    for header in ("site", "split"):
+        table.add_column(header)
+    for header in ("images", *(("classes", "fewest of one", "most of one") if many else classes)):
+        table.add_column(header, justify="right")
+    for site, splits in found["sites"].items():
+        for turn, (split, counts) in enumerate(splits.items()):
+            held = [count for count in counts if count]
+            shown = [len(held), min(held), max(held)] if many else counts
+            table.add_row("" if turn else site, split, f"{sum(counts):,}", *(f"{count:,}" if count else "-" for count in shown))
+    return table
+
+
+def data_facts(found: Mapping[str, Any]) -> str:
+    channels, height, width = found["image"]
+    sides = [f"{w}x{h}" for w, h in found["pictures"]]
+    was = f", of pictures of {' to '.join(dict.fromkeys(sides))}" if sides else ""
+    sites = f"{len(found['sites'])} site{'s' * (len(found['sites']) != 1)}"
+    lines = [
+        f"{found['name']}: {sites}, {found['images']:,} images, {len(found['classes'])} classes",
+        f"images: {width}x{height}, {'colour' if channels == 3 else 'grey'}, {size(found['bytes'])}{was}",
+        f"fingerprint: {found['fingerprint']}",
+        *([f"partition: {found['partition_sha256']}"] if "partition_sha256" in found else []),
+        *(f"note: {note}" for note in found["notes"]),
+        f"cache: {size(found['cache']['bytes'])} in {found['cache']['folder']}",
+    ]
+    return "\n".join(lines)

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .randomness import seeded
-from .tensors import Table, Tensors, rows, select
+from .tensors import Table, Tensors, rows, select, to
 
 Loss = Callable[[nn.Module, Table], Tensor]
 Penalty = Callable[[Tensors], Tensor]
 Correct = Callable[[str, Tensor], Tensor]
 Watch = Callable[[int, int, Callable[[], dict[str, Tensor]]], None]
+_RESIDENT = 2**31
+"""Bytes of data that go to the device as a whole; more go batch by batch."""
 
 
 class Trains(Protocol):
@@ -167,7 +169,8 @@ def fit(
         varying = training.warmup > 0 or training.schedule != "constant"
         logged: list[tuple[Tensor, int]] = []
         batches = _batches(n, training.batch, ctx.rng)
-        data = {name: column.to(ctx.device) for name, column in data.items()}
+        if sum(column.nbytes for column in data.values()) <= _RESIDENT:
+            data = to(data, ctx.device)
 
         def tensors() -> dict[str, Tensor]:
             state = model.state_dict() | average
@@ -180,7 +183,7 @@ def fit(
             for parameter in live:  # optimizer.zero_grad() without its profiler's record: a tenth of a small step
                 parameter.grad = None
             for _ in range(training.accumulate):
-                batch = select(data, next(batches))
+                batch = to(select(data, next(batches)), ctx.device)
                 with autocast:
                     value = objective(model, batch)
                     full = value + penalty(parameters) if penalty else value

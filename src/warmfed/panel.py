@@ -89,7 +89,7 @@ def grid(table: Table, classes: int, columns: int = _COLUMNS) -> bytes:
     for c in range(classes):
         found = image[table["label"] == c][:columns]
         places[c, : len(found)] = found
-    image = places.permute(2, 0, 3, 1, 4).reshape(3, classes * image.shape[2], columns * image.shape[3])
+    image = places.permute(2, 0, 3, 1, 4).reshape(-1, classes * image.shape[2], columns * image.shape[3]).expand(3, -1, -1)
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -64,7 +64,7 @@ def predict(folder: Path, images: Sequence[Path], site: str = "") -> list[dict[s
         try:
             if not image.is_file():
                 raise UnreadableError("is no file; check the path")
-            pixels.append(torch.from_numpy(decode(image, height).copy()))
+            pixels.append(torch.from_numpy(decode(image, height, channels).copy()))
         except UnreadableError as error:
             raise InputError(f"{image} {error}") from error
     found = task.predict(model, {"image": torch.stack(pixels)}).double().softmax(-1)

@@ -23,7 +23,7 @@ from safetensors.torch import save
 
 from . import __version__, report
 from .algorithms import ALGORITHMS, entry
-from .config import TASKS, Config, build
+from .config import TASKS, Config, Data, build
 from .core import Algorithm, Central, Generator, Round, ServerState, Task
 from .data import Federation, Site, load
 from .diffusion import pipeline
@@ -143,8 +143,14 @@ class Ready:
         """Names a run: its settings (but for the number of workers), data, base and start."""
         values = tomllib.loads(self.config.toml())
         values.pop("workers")
+        values["data"].pop("cache")  # where copies lie is no setting of the run
         text = json.dumps([values, self.federation.fingerprint, self.base, self.start], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_data(data: Data) -> Federation:
+    """The federation that a configuration names; raises `InputError`."""
+    return load(data.source, data.path, **({"cache": data.cache} if data.cache else {}), **data.options)
 
 
 def prepare(config: Config, federation: Federation | None = None) -> Ready:
@@ -170,7 +176,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
     if config.task not in entry(config.name).tasks:
         able = ", ".join(name for name, each in ALGORITHMS.items() if config.task in each.tasks)
         raise InputError(f"{config.name} cannot learn the task {config.task}; choose one of {able}")
-    federation = federation or load(config.data.source, **config.data.options)
+    federation = federation or load_data(config.data)
     unseen = None
     if config.unseen.site:
         federation, unseen = federation.without(config.unseen.site), federation.sites[config.unseen.site]
@@ -188,6 +194,8 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
             f"model {config.model.name!r} does not take images of {federation.shape} ({error}); choose another"
         ) from error
     uses = any(stage.name == "warm" for stage in plan)
+    if uses and federation.shape[0] != 3:
+        raise InputError(f"{config.generator.base} draws colour images, those of {federation.name} are grey; set channels to 3")
     if uses and federation.shape[1:] != (side := pipeline.side(config.generator.base),) * 2:
         raise InputError(
             f"{config.generator.base} draws images of {side}×{side} pixels, those of {federation.name} have "

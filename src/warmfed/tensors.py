@@ -85,7 +85,21 @@ def join(tables: Iterable[Table]) -> dict[str, Tensor]:
     tables = list(tables)
     if len({tuple(sorted(t)) for t in tables}) != 1:
         raise KeyError(f"column names differ: {[sorted(t) for t in tables]}")
-    return {name: torch.cat([t[name] for t in tables]) for name in tables[0]}
+    return {name: _joined([t[name] for t in tables]) for name in tables[0]}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """As torch.cat; but what lies side by side in one piece of memory (a mapped file) is not copied."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        same = (part.dtype, part.shape[1:], part.untyped_storage().data_ptr()) == (
+            first.dtype, first.shape[1:], first.untyped_storage().data_ptr()
+        )  # fmt: skip
+        if not same or not part.is_contiguous() or part.data_ptr() != end:
+            return torch.cat(parts)
+        end += part.nbytes
+    shape = (sum(len(part) for part in parts), *first.shape[1:])
+    return first.as_strided(shape, torch.empty(shape, device="meta").stride())
 
 
 def dealt(counts: Tensor, wanted: int) -> Tensor:

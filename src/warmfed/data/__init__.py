@@ -1,6 +1,15 @@
 """Federations: named sites with train, validation and test images, one tuple of class names, and a fingerprint."""
 
+from .assembly import deal, save_partition
+from .digits4 import digits4
 from .federation import SPLITS, Federation, Site
-from .sources import arrays, digits4, folder, load, npz
+from .folders import camelyon17, csv, folder
+from .hub import hub, parquet
+from .plain import arrays, idx, npz
+from .pool import DataError
+from .sources import load
 
-__all__ = ["SPLITS", "Federation", "Site", "arrays", "digits4", "folder", "load", "npz"]
+__all__ = [
+    "SPLITS", "DataError", "Federation", "Site", "arrays", "camelyon17", "csv", "deal", "digits4", "folder", "hub", "idx",
+    "load", "npz", "parquet", "save_partition",
+]  # fmt: skip

@@ -16,7 +16,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One organisation's data: three tables {"image": uint8 [n, 3, height, width], "label": int64 [n]}."""
+    """One organisation's data: three tables {"image": uint8 [n, c, height, width], "label": int64 [n]}."""
 
     train: Table
     validation: Table
@@ -34,7 +34,8 @@ class Federation:
 
     `classes` is the only place where a label gets its name: label i is `classes[i]`, its prompt `prompts[i]`.
     `template` holds one `{}` for the class name. `sites` is kept sorted by name. `notes` are remarks of whoever
-    read the data (missing classes, duplicates); they do not enter the fingerprint. No table is empty.
+    read the data (missing classes, duplicates), `origin` tells what each image is called there, by site and split, `sides`
+    the width and height of the smallest and of the largest picture; they do not enter the fingerprint. No table is empty.
 
     Raises InputError, naming every fault at once, where a table has another shape, type or label than it should.
     """
@@ -44,6 +45,8 @@ class Federation:
     template: str
     sites: Mapping[str, Site] = field(repr=False)
     notes: tuple[str, ...] = ()
+    origin: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict, repr=False)
+    sides: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
@@ -59,7 +62,7 @@ class Federation:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(3, height, width) of every image."""
+        """(channels, height, width) of every image; 3 channels are colour, 1 is grey."""
         first = next(iter(self.sites.values())).train["image"]
         return (int(first.shape[1]), int(first.shape[2]), int(first.shape[3]))
 
@@ -111,10 +114,10 @@ def _faults(federation: Federation) -> list[str]:
                 faults.append(f"{where}: the columns image and label were expected, {sorted(table)} came")
                 continue
             image, label = table["image"], table["label"]
-            if image.dtype != torch.uint8 or image.dim() != 4 or image.shape[1] != 3:
-                faults.append(f"{where}: uint8 images [n, 3, height, width] were expected, {_kind(image)} came")
+            if image.dtype != torch.uint8 or image.dim() != 4 or image.shape[1] not in (1, 3):
+                faults.append(f"{where}: uint8 images [n, 1 or 3, height, width] were expected, {_kind(image)} came")
                 continue
-            shapes.add(tuple(image.shape[2:]))
+            shapes.add(tuple(image.shape[1:]))
             if label.dtype != torch.int64 or tuple(label.shape) != (len(image),):
                 faults.append(f"{where}: int64 labels [{len(image)}] were expected, {_kind(label)} came")
             elif len(label) and not 0 <= int(label.min()) <= int(label.max()) < count:

@@ -1,7 +1,10 @@
-"""Pictures and arrays of any kind become uint8 [3, height, width]; what cannot is told in one sentence."""
+"""Pictures and arrays of any kind become uint8 [channels, height, width]; what cannot is told in one sentence."""
 
+import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +14,50 @@ from PIL import Image, ImageOps
 
 Pixels = NDArray[np.uint8]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 
 
 class UnreadableError(ValueError):
     """Why one picture or array cannot be used; callers collect these and report all of them at once."""
 
 
-def decode(path: Path, size: int) -> Pixels:
-    """The picture at `path`, squeezed to a square: uint8 [3, size, size].
+def decode(path: Path, size: int, channels: int = 3) -> Pixels:
+    """The picture at `path`, squeezed to a square: uint8 [channels, size, size].
 
     Turned upright as its EXIF data say; transparency is laid on white; 16-bit grey keeps its upper 8 bits.
     Raises UnreadableError where the file holds no whole picture, or more than some 179 million pixels (Pillow's bound).
     """
+    with quiet():
+        return picture(path, size, channels)[0]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Pillow warns of large pictures and odd metadata; the pixels decide here. Not for threads of their own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def picture(source: Path | bytes, size: int, channels: int) -> tuple[Pixels, tuple[int, int]]:
+    """As `decode`, of a file or its content, and the width and height that it had; to be called within `quiet`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd metadata; the pixels decide here
-            with Image.open(path) as picture:
-                picture.draft(None, (4 * size, 4 * size))  # a large JPEG need not be decoded at full size
-                return _square(_rgb(ImageOps.exif_transpose(picture)), size)
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
+            had = opened.size
+            opened.draft(None, (4 * size, 4 * size))  # a large JPEG need not be decoded at full size
+            upright = ImageOps.exif_transpose(opened)
+            return _square(_colour(upright) if channels == 3 else _colour(upright).convert("L"), size), had
     except Image.DecompressionBombError as error:
         raise UnreadableError("has too many pixels; make it smaller") from error
+    except UnreadableError:
+        raise
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error) as error:
         raise UnreadableError("does not decode as an image; replace or remove it") from error
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _colour(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise UnreadableError("holds floating-point pixels, of unknown range; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):
         wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
         return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
@@ -48,11 +69,12 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 def _square(picture: Image.Image, size: int) -> Pixels:
     small = picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(small, dtype=np.uint8).transpose(2, 0, 1)
+    pixels = np.asarray(small, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def from_array(values: Any, size: int | None) -> Pixels:
-    """Images [n, h, w], [n, h, w, 1 or 3] or [n, 1 or 3, h, w] as uint8 [n, 3, h, w], squeezed to `size` where given.
+def from_array(values: Any, size: int | None, channels: int = 3) -> Pixels:
+    """Images [n, h, w], [n, h, w, 1 or 3] or [n, 1 or 3, h, w] as uint8 [n, channels, h, w], squeezed to `size` where given.
 
     Takes uint8 from 0 to 255, or floats from 0 to 1. Raises UnreadableError for anything else.
     """
@@ -68,7 +90,13 @@ def from_array(values: Any, size: int | None) -> Pixels:
     if array.dtype != np.uint8:
         span = f", {array.min():g} to {array.max():g}" if array.dtype.kind in "iuf" and array.size else ""
         raise UnreadableError(f"uint8 images or floats from 0 to 1 were expected, {array.dtype}{span} came")
-    colour = np.broadcast_to(array, (*array.shape[:3], 3))
+    if channels == 1 and array.shape[3] == 3:
+        # Pillow's own luma: (19595 R + 38470 G + 7471 B + 2^15) / 2^16
+        array = ((array.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 0x8000) >> 16).astype(np.uint8)[
+            ..., None
+        ]
+    colour = np.broadcast_to(array, (*array.shape[:3], channels))
     if size is None or colour.shape[1:3] == (size, size) or not len(colour):
         return np.ascontiguousarray(colour.transpose(0, 3, 1, 2))
-    return np.stack([_square(Image.fromarray(np.ascontiguousarray(image)), size) for image in colour])
+    flat = colour[..., 0] if channels == 1 else colour
+    return np.stack([_square(Image.fromarray(np.ascontiguousarray(image)), size) for image in flat])

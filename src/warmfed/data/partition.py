@@ -4,18 +4,15 @@ Randomness is named: `key` is any tuple of plain values (seed, purpose); the sam
 machine and NumPy version.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..errors import InputError, suggest
 from ..randomness import number
-from ..tensors import join, rows, select
-from .federation import SPLITS, Federation, Site
 
 Ints = NDArray[np.int64]
 
@@ -103,32 +100,52 @@ def quantity(labels: NDArray[Any], sites: int, alpha: float, *, key: Sequence[ob
     return list(np.split(order, cuts))
 
 
-def deal(
-    federation: Federation, sites: int, rule: str = "iid", alpha: float = 0.5, classes_per_site: int = 2, seed: int = 0
-) -> Federation:
-    """All images of `federation`, dealt to `sites` new ones by "iid", "dirichlet", "shards" or "quantity".
+@dataclass(frozen=True)
+class Deal:
+    """How all images of a source are pooled and dealt to other sites; each keeps its split where it has one."""
 
-    Each image keeps its split: what was for testing stays for testing. `alpha` is for "dirichlet" and "quantity",
-    `classes_per_site` for "shards"; `seed` names the deal. InputError where a site would be left without a split.
-    """
-    pools = [join(site.splits[split] for site in federation.sites.values()) for split in SPLITS]
-    pool, bounds = join(pools), np.cumsum([0, *(rows(table) for table in pools)])
-    labels, key = pool["label"].numpy(), ("deal", rule, seed)
-    rules = {
-        "iid": lambda: iid(labels, sites, key=key),
-        "dirichlet": lambda: dirichlet(labels, sites, alpha, key=key),
-        "shards": lambda: shards(labels, sites, classes_per_site, key=key),
-        "quantity": lambda: quantity(labels, sites, alpha, key=key),
-    }
-    if rule not in rules:
-        raise InputError(f"there is no rule {rule!r} to deal by{suggest(rule, list(rules))}")
-    dealt = {}
-    for turn, part in enumerate(rules[rule]()):
-        pieces = [part[(part >= low) & (part < high)] for low, high in pairwise(bounds)]
-        tables = [select(pool, torch.from_numpy(np.sort(piece))) for piece in pieces]
-        dealt[f"site-{turn:0{len(str(sites - 1))}}"] = Site(*tables)
-    name = f"{federation.name} dealt to {sites} by {rule}"
-    return Federation(name, federation.classes, federation.template, dealt, federation.notes)
+    sites: int = 0
+    """How many new sites ("file" and "flwr" know by themselves)."""
+    rule: str = "iid"
+    """iid, dirichlet, shards, quantity; flwr: a partitioner of flwr-datasets; file: as `warmfed data --save` wrote it."""
+    alpha: float = 0.5
+    """Concentration of "dirichlet" and "quantity"."""
+    classes_per_site: int = 2
+    """Of "shards"."""
+    smallest: int = 20
+    """Images of each site at least, of "dirichlet" and "quantity"."""
+    seed: int = 0
+    """Names the draw."""
+    partitioner: str = "DirichletPartitioner"
+    """Of "flwr": a class of `flwr_datasets.partitioner`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of "flwr": its arguments, such as {"num_partitions": 10, "partition_by": "label"}."""
+    path: str = ""
+    """Of "file"."""
+
+    def __post_init__(self) -> None:
+        rules = ["iid", "dirichlet", "shards", "quantity", "flwr", "file"]
+        if self.rule not in rules:
+            raise InputError(f"there is no rule {self.rule!r} to deal by{suggest(self.rule, rules)}")
+        if not self.sites and self.rule not in ("flwr", "file"):
+            raise InputError("the deal of data needs sites: how many there shall be")
+
+    def parts(self, labels: NDArray[Any], columns: Mapping[str, NDArray[Any]] | None = None) -> list[Ints]:
+        """Row numbers of each new site. `columns`: what a partitioner of flwr-datasets may go by, beside "label"."""
+        key = ("deal", self.rule, self.seed)
+        match self.rule:
+            case "iid":
+                return iid(labels, self.sites, key=key)
+            case "dirichlet":
+                return dirichlet(labels, self.sites, self.alpha, key=key, smallest=self.smallest)
+            case "shards":
+                return shards(labels, self.sites, self.classes_per_site, key=key)
+            case "quantity":
+                return quantity(labels, self.sites, self.alpha, key=key, smallest=self.smallest)
+            case _:
+                from .hub import partitioned
+
+                return partitioned(self.partitioner, self.options, {**(columns or {}), "label": labels})
 
 
 def _shuffled(labels: NDArray[Any], sites: int, key: Sequence[object]) -> Ints:
