@@ -60,6 +60,7 @@ def test_the_fingerprint_knows_every_byte_and_no_more() -> None:
         ({"template": "a pet"}, "template needs one {}"),
         ({"template": "a {} {}"}, "template needs one {}"),
         ({"sites": {}}, "at least one site"),
+        ({"sites": {"a": site(), "../b": site()}}, "site '../b': a name that a file can have was expected"),
         ({"sites": {"a": Site(table([0, 2]), table([1]), table([0]))}}, "labels 0 to 1 were expected, 0 to 2 came"),
         ({"sites": {"a": Site(table([0, 1]), table([]), table([0]))}}, "site 'a', validation: no images"),
         ({"sites": {"a": site(), "b": site(side=8)}}, "images of one size"),

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -158,6 +159,32 @@ def test_more_kinds_of_files(tmp_path: Path) -> None:
     Image.fromarray(np.full((20, 20), 0.5, np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(UnreadableError, match="floating-point pixels"):
         decode(tmp_path / "float.tiff", 8)
+
+
+@pytest.mark.parametrize("name", ["domainnet", "pacs", "camelyon17"])
+def test_the_examples_read_what_they_are_for(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trees in small, laid out and listed as the originals are."""
+    examples = Path(__file__).parent.parent / "examples"
+    options = tomllib.loads((examples / f"{name}.toml").read_text())["data"]["options"]
+    if name == "camelyon17":
+        camelyon(tmp_path)
+    else:
+        first = 1 if name == "pacs" else 0  # PACS numbers its classes from 1
+        for s, site in enumerate(options.get("sites", ["art_painting", "cartoon", "photo", "sketch"])):
+            lines = []
+            for c, label in enumerate(options["classes"]):
+                for i in range(10):
+                    saved(tmp_path / site / label / f"{i}.jpg", 1000 * s + 10 * c + i)
+                    lines.append(f"{site}/{label}/{i}.jpg {c + first}")
+            parts = ("train_kfold", "crossval_kfold") if name == "pacs" else ("train", "test")
+            for part, chosen in zip(parts, (lines[::2], lines[1::2]), strict=True):
+                (tmp_path / f"{site}_{part}.txt").write_text("\n".join(chosen) + "\n")
+    command = ["data", str(examples / f"{name}.toml"), "--json", "--set", f"data.path={tmp_path}", "data.options.image_size=8"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = {"domainnet": (600, 6, 10), "pacs": (280, 4, 7), "camelyon17": (120, 2, 2)}[name]
+    assert (found["images"], len(found["sites"]), len(found["classes"])) == expected
+    assert found["classes"] == options.get("classes", ["normal", "tumor"])
 
 
 # Tables

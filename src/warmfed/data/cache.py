@@ -1,5 +1,6 @@
 """Decoded images on disk, memory-mapped: made once, under a name that says what they were made from."""
 
+import errno
 import math
 import os
 import sys
@@ -94,6 +95,10 @@ def _reserve(descriptor: int, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size)
     except AttributeError:  # not on this system
+        os.truncate(descriptor, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not on this kind of disk
+            raise
         os.truncate(descriptor, size)
 
 

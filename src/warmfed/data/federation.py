@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 from ..errors import InputError, suggest
 from ..tensors import Table, sha256
 
+_PLAIN = re.compile(r'[^/\\:*?"<>|\x00-\x1f]*')
 SPLITS = ("train", "validation", "test")
 
 
@@ -106,6 +108,10 @@ def _faults(federation: Federation) -> list[str]:
         faults.append(f"the template needs one {{}} for the class name, {federation.template!r} came")
     if not federation.sites:
         faults.append("at least one site was expected, none came")
+    faults += [
+        f"site {name!r}: a name that a file can have was expected"
+        for name in federation.sites if not name or name.startswith(".") or len(name) > 100 or not _PLAIN.fullmatch(name)
+    ]  # fmt: skip
     shapes = set()
     for name, site in federation.sites.items():
         for split, table in site.splits.items():

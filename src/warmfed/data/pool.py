@@ -73,7 +73,7 @@ class Common:
 
     @property
     def store(self) -> Cache:
-        return Cache(Path(self.cache).expanduser() if self.cache else usual())
+        return Cache((Path(self.cache).expanduser() if self.cache else usual()).absolute())
 
 
 def common(options: Mapping[str, Any]) -> Common:

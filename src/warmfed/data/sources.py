@@ -33,7 +33,7 @@ def load(name: str, /, path: str = "", **options: Any) -> Federation:
     """
     reader, found = _found(name, path)
     what = f"data {name!r}"
-    if not isinstance(options.get("deal", {}), Mapping):
+    if not isinstance(options.get("deal"), Mapping | None):
         raise InputError(f"the deal of data must be a table of options; got {options['deal']!r}")
     _checked(options, _known(reader), what)
     if options.get("deal"):
