@@ -123,7 +123,8 @@ def main() -> None:
         written = generate(root, asked.images)
         result: dict[str, Any] = {
             "machine": f"{platform.machine()}, {multiprocessing.cpu_count()} processors", "images": asked.images,
-            "jpeg_mb": round(written / 1e6), "decoded_mb": round(asked.images * 3 * asked.size**2 / 1e6), "size": asked.size,
+            "date": time.strftime("%Y-%m-%d"), "jpeg_mb": round(written / 1e6), "size": asked.size,
+            "decoded_mb": round(asked.images * 3 * asked.size**2 / 1e6),
         }  # fmt: skip
         for name, work in {
             "first": Read(root, asked.size, cache),

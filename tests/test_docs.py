@@ -3,11 +3,16 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from warmfed.algorithms import ALGORITHMS
+from warmfed.cli import parser
+from warmfed.config import data_table, setting
+from warmfed.data import load
+from warmfed.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -45,3 +50,31 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_algorithm_has_a_page(name: str) -> None:
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "algorithms").glob("*.md"))
     assert name.removesuffix("-converged").removesuffix("-public") in pages
+
+
+def test_the_data_page_is_true(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its Python runs; its commands and tables name settings that there are, of the right types."""
+    blocks = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
+    commands, tables = 0, 0
+    for kind, text in blocks:
+        if kind == "python":
+            exec(text, {})
+            assert "a photo of the digit three" in capsys.readouterr().out
+        settings = tomllib.loads(text).get("data", {}) if kind == "toml" and "[" in text.splitlines()[0] else {}
+        options = dict(settings.get("options", tomllib.loads(text) if kind == "toml" else {}))
+        if options:
+            tables += 1
+            check(settings.get("source", "npz"), options)
+        for line in text.splitlines() if kind == "" else ():
+            if line.startswith("warmfed data"):
+                commands += 1
+                asked = parser().parse_args(line.split()[1:])
+                chosen = data_table(asked.config and ROOT / asked.config, dict(setting(each) for each in asked.settings))
+                check(chosen.source, dict(chosen.options))
+    assert (commands, tables) == (10, 4)
+
+
+def check(source: str, options: dict[str, object]) -> None:
+    """Raises where a reader does not take these options; the path is the only thing that it may miss."""
+    with pytest.raises(InputError, match=r"no/such|install it by"):
+        load(source, "/no/such", **options)

@@ -18,11 +18,11 @@ from typing import Any
 from . import __version__, report
 from .algorithms import ALGORITHMS, entry
 from .config import Config, nested, read_toml, resolve
-from .data import Federation, load
+from .data import Federation
 from .errors import InputError, suggest
 from .files import read_bytes, sweep, write_json, write_whole
 from .progress import Clock
-from .runs import Watcher, execute, prepare, read_summary, resume
+from .runs import Watcher, execute, load_data, prepare, read_summary, resume
 from .tabulate import tabulate
 from .transports.pool import Pool, death_told, tell
 

@@ -100,11 +100,13 @@ def _plain(value: Any) -> Any:
 def parse(file: Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:
     """A configuration from a TOML file (or none) under `settings`, whose keys are dotted: {"algorithm.rounds": 1}.
 
+    What the file says of comparisons and sweeps ([compare], [arms], [sweep]) is left to those.
+
     Raises:
         InputError: an unknown key (with the nearest known one), a wrong type, a value out of range.
     """
     tables = read_toml(file) if file is not None else {}
-    shared = {key: value for key, value in tables.items() if key not in ("compare", "arms")}  # for `warmfed compare` alone
+    shared = {key: value for key, value in tables.items() if key not in ("compare", "arms", "sweep")}
     return resolve(shared, nested(settings or {}))
 
 

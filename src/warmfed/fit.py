@@ -169,7 +169,8 @@ def fit(
         varying = training.warmup > 0 or training.schedule != "constant"
         logged: list[tuple[Tensor, int]] = []
         batches = _batches(n, training.batch, ctx.rng)
-        if sum(column.nbytes for column in data.values()) <= _RESIDENT:
+        resident = sum(column.nbytes for column in data.values()) <= _RESIDENT
+        if resident:
             data = to(data, ctx.device)
 
         def tensors() -> dict[str, Tensor]:
@@ -183,7 +184,9 @@ def fit(
             for parameter in live:  # optimizer.zero_grad() without its profiler's record: a tenth of a small step
                 parameter.grad = None
             for _ in range(training.accumulate):
-                batch = to(select(data, next(batches)), ctx.device)
+                batch = select(data, next(batches))
+                if not resident:
+                    batch = to(batch, ctx.device)
                 with autocast:
                     value = objective(model, batch)
                     full = value + penalty(parameters) if penalty else value

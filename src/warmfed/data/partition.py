@@ -145,7 +145,10 @@ class Deal:
             case _:
                 from .hub import partitioned
 
-                return partitioned(self.partitioner, self.options, {**(columns or {}), "label": labels})
+                # shuffled: some partitioners cut a class into pieces as it comes, and sources come split by split
+                order = stream(*key, "order").permutation(len(labels))
+                shown = {name: column[order] for name, column in {**(columns or {}), "label": labels}.items()}
+                return [order[part] for part in partitioned(self.partitioner, self.options, shown)]
 
 
 def _shuffled(labels: NDArray[Any], sites: int, key: Sequence[object]) -> Ints:
