@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .errors import InputError
-from .randomness import seeded
+from .randomness import child, seeded
 from .tensors import Table, Tensors, rows, select, to
 
 Loss = Callable[[nn.Module, Table], Tensor]
@@ -39,6 +40,9 @@ class Context(Protocol):
     def device(self) -> str: ...
     @property
     def progress(self) -> Callable[[str, int, int], None]: ...
+
+
+C = TypeVar("C", bound=Context)
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,26 @@ def proximal(anchor: Tensors, mu: float) -> Penalty:
     """mu/2·||w - anchor||², over parameters (buffers are not trained)."""
 
     def penalty(parameters: Tensors) -> Tensor:
-        live = [(p, anchor[name]) for name, p in parameters.items() if p.requires_grad]
+        live = [(p, anchor[name].to(p.device)) for name, p in parameters.items() if p.requires_grad]
         return mu / 2 * torch.stack([((p - a) ** 2).sum() for p, a in live]).sum()
 
     return penalty
+
+
+def minibatches(ctx: C, training: Training, data: Table) -> Iterator[tuple[C, Table]]:
+    """The batches that `fit` would train on, in its order, for methods that solve a problem of their own on each of them.
+
+    Yields:
+        A context for that problem (its random stream is one for all of them, and not that of the order), and the rows.
+    """
+    if not rows(data):
+        raise InputError("cannot train on no rows; check the site's training data")
+    inner: Any = replace(ctx, rng=child(ctx.rng))  # type: ignore[type-var]
+    order = _batches(rows(data), training.batch, ctx.rng)
+    for _ in range(training.count(rows(data))):
+        yield inner, select(data, torch.cat([next(order) for _ in range(training.accumulate)]))
+
+
+def at(model: nn.Module, weights: Tensors) -> Any:
+    """The model with these weights in the place of its own, to be called as it is; gradients flow to the weights."""
+    return lambda *inputs: functional_call(model, dict(weights), inputs)

@@ -32,6 +32,11 @@ def child(parent: torch.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=parent)))
 
 
+def aside(parent: torch.Generator, purpose: str) -> torch.Generator:
+    """A stream named by its purpose and by where `parent` stands, which stays there: what is extra disturbs nobody."""
+    return named(hashlib.sha256(parent.get_state().numpy().tobytes()).hexdigest(), purpose)
+
+
 @contextmanager
 def seeded(parent: torch.Generator) -> Iterator[None]:
     """Inside, torch's global stream (dropout, module initialisation) is a child of `parent`; outside, it is as it was."""

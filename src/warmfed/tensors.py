@@ -47,6 +47,16 @@ def only(a: Tensors, keep: Callable[[str], bool]) -> dict[str, Tensor]:
     return {name: value for name, value in a.items() if keep(name)}
 
 
+def prefixed(a: Tensors, prefix: str) -> dict[str, Tensor]:
+    """The same tensors, their names after a prefix: several models become one."""
+    return {prefix + name: value for name, value in a.items()}
+
+
+def under(a: Tensors, prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in a.items() if name.startswith(prefix)}
+
+
 def mean(items: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
     """Weighted mean in one pass, accumulated in float64 and returned in the operands' type; O(one model) memory.
 

@@ -5,13 +5,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError, suggest
+from .apfl import APFL
 from .ditto import Ditto
+from .fedala import FedALA
+from .fedamp import FedAMP
 from .fedavg import FedAvg
 from .fedddpm import FedDDPM
 from .fedper import FedPer
+from .fedproto import FedProto
 from .fedprox import FedProx
 from .fgl import FGL
 from .finetune import FedAvgFineTune
+from .knnper import KNNPer
+from .perfedavg import PerFedAvg
+from .pfedme import PFedMe
 from .pfedsd import PFedSD
 from .references import Centralized, LocalOnly
 from .warmfed import WarmFed
@@ -55,6 +62,13 @@ ALGORITHMS: dict[str, Entry] = {
     "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one"),
     "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model"),
+    "apfl": Entry(APFL, "Deng et al. 2020", "a learned mixture of the global model and a personal branch"),
+    "pfedme": Entry(PFedMe, "T. Dinh et al. 2020", "personal models by Moreau envelopes around the global one"),
+    "perfedavg": Entry(PerFedAvg, "Fallah et al. 2020", "a start from which one step of a site's own gives a good model"),
+    "fedamp": Entry(FedAMP, "Huang et al. 2021", "a model for each site, mixed at the server from those of similar sites"),
+    "fedala": Entry(FedALA, "Zhang et al. 2023", "each site learns how much of the global model's last layers it takes"),
+    "fedproto": Entry(FedProto, "Tan et al. 2022", "the classes' mean features are exchanged, and no weights"),
+    "knnper": Entry(KNNPer, "Marfoq et al. 2022", "FedAvg, mixed with the nearest of a site's own images"),
     "fgl": Entry(FGL, "Zhang et al. 2023", "warm start from prompts alone, no adapters"),
     "fedddpm": Entry(
         FedDDPM, "Peng et al. 2025", "a diffusion model, corrected on samples of the sites' own models", DENOISE, ("denoise",)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, Stage, State
+from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
 from ..fit import Training
 from ..messages import Message, message
 from ..tensors import Tensors, mean, only, rows
@@ -95,3 +95,26 @@ class PartlyShared(Averaging):
 
     def client_model(self, down: Message, state: State) -> Tensors | None:
         return self.whole(down, state)
+
+
+@dataclass(frozen=True)
+class Personalized(Averaging):
+    """Abstract: the rounds of `Averaging`, and one last stage in which each site makes the last global model its own."""
+
+    @abstractmethod
+    def own(self, model: Tensors, ctx: Local) -> tuple[Tensors, Metrics]:
+        """A site's own model, from the last global one."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        train = Stage("train", self.merge, self.train, sample=self.sample)
+        return (train,) * self.rounds + (Stage("personalize", self.done, self.personalize),)
+
+    def personalize(self, down: Message, state: State, ctx: Local) -> Reply:
+        model, info = self.own(down.model, ctx)
+        return Reply(Nothing(), Model(model), float(rows(ctx.data["train"])), info)
+
+    def done(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        return server, {}
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return down.model if state is None else state.model

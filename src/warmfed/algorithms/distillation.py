@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core import Local
 from ..fit import Training, fit
 from ..randomness import seeded
-from ..tensors import Table, Tensors
+from ..tensors import Table, Tensors, prefixed, under
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,6 @@ def dynamic(
     if selector is None:
         with seeded(ctx.rng):
             selector = {name: value.detach().clone() for name, value in task.selector().state_dict().items()}
-    pair = {f"student.{name}": value for name, value in start.items()} | {f"selector.{name}": v for name, v in selector.items()}
+    pair = prefixed(start, "student.") | prefixed(selector, "selector.")
     tensors, info = fit(replace(ctx, task=task), pair, training, ctx.data["train"])
-    student = {name.removeprefix("student."): value for name, value in tensors.items() if name.startswith("student.")}
-    chosen = {name.removeprefix("selector."): value for name, value in tensors.items() if name.startswith("selector.")}
-    return student, chosen, info | task.metrics()
+    return under(tensors, "student."), under(tensors, "selector."), info | task.metrics()

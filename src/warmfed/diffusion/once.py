@@ -1,7 +1,7 @@
 """A generator that does equal work once: the cells of a comparison share their adapters and samples."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import Central, Local, Metrics
 from ..files import read_sealed, write_sealed
-from ..tensors import Tensors, sha256
+from ..tensors import Tensors, prefixed, sha256, under
 from .generator import LatentDiffusion
 
 
@@ -30,12 +30,12 @@ class Once:
         def make() -> dict[str, Tensor]:
             tensors, metrics = self.generator.adapt(ctx)
             return {
-                **{f"adapter/{name}": tensor for name, tensor in tensors.items()},
+                **prefixed(tensors, "adapter/"),
                 **{f"metric/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()},
             }
 
         found = self._once("adapt", ctx, ctx.prompts, ctx.data["train"], make)
-        return _under(found, "adapter/"), {name: value.item() for name, value in _under(found, "metric/").items()}
+        return under(found, "adapter/"), {name: value.item() for name, value in under(found, "metric/").items()}
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
         self.generator.check(adapter, prompts, who)
@@ -64,7 +64,3 @@ class Once:
         made = {name: tensor.contiguous() for name, tensor in make().items()}
         write_sealed(path, save({**made, "rng": ctx.rng.get_state()}))
         return made
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, suggest
+from ..tensors import Tensors, under
 from .eyes import EYES
 
 
@@ -65,6 +67,35 @@ def pfllib_cnn(shape: tuple[int, int, int], classes: int) -> Split:
     return Split(body, 512, classes)
 
 
+DATASTORE = "datastore."
+"""How the names of the tensors begin that a model remembers beside its weights."""
+
+
+class Remembering(nn.Module):
+    """A `Split` network with a datastore: its answer is mixed with that of the k nearest rows it remembers (kNN-Per).
+
+    Its tensors, after "datastore.": features, float [n, width]; labels, int64 [n]; and neighbours (k), scale (σ) and share
+    (λ), one number each.
+    """
+
+    def __init__(self, net: Split, datastore: Tensors) -> None:
+        super().__init__()
+        self.net, self.datastore = net, dict(datastore)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.net.features(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """log(λ·p_knn + (1 - λ)·p_net), float [n, classes]; p_knn weighs a neighbour at distance d by exp(-d/σ)."""
+        store, features = self.datastore, self.net.features(x)
+        probability = self.net.head(features).softmax(-1)
+        count = min(int(store["neighbours"]), len(store["labels"]))
+        near = torch.cdist(features, store["features"], compute_mode="donot_use_mm_for_euclid_dist").topk(count, largest=False)
+        weight = (-near.values / store["scale"]).softmax(-1)
+        votes = torch.zeros_like(probability).scatter_add(1, store["labels"][near.indices], weight)
+        return torch.lerp(probability, votes, store["share"]).log().clamp_min(-80)
+
+
 MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {"cnn": cnn, "linear": linear, "pfllib-cnn": pfllib_cnn}
 
 
@@ -75,6 +106,13 @@ def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
     return MODELS[name](shape, classes)
 
 
+def holding(net: nn.Module, tensors: Tensors) -> nn.Module:
+    """The network with these tensors loaded, ready to be asked; those of a datastore make it a `Remembering` one."""
+    net.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(DATASTORE)})
+    store = under(tensors, DATASTORE)
+    return (Remembering(net, store) if store else net).eval()  # type: ignore[arg-type]
+
+
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -83,4 +121,7 @@ def initial(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-__all__ = ["EYES", "MODELS", "Split", "build", "cnn", "initial", "linear", "parameters", "pfllib_cnn"]
+__all__ = [
+    "DATASTORE", "EYES", "MODELS", "Remembering", "Split", "build", "cnn", "holding", "initial", "linear", "parameters",
+    "pfllib_cnn",
+]  # fmt: skip

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,18 @@ def pixels(image: Tensor) -> Tensor:
     return image.contiguous().float().div_(127.5).sub_(1)
 
 
-def load_model(path: Path, like: Tensors, what: str) -> Tensors:
-    """The weights in a safetensors file, checked against a model's names and shapes; raises `InputError`."""
+def load_model(path: Path, like: Tensors, what: str, *, datastore: bool = False) -> Tensors:
+    """The weights in a safetensors file, checked against a model's names and shapes; raises `InputError`.
+
+    Args:
+        datastore: whether there may be one beside the weights (`models.Remembering`).
+    """
     try:
         found = load(read_bytes(path, what))
     except SafetensorError as error:
         raise InputError(f"{what} at {path} is damaged or no safetensors file ({error}); restore it") from error
-    for name in sorted(like.keys() | found.keys()):
+    weights = {name for name in found if not (datastore and name.startswith(models.DATASTORE))}
+    for name in sorted(like.keys() | weights):
         if name not in found or name not in like or found[name].shape != like[name].shape:
             raise InputError(
                 f"{what} at {path} does not fit the model: tensor {name!r} differs; choose the model it was made with"
@@ -70,22 +76,24 @@ class Classify:
     def logits(self, model: nn.Module, batch: Table) -> Tensor:
         return model(pixels(batch["image"]))
 
+    def embed(self, model: Any, batch: Table) -> Tensor:
+        """What the model's head sees, float [n, width]: a loss on features is between this and `model.head`."""
+        return model.features(pixels(batch["image"]))
+
     def loss(self, model: nn.Module, batch: Table) -> Tensor:
         return F.cross_entropy(self.logits(model, batch), batch["label"])
 
     def predict(self, model: Tensors, data: Table, batch: int = 256) -> Tensor:
         """Logits, float [n, classes]."""
-        net = self.build().eval()
-        net.load_state_dict(dict(model))
+        net = models.holding(self.build(), model)
         with torch.inference_mode():
             return torch.cat([self.logits(net, {"image": part}) for part in data["image"].split(batch)])
 
-    def features(self, model: Tensors, data: Table) -> Tensor:
+    def features(self, model: Tensors, data: Table, batch: int = 256) -> Tensor:
         """What the model's head sees, float [n, width]."""
-        net = self.build().eval()
-        net.load_state_dict(dict(model))
+        net: Any = models.holding(self.build(), model)
         with torch.inference_mode():
-            return net.get_submodule("body")(pixels(data["image"]))
+            return torch.cat([net.features(pixels(part)) for part in data["image"].split(batch)])
 
     def metrics(self, model: Tensors, data: Table) -> dict[str, float]:
         return measure(self.predict(model, data), data["label"])

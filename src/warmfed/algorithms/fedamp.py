@@ -1,0 +1,104 @@
+"""FedAMP and HeurFedAMP. Huang et al., AAAI 2021, arXiv:2007.03797, Algorithm 1 and Section "HeurFedAMP".
+
+The server mixes for each site a model of its own, in which similar sites weigh more: attentive message passing.
+Departures: the proximal problem is solved by a fixed number of epochs from the site's own last model; a
+site that has not been asked yet is sent the mean of the models there are. Defaults are ours:
+HeurFedAMP, which the paper proposes for deep networks, with the weight `itself` of a site's own model.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..errors import InputError
+from ..fit import fit, proximal
+from ..messages import Message, message
+from ..tensors import Tensors, mean
+from .averaging import Averaging, Model, upload
+
+
+@message
+class Server:
+    """By site, its last model and what the server has mixed for it; and what a site is sent that has no model yet."""
+
+    start: Tensors  # random weights, then the mean of the sites' models
+    personal: Mapping[str, Tensors]  # w_i
+    cloud: Mapping[str, Tensors]  # u_i
+
+
+@final
+@dataclass(frozen=True)
+class FedAMP(Averaging):
+    """Each site trains near its own mixture of all sites' models; there is no global model."""
+
+    attention: str = "cosine"
+    """How similar two models are: distance (FedAMP) or cosine (HeurFedAMP)."""
+    sigma: float = 10.0
+    """σ: the width of A(x) = 1 - exp(-x/σ) in the squared distance, or the factor of the cosine."""
+    alpha: float = 1.0
+    """α_k, the step of the mixing (distance)."""
+    itself: float = 0.5
+    """ξ_ii, the weight of a site's own model (cosine)."""
+    lam: float = 0.1
+    """λ: a site's loss has λ/(2α_k)·||w - u_i||² added; with the cosine, α_k is 1."""
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("distance", "cosine"):
+            raise InputError(f"attention must be distance or cosine; got {self.attention!r}")
+        if not self.sigma > 0 or not self.alpha > 0 or not 0 <= self.itself <= 1:
+            raise InputError("sigma and alpha must be above 0, itself at least 0 and at most 1; check [algorithm]")
+
+    def init(self, ctx: Central) -> ServerState:
+        return Server(ctx.task.init(ctx.rng), {}, {})
+
+    def down(self, server: ServerState, site: str) -> Message:
+        return Model(server.cloud.get(site, server.start))
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Model(down.model)
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        held = self.lam / (self.alpha if self.attention == "distance" else 1.0)
+        model, metrics = fit(ctx, state.model, self.local, ctx.data["train"], penalty=proximal(down.model, held))
+        return upload(model, Model(model), ctx, metrics)
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        personal = dict(sorted({**server.personal, **{site: r.message.model for site, r in replies.items()}}.items()))
+        weight = self.weights([torch.cat([value.double().flatten() for value in w.values()]) for w in personal.values()])
+        cloud = {
+            site: mean(zip(personal.values(), share.tolist(), strict=True))
+            for site, share in zip(personal, weight, strict=True)
+        }
+        start = mean((w, 1.0) for w in personal.values())
+        return Server(start, personal, cloud), {"own_weight": weight.diagonal().mean().item()}
+
+    def weights(self, models: list[Tensor]) -> Tensor:
+        """ξ, float64 [sites, sites]: each row sums to one. `models` are flat."""
+        flat, count = torch.stack(models), len(models)
+        if count == 1:
+            return torch.ones(1, 1, dtype=torch.float64)
+        if self.attention == "cosine":
+            unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            like = (self.sigma * (unit @ unit.T)).masked_fill(torch.eye(count, dtype=torch.bool), -math.inf)
+            return (1 - self.itself) * like.softmax(-1) + self.itself * torch.eye(count, dtype=torch.float64)
+        squared = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
+        weight = self.alpha / self.sigma * (-squared / self.sigma).exp()  # α_k·A'(||w_i - w_j||²)
+        weight.fill_diagonal_(0)
+        weight += torch.diag(1 - weight.sum(1))
+        if weight.min() < 0:
+            raise InputError(
+                f"the other sites weigh more than 1 in a site's model; set alpha below sigma/(sites - 1), "
+                f"now {self.alpha} and {self.sigma}/{count - 1}"
+            )
+        return weight
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return None
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return state.model

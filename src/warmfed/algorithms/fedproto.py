@@ -1,0 +1,100 @@
+"""FedProto. Tan et al., AAAI 2022, arXiv:2105.00243, Algorithm 1.
+
+The sites exchange the means of their features by class, prototypes, and nothing else; λ = 1 is the paper's.
+Departures: a class's global prototype is weighted by the sites' numbers of its images (the authors' code takes the plain
+mean over sites); the distance in the loss is the mean squared difference, as in that code, not its root.
+"""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..errors import InputError
+from ..fit import Loss, fit
+from ..messages import Message, message
+from ..tensors import Table, Tensors, rows
+from .averaging import Averaging, Model
+
+
+@message
+class Prototypes:
+    """The mean feature of each class and how many images it is the mean of: float [classes, width] and int64 [classes]."""
+
+    feature: Tensors  # {"mean": C̄}, {} before there are any
+    count: Tensors
+
+
+def prototypes(features: Tensor, label: Tensor, classes: int) -> Prototypes:
+    """The classes' mean features; zeros for a class without images."""
+    count = torch.bincount(label, minlength=classes)
+    total = torch.zeros(classes, features.shape[1], dtype=torch.float64).index_add_(0, label, features.double())
+    return Prototypes({"mean": (total / count.clamp_min(1)[:, None]).float()}, {"images": count})
+
+
+def nearest(prototypes: Message) -> Tensors:
+    """A head whose likeliest class is that of the nearest prototype: 2·C̄ᵀh - ||C̄||² is -||h - C̄||² but for ||h||²."""
+    mean, known = prototypes.feature["mean"], prototypes.count["images"] > 0
+    bias = torch.where(known, -mean.square().sum(1), torch.tensor(-1e6))
+    return {"head.weight": 2 * mean, "head.bias": bias}
+
+
+@final
+@dataclass(frozen=True)
+class FedProto(Averaging):
+    """Each site trains its own model, its features drawn to the classes' global prototypes; there is no global model."""
+
+    lam: float = 1.0
+    """λ, weight of the distance to the prototypes."""
+    predict: str = "prototype"
+    """How a site's model decides: by the nearest global prototype (the paper's) or by its own head."""
+
+    def __post_init__(self) -> None:
+        if self.predict not in ("prototype", "head"):
+            raise InputError(f"predict must be prototype or head; got {self.predict!r}")
+
+    def init(self, ctx: Central) -> ServerState:
+        return Prototypes({}, {})
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Model(ctx.task.init(ctx.rng))
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        data = ctx.data["train"]
+        pulled = self.pull(ctx, down) if self.lam and down.feature else None
+        model, metrics = fit(ctx, state.model, self.local, data, loss=pulled)
+        mine = prototypes(ctx.task.features(model, data), data["label"], ctx.task.classes)
+        return Reply(mine, Model(model), float(rows(data)), metrics)
+
+    def pull(self, ctx: Local, down: Message) -> Loss:
+        """Cross-entropy and λ times the distance of each image's feature to its class's prototype, where there is one."""
+        mean, known = down.feature["mean"].to(ctx.device), (down.count["images"] > 0).to(ctx.device)
+
+        def loss(model: Any, batch: Table) -> Tensor:
+            features, label = ctx.task.embed(model, batch), batch["label"]
+            far = (features - mean[label]).square().mean(1)
+            return F.cross_entropy(model.head(features), label) + self.lam * (far * known[label]).mean()
+
+        return loss
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        sent = [reply.message for reply in replies.values()]
+        count = torch.stack([p.count["images"] for p in sent]).sum(0)
+        total = torch.stack([p.feature["mean"].double() * p.count["images"][:, None] for p in sent]).sum(0)
+        mean = (total / count.clamp_min(1)[:, None]).float()
+        if server.feature:
+            # a class that nobody of this round holds keeps its prototype
+            old = count == 0
+            mean = torch.where(old[:, None], server.feature["mean"], mean)
+            count = torch.where(old, server.count["images"], count)
+        return Prototypes({"mean": mean}, {"images": count}), {}
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return None
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        decides = nearest(down) if self.predict == "prototype" and down.feature else {}
+        return {**state.model, **decides}
