@@ -13,14 +13,17 @@ from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 from tiny import arrays
 
+from warmfed.algorithms.dense import Ensemble, Imagination
+from warmfed.algorithms.distillation import divergence, frozen
 from warmfed.algorithms.fedala import FedALA, Site, mixed
 from warmfed.algorithms.fedproto import nearest, prototypes
 from warmfed.config import resolve
 from warmfed.core import Local, Reply
 from warmfed.errors import InputError
 from warmfed.fit import Training, at, fit, minibatches
+from warmfed.models import initial
 from warmfed.predict import predict
-from warmfed.randomness import aside, named
+from warmfed.randomness import aside, named, seeded
 from warmfed.runs import execute
 from warmfed.tensors import mix, sub
 
@@ -351,3 +354,74 @@ def test_knnpers_model_answers_from_its_file(tmp_path: Path) -> None:
     own = predict(folder, [picture], "a")[0]["probabilities"]
     assert sorted(round(p, 6) for p in own.values()) == [0, 0, 1]
     assert max(predict(folder, [picture])[0]["probabilities"].values()) < 1
+
+
+# DENSE
+
+
+def test_dense_without_distillation_is_one_round_of_fedavg() -> None:
+    still = play(quick("dense", rounds=1, local=TRAINING, epochs=1, distillation=Training(lr=0.0)))
+    assert toy.same(still.model, play(quick("fedavg", rounds=1)).model)
+
+
+def test_denses_ensemble_is_the_mean_of_logits() -> None:
+    nets = [toy.TASK.build() for _ in range(3)]
+    images = torch.rand(2, *toy.SHAPE, generator=named("images"))
+    assert torch.allclose(Ensemble(nets)(images), sum(net(images) for net in nets) / 3, atol=1e-6)
+
+
+def test_dense_of_one_site_keeps_its_model() -> None:
+    """The student is the ensemble already: nothing to disagree about, nothing to learn."""
+    sites = {"c": toy.SITES["c"]}
+    outcome = toy.play(quick("dense", rounds=1, epochs=3, local=TRAINING), sites=sites)
+    alone = toy.play(quick("fedavg", rounds=1), sites=sites)
+    assert near(outcome.model, alone.model, 1e-5)
+
+
+def test_denses_generator_draws_what_the_ensemble_recognises_or_what_the_student_does_not() -> None:
+    algorithm = quick("dense", drawing=Training(optimizer="adam", lr=5e-3, steps=60, batch=24))
+    knows, _ = fit(local(), weights("start"), Training(lr=0.03, epochs=5), toy.SITES["c"]["train"])
+    ctx, label, student = toy.central(), torch.arange(24) % 3, weights("student")
+    right, apart = {}, {}
+    for disagreement in (0.0, 1.0):
+        task = replace(algorithm, disagreement=disagreement).task(ctx, Ensemble([frozen(ctx, knows)]), student)
+        with seeded(named("begin")):
+            begun = initial(task.build())
+        drawn, _ = fit(replace(ctx, task=task, rng=named("draw")), begun, algorithm.drawing, {"label": label})
+        table = algorithm.imagine(replace(ctx, rng=named("see")), task, drawn, label)
+        right[disagreement] = table["right"].double().mean().item()
+        theirs = toy.TASK.predict(student, table)
+        apart[disagreement] = divergence(theirs, table["logits"], 1.0).item()
+        assert table["image"].dtype == torch.uint8
+    assert right[0.0] > 0.9
+    assert apart[1.0] > 2 * apart[0.0]
+
+
+def test_denses_images_have_the_tasks_size() -> None:
+    for shape in ((1, 28, 28), (3, 9, 5)):
+        assert Imagination(shape, 4, 8)(torch.arange(4)).shape == (4, *shape)
+
+
+# FedDEO and FedBiP
+
+
+@pytest.mark.parametrize("name", ["feddeo", "fedbip"])
+def test_what_changes_nothing_makes_it_fgl(name: str) -> None:
+    plain, fgl = toy.play(quick(name), generator=toy.Means(neutral=True)), play(quick("fgl"))
+    for stage, number in (("warm", 0), ("train", 0), ("train", 1)):
+        assert toy.same(plain.after(stage, number).server.model, fgl.after(stage, number).server.model)
+    assert not toy.same(play(quick(name)).model, fgl.model)
+
+
+@pytest.mark.parametrize("name", ["feddeo", "fedbip"])
+def test_it_starts_where_warmfed_does_with_the_same_adapters(name: str) -> None:
+    warm = play(quick("warmfed")).after("warm", 0)
+    assert toy.same(play(quick(name)).after("warm", 0).server.model, warm.server.model)
+
+
+def test_feddeo_and_fedbip_need_a_generator() -> None:
+    for name in ("feddeo", "fedbip"):
+        with pytest.raises(InputError, match="needs a generator"):
+            toy.play(quick(name), generator=None)
+    with pytest.raises(InputError, match="signal must be"):
+        quick("fedbip", signal=1.0)

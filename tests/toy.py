@@ -86,6 +86,12 @@ class Means:
             shift[label] = data["image"][data["label"] == label].float().mean(0) - base[label]
         return {"shift": shift.half()}, {"loss": shift.square().mean().item()}
 
+    def describing(self, training: Training) -> "Means":
+        return self  # its adapter is a description already
+
+    def conceiving(self, training: Training, signal: float, variation: float) -> "Means":
+        return self
+
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
         wanted = (len(prompts), *SHAPE)
         if adapter.keys() != {"shift"} or adapter["shift"].shape != wanted or not adapter["shift"].isfinite().all():

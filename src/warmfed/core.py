@@ -58,6 +58,23 @@ class Generator(Protocol):
         ...
 
 
+class Prompted(Generator, Protocol):
+    """A generator that can also be told of a site by its prompts alone, or by latents to begin from."""
+
+    def describing(self, training: Any) -> "Generator":
+        """The same generator, whose adapters are learned prompt embeddings of the classes and change no weight."""
+        ...
+
+    def conceiving(self, training: Any, signal: float, variation: float) -> "Generator":
+        """The same generator, whose adapters are vectors for domain and classes, and latents to begin from.
+
+        Args:
+            signal: share of a latent's variance that is image; the rest is noise.
+            variation: standard deviation of what is added to the domain's vector of each sample.
+        """
+        ...
+
+
 def silent(what: str, done: int, total: int) -> None:
     """The default of `progress`: says nothing."""
 

@@ -6,11 +6,14 @@ from typing import Any
 
 from ..errors import InputError, suggest
 from .apfl import APFL
+from .dense import DENSE
 from .ditto import Ditto
 from .fedala import FedALA
 from .fedamp import FedAMP
 from .fedavg import FedAvg
+from .fedbip import FedBiP
 from .fedddpm import FedDDPM
+from .feddeo import FedDEO
 from .fedper import FedPer
 from .fedproto import FedProto
 from .fedprox import FedProx
@@ -69,7 +72,10 @@ ALGORITHMS: dict[str, Entry] = {
     "fedala": Entry(FedALA, "Zhang et al. 2023", "each site learns how much of the global model's last layers it takes"),
     "fedproto": Entry(FedProto, "Tan et al. 2022", "the classes' mean features are exchanged, and no weights"),
     "knnper": Entry(KNNPer, "Marfoq et al. 2022", "FedAvg, mixed with the nearest of a site's own images"),
+    "dense": Entry(DENSE, "Zhang et al. 2022", "one-shot: the sites' models distilled on images made up from them"),
     "fgl": Entry(FGL, "Zhang et al. 2023", "warm start from prompts alone, no adapters"),
+    "feddeo": Entry(FedDEO, "Yang et al. 2024", "warm start from learned class descriptions, no weights"),
+    "fedbip": Entry(FedBiP, "Chen et al. 2025", "warm start from noised latents and concept vectors"),
     "fedddpm": Entry(
         FedDDPM, "Peng et al. 2025", "a diffusion model, corrected on samples of the sites' own models", DENOISE, ("denoise",)
     ),

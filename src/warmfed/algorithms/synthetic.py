@@ -1,6 +1,10 @@
-"""The synthetic set S: drawn from the sites' adapters, filtered, kept as an artefact, and what is trained on it."""
+"""The synthetic set S: drawn from the sites' adapters, filtered, kept as an artefact, and what is trained on it.
+
+And the abstract family of methods that start from it: what a site sends for it is what tells them apart.
+"""
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
@@ -8,12 +12,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..core import Central, Generator, Metrics
+from ..core import Central, Generator, Local, Metrics, Nothing, Prompted, Replies, Reply, ServerState, Stage, State
 from ..errors import InputError
 from ..files import write_json, write_whole
 from ..fit import Training, fit
+from ..messages import Message, message
 from ..randomness import child, named, number
 from ..tensors import Table, Tensors, rows, select, sha256
+from .averaging import Averaging, Model, average, upload
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,10 @@ def _draw(
 
 def draw(ctx: Central, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], per_class: int) -> Table:
     """S: `per_class` images for each class of each site, in order of sites: {"image", "label", "site"}."""
-    if ctx.generator is None:
-        raise InputError("this algorithm needs a generator; set generator.base to a base or a pipeline folder")
+    generator = generator_of(ctx)
     labels = {site: torch.tensor(classes[site]).repeat_interleave(per_class) for site in adapters}
     seeds = {site: number(int(torch.randint(2**62, (), generator=ctx.rng)), site) for site in adapters}
-    jobs = [(ctx.generator, adapters[site], ctx.prompts, labels[site], seeds[site], ctx.device) for site in adapters]
+    jobs = [(generator, adapters[site], ctx.prompts, labels[site], seeds[site], ctx.device) for site in adapters]
     images = ctx.spread(_draw, jobs)
     return {
         "image": torch.cat(images),
@@ -139,3 +144,91 @@ def keep_samples(ctx: Central, sites: tuple[str, ...], table: Table, settings: M
     manifest = {"sites": list(sites), "prompts": list(ctx.prompts), "settings": settings, "sha256": sha256(table)}
     write_whole(ctx.folder / "synthetic" / "samples.safetensors", save({k: v.contiguous() for k, v in table.items()}))
     write_json(ctx.folder / "synthetic" / "manifest.json", json.loads(json.dumps(manifest)))
+
+
+def generator_of(ctx: Local | Central) -> Prompted:
+    """The run's generator; raises `InputError` where there is none."""
+    if ctx.generator is None:
+        raise InputError("this algorithm needs a generator; set generator.base to a base or a pipeline folder")
+    return ctx.generator
+
+
+def gather(ctx: Central, generator: Generator, replies: Replies) -> tuple[dict[str, Tensors], dict[str, Tensor]]:
+    """The sites' adapters, checked and kept as artefacts, and the classes that each site holds."""
+    for site, reply in replies.items():
+        generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}")
+        if ctx.folder is not None:
+            generator.write(reply.message.adapter, ctx.folder / "adapters", site)
+    adapters = {site: reply.message.adapter for site, reply in replies.items()}
+    return adapters, {site: torch.tensor(reply.message.classes) for site, reply in replies.items()}
+
+
+@message
+class Server:
+    """What the server keeps between stages."""
+
+    model: Tensors
+    adapters: Mapping[str, Tensors]  # until S is drawn
+    classes: Tensors
+    subset: Tensors
+
+
+@message
+class Offer:
+    """All that a site sends before the warm start: an adapter of some kind, and which classes it holds."""
+
+    adapter: Tensors
+    classes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WarmStarted(Averaging):
+    """Abstract: a classifier trained on samples of the sites' own generators, then FedAvg with fine-tuning on S_sub."""
+
+    synthesis: Synthesis = Synthesis()
+    """How S is drawn and learned."""
+    tune: bool = True
+    """Whether the server fine-tunes the aggregated model on S_sub."""
+    tune_training: Training = Training(lr=0.01, epochs=2, clip=1.0)
+    """That fine-tuning."""
+
+    @abstractmethod
+    def generator(self, ctx: Local | Central) -> Generator:
+        """The run's generator as this method uses it."""
+
+    def init(self, ctx: Central) -> ServerState:
+        return Server(ctx.task.init(ctx.rng), {}, {}, {})
+
+    def down(self, server: ServerState, site: str) -> Message:
+        return Model(server.model)
+
+    def stages(self) -> tuple[Stage, ...]:
+        adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False)
+        train = Stage("train", self.merge, self.train, sample=self.sample)
+        return (adapt, Stage("warm", self.start)) + (train,) * self.rounds
+
+    def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
+        tensors, metrics = self.generator(ctx).adapt(ctx)
+        held = tuple(ctx.data["train"]["label"].unique().tolist())
+        return Reply(Offer(tensors, held), None, float(rows(ctx.data["train"])), metrics)
+
+    def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        adapters, classes = gather(ctx, self.generator(ctx), replies)
+        return replace(server, adapters=adapters, classes=classes), {}
+
+    def start(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
+        adapters = {site: server.adapters.get(site) for site in classes}
+        model, subset, metrics = warm_start(replace(ctx, generator=self.generator(ctx)), adapters, classes, self.synthesis)
+        return replace(server, model=model, subset=subset, adapters={}), metrics
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])
+        return upload(model, state, ctx, metrics)
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        model, metrics = average(replies), {}
+        if self.tune:
+            model, info = fit(ctx, model, self.tune_training, server.subset)
+            metrics = {"tune_loss": info["loss"]}
+        return replace(server, model=model), metrics

@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
-import torch
-
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
 from ..errors import InputError
 from ..fit import Training, fit
@@ -24,7 +22,7 @@ from ..messages import Message, message
 from ..tensors import Tensors, mean, mix, rows
 from .averaging import average, upload
 from .distillation import Distillation, distilled, dynamic
-from .synthetic import Synthesis, warm_start
+from .synthetic import Synthesis, gather, generator_of, warm_start
 
 
 @message
@@ -160,20 +158,13 @@ class WarmFed:
     # adapt: each site tunes its adapter, step 0a
 
     def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
-        if ctx.generator is None:
-            raise InputError("WarmFed needs a generator; set generator.base to a base or a pipeline folder")
-        tensors, metrics = ctx.generator.adapt(ctx)
+        tensors, metrics = generator_of(ctx).adapt(ctx)
         held = tuple(ctx.data["train"]["label"].unique().tolist())
         # no state: a site enters anew after the warm start
         return Reply(Adapter(tensors, held), None, float(rows(ctx.data["train"])), metrics)
 
     def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        for site, reply in replies.items():
-            ctx.generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}")
-            if ctx.folder is not None:
-                ctx.generator.write(reply.message.adapter, ctx.folder / "adapters", site)
-        adapters = {site: reply.message.adapter for site, reply in replies.items()}
-        classes = {site: torch.tensor(reply.message.classes) for site, reply in replies.items()}
+        adapters, classes = gather(ctx, ctx.generator, replies)
         return replace(server, adapters=adapters, classes=classes), {}
 
     # warm: the server samples, filters and trains, steps 0b and 0c

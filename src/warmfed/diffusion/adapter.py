@@ -18,7 +18,8 @@ from ..files import read_bytes, write_whole
 from ..tensors import Tensors, only
 from . import pipeline
 
-TARGETS = {
+TARGETS: dict[str, tuple[str, ...]] = {
+    "none": (),
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "transformer": ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out"),
     "all": (
@@ -45,6 +46,10 @@ class Adapted(nn.Module):
         self.prompts = nn.Parameter(prompts.clone())
         self.register_buffer("empty", empty)
 
+    def condition(self, labels: Tensor) -> Tensor:
+        """The prompts of these classes, [n, tokens, width]."""
+        return self.prompts[labels]
+
     def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """The denoiser's prediction for latents [n, c, h, w] under prompts [n, tokens, width]."""
         return self.unet(noisy, time, condition).sample
@@ -61,8 +66,9 @@ def _injected(base: str, classes: int, rank: int, targets: str, device: str) -> 
     from peft import LoraConfig, inject_adapter_in_model
 
     loaded = parts(base, device)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS[targets]))
-    unet = inject_adapter_in_model(config, copy.deepcopy(loaded.unet))
+    unet = copy.deepcopy(loaded.unet)
+    if TARGETS[targets]:
+        unet = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS[targets])), unet)
     empty = loaded.embed([""])
     return Adapted(unet, empty.expand(classes, -1, -1), empty).requires_grad_(False).to(device)
 
@@ -132,8 +138,9 @@ def merged(model: Adapted, adapter: Tensors) -> Adapted:
 
 
 def write(adapter: Tensors, folder: Path, site: str) -> None:
-    """Two files: `<site>.safetensors`, which `load_lora_weights` takes, and `<site>.prompts.safetensors`."""
-    write_whole(folder / f"{site}.safetensors", save(only(adapter, lambda name: name != PROMPTS)))
+    """Two files: `<site>.safetensors`, which `load_lora_weights` takes, and `<site>.prompts.safetensors`; or one of them."""
+    if adapter.keys() != {PROMPTS}:
+        write_whole(folder / f"{site}.safetensors", save(only(adapter, lambda name: name != PROMPTS)))
     if PROMPTS in adapter:
         write_whole(folder / f"{site}.prompts.safetensors", save({PROMPTS: adapter[PROMPTS].contiguous()}))
 

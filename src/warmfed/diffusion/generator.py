@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Central, Local
+from ..core import Central, Generator, Local
 from ..errors import InputError, suggest
 from ..fit import Training, fit
 from ..randomness import child
@@ -28,7 +28,7 @@ class LatentDiffusion:
     rank: int = 6
     """Rank of the adapter."""
     targets: str = "all"
-    """Which layers of the denoiser get an adapter: attention, transformer or all."""
+    """Which layers of the denoiser get an adapter: attention, transformer, all or none (then only prompts are learned)."""
     prompts: bool = True
     """Whether the classes' prompt embeddings are learned too and travel beside the adapter."""
     training: Training = Training(optimizer="adamw", lr=1e-2, epochs=12, batch=32, schedule="cosine", warmup=5, clip=1.0)
@@ -51,6 +51,8 @@ class LatentDiffusion:
             raise InputError(f"there is no choice of layers {self.targets!r}{suggest(self.targets, list(lora.TARGETS))}")
         if min(self.rank, self.views, self.steps, self.batch) < 1:
             raise InputError("rank, views, steps and batch of the generator must be at least 1; check [generator]")
+        if self.targets == "none" and not self.prompts:
+            raise InputError("the generator has nothing to learn: set generator.targets or generator.prompts")
 
     def fingerprint(self) -> str:
         """SHA-256 of the base's files."""
@@ -61,8 +63,8 @@ class LatentDiffusion:
         start = lora.fresh(model, child(ctx.rng))
         if not self.prompts:
             start.pop(lora.PROMPTS)
-        task = _Adapting(model, self, lora.parts(self.base, ctx.device).scheduler)
-        tensors, info = fit(replace(ctx, task=task), start, self.training, self._latents(ctx))
+        task = Adapting(model, self, lora.parts(self.base, ctx.device).scheduler)
+        tensors, info = fit(replace(ctx, task=task), start, self.training, self.latents(ctx))
         return lora.outward(tensors), info
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
@@ -85,15 +87,36 @@ class LatentDiffusion:
             ctx.progress("sample", min(done + self.batch, len(labels)), len(labels))
         return torch.cat(images)
 
-    @torch.inference_mode()
+    def describing(self, training: Training) -> "LatentDiffusion":
+        return replace(self, targets="none", prompts=True, training=training)
+
+    def conceiving(self, training: Training, signal: float, variation: float) -> Generator:
+        from .concepts import Concepts
+
+        return Concepts(replace(self, training=training), signal, variation)
+
     def _sample(self, model: lora.Adapted, config: object, latents: Tensor, labels: Tensor) -> Tensor:
+        return self.denoise(model, config, latents, model.condition(labels), model.empty)
+
+    @torch.inference_mode()
+    def denoise(
+        self, model: nn.Module, config: Any, latents: Tensor, condition: Tensor, empty: Tensor, begin: int | None = None
+    ) -> Tensor:
+        """Clean latents of noise [n, c, h, w] under prompts [n, tokens, width].
+
+        Args:
+            begin: the time that the noise is of; none: the last one.
+        """
         from diffusers import DPMSolverMultistepScheduler
 
-        scheduler = DPMSolverMultistepScheduler.from_config(config.config)  # type: ignore[attr-defined]
-        scheduler.set_timesteps(self.steps, device=latents.device)
-        condition = model.prompts[labels]
+        scheduler = DPMSolverMultistepScheduler.from_config(config.config)
+        if begin is None:
+            scheduler.set_timesteps(self.steps, device=latents.device)
+        else:
+            times = (torch.linspace(begin + 1, 0, self.steps + 1)[:-1].round() - 1).int().tolist()
+            scheduler.set_timesteps(timesteps=times, device=latents.device)
         if self.guidance != 1:
-            condition = torch.cat([model.empty.expand(len(labels), -1, -1), condition])
+            condition = torch.cat([empty.expand(len(condition), -1, -1), condition])
         latents = latents * scheduler.init_noise_sigma
         for time in scheduler.timesteps:
             inputs = scheduler.scale_model_input(latents, time)
@@ -105,7 +128,7 @@ class LatentDiffusion:
             latents = scheduler.step(predicted, time, latents).prev_sample
         return latents
 
-    def _latents(self, ctx: Local) -> Table:
+    def latents(self, ctx: Local) -> Table:
         """The latents of the training images and of their shifted copies: the autoencoder leaves the loop."""
         table, rng = ctx.data["train"], child(ctx.rng)
         images = [table["image"], *(_shifted(table["image"], rng) for _ in range(self.views - 1))]
@@ -129,10 +152,10 @@ def _shifted(images: Tensor, rng: torch.Generator) -> Tensor:
     return torch.stack([image[:, y : y + height, x : x + width] for image, y, x in zip(padded, down, right, strict=True)])
 
 
-class _Adapting:
-    """The task of an adapter: the denoising loss under the class's prompt."""
+class Adapting:
+    """The task of an adapter: the denoising loss under the class's prompt, `model.condition(labels)`."""
 
-    def __init__(self, model: lora.Adapted, settings: LatentDiffusion, scheduler: object) -> None:
+    def __init__(self, model: nn.Module, settings: LatentDiffusion, scheduler: object) -> None:
         self.model, self.settings, self.scheduler = model, settings, scheduler
 
     def build(self) -> nn.Module:
@@ -143,7 +166,7 @@ class _Adapting:
         view = torch.randint(batch["latent"].shape[1], (n,)).to(device)
         latent = batch["latent"][torch.arange(n, device=device), view]
         empty = (torch.rand(n) < self.settings.dropout).to(device)[:, None, None]
-        condition = torch.where(empty, model.empty, model.prompts[batch["label"]])
+        condition = torch.where(empty, model.empty, model.condition(batch["label"]))
         scheduler = self.scheduler
         return denoising_loss(
             lambda noisy, time: model(noisy, time, condition),

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from ..core import Central, Local, Metrics
 from ..files import read_sealed, write_sealed
+from ..fit import Training
 from ..tensors import Tensors, prefixed, sha256, under
-from .generator import LatentDiffusion
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Once:
     is what would have been made, bit for bit. Only the seconds of a run that finds something are shorter.
     """
 
-    generator: LatentDiffusion
+    generator: Any
+    """A `LatentDiffusion`, or what it becomes by `describing` or `conceiving`."""
     folder: Path
 
     def adapt(self, ctx: Local) -> tuple[Tensors, Metrics]:
@@ -36,6 +38,12 @@ class Once:
 
         found = self._once("adapt", ctx, ctx.prompts, ctx.data["train"], make)
         return under(found, "adapter/"), {name: value.item() for name, value in under(found, "metric/").items()}
+
+    def describing(self, training: Training) -> "Once":
+        return Once(self.generator.describing(training), self.folder)
+
+    def conceiving(self, training: Training, signal: float, variation: float) -> "Once":
+        return Once(self.generator.conceiving(training, signal, variation), self.folder)
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
         self.generator.check(adapter, prompts, who)

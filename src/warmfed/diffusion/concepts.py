@@ -1,0 +1,136 @@
+"""Bi-level personalisation of a frozen pipeline (FedBiP): learned concept vectors, and noised latents to begin from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..core import Central, Local
+from ..errors import InputError
+from ..files import write_whole
+from ..fit import fit
+from ..randomness import child
+from ..tensors import Table, Tensors
+from . import adapter as lora
+from .generator import Adapting, LatentDiffusion
+
+
+class Conceived(nn.Module):
+    """A frozen denoiser whose prompts are the classes' texts plus a vector for the domain and one for the class."""
+
+    text: Tensor
+    empty: Tensor
+
+    def __init__(self, unet: nn.Module, text: Tensor, empty: Tensor) -> None:
+        super().__init__()
+        self.unet = unet
+        self.domain = nn.Parameter(torch.zeros(text.shape[-1]))  # S
+        self.concept = nn.Parameter(torch.zeros(len(text), text.shape[-1]))  # V
+        self.register_buffer("text", text)
+        self.register_buffer("empty", empty)
+
+    def condition(self, labels: Tensor) -> Tensor:
+        """The prompts of these classes, [n, tokens, width]."""
+        return self.text[labels] + self.domain + self.concept[labels][:, None]
+
+    def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """The denoiser's prediction for latents [n, c, h, w] under prompts [n, tokens, width]."""
+        return self.unet(noisy, time, condition).sample
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """A `Generator` whose adapters are concept vectors and noised latents, in 16 bits:
+
+    domain [width], concept [classes, width], latent [n, c, h, w], one for each training image, and of, int64 [n], its class.
+    """
+
+    diffusion: LatentDiffusion
+    signal: float
+    """ᾱ of the latents: the share of their variance that is image."""
+    variation: float
+    """Standard deviation of what is added to the domain's vector of each sample."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the base's files."""
+        return self.diffusion.fingerprint()
+
+    def adapt(self, ctx: Local) -> tuple[Tensors, dict[str, float]]:
+        model = self._model(ctx.prompts, ctx.device)
+        task = Adapting(model, self.diffusion, lora.parts(self.diffusion.base, ctx.device).scheduler)
+        start = {"domain": torch.zeros_like(model.domain).cpu(), "concept": torch.zeros_like(model.concept).cpu()}
+        found, info = fit(replace(ctx, task=task), start, self.diffusion.training, self.diffusion.latents(ctx))
+        latent = self.noised(ctx.data["train"], ctx.device, child(ctx.rng))
+        tensors = {**{name: value.half() for name, value in found.items()}, "latent": latent.half()}
+        return {**tensors, "of": ctx.data["train"]["label"].clone()}, info
+
+    def noised(self, table: Table, device: str, rng: torch.Generator) -> Tensor:
+        """√ᾱ·z + √(1 - ᾱ)·ε for each image, z a mixture of its latent and that of an image of its class."""
+        mean, deviation = (part.cpu() for part in lora.parts(self.diffusion.base, device).encode(table["image"]))
+        partner = torch.empty(len(mean), dtype=torch.int64)
+        for label in table["label"].unique():
+            held = (table["label"] == label).nonzero()[:, 0]
+            partner[held] = held[torch.randperm(len(held), generator=rng)]
+        share = (0.5 + 0.1 * torch.randn(len(mean), 1, 1, 1, generator=rng)).clamp(0, 1)  # γ
+        first, image, noise = (torch.randn(mean.shape, generator=rng) for _ in range(3))
+        mixed = share * (mean + deviation * first) + (1 - share) * (mean + deviation * image)[partner]
+        return self.signal**0.5 * mixed + (1 - self.signal) ** 0.5 * noise
+
+    def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
+        unet, count = lora.parts(self.diffusion.base, "cpu").unet.config, len(adapter.get("of", ()))
+        width = unet.cross_attention_dim
+        like = {
+            "domain": torch.empty(width),
+            "concept": torch.empty(len(prompts), width),
+            "latent": torch.empty(count, unet.in_channels, unet.sample_size, unet.sample_size),
+            "of": torch.empty(count),
+        }
+        lora.check(adapter, like, who)
+        of = adapter["of"]
+        if of.dtype != torch.int64 or not count or of.min() < 0 or of.max() >= len(prompts):
+            raise InputError(f"{who}: 'of' must name a class from 0 to {len(prompts) - 1} for each latent; adapt again")
+
+    def write(self, adapter: Tensors, folder: Path, site: str) -> None:
+        """One file, `<site>.concepts.safetensors`: the vectors. The latents have served when S is drawn, and tell of images."""
+        write_whole(folder / f"{site}.concepts.safetensors", save({name: adapter[name] for name in ("domain", "concept")}))
+
+    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
+        """One image for each label, from the site's latents of its class in turn; without an adapter: from the base alone."""
+        if adapter is None:
+            return self.diffusion.synthesize(None, prompts, labels, ctx)
+        loaded, model = lora.parts(self.diffusion.base, ctx.device), self._model(tuple(prompts), ctx.device).eval()
+        model.load_state_dict({name: adapter[name].float() for name in ("domain", "concept")}, strict=False)
+        latents = adapter["latent"].float()[self.turns(adapter["of"], labels)]
+        varied = self.variation * torch.randn(len(labels), 1, len(adapter["domain"]), generator=ctx.rng)
+        begin, images = self.begin(loaded.scheduler.alphas_cumprod), []
+        for done in range(0, len(labels), self.diffusion.batch):
+            part = slice(done, done + self.diffusion.batch)
+            condition = model.condition(labels[part].to(ctx.device)).detach() + varied[part].to(ctx.device)
+            noise = latents[part].to(ctx.device)
+            clean = self.diffusion.denoise(model, loaded.scheduler, noise, condition, model.empty, begin)
+            images.append(loaded.decode(clean, self.diffusion.batch))
+            ctx.progress("sample", min(done + self.diffusion.batch, len(labels)), len(labels))
+        return torch.cat(images)
+
+    def begin(self, alphas: Tensor) -> int:
+        """The first time at which no more than `signal` of a latent is image."""
+        there = (alphas <= self.signal).nonzero()
+        return int(there[0]) if len(there) else len(alphas) - 1
+
+    @staticmethod
+    def turns(of: Tensor, labels: Tensor) -> Tensor:
+        """For each label the row of a latent of its class: the first one, the second one, … and from the front again."""
+        rows = torch.empty(len(labels), dtype=torch.int64)
+        for label in labels.unique():
+            held, asked = (of == label).nonzero()[:, 0], labels == label
+            if not len(held):
+                raise InputError(f"the site has sent no latent of class {int(label)}, but holds it; adapt again")
+            rows[asked] = held[torch.arange(int(asked.sum())) % len(held)]
+        return rows
+
+    def _model(self, prompts: Sequence[str], device: str) -> Conceived:
+        loaded = lora.parts(self.diffusion.base, device)
+        return Conceived(loaded.unet, loaded.embed(list(prompts)), loaded.embed([""])).to(device)
