@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from warmfed.algorithms import ALGORITHMS
 from warmfed.algorithms.references import Budget
@@ -20,6 +20,7 @@ from warmfed.errors import InputError
 from warmfed.files import write_whole
 from warmfed.fit import Training
 from warmfed.messages import Message
+from warmfed.models import Split
 from warmfed.randomness import named
 from warmfed.run import run
 from warmfed.tasks import Classify
@@ -30,6 +31,18 @@ from warmfed.transports.worker import Worker
 SHAPE, CLASSES = (3, 8, 8), 3
 PROMPTS = ("a left bar", "a middle bar", "a right bar")
 TASK = Classify(SHAPE, CLASSES, "linear")
+
+
+@dataclass(frozen=True)
+class Layered(Classify):
+    """The same task for a network that has layers: a body with normalisation, and a head."""
+
+    def build(self) -> Split:
+        body = nn.Sequential(nn.Flatten(), nn.Linear(192, 96), nn.GroupNorm(4, 96), nn.ReLU())
+        return Split(body, 96, self.classes)
+
+
+LAYERED = Layered(SHAPE, CLASSES)
 TRAINING = Training(lr=0.03, batch=12)
 
 
@@ -107,8 +120,10 @@ def quick(name: str, **changes: Any) -> Any:
     """A registered algorithm with two rounds of little training."""
     entry = ALGORITHMS[name]
     values = {f.name: QUICK[type(f.default)] for f in fields(entry.cls) if type(f.default) in QUICK}
-    if "algorithm.budget.until" in entry.settings:
-        values["budget"] = replace(values["budget"], until=entry.settings["algorithm.budget.until"])
+    for key, value in entry.settings.items():
+        match key.split("."):
+            case ["algorithm", field, part]:
+                values[field] = replace(values.get(field, getattr(entry.cls, field)), **{part: value})
     return entry.cls(**{"rounds": 2, **values, **changes})
 
 

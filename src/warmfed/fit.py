@@ -87,6 +87,20 @@ class Training:
             return self.steps
         return self.epochs * -(-n // (self.batch * self.accumulate))
 
+    def accumulated(self, n: int) -> float:
+        """How many gradients, times `lr`, training on `n` rows adds up (‖a‖₁ of FedNova): `count(n)`, and more with momentum.
+
+        Raises:
+            InputError: the weights do not move by a fixed sum of gradients.
+        """
+        if self.optimizer != "sgd" or self.schedule != "constant" or self.warmup:
+            raise InputError("training must be sgd at a constant lr, for its steps are counted; set optimizer and schedule so")
+        velocity = total = 0.0
+        for _ in range(self.count(n)):
+            velocity = self.momentum * velocity + 1
+            total += velocity
+        return total
+
 
 def _optimizer(training: Training, live: list[nn.Parameter]) -> torch.optim.Optimizer:
     match training.optimizer:
@@ -141,7 +155,7 @@ def fit(
         epoch (or of a tenth of the steps, where `training.steps` is set), the number of steps and of rows seen.
 
     Raises:
-        InputError: there are no rows, or the loss or a weight is no longer finite.
+        InputError: there are no rows or nothing to train, or the loss or a weight is no longer finite.
     """
     n = rows(data)
     if not n:
@@ -156,6 +170,8 @@ def fit(
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in start and (trainable is None or trainable(name)))
         live = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        if not live:
+            raise InputError("nothing to train: the model has no tensor of the part that is asked for; choose a model that has")
         optimizer, objective = _optimizer(training, live), loss or ctx.task.loss
         steps = training.count(n)
         tail = -(-n // (training.batch * training.accumulate)) if not training.steps else -(-steps // 10)
@@ -226,7 +242,7 @@ def proximal(anchor: Tensors, mu: float) -> Penalty:
     """mu/2·||w - anchor||², over parameters (buffers are not trained)."""
 
     def penalty(parameters: Tensors) -> Tensor:
-        live = [(p, anchor[name]) for name, p in parameters.items() if p.requires_grad]
+        live = [(p, anchor[name].to(p.device)) for name, p in parameters.items() if p.requires_grad]
         return mu / 2 * torch.stack([((p - a) ** 2).sum() for p, a in live]).sum()
 
     return penalty

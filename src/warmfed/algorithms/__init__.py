@@ -22,34 +22,46 @@ class Entry:
 
     cls: type
     paper: str
+    """Authors and year."""
     about: str
+    """What it does."""
+    shared: str
+    """What a site sends."""
+    private: str
+    """What it keeps from one round to the next, beside its images; empty: nothing."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Configuration keys that belong to the name, under whatever the user sets."""
 
 
+CONVERGED = {"algorithm.budget.until": "validation"}
+PUBLIC = {"model.start": "public"}
+
+_ALONE = (LocalOnly, "reference")
+_TOGETHER = (Centralized, "reference")
+_FEDAVG = (FedAvg, "McMahan et al. 2017")
+
 ALGORITHMS: dict[str, Entry] = {
-    "warmfed": Entry(WarmFed, "Feng et al. 2025", "adapters, warm start, gated server fine-tuning, dynamic self-distillation"),
-    "local": Entry(LocalOnly, "reference", "each site alone"),
-    "local-converged": Entry(
-        LocalOnly, "reference", "each site alone, to its best validation", {"algorithm.budget.until": "validation"}
+    "warmfed": Entry(
+        WarmFed,
+        "Feng et al. 2025",
+        "adapters, warm start, gated server fine-tuning, dynamic self-distillation",
+        "a diffusion adapter once, model",
+        "two own models, their selector",
     ),
-    "centralized": Entry(Centralized, "reference", "all images in one place"),
-    "centralized-converged": Entry(
-        Centralized, "reference", "all images in one place, to the best validation", {"algorithm.budget.until": "validation"}
+    "local": Entry(*_ALONE, "each site alone", "nothing", "model"),
+    "local-converged": Entry(*_ALONE, "each site alone, to its best validation", "nothing", "model", CONVERGED),
+    "centralized": Entry(*_TOGETHER, "all images in one place", "images", ""),
+    "centralized-converged": Entry(*_TOGETHER, "all images in one place, to the best validation", "images", "", CONVERGED),
+    "fedavg": Entry(*_FEDAVG, "weighted average of local models, from a random start", "model", ""),
+    "fedavg-public": Entry(*_FEDAVG, "the same, from a classifier trained on the base's public data", "model", "", PUBLIC),
+    "fedavg-finetune": Entry(
+        FedAvgFineTune, "Wang et al. 2019", "FedAvg, then each site trains the last model for itself", "model", "tuned model"
     ),
-    "fedavg": Entry(FedAvg, "McMahan et al. 2017", "weighted average of local models, from a random start"),
-    "fedavg-public": Entry(
-        FedAvg,
-        "McMahan et al. 2017",
-        "the same, from a classifier trained on the base's public data",
-        {"model.start": "public"},
-    ),
-    "fedavg-finetune": Entry(FedAvgFineTune, "Wang et al. 2019", "FedAvg, then each site trains the last model for itself"),
-    "fedprox": Entry(FedProx, "Li et al. 2020", "FedAvg with a proximal term"),
-    "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head"),
-    "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one"),
-    "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model"),
-    "fgl": Entry(FGL, "Zhang et al. 2023", "warm start from prompts alone, no adapters"),
+    "fedprox": Entry(FedProx, "Li et al. 2020", "FedAvg with a proximal term", "model", ""),
+    "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head", "body", "head"),
+    "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
+    "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model", "model", "last model"),
+    "fgl": Entry(FGL, "Zhang et al. 2023", "warm start from prompts alone, no adapters", "class names once, model", ""),
 }
 
 

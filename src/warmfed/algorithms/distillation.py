@@ -42,10 +42,11 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     )
 
 
-def _frozen(task: Any, tensors: Tensors) -> nn.Module:
-    model = task.build().eval().requires_grad_(False)
+def frozen(ctx: Local, tensors: Tensors) -> nn.Module:
+    """The model of these weights, to compare with: it does not train."""
+    model = ctx.task.build().eval().requires_grad_(False)
     model.load_state_dict(dict(tensors))
-    return model
+    return model.to(ctx.device)
 
 
 def distilled(
@@ -54,7 +55,7 @@ def distilled(
     """Train from `start` on the site's rows with cross-entropy and one teacher's logits (pFedSD); None: cross-entropy alone."""
     if teacher is None or settings.weight == 0:
         return fit(ctx, start, training, ctx.data["train"])
-    model = _frozen(ctx.task, teacher)
+    model = frozen(ctx, teacher)
 
     def loss(student: nn.Module, batch: Table) -> Tensor:
         logits = ctx.task.logits(student, batch)
@@ -78,7 +79,7 @@ class _Selecting:
 
     def __init__(self, ctx: Local, teachers: Sequence[Tensors], settings: Distillation, done: int, planned: int) -> None:
         self.task, self.settings, self.done, self.planned = ctx.task, settings, done, max(planned, 1)
-        self.teachers = [_frozen(ctx.task, teacher) for teacher in teachers]
+        self.teachers = [frozen(ctx, teacher) for teacher in teachers]
         self.seen: list[dict[str, Tensor]] = []
 
     def selector(self) -> nn.Module:

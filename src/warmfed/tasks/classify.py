@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,10 @@ class Classify:
 
     def logits(self, model: nn.Module, batch: Table) -> Tensor:
         return model(pixels(batch["image"]))
+
+    def embed(self, model: Any, batch: Table) -> Tensor:
+        """What the model's head sees, float [n, width]: a loss on features is between this and `model.head`."""
+        return model.features(pixels(batch["image"]))
 
     def loss(self, model: nn.Module, batch: Table) -> Tensor:
         return F.cross_entropy(self.logits(model, batch), batch["label"])
