@@ -13,6 +13,7 @@ from .fgl import FGL
 from .finetune import FedAvgFineTune
 from .pfedsd import PFedSD
 from .references import Centralized, LocalOnly
+from .server_optimizer import FedOpt
 from .warmfed import WarmFed
 
 
@@ -35,10 +36,13 @@ class Entry:
 
 CONVERGED = {"algorithm.budget.until": "validation"}
 PUBLIC = {"model.start": "public"}
+ADAM = {"algorithm.server.name": "adam", "algorithm.server.lr": 0.01}
+YOGI = {"algorithm.server.name": "yogi", "algorithm.server.lr": 0.01}
 
 _ALONE = (LocalOnly, "reference")
 _TOGETHER = (Centralized, "reference")
 _FEDAVG = (FedAvg, "McMahan et al. 2017")
+_FEDOPT = (FedOpt, "Reddi et al. 2021")
 
 ALGORITHMS: dict[str, Entry] = {
     "warmfed": Entry(
@@ -58,6 +62,9 @@ ALGORITHMS: dict[str, Entry] = {
         FedAvgFineTune, "Wang et al. 2019", "FedAvg, then each site trains the last model for itself", "model", "tuned model"
     ),
     "fedprox": Entry(FedProx, "Li et al. 2020", "FedAvg with a proximal term", "model", ""),
+    "fedavgm": Entry(FedOpt, "Hsu et al. 2019", "FedAvg with momentum at the server", "model", ""),
+    "fedadam": Entry(*_FEDOPT, "FedAvg with Adam at the server", "model", "", ADAM),
+    "fedyogi": Entry(*_FEDOPT, "FedAvg with Yogi at the server", "model", "", YOGI),
     "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head", "body", "head"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
     "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model", "model", "last model"),
