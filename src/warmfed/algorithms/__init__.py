@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import InputError, suggest
 from .ditto import Ditto
 from .fedavg import FedAvg
+from .fednova import FedNova
 from .fedper import FedPer
 from .fedprox import FedProx
 from .fgl import FGL
@@ -65,6 +66,7 @@ ALGORITHMS: dict[str, Entry] = {
     "fedavgm": Entry(FedOpt, "Hsu et al. 2019", "FedAvg with momentum at the server", "model", ""),
     "fedadam": Entry(*_FEDOPT, "FedAvg with Adam at the server", "model", "", ADAM),
     "fedyogi": Entry(*_FEDOPT, "FedAvg with Yogi at the server", "model", "", YOGI),
+    "fednova": Entry(FedNova, "Wang et al. 2020", "FedAvg of changes per step", "mean gradient", ""),
     "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head", "body", "head"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
     "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model", "model", "last model"),
