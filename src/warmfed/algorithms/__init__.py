@@ -14,6 +14,7 @@ from .fgl import FGL
 from .finetune import FedAvgFineTune
 from .pfedsd import PFedSD
 from .references import Centralized, LocalOnly
+from .scaffold import Scaffold
 from .server_optimizer import FedOpt
 from .warmfed import WarmFed
 
@@ -67,6 +68,9 @@ ALGORITHMS: dict[str, Entry] = {
     "fedadam": Entry(*_FEDOPT, "FedAvg with Adam at the server", "model", "", ADAM),
     "fedyogi": Entry(*_FEDOPT, "FedAvg with Yogi at the server", "model", "", YOGI),
     "fednova": Entry(FedNova, "Wang et al. 2020", "FedAvg of changes per step", "mean gradient", ""),
+    "scaffold": Entry(
+        Scaffold, "Karimireddy et al. 2020", "local steps corrected by control variates", "changes of model, control", "control"
+    ),
     "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head", "body", "head"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
     "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model", "model", "last model"),
