@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import InputError, suggest
 from .ditto import Ditto
 from .fedavg import FedAvg
+from .feddyn import FedDyn
 from .fednova import FedNova
 from .fedper import FedPer
 from .fedprox import FedProx
@@ -71,6 +72,7 @@ ALGORITHMS: dict[str, Entry] = {
     "scaffold": Entry(
         Scaffold, "Karimireddy et al. 2020", "local steps corrected by control variates", "changes of model, control", "control"
     ),
+    "feddyn": Entry(FedDyn, "Acar et al. 2021", "local losses regularised so that their minima agree", "model", "gradient"),
     "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head", "body", "head"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
     "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model", "model", "last model"),
