@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import InputError, suggest
 from .ditto import Ditto
 from .fedavg import FedAvg
+from .fedbn import FedBN
 from .feddyn import FedDyn
 from .fednova import FedNova
 from .fedper import FedPer
@@ -76,6 +77,7 @@ ALGORITHMS: dict[str, Entry] = {
     "feddyn": Entry(FedDyn, "Acar et al. 2021", "local losses regularised so that their minima agree", "model", "gradient"),
     "moon": Entry(MOON, "Li et al. 2021", "features drawn to the global model's, off the last", "model", "last model"),
     "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head", "body", "head"),
+    "fedbn": Entry(FedBN, "Li et al. 2021", "private normalisation layers", "all other layers", "normalisation layers"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
     "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model", "model", "last model"),
     "fgl": Entry(FGL, "Zhang et al. 2023", "warm start from prompts alone, no adapters", "class names once, model", ""),
