@@ -14,6 +14,7 @@ from .fedper import FedPer
 from .fedprox import FedProx
 from .fgl import FGL
 from .finetune import FedAvgFineTune
+from .lgfedavg import LGFedAvg
 from .moon import MOON
 from .pfedsd import PFedSD
 from .references import Centralized, LocalOnly
@@ -77,6 +78,7 @@ ALGORITHMS: dict[str, Entry] = {
     "feddyn": Entry(FedDyn, "Acar et al. 2021", "local losses regularised so that their minima agree", "model", "gradient"),
     "moon": Entry(MOON, "Li et al. 2021", "features drawn to the global model's, off the last", "model", "last model"),
     "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head", "body", "head"),
+    "lg-fedavg": Entry(LGFedAvg, "Liang et al. 2020", "private body, shared head", "head", "body"),
     "fedbn": Entry(FedBN, "Li et al. 2021", "private normalisation layers", "all other layers", "normalisation layers"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
     "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model", "model", "last model"),
