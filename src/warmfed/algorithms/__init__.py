@@ -12,6 +12,7 @@ from .feddyn import FedDyn
 from .fednova import FedNova
 from .fedper import FedPer
 from .fedprox import FedProx
+from .fedrep import FedRep
 from .fgl import FGL
 from .finetune import FedAvgFineTune
 from .lgfedavg import LGFedAvg
@@ -78,6 +79,7 @@ ALGORITHMS: dict[str, Entry] = {
     "feddyn": Entry(FedDyn, "Acar et al. 2021", "local losses regularised so that their minima agree", "model", "gradient"),
     "moon": Entry(MOON, "Li et al. 2021", "features drawn to the global model's, off the last", "model", "last model"),
     "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head", "body", "head"),
+    "fedrep": Entry(FedRep, "Collins et al. 2021", "shared body, private head that is fitted first", "body", "head"),
     "lg-fedavg": Entry(LGFedAvg, "Liang et al. 2020", "private body, shared head", "head", "body"),
     "fedbn": Entry(FedBN, "Li et al. 2021", "private normalisation layers", "all other layers", "normalisation layers"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
