@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import InputError, suggest
 from .ditto import Ditto
 from .fedavg import FedAvg
+from .fedbabu import FedBABU
 from .fedbn import FedBN
 from .feddyn import FedDyn
 from .fednova import FedNova
@@ -80,6 +81,7 @@ ALGORITHMS: dict[str, Entry] = {
     "moon": Entry(MOON, "Li et al. 2021", "features drawn to the global model's, off the last", "model", "last model"),
     "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head", "body", "head"),
     "fedrep": Entry(FedRep, "Collins et al. 2021", "shared body, private head that is fitted first", "body", "head"),
+    "fedbabu": Entry(FedBABU, "Oh et al. 2022", "body under a fixed head, then each site tunes both", "body", "tuned model"),
     "lg-fedavg": Entry(LGFedAvg, "Liang et al. 2020", "private body, shared head", "head", "body"),
     "fedbn": Entry(FedBN, "Li et al. 2021", "private normalisation layers", "all other layers", "normalisation layers"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
