@@ -14,6 +14,7 @@ from .fednova import FedNova
 from .fedper import FedPer
 from .fedprox import FedProx
 from .fedrep import FedRep
+from .fedrod import FedRoD
 from .fgl import FGL
 from .finetune import FedAvgFineTune
 from .lgfedavg import LGFedAvg
@@ -84,6 +85,7 @@ ALGORITHMS: dict[str, Entry] = {
     "fedbabu": Entry(FedBABU, "Oh et al. 2022", "body under a fixed head, then each site tunes both", "body", "tuned model"),
     "lg-fedavg": Entry(LGFedAvg, "Liang et al. 2020", "private body, shared head", "head", "body"),
     "fedbn": Entry(FedBN, "Li et al. 2021", "private normalisation layers", "all other layers", "normalisation layers"),
+    "fedrod": Entry(FedRoD, "Chen, Chao 2022", "a generic head and a personal one beside it", "model", "second head"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
     "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model", "model", "last model"),
     "fgl": Entry(FGL, "Zhang et al. 2023", "warm start from prompts alone, no adapters", "class names once, model", ""),
