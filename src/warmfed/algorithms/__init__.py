@@ -9,6 +9,7 @@ from .ditto import Ditto
 from .fedavg import FedAvg
 from .fedbabu import FedBABU
 from .fedbn import FedBN
+from .fedbsd import FedBSD
 from .feddyn import FedDyn
 from .fednova import FedNova
 from .fedper import FedPer
@@ -88,6 +89,7 @@ ALGORITHMS: dict[str, Entry] = {
     "fedrod": Entry(FedRoD, "Chen, Chao 2022", "a generic head and a personal one beside it", "model", "second head"),
     "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
     "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model", "model", "last model"),
+    "fedbsd": Entry(FedBSD, "Wang et al. 2023", "the global body teaches each site's own", "body", "own body, head"),
     "fgl": Entry(FGL, "Zhang et al. 2023", "warm start from prompts alone, no adapters", "class names once, model", ""),
 }
 
