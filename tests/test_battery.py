@@ -148,9 +148,10 @@ def test_nothing_private_crosses(name: str, task: Classify) -> None:
             mine = algorithm.mine(task)
             assert not [path for path in crossing if mine(path.split("/")[-1])]
             assert {name for name in task.init(named("names")) if mine(name)} <= reply.state.model.keys()
-        assert reply.state is None or entry(name).private
         if not name.startswith("centralized"):
             assert not [path for path in crossing if path.endswith(("/image", "/label")) and not path.startswith("subset/")]
+    assert entry(name).shared
+    assert bool(entry(name).private) == any(reply.state is not None for *_, reply in tap.seen)
 
 
 @every
