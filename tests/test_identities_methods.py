@@ -331,7 +331,7 @@ def test_scaffolds_server_control_is_the_mean_of_all_sites(sample: float) -> Non
 
 @pytest.mark.parametrize("sample", [1.0, 0.5])
 def test_feddyns_drift_is_the_mean_of_the_sites_gradients(sample: float) -> None:
-    outcome = play(quick("feddyn", rounds=4, sample=sample))
+    outcome = play(quick("feddyn", rounds=4, sample=sample, alpha=0.1))
     none = {name: torch.zeros_like(value) for name, value in outcome.server.drift.items()}
     states = [outcome.transport.state(site) for site in ASIDE]
     assert close(outcome.server.drift, mean((none if s is None else s.gradient, 1.0) for s in states))

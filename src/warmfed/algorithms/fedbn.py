@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -24,7 +25,9 @@ class FedBN(PartlyShared):
     """FedAvg, except that the normalisation layers are each site's own."""
 
     def mine(self, task: Task) -> Callable[[str], bool]:
-        layers = [(path, layer) for path, layer in task.build().named_modules() if isinstance(layer, NORMALISATION)]
+        with torch.device("meta"):  # only names are needed: no weights, and nothing drawn for them
+            modules = task.build().named_modules()
+        layers = [(path, layer) for path, layer in modules if isinstance(layer, NORMALISATION)]
         if not layers:
             raise InputError("fedbn keeps normalisation layers at the sites, but this model has none; choose one that has: cnn")
         return {f"{path}.{name}" for path, layer in layers for name in layer.state_dict()}.__contains__

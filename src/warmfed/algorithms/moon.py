@@ -31,7 +31,7 @@ class MOON(Averaging):
     """FedAvg whose local features are drawn to the global model's and away from those of the site's last model."""
 
     mu: float = 1.0
-    """μ, the weight of the contrast (the paper's best: 10, 5, 1 or 0.1, by data set)."""
+    """μ, the weight of the contrast (the authors' code for CIFAR-10: 5)."""
     temperature: float = 0.5
     """τ."""
 
