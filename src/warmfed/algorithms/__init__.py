@@ -46,8 +46,8 @@ class Entry:
 
 CONVERGED = {"algorithm.budget.until": "validation"}
 PUBLIC = {"model.start": "public"}
-ADAM = {"algorithm.server.name": "adam", "algorithm.server.lr": 0.01}
-YOGI = {"algorithm.server.name": "yogi", "algorithm.server.lr": 0.01}
+ADAM = {"algorithm.server.name": "adam", "algorithm.server.lr": 0.03}
+YOGI = {"algorithm.server.name": "yogi", "algorithm.server.lr": 0.03}
 
 _ALONE = (LocalOnly, "reference")
 _TOGETHER = (Centralized, "reference")
