@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import FrozenInstanceError, fields, is_dataclass
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ every = pytest.mark.parametrize("name", NAMES)
 @pytest.fixture(scope="module")
 def public(tmp_path_factory: pytest.TempPathFactory) -> Classify:
     """A task that starts from a classifier trained on public images."""
-    task, path = toy.TASK, tmp_path_factory.mktemp("public") / "classifier.safetensors"
+    task, path = toy.LAYERED, tmp_path_factory.mktemp("public") / "classifier.safetensors"
     table = toy.table(9, "public", 30)
-    model, _ = fit(toy.central(), task.init(named("public")), Training(lr=0.01), table)
+    model, _ = fit(toy.central(task=task), task.init(named("public")), Training(lr=0.01), table)
     save_file(dict(model), path)
-    return Classify(toy.SHAPE, toy.CLASSES, "linear", start=str(path))
+    return replace(task, start=str(path))
 
 
 @functools.cache
@@ -141,10 +141,13 @@ def test_nothing_private_crosses(name: str, task: Any) -> None:
     for _, _, down, _, reply in tap.seen:
         crossing = [*tensors_of(down), *tensors_of(reply.message)]
         if isinstance(algorithm, PartlyShared):
-            assert not [path for path in crossing if path.split("/")[-1].startswith(algorithm.private)]
-            assert all(tensor.startswith(f"model/{algorithm.private}") for tensor in tensors_of(reply.state))
+            mine = algorithm.mine(task)
+            assert not [path for path in crossing if mine(path.split("/")[-1])]
+            assert {name for name in task.init(named("names")) if mine(name)} <= reply.state.model.keys()
         if not name.startswith("centralized"):
             assert not [path for path in crossing if path.endswith(("/image", "/label")) and not path.startswith("subset/")]
+    assert entry(name).shared
+    assert bool(entry(name).private) == any(reply.state is not None for *_, reply in tap.seen)
 
 
 @every

@@ -224,6 +224,8 @@ def test_predict_without_a_global_model(data: Path, tmp_path: Path, capsys: Any)
 def test_algorithms(capsys: Any) -> None:
     rows = json.loads(said(capsys, "algorithms", "--json"))
     assert [row["name"] for row in rows] == list(ALGORITHMS)
+    scaffold = next(row for row in rows if row["name"] == "scaffold")
+    assert (scaffold["paper"], scaffold["private"]) == ("Karimireddy et al. 2020", "control")
     table = said(capsys, "algorithms")
     assert all(name in table for name in ALGORITHMS)
 

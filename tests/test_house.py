@@ -3,11 +3,14 @@
 import ast
 import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "warmfed"
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "warmfed"
 FILES = {path.relative_to(SOURCE).as_posix(): path.read_text() for path in sorted(SOURCE.rglob("*.py"))}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 
@@ -90,5 +93,13 @@ def test_leaves_are_final_and_every_module_says_what_it_is() -> None:
                 marks = {ast.unparse(mark) for mark in getattr(node, "decorator_list", [])}
                 if isinstance(node, ast.ClassDef) and "final" in marks:
                     assert "dataclass(frozen=True)" in marks
-                    families = ("Averaging", "PartlyShared", "Personalized", "WarmStarted")
+                    families = ("Averaging", "PartlyShared", "SplitByName", "Personalized", "WarmStarted")
                     assert all(isinstance(base, ast.Name) and base.id in families for base in node.bases)
+
+
+def test_algorithm_files_do_not_repeat_each_other() -> None:
+    found = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "repetition.py", "--folder", ROOT / "src" / "warmfed" / "algorithms"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.startswith("0 blocks"), found.stdout

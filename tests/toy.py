@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from warmfed.algorithms import ALGORITHMS, entry
 from warmfed.algorithms.references import Budget
@@ -21,6 +21,7 @@ from warmfed.errors import InputError
 from warmfed.files import write_whole
 from warmfed.fit import Training
 from warmfed.messages import Message
+from warmfed.models import Split
 from warmfed.randomness import named
 from warmfed.run import run
 from warmfed.tasks import Classify
@@ -37,6 +38,18 @@ DRAWING = Denoise(
 """For algorithms that learn to draw."""
 LEARNING = Training(optimizer="adamw", lr=3e-3, batch=12, epochs=3)
 """Their training."""
+
+
+@dataclass(frozen=True)
+class Layered(Classify):
+    """The same task for a network that has layers: a body with normalisation, and a head."""
+
+    def build(self) -> Split:
+        body = nn.Sequential(nn.Flatten(), nn.Linear(192, 96), nn.GroupNorm(4, 96), nn.ReLU())
+        return Split(body, 96, self.classes)
+
+
+LAYERED = Layered(SHAPE, CLASSES)
 TRAINING = Training(lr=0.03, batch=12)
 
 
@@ -118,19 +131,21 @@ QUICK = {
 
 def quick(name: str, **changes: Any) -> Any:
     """A registered algorithm with two rounds of little training."""
-    found = ALGORITHMS[name]
-    settings = QUICK if task_of(name) is TASK else {**QUICK, Training: LEARNING}
+    found, task = ALGORITHMS[name], task_of(name)
+    settings = {**QUICK, Training: LEARNING} if task is DRAWING else QUICK
     values = {f.name: settings[type(f.default)] for f in fields(found.cls) if type(f.default) in settings}
-    if "algorithm.budget.until" in found.settings:
-        values["budget"] = replace(values["budget"], until=found.settings["algorithm.budget.until"])
-    if "algorithm.correct" in found.settings:
-        values |= {"correct": found.settings["algorithm.correct"], "slow": 1.0, "window": 1}
+    for key, value in found.settings.items():
+        match key.split("."):
+            case ["algorithm", field, part]:
+                values[field] = replace(values.get(field, getattr(found.cls, field)), **{part: value})
+            case ["algorithm", "correct"]:
+                values |= {"correct": value, "slow": 1.0, "window": 1}
     return found.cls(**{"rounds": 2, **values, **changes})
 
 
 def task_of(name: str) -> Any:
     """The toy task that an algorithm can learn."""
-    return TASK if "classify" in entry(name).tasks else DRAWING
+    return LAYERED if "classify" in entry(name).tasks else DRAWING
 
 
 @dataclass

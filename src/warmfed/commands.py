@@ -231,14 +231,17 @@ def pretrain(asked: Namespace) -> int:
 
 def algorithms(asked: Namespace) -> int:
     if asked.json:
-        rows = [{"name": name, "paper": each.paper, "about": each.about} for name, each in ALGORITHMS.items()]
+        rows = [
+            {"name": name, "paper": e.paper, "about": e.about, "shared": e.shared, "private": e.private}
+            for name, e in ALGORITHMS.items()
+        ]
         print(json.dumps(rows, indent=1))
         return 0
     table = Table(box=None, pad_edge=False)
-    for header in ("name", "paper", "what it does"):
+    for header in ("name", "paper", "what it does", "a site sends", "and keeps"):
         table.add_column(header)
     for name, each in ALGORITHMS.items():
-        table.add_row(name, each.paper, each.about)
+        table.add_row(name, each.paper, each.about, each.shared, each.private or "–")
     console().print(table)
     return 0
 

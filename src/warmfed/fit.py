@@ -93,6 +93,20 @@ class Training:
             return self.steps
         return self.epochs * -(-n // (self.batch * self.accumulate))
 
+    def accumulated(self, n: int) -> float:
+        """How many gradients, times `lr`, training on `n` rows adds up (‖a‖₁ of FedNova): `count(n)`, and more with momentum.
+
+        Raises:
+            InputError: the weights do not move by a fixed sum of gradients.
+        """
+        if self.optimizer != "sgd" or self.schedule != "constant" or self.warmup:
+            raise InputError("training must be sgd at a constant lr, for its steps are counted; set optimizer and schedule so")
+        velocity = total = 0.0
+        for _ in range(self.count(n)):
+            velocity = self.momentum * velocity + 1
+            total += velocity
+        return total
+
 
 def _optimizer(training: Training, live: list[nn.Parameter]) -> torch.optim.Optimizer:
     match training.optimizer:
@@ -147,7 +161,7 @@ def fit(
         epoch (or of a tenth of the steps, where `training.steps` is set), the number of steps and of rows seen.
 
     Raises:
-        InputError: there are no rows, or the loss or a weight is no longer finite.
+        InputError: there are no rows or nothing to train, or the loss or a weight is no longer finite.
     """
     n = rows(data)
     if not n:
@@ -162,6 +176,8 @@ def fit(
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in start and (trainable is None or trainable(name)))
         live = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        if not live:
+            raise InputError("nothing to train: the model has no tensor of the part that is asked for; choose a model that has")
         optimizer, objective = _optimizer(training, live), loss or ctx.task.loss
         steps = training.count(n)
         tail = -(-n // (training.batch * training.accumulate)) if not training.steps else -(-steps // 10)

@@ -1,10 +1,11 @@
 """The abstract family "average what comes back": defaults for everything except `train`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
-from ..fit import Training
+from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State, Task
+from ..fit import Training, fit
 from ..messages import Message, message
 from ..tensors import Tensors, mean, only, rows
 
@@ -14,6 +15,13 @@ class Model:
     """A model's weights, or the part of them that is shared."""
 
     model: Tensors
+
+
+@message
+class Personal:
+    """A site's own last model; none before its first round."""
+
+    model: Tensors | None
 
 
 def upload(model: Tensors, state: State, ctx: Local, metrics: Metrics) -> Reply:
@@ -64,37 +72,51 @@ class Averaging(ABC):
 
 @dataclass(frozen=True)
 class PartlyShared(Averaging):
-    """Abstract: tensors whose name starts with `private` never leave the site.
+    """Abstract: some tensors never leave the site; by default the whole model is trained at once.
 
-    The server holds and sends only the shared part; there is no global model, since nobody has a head for it.
+    The server holds and sends only the shared part; there is no global model, since nobody has the other part for it.
     """
 
-    private: str = "head."
-    """How the names of the tensors begin that stay with the site."""
+    @abstractmethod
+    def mine(self, task: Task) -> Callable[[str], bool]:
+        """mine(task)(name): whether the tensor of this name stays with the site."""
 
-    def mine(self, name: str) -> bool:
-        return name.startswith(self.private)
-
-    def shared(self, name: str) -> bool:
-        return not self.mine(name)
+    def shared(self, task: Task) -> Callable[[str], bool]:
+        mine = self.mine(task)
+        return lambda name: not mine(name)
 
     def init(self, ctx: Central) -> ServerState:
-        return Model(only(ctx.task.init(ctx.rng), self.shared))
+        return Model(only(ctx.task.init(ctx.rng), self.shared(ctx.task)))
 
     def enter(self, down: Message, ctx: Local) -> State:
-        return Model(only(ctx.task.init(ctx.rng), self.mine))
+        return Model(only(ctx.task.init(ctx.rng), self.mine(ctx.task)))
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        model, metrics = fit(ctx, self.whole(down, state), self.local, ctx.data["train"])
+        return self.split(model, ctx, metrics)
 
     def whole(self, down: Message, state: State) -> Tensors:
         return {**down.model, **state.model}
 
     def split(self, model: Tensors, ctx: Local, metrics: Metrics) -> Reply:
-        return upload(only(model, self.shared), Model(only(model, self.mine)), ctx, metrics)
+        return upload(only(model, self.shared(ctx.task)), Model(only(model, self.mine(ctx.task))), ctx, metrics)
 
     def global_model(self, server: ServerState) -> Tensors | None:
         return None
 
     def client_model(self, down: Message, state: State) -> Tensors | None:
         return self.whole(down, state)
+
+
+@dataclass(frozen=True)
+class SplitByName(PartlyShared):
+    """Abstract: the tensors whose names begin with `private` stay with the site."""
+
+    private: str = "head."
+    """How the names of the tensors begin that stay with the site."""
+
+    def mine(self, task: Task) -> Callable[[str], bool]:
+        return lambda name: name.startswith(self.private)
 
 
 @dataclass(frozen=True)

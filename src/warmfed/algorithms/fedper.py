@@ -6,17 +6,10 @@ Departures: the personal layers are the classifier's head (the paper varies thei
 from dataclasses import dataclass
 from typing import final
 
-from ..core import Local, Reply, State
-from ..fit import fit
-from ..messages import Message
-from .averaging import PartlyShared
+from .averaging import SplitByName
 
 
 @final
 @dataclass(frozen=True)
-class FedPer(PartlyShared):
+class FedPer(SplitByName):
     """Base and personal layers are trained together; only the base is averaged."""
-
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, self.whole(down, state), self.local, ctx.data["train"])
-        return self.split(model, ctx, metrics)

@@ -9,17 +9,10 @@ from typing import final
 
 from ..core import Local, Reply, State
 from ..fit import Training
-from ..messages import Message, message
+from ..messages import Message
 from ..tensors import Tensors
-from .averaging import Averaging, upload
+from .averaging import Averaging, Personal, upload
 from .distillation import Distillation, distilled
-
-
-@message
-class Personal:
-    """A site's last personal model; none before its first round."""
-
-    model: Tensors | None  # v_k
 
 
 @final

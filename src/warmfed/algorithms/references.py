@@ -63,15 +63,15 @@ class LocalOnly:
     budget: Budget = Budget()
     """When to stop."""
 
-    def init(self, ctx: Central) -> ServerState:
-        # the common random start, as in FedAvg: one seed names one start
-        return Model(ctx.task.init(ctx.rng))
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Model(down.model)
 
     def down(self, server: ServerState, site: str) -> Message:
         return server
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return Model(down.model)
+    def init(self, ctx: Central) -> ServerState:
+        # the common random start, as in FedAvg: one seed names one start
+        return Model(ctx.task.init(ctx.rng))
 
     def stages(self) -> tuple[Stage, ...]:
         first = Stage("train", self.done, self.train)

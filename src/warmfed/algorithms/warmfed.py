@@ -30,11 +30,11 @@ class Server:
     """What the server keeps between stages."""
 
     model: Tensors  # θ_g
-    adapters: Mapping[str, Tensors]  # A_n, B_n and prompt embeddings, until S is drawn
-    classes: Tensors  # Y_n, by site
-    subset: Tensors  # S_sub
     tuned: Tensors | None  # θ_g after fine-tuning, while the sites judge it
+    subset: Tensors  # S_sub
     holders: tuple[str, ...]  # sites that have been sent S_sub
+    classes: Tensors  # Y_n, by site
+    adapters: Mapping[str, Tensors]  # A_n, B_n and prompt embeddings, until S is drawn
 
 
 @message
@@ -140,7 +140,7 @@ class WarmFed:
         return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
 
     def init(self, ctx: Central) -> ServerState:
-        return Server(ctx.task.init(ctx.rng), {}, {}, {}, None, ())
+        return Server(ctx.task.init(ctx.rng), tuned=None, subset={}, holders=(), classes={}, adapters={})
 
     def down(self, server: ServerState, site: str) -> Message:
         needed = self.warm and self.before == "client" and site not in server.holders

@@ -1,0 +1,36 @@
+"""FedBABU. Oh et al., ICLR 2022, arXiv:2106.06042, Algorithm 1.
+
+Departures: the head is drawn by the server and travels down with the body, so that all sites have one. Fine-tuning trains the
+whole model, which the paper found best.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from ..core import Local, Metrics, Reply, State
+from ..fit import Training, fit
+from ..messages import Message
+from ..tensors import Tensors, only
+from .averaging import Personalized, upload
+
+
+@final
+@dataclass(frozen=True)
+class FedBABU(Personalized):
+    """Only the body is trained and averaged, under a head that stays as it was drawn; the sites fine-tune both at the end."""
+
+    head: str = "head."
+    """How the names of the tensors begin that stay as they were drawn until then."""
+    personal: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    """That fine-tuning."""
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"], trainable=self.body)
+        return upload(only(model, self.body), state, ctx, metrics)
+
+    def body(self, name: str) -> bool:
+        return not name.startswith(self.head)
+
+    def own(self, model: Tensors, ctx: Local) -> tuple[Tensors, Metrics]:
+        tuned, info = fit(ctx, model, self.personal, ctx.data["train"])
+        return tuned, {"personal_loss": info["loss"]}

@@ -1,0 +1,45 @@
+"""FedNova. J. Wang et al., NeurIPS 2020, arXiv:2007.07481, Algorithm 1.
+
+Sites that take more steps pull a plain average towards themselves. Here each sends the mean of its gradients, and the server
+goes the mean length in their mean direction.
+Departures: none; with momentum ‖a_i‖₁ is the paper's (section 4), without it the number of steps. No server momentum.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..fit import fit
+from ..messages import Message, message
+from ..tensors import Tensors, add, mean, rows, scale, sub
+from .averaging import Averaging, Model
+
+
+@message
+class Normalized:
+    """A site's change per accumulated gradient, and how many it accumulated."""
+
+    direction: Tensors  # -η·d_i = (y_i - x)/‖a_i‖₁
+    accumulated: float  # ‖a_i‖₁
+
+
+@final
+@dataclass(frozen=True)
+class FedNova(Averaging):
+    """FedAvg of normalized changes: how many steps a site takes no longer decides how much it counts."""
+
+    def __post_init__(self) -> None:
+        self.local.accumulated(1)  # refuses a training whose steps are no sum of gradients
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        data = ctx.data["train"]
+        model, metrics = fit(ctx, down.model, self.local, data)
+        accumulated = self.local.accumulated(rows(data))
+        direction = scale(sub(model, down.model), 1 / accumulated)
+        return Reply(Normalized(direction, accumulated), state, float(rows(data)), metrics)
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        direction = mean((reply.message.direction, reply.weight) for reply in replies.values())
+        total = sum(reply.weight for reply in replies.values())
+        length = sum(reply.message.accumulated * reply.weight for reply in replies.values()) / total  # τ_eff = Σ p_i·‖a_i‖₁
+        return Model(add(server.model, scale(direction, length))), {"effective_steps": length}

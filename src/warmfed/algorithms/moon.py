@@ -1,0 +1,57 @@
+"""MOON. Li, He, Song, CVPR 2021, arXiv:2103.16257, Algorithm 1.
+
+Departures: representations are the classifier's own features: no projection head is added to it. A site that has not been
+asked before has no previous model, and no contrast yet.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core import Local, Reply, State
+from ..fit import Loss, fit
+from ..messages import Message
+from ..tensors import Table, Tensors
+from .averaging import Averaging, Personal, upload
+from .distillation import frozen
+
+
+def contrast(now: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tensor:
+    """ℓ_con: -log of the share of e^(sim(now, near)/τ) in it and e^(sim(now, far)/τ), mean over rows; float [n, width] each."""
+    similar = torch.stack([F.cosine_similarity(now, other, -1) for other in (near, far)], -1)
+    return F.cross_entropy(similar / temperature, torch.zeros(len(now), dtype=torch.long, device=now.device))
+
+
+@final
+@dataclass(frozen=True)
+class MOON(Averaging):
+    """FedAvg whose local features are drawn to the global model's and away from those of the site's last model."""
+
+    mu: float = 1.0
+    """μ, the weight of the contrast (the authors' code for CIFAR-10: 5)."""
+    temperature: float = 0.5
+    """τ."""
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Personal(None)
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        loss = self.contrasted(ctx, down.model, state.model) if self.mu and state.model is not None else None
+        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"], loss=loss)
+        return upload(model, Personal(model), ctx, metrics)
+
+    def contrasted(self, ctx: Local, shared: Tensors, last: Tensors) -> Loss:
+        """Cross-entropy + μ·ℓ_con."""
+        others = frozen(ctx, shared), frozen(ctx, last)
+
+        def loss(model: nn.Module, batch: Table) -> Tensor:
+            features = ctx.task.embed(model, batch)  # z
+            with torch.no_grad():
+                near, far = (ctx.task.embed(other, batch) for other in others)  # z_glob, z_prev
+            logits = model.get_submodule("head")(features)
+            return F.cross_entropy(logits, batch["label"]) + self.mu * contrast(features, near, far, self.temperature)
+
+        return loss

@@ -1,0 +1,72 @@
+"""SCAFFOLD. Karimireddy et al., ICML 2020, arXiv:1910.06378, Algorithm 1, option II.
+
+K counts optimizer steps. With momentum, each gradient moves the weights more than once; K·η is then what a site's gradients
+were multiplied with in all (‖a‖₁·η in FedNova's terms), so that c_i is their mean still.
+Departures: none with `local.momentum` and `local.clip` 0; clipping bounds the corrected gradient, and c_i is the mean of those.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..fit import fit
+from ..messages import Message, message
+from ..tensors import Tensors, add, mean, rows, scale, sub, to, zeros
+from .averaging import Averaging
+
+
+@message
+class Server:
+    """The model and the server's control variate: what a site is sent."""
+
+    model: Tensors  # x
+    control: Tensors  # c
+
+
+@message
+class Control:
+    """A site's control variate."""
+
+    control: Tensors  # c_i
+
+
+@message
+class Change:
+    """How a site's model and control variate have changed."""
+
+    model: Tensors  # y_i - x
+    control: Tensors  # c_i⁺ - c_i
+
+
+@final
+@dataclass(frozen=True)
+class Scaffold(Averaging):
+    """Local steps corrected by c - c_i, which is how far the site's gradients are from everyone's."""
+
+    server_lr: float = 1.0
+    """η_g, by which the mean change of the models is multiplied."""
+
+    def __post_init__(self) -> None:
+        self.local.accumulated(1)  # refuses a training whose steps are no sum of gradients
+
+    def init(self, ctx: Central) -> ServerState:
+        model = ctx.task.init(ctx.rng)
+        return Server(model, zeros(model))
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Control(zeros(down.control))
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        data, shift = ctx.data["train"], sub(down.control, state.control)
+        there = to(shift, ctx.device)
+        model, metrics = fit(ctx, down.model, self.local, data, correct=lambda name, gradient: gradient + there[name])
+        change = sub(model, down.model)
+        reach = self.local.accumulated(rows(data)) * self.local.lr  # K·η
+        control = sub(scale(change, -1 / reach), shift)  # c_i⁺ = c_i - c + (x - y_i)/(K·η)
+        return Reply(Change(change, sub(control, state.control)), Control(control), float(rows(data)), metrics)
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        model = mean((reply.message.model, 1.0) for reply in replies.values())
+        control = mean((reply.message.control, 1.0) for reply in replies.values())
+        share = len(replies) / len(ctx.sites)  # |S|/N
+        return Server(add(server.model, scale(model, self.server_lr)), add(server.control, scale(control, share))), {}
