@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import tomli_w
 
 from .algorithms import WarmFed, entry
+from .border import Border
 from .core import Algorithm
 from .diffusion.denoise import Denoising
 from .diffusion.generator import LatentDiffusion
@@ -78,6 +79,8 @@ class Config:
     """How it is measured."""
     unseen: Unseen = Unseen()
     generator: LatentDiffusion = field(default_factory=LatentDiffusion)
+    border: Border = Border()
+    """What is taken from the sites."""
     workers: int = 2
     """Processes that work at the same time; the results do not depend on it."""
     device: str = "cpu"

@@ -154,6 +154,8 @@ class Stage:
     """Share of the sites that is asked."""
     evaluated: bool = True
     """Whether the models are measured after it; not where it leaves them as they were."""
+    check: Callable[[Reply, str, Central], None] | None = None
+    """check(reply, site, ctx) raises `InputError` where a reply cannot be used: the site is then left out of the round."""
 
 
 class Algorithm(Protocol):
@@ -198,6 +200,13 @@ class Exchange:
     """How long the site worked for it; up only."""
 
 
+@dataclass(frozen=True)
+class Absent:
+    """What comes in the place of a reply: why a site is left out of this round."""
+
+    reason: str
+
+
 class Transport(Protocol):
     """Where the clients run."""
 
@@ -205,12 +214,15 @@ class Transport(Protocol):
 
     def send(
         self, step: int, stage: str, number: int, down: Mapping[str, Message]
-    ) -> Iterator[tuple[str, Reply, tuple[Exchange, ...]]]:
+    ) -> Iterator[tuple[str, Reply | Absent, tuple[Exchange, ...]]]:
         """Send each site its message; yield replies as they come, with what crossed the wire."""
         ...
 
     def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics]]:
-        """By site: the metrics of "global/validation", "global/test", "personal/validation", "personal/test"."""
+        """By site: the metrics of "global/validation", "global/test", "personal/validation", "personal/test".
+
+        A site that did not answer is missing.
+        """
         ...
 
 
@@ -231,6 +243,8 @@ class Round:
     evaluation: Mapping[str, Mapping[str, Metrics]]
     exchanges: tuple[Exchange, ...]
     seconds: float
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Sites of the cohort that were left out, and why."""
 
     def results(self) -> dict[str, Any]:
         """What must be equal in every rerun: everything but times."""
@@ -246,7 +260,7 @@ class Round:
             "union": _union(self.evaluation),
             "bytes_up": _traffic(self.exchanges, "up"),
             "bytes_down": _traffic(self.exchanges, "down"),
-        }
+        } | ({"absent": dict(self.absent)} if self.absent else {})
 
 
 def _view(evaluation: Mapping[str, Mapping[str, Metrics]], model: str) -> dict[str, dict[str, dict[str, float]]]:

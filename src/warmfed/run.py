@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from .core import Algorithm, Central, Exchange, Reply, Round, ServerState, Stage, Transport
+from .border import STRICT, Border
+from .core import Absent, Algorithm, Central, Exchange, Reply, Round, ServerState, Stage, Transport
+from .errors import InputError
 from .randomness import named
 
 
@@ -27,6 +29,7 @@ def run(
     *,
     start: tuple[int, ServerState] | None = None,
     evaluate: str = "every",
+    border: Border = STRICT,
 ) -> Iterator[Round]:
     """Run an algorithm's stages in order and yield after each; progress, logs, checkpoints and reports consume it.
 
@@ -34,6 +37,10 @@ def run(
         central: what the server may see; its `rng` is replaced by each stage's own.
         start: (stages already done, the server's state then), to resume a run.
         evaluate: every (stage that may change a model), last (only), or never.
+        border: which replies are taken, and how many a stage needs.
+
+    Raises:
+        InputError: fewer sites than needed have given a usable reply; nothing of this stage is kept.
     """
     sites = transport.sites
     done, server = start or (0, algorithm.init(replace(central, rng=named(seed, "init"))))
@@ -43,13 +50,21 @@ def run(
         began, number = time.perf_counter(), counts[stage.name]
         counts[stage.name] += 1
         asked = cohort(stage, sites, named(seed, stage.name, number, "cohort"))
-        replies: dict[str, Reply] = {}
+        answers: dict[str, Reply | Absent] = {}
         exchanges: list[Exchange] = []
         down = stage.down or algorithm.down
-        for site, reply, crossed in transport.send(step, stage.name, number, {s: down(server, s) for s in asked}):
-            replies[site] = reply
+        sent = {s: down(server, s) for s in asked}
+        for site, answer, crossed in transport.send(step, stage.name, number, sent):
+            answers[site] = border.admit(answer, site, sent[site], stage, central)
             exchanges += crossed
-        replies = dict(sorted(replies.items()))
+        replies = {site: answer for site, answer in sorted(answers.items()) if isinstance(answer, Reply)}
+        absent = {site: answer.reason for site, answer in sorted(answers.items()) if isinstance(answer, Absent)}
+        if len(replies) < border.needed(len(asked)):
+            told = "; ".join(f"site {site!r}: {reason}" for site, reason in absent.items())
+            raise InputError(
+                f"{len(replies)} of {len(asked)} sites gave a usable answer to stage {stage.name} {number + 1}, "
+                f"{border.needed(len(asked))} are needed ({told}); mend them and resume, or set border.least lower"
+            )
         server, aggregate = stage.server(server, replies, replace(central, rng=named(seed, stage.name, number, "server")))
         last = step == len(plan) - 1
         measured = (evaluate == "every" and (stage.evaluated or last)) or (evaluate == "last" and last)
@@ -69,4 +84,5 @@ def run(
             evaluation=evaluation,
             exchanges=tuple(sorted(exchanges, key=lambda e: (e.direction, e.site))),
             seconds=time.perf_counter() - began,
+            absent=absent,
         )

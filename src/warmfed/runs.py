@@ -10,8 +10,9 @@ import hashlib
 import json
 import shutil
 import tomllib
+from abc import ABC, abstractmethod
 from collections import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -23,9 +24,10 @@ from safetensors.torch import save
 
 from . import __version__, report
 from .algorithms import ALGORITHMS, entry
+from .border import STRICT, Border
 from .config import TASKS, Config, Data, build
-from .core import Algorithm, Central, Generator, Round, ServerState, Task
-from .data import Federation, Site, load
+from .core import Algorithm, Central, Generator, Round, ServerState, Task, Transport, in_turn
+from .data import Federation, Roster, Site, load
 from .diffusion import pipeline
 from .diffusion.denoise import Denoise
 from .diffusion.once import Once
@@ -39,7 +41,7 @@ from .panel import write_panel, write_samples
 from .run import run
 from .summary import history_sha256, summarize
 from .tasks import Classify
-from .tensors import Tensors
+from .tensors import Tensors, join, sha256
 from .transports.inprocess import InProcess
 from .transports.memories import Memories
 from .transports.worker import Worker
@@ -89,6 +91,7 @@ def simulate(
     workers: int = 1,
     device: str = "cpu",
     evaluate: str = "every",
+    border: Border = STRICT,
     folder: Path | None = None,
     start: tuple[int, ServerState] | None = None,
     watcher: Watcher | None = None,
@@ -98,6 +101,7 @@ def simulate(
     Args:
         task: what is learned; none: classification by the small CNN.
         workers: processes that work at the same time; the results do not depend on it.
+        border: which replies are taken, and how many a stage needs.
         folder: where artefacts and the sites' memories go; none: they stay in this process.
         start: (stages done, the server's state then), to resume.
     """
@@ -105,18 +109,32 @@ def simulate(
     task = task or Classify(federation.shape, len(federation.classes))
     sites = _workers(algorithm, federation, task, seed, generator, device)
     with InProcess(sites, min(workers, len(sites)), _memories(folder) if folder else None, watcher.progress) as transport:
-        central = Central(
-            task=task,
-            rng=torch.Generator(),
-            sites=transport.sites,
-            prompts=federation.prompts,
-            generator=generator,
-            device=device,
-            folder=folder,
-            spread=transport.spread,
-            progress=lambda what, done, total: watcher.progress("", what, done, total),
-        )
-        yield from run(algorithm, central, transport, seed, start=start, evaluate=evaluate)
+        central = server_side(task, transport, federation.prompts, generator, device, folder, watcher, transport.spread)
+        yield from run(algorithm, central, transport, seed, start=start, evaluate=evaluate, border=border)
+
+
+def server_side(
+    task: Task,
+    transport: Transport,
+    prompts: tuple[str, ...],
+    generator: Generator | None,
+    device: str,
+    folder: Path | None,
+    watcher: Watcher,
+    spread: Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], list[Any]] = in_turn,
+) -> Central:
+    """What the server may see in a run over this transport."""
+    return Central(
+        task=task,
+        rng=torch.Generator(),
+        sites=transport.sites,
+        prompts=prompts,
+        generator=generator,
+        device=device,
+        folder=folder,
+        spread=spread,
+        progress=lambda what, done, total: watcher.progress("", what, done, total),
+    )
 
 
 def _memories(folder: Path) -> Path:
@@ -128,7 +146,7 @@ class Ready:
     """What a configuration stands for, loaded and checked."""
 
     config: Config
-    federation: Federation
+    federation: Federation | Roster
     """The sites that take part."""
     unseen: Site | None
     """The one that joins at the end, if there is one."""
@@ -140,9 +158,9 @@ class Ready:
 
     @property
     def fingerprint(self) -> str:
-        """Names a run: its settings (but for the number of workers), data, base and start."""
+        """Names a run: its settings (but for workers and border), data, base and start."""
         values = tomllib.loads(self.config.toml())
-        values.pop("workers")
+        del values["workers"], values["border"]
         values["data"].pop("cache")  # where copies lie is no setting of the run
         text = json.dumps([values, self.federation.fingerprint, self.base, self.start], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -153,7 +171,7 @@ def load_data(data: Data) -> Federation:
     return load(data.source, data.path, **({"cache": data.cache} if data.cache else {}), **data.options)
 
 
-def prepare(config: Config, federation: Federation | None = None) -> Ready:
+def prepare(config: Config, federation: Federation | Roster | None = None) -> Ready:
     """Load and check all that a run needs, before anything is written; raises `InputError`.
 
     Args:
@@ -179,6 +197,8 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
     federation = federation or load_data(config.data)
     unseen = None
     if config.unseen.site:
+        if isinstance(federation, Roster):
+            raise InputError("unseen.site is for runs on one machine; take it out of the configuration")
         federation, unseen = federation.without(config.unseen.site), federation.sites[config.unseen.site]
     start = config.model.start
     if start == "public":
@@ -188,7 +208,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
     size = federation.shape, len(federation.classes)
     task = Denoise(*size, config.denoising, start) if config.task == "denoise" else Classify(*size, config.model.name, start)
     try:
-        task.probe(next(iter(federation.sites.values())).test["image"][:1])
+        task.probe(torch.zeros(1, *federation.shape, dtype=torch.uint8))
     except RuntimeError as error:
         raise InputError(
             f"model {config.model.name!r} does not take images of {federation.shape} ({error}); choose another"
@@ -211,16 +231,94 @@ def prepare(config: Config, federation: Federation | None = None) -> Ready:
     )
 
 
+class Place(ABC):
+    """Where the sites of a run are, and with them the images and the personal models."""
+
+    @abstractmethod
+    def prepare(self, config: Config) -> Ready:
+        """What the configuration stands for; raises `InputError`, and writes nothing."""
+
+    @abstractmethod
+    def rounds(
+        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator, watcher: Watcher
+    ) -> abc.Generator[Round, None, None]:
+        """The run, round by round; see `simulate`."""
+
+    @abstractmethod
+    def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
+        """Make the personal models: their digests by site, and their mean measure on the union of test sets if known."""
+
+
+class Here(Place):
+    """All sites are on this machine."""
+
+    def prepare(self, config: Config) -> Ready:
+        return prepare(config)
+
+    def rounds(
+        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator, watcher: Watcher
+    ) -> abc.Generator[Round, None, None]:
+        config = ready.config
+        return simulate(
+            config.algorithm,
+            _images(ready),
+            ready.task,
+            seed=config.seed,
+            generator=generator,
+            workers=config.workers,
+            device=config.device,
+            evaluate=config.evaluate,
+            border=config.border,
+            folder=folder,
+            start=start,
+            watcher=watcher,
+        )
+
+    def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
+        config, federation, task = ready.config, _images(ready), ready.task
+        memories = Memories(_memories(folder))
+        personal: dict[str, Tensors] = {}
+        for site, worker in _workers(config.algorithm, federation, task, config.seed, config.generator, config.device).items():
+            model = worker.model(config.algorithm.down(server, site), memories.state(site))
+            if model is not None:
+                personal[site] = model
+                write_model(folder / "models" / "personal" / f"{site}.safetensors", model)
+        everywhere = config.algorithm.global_model(server)
+        shown = everywhere if everywhere is not None else next(iter(personal.values()), None)
+        if shown is not None and isinstance(task, Denoise):
+            write_samples(folder, federation, task, shown, config.seed)
+        if shown is not None and isinstance(task, Classify):
+            write_panel(folder, federation, task, shown)
+        if not personal:
+            return {}, None
+        union = join(task.tables({"test": site.test})["test"] for site in federation.sites.values())
+        measured = sum(task.metrics(model, union)[task.measure] for model in personal.values()) / len(personal)
+        return {site: sha256(model) for site, model in personal.items()}, measured
+
+
+HERE = Here()
+
+
+def _images(ready: Ready) -> Federation:
+    assert isinstance(ready.federation, Federation)
+    return ready.federation
+
+
 def execute(
-    config: Config, folder: Path | None = None, watcher: Watcher | None = None, shared: Path | None = None
+    config: Config,
+    folder: Path | None = None,
+    watcher: Watcher | None = None,
+    shared: Path | None = None,
+    place: Place = HERE,
 ) -> dict[str, Any]:
     """Run a configuration into a new folder and return its summary.
 
     Args:
         folder: the run folder itself; none: runs/<algorithm>-<seed>, or the first free of -2, -3, … after it.
         shared: where adapters and samples are kept for other runs that need the same ones; none: they are not.
+        place: where the sites are.
     """
-    ready = prepare(config)
+    ready = place.prepare(config)
     folder = _claimed(config) if folder is None else folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already; `warmfed resume {folder}` finishes a run, or choose another --out")
@@ -231,7 +329,7 @@ def execute(
             folder.rmdir()
         raise
     with _alone(folder):
-        return _go(ready, folder, watcher or Watcher(), [], None, shared)
+        return _go(ready, folder, watcher or Watcher(), [], None, shared, place)
 
 
 def _claimed(config: Config) -> Path:
@@ -283,12 +381,14 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def resume(folder: Path, watcher: Watcher | None = None, workers: int = 0, shared: Path | None = None) -> dict[str, Any]:
+def resume(
+    folder: Path, watcher: Watcher | None = None, workers: int = 0, shared: Path | None = None, place: Place = HERE
+) -> dict[str, Any]:
     """Finish a run that was interrupted; a finished one is left as it is.
 
     Args:
         workers: how many from here on; 0: as many as the configuration says.
-        shared: as in `execute`.
+        shared, place: as in `execute`.
     """
     if (folder / "summary.json").exists():
         summary = read_summary(folder)
@@ -296,10 +396,10 @@ def resume(folder: Path, watcher: Watcher | None = None, workers: int = 0, share
         return summary
     config = read_config(folder)
     with _alone(folder):
-        ready = prepare(replace(config, workers=workers or config.workers))
+        ready = place.prepare(replace(config, workers=workers or config.workers))
         records, server = _resumed(ready, folder)
         sweep(folder)
-        return _go(ready, folder, watcher or Watcher(), records, server, shared)
+        return _go(ready, folder, watcher or Watcher(), records, server, shared, place)
 
 
 def _resumed(ready: Ready, folder: Path) -> tuple[list[dict[str, Any]], ServerState]:
@@ -334,7 +434,8 @@ def _go(
     watcher: Watcher,
     records: list[dict[str, Any]],
     server: ServerState,
-    shared: Path | None = None,
+    shared: Path | None,
+    place: Place,
 ) -> dict[str, Any]:
     config, federation = ready.config, ready.federation
     ledger = read_lines(folder / "ledger.jsonl", "the run's ledger") if records else []
@@ -342,26 +443,19 @@ def _go(
     watcher.plan(folder, config, tuple(federation.sites), tuple(records))
     if not records:
         _keep(ready, folder, records, None)
-    gauge = Gauge(config.measuring, ready.task, federation, config.denoising.latent or "digits", config.seed)
-    rounds = simulate(
-        config.algorithm,
-        federation,
-        ready.task,
-        seed=config.seed,
-        generator=Once(config.generator, shared) if shared else config.generator,
-        workers=config.workers,
-        device=config.device,
-        evaluate=config.evaluate,
-        folder=folder,
-        start=(len(records), server) if records else None,
-        watcher=watcher,
+    gauge = (
+        Gauge(config.measuring, ready.task, federation, config.denoising.latent or "digits", config.seed)
+        if isinstance(federation, Federation)
+        else None
     )
+    generator = Once(config.generator, shared) if shared else config.generator
+    rounds = place.rounds(ready, folder, (len(records), server) if records else None, generator, watcher)
     with Meter() as meter, closing(rounds):
         for done in rounds:
             server, seconds, peak = done.server, round(done.seconds, 3), round(meter.lap(), 1)
             records.append({**done.results(), "seconds": seconds, "peak_memory_mb": peak})
             model = config.algorithm.global_model(server)
-            if model is not None and gauge.due(done, last=len(records) == len(config.algorithm.stages())):
+            if gauge is not None and model is not None and gauge.due(done, last=len(records) == len(config.algorithm.stages())):
                 watcher.progress("", "measure", 0, 1)
                 records[-1]["quality"] = gauge.measure(model, len(records))
                 meter.lap()
@@ -375,7 +469,7 @@ def _go(
             _keep(ready, folder, records, server)
             watcher.round(records[-1])
     watcher.progress("", "report", 0, 1)
-    return _finish(ready, folder, records, server)
+    return _finish(ready, folder, records, server, place)
 
 
 def _keep(ready: Ready, folder: Path, records: list[dict[str, Any]], server: ServerState) -> None:
@@ -383,25 +477,15 @@ def _keep(ready: Ready, folder: Path, records: list[dict[str, Any]], server: Ser
     write_sealed(folder / "checkpoint" / "server.safetensors", encode(state))
 
 
-def _finish(ready: Ready, folder: Path, records: list[dict[str, Any]], server: ServerState) -> dict[str, Any]:
+def _finish(ready: Ready, folder: Path, records: list[dict[str, Any]], server: ServerState, place: Place) -> dict[str, Any]:
     """All that is made once at the end, from the checkpoint alone: a kill on the way leaves what it takes to do it again."""
-    config, federation, task = ready.config, ready.federation, ready.task
-    memories = Memories(_memories(folder))
-    everywhere = config.algorithm.global_model(server)
-    personal: dict[str, Tensors] = {}
-    for site, worker in _workers(config.algorithm, federation, task, config.seed, config.generator, config.device).items():
-        model = worker.model(config.algorithm.down(server, site), memories.state(site))
-        if model is not None:
-            personal[site] = model
-            _write_model(folder / "models" / "personal" / f"{site}.safetensors", model)
+    everywhere = ready.config.algorithm.global_model(server)
+    personal, union = place.finish(ready, folder, server)
+    models = {f"personal/{site}": digest for site, digest in personal.items()}
     if everywhere is not None:
-        _write_model(folder / "models" / "global.safetensors", everywhere)
-    shown = everywhere if everywhere is not None else next(iter(personal.values()), None)
-    if shown is not None and isinstance(task, Denoise):
-        write_samples(folder, federation, task, shown, config.seed)
-    if shown is not None and isinstance(task, Classify):
-        write_panel(folder, federation, task, shown)
-    summary = summarize(config, federation, task, ready.base, records, everywhere, personal)
+        write_model(folder / "models" / "global.safetensors", everywhere)
+        models["global"] = sha256(everywhere)
+    summary = summarize(ready.config, ready.federation, ready.task, ready.base, records, models, union)
     if ready.unseen is not None and everywhere is not None:
         summary["unseen"] = _late(ready, ready.unseen, everywhere)
     report.write(folder, summary)
@@ -422,5 +506,5 @@ def _late(ready: Ready, site: Site, model: Tensors) -> dict[str, Any]:
     return {"site": name, **{key: metrics[task.measure] for key, metrics in found.items()}}
 
 
-def _write_model(path: Path, model: Tensors) -> None:
+def write_model(path: Path, model: Tensors) -> None:
     write_whole(path, save({name: tensor.clone().contiguous() for name, tensor in model.items()}))

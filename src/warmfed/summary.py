@@ -10,8 +10,7 @@ import torch
 from . import __version__
 from .config import Config
 from .core import Task
-from .data import Federation
-from .tensors import Tensors, join, rows, sha256
+from .data import Federation, Roster
 
 _ASIDE = ("seconds", "peak_memory_mb", "quality")
 Record = Mapping[str, Any]
@@ -30,32 +29,29 @@ def history_sha256(records: list[dict[str, Any]]) -> str:
 
 def summarize(
     config: Config,
-    federation: Federation,
+    federation: Federation | Roster,
     task: Task,
     base: str,
     records: list[dict[str, Any]],
-    everywhere: Tensors | None,
-    personal: Mapping[str, Tensors],
+    models: Mapping[str, str],
+    union: float | None,
 ) -> dict[str, Any]:
     """The summary of a finished run; accuracies are of the last record, in percent.
 
     Args:
         base: SHA-256 of the generator's base; empty where the algorithm uses none.
-        everywhere: the global model, where there is one.
-        personal: the sites' models by site, where there are some.
+        models: digests of the models that there are: "global", "personal/<site>".
+        union: mean accuracy of the personal models on the union of test sets; None: nobody can measure it, since
+            neither images nor personal models leave their sites.
     """
     last = records[-1]
     measure = task.measure
     shared, own = _sums(last, measure)
-    if own is not None:
-        union = join(task.tables({"test": site.test})["test"] for site in federation.sites.values())
-        own["union"] = sum(task.metrics(model, union)[measure] for model in personal.values()) / len(personal)
+    if own is not None and union is not None:
+        own["union"] = union
     seconds: dict[str, float] = {}
     for record in records:
         seconds[record["stage"]] = round(seconds.get(record["stage"], 0.0) + record["seconds"], 3)
-    models = {f"personal/{site}": model for site, model in personal.items()}
-    if everywhere is not None:
-        models["global"] = dict(everywhere)
     return {
         "warmfed": __version__,
         "algorithm": config.name,
@@ -78,16 +74,16 @@ def summarize(
             name: {
                 "global": _at(last["global"], name, measure),
                 "personal": _at(last["personal"], name, measure),
-                **{split: rows(table) for split, table in site.splits.items()},
+                **counts,
             }
-            for name, site in federation.sites.items()
+            for name, counts in federation.rows.items()
         },
         **{f"{key}_per_site": _mean_bytes(records, key, len(federation.sites)) for key in ("bytes_up", "bytes_down")},
         "seconds": round(sum(seconds.values()), 3),
         "seconds_by_stage": seconds,
         "peak_memory_mb": max(record["peak_memory_mb"] for record in records),
         "history_sha256": history_sha256(records),
-        "models_sha256": {name: sha256(model) for name, model in sorted(models.items())},
+        "models_sha256": dict(sorted(models.items())),
     }
 
 

@@ -131,7 +131,7 @@ class WarmFed:
         return self.warm and self.tune
 
     def stages(self) -> tuple[Stage, ...]:
-        adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False)
+        adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=_fits)
         warm = Stage("warm", self.start)
         train = Stage("train", self.merge, self.train, sample=self.sample, evaluated=not (self.tunes and self.gate))
         gate = Stage("gate", self.decide, self.judge, down=self.candidates)
@@ -258,6 +258,11 @@ class WarmFed:
 
     def done(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         return server, {}
+
+
+def _fits(reply: Reply, site: str, ctx: Central) -> None:
+    """Whether an adapter can be sampled from."""
+    ctx.generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}")
 
 
 _SHARES = ("0.0", "0.5", "1.0")

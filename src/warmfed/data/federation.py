@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from ..errors import InputError, suggest
-from ..tensors import Table, sha256
+from ..tensors import Table, rows, sha256
 
 _PLAIN = re.compile(r'[^/\\:*?"<>|\x00-\x1f]*')
 SPLITS = ("train", "validation", "test")
@@ -85,14 +85,54 @@ class Federation:
             )
         return replace(self, sites={key: site for key, site in self.sites.items() if key != name})
 
+    @property
+    def rows(self) -> dict[str, dict[str, int]]:
+        """How many rows each table of each site has."""
+        return {name: {split: rows(table) for split, table in site.splits.items()} for name, site in self.sites.items()}
+
+    @property
+    def digests(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of each table of each site."""
+        return {name: {split: sha256(table) for split, table in site.splits.items()} for name, site in self.sites.items()}
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 over site names, classes, template and every byte of every table.
 
         The federation's own name and its notes stay out: the same data read from another folder are the same data.
         """
-        tables = {f"{name}/{split}": sha256(table) for name, site in self.sites.items() for split, table in site.splits.items()}
-        return hashlib.sha256(json.dumps([self.classes, self.template, tables]).encode()).hexdigest()
+        return _fingerprint(self.classes, self.template, self.digests)
+
+
+@dataclass(frozen=True)
+class Roster:
+    """A federation as a server knows it that holds no image: for each site its tables' rows and digests."""
+
+    name: str
+    classes: tuple[str, ...]
+    template: str
+    shape: tuple[int, int, int]
+    rows: Mapping[str, Mapping[str, int]]
+    digests: Mapping[str, Mapping[str, str]]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(sorted(self.rows))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One prompt per class, in the order of the labels."""
+        return tuple(self.template.format(name) for name in self.classes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the federation which has these tables."""
+        return _fingerprint(self.classes, self.template, self.digests)
+
+
+def _fingerprint(classes: tuple[str, ...], template: str, digests: Mapping[str, Mapping[str, str]]) -> str:
+    tables = {f"{name}/{split}": digests[name][split] for name in sorted(digests) for split in SPLITS}
+    return hashlib.sha256(json.dumps([classes, template, tables]).encode()).hexdigest()
 
 
 def _faults(federation: Federation) -> list[str]:

@@ -53,6 +53,7 @@ ROUND = {
     "peak_memory_mb?": float,
     "bytes_up": Each(int),
     "bytes_down": Each(int),
+    "absent?": Each(str),
 }
 MESSAGE = {
     "stage": str,

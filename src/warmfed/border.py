@@ -1,0 +1,67 @@
+"""The border: what a reply must be before anything touches it, whatever it came by."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .core import Absent, Central, Reply, Stage
+from .errors import InputError
+from .messages import Message, kind, tensors_of
+
+
+@dataclass(frozen=True)
+class Border:
+    """What the server takes from the sites."""
+
+    deadline: float = 3600.0
+    """Seconds that a stage may take, and as long for its evaluation; only where the sites are elsewhere."""
+    least: int = 0
+    """Sites that must have answered a stage, or the run stops at its last checkpoint; 0: all that were asked."""
+    norm: float = 0.0
+    """Largest L2 norm of a reply, or of its change where it answers a message of its own kind; 0: any finite one."""
+    bytes: int = 0
+    """Largest reply in bytes; 0: any that the wire takes. Only where the sites are elsewhere."""
+
+    def needed(self, asked: int) -> int:
+        """How many of the sites that were asked must have answered."""
+        return min(self.least, asked) if self.least else asked
+
+    def admit(self, answer: Reply | Absent, site: str, down: Message, stage: Stage, ctx: Central) -> Reply | Absent:
+        """The reply, or why it is refused.
+
+        A reply of the message's own kind has the message's layout: names, shapes and types of its tensors. What else a
+        stage demands, its `check` says. Every floating-point tensor must be finite.
+        """
+        if isinstance(answer, Absent):
+            return answer
+        try:
+            self._refuse(answer, down)
+            if stage.check is not None:
+                stage.check(answer, site, ctx)
+        except InputError as error:
+            return Absent(str(error))
+        return answer
+
+    def _refuse(self, reply: Reply, down: Message) -> None:
+        if not 0 <= reply.weight < float("inf"):
+            raise InputError(f"its weight is {reply.weight}")
+        came, sent = tensors_of(reply.message), tensors_of(down)
+        alike = kind(type(reply.message)) == kind(type(down))
+        if alike and (wrong := sorted(n for n in came.keys() | sent.keys() if _layout(came.get(n)) != _layout(sent.get(n)))):
+            raise InputError(f"tensor {wrong[0]!r} is {_layout(came.get(wrong[0]))}, expected {_layout(sent.get(wrong[0]))}")
+        for name, tensor in sorted(came.items()):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise InputError(f"tensor {name!r} is not finite")
+        if self.norm:
+            moved = (came[n].double() - sent[n].double() if alike else came[n].double() for n in sorted(came))
+            norm = float(torch.stack([part.square().sum() for part in moved]).sum().sqrt()) if came else 0.0
+            if norm > self.norm:
+                raise InputError(f"its norm is {norm:.4g}, at most {self.norm:.4g} is taken")
+
+
+STRICT = Border()
+"""All that were asked must answer; nothing that is not finite is taken."""
+
+
+def _layout(tensor: torch.Tensor | None) -> str:
+    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

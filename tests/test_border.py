@@ -1,0 +1,114 @@
+"""What the border refuses, and that a site that is refused is left out by name while the others go on."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import toy
+
+from warmfed.algorithms.averaging import Model
+from warmfed.border import STRICT, Border
+from warmfed.core import Absent, Exchange, Metrics, Nothing, Reply, Stage
+from warmfed.errors import InputError
+from warmfed.messages import Message
+from warmfed.run import run
+from warmfed.tensors import Tensors
+from warmfed.transports.inprocess import InProcess
+
+DOWN = Model({"w": torch.tensor([3.0, 4.0]), "n": torch.tensor(7)})
+STAGE = Stage("train", lambda server, replies, ctx: (server, {}))
+
+
+def verdict(message: Message, border: Border = STRICT, weight: float = 1.0, stage: Stage = STAGE) -> str:
+    """Why the reply is refused; empty: it is taken."""
+    reply = Reply(message, None, weight, {})
+    found = border.admit(reply, "a", DOWN, stage, toy.central())
+    assert found is reply or isinstance(found, Absent)
+    return found.reason if isinstance(found, Absent) else ""
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"w": torch.tensor([3.0, 5.0]), "n": torch.tensor(8)}, ""),
+        ({"w": torch.tensor([3.0, float("nan")]), "n": torch.tensor(7)}, "tensor 'model/w' is not finite"),
+        ({"w": torch.tensor([3.0, float("inf")]), "n": torch.tensor(7)}, "tensor 'model/w' is not finite"),
+        ({"w": torch.tensor([3.0]), "n": torch.tensor(7)}, "tensor 'model/w' is float32 [1], expected float32 [2]"),
+        ({"w": torch.tensor([3.0, 4.0]).half(), "n": torch.tensor(7)}, "'model/w' is float16 [2], expected float32 [2]"),
+        ({"w": torch.tensor([3.0, 4.0])}, "tensor 'model/n' is missing, expected int64 []"),
+        ({"w": DOWN.model["w"], "n": torch.tensor(7), "x": torch.tensor(0)}, "tensor 'model/x' is int64 [], expected missing"),
+    ],
+)
+def test_a_reply_has_the_layout_of_the_message_and_is_finite(tensors: Tensors, reason: str) -> None:
+    assert reason in verdict(Model(tensors))
+    assert bool(reason) == bool(verdict(Model(tensors)))
+
+
+def test_the_norm_is_that_of_the_change() -> None:
+    moved = Model({"w": torch.tensor([6.0, 8.0]), "n": torch.tensor(7)})  # by 5
+    assert verdict(moved, Border(norm=5.1)) == ""
+    assert verdict(moved, Border(norm=4.9)) == "its norm is 5, at most 4.9 is taken"
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_is_finite_and_not_negative(weight: float) -> None:
+    assert "weight" in verdict(DOWN, weight=weight)
+
+
+def test_a_stage_may_demand_more() -> None:
+    def picky(reply: Reply, site: str, ctx: object) -> None:
+        raise InputError(f"{site} must send more")
+
+    assert verdict(Nothing(), stage=replace(STAGE, check=picky)) == "a must send more"
+
+
+@dataclass
+class Faulty:
+    """The sites of the toy federation, of which some go wrong in some steps."""
+
+    inner: InProcess
+    faults: Mapping[tuple[int, str], Callable[[Reply], Reply | Absent]]
+    sites: tuple[str, ...] = ("a", "b", "c", "d")
+
+    def send(
+        self, step: int, stage: str, number: int, down: Mapping[str, Message]
+    ) -> Iterator[tuple[str, Reply | Absent, tuple[Exchange, ...]]]:
+        for site, reply, exchanges in self.inner.send(step, stage, number, down):
+            yield site, self.faults.get((step, site), lambda r: r)(reply), exchanges
+
+    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics]]:
+        return self.inner.evaluate(down, model)
+
+
+def spoiled(reply: Reply) -> Reply:
+    model = {name: torch.full_like(value, float("nan")) for name, value in reply.message.model.items()}
+    return replace(reply, message=Model(model))
+
+
+def faulty(name: str, faults: Any, least: int) -> list[Any]:
+    algorithm = toy.quick(name)
+    return list(run(algorithm, toy.central(), Faulty(InProcess(toy.workers(algorithm)), faults), border=Border(least=least)))
+
+
+def test_a_site_that_fails_is_left_out_and_comes_back() -> None:
+    rounds = faulty("fedavg", {(0, "b"): spoiled, (0, "c"): lambda reply: Absent("it hung")}, least=2)
+    assert [list(r.train) for r in rounds] == [["a", "d"], ["a", "b", "c", "d"]]
+    assert rounds[0].absent == {"b": "tensor 'model/head.bias' is not finite", "c": "it hung"}
+    assert rounds[0].results()["absent"] == rounds[0].absent
+    assert "absent" not in rounds[1].results()
+
+
+def test_too_few_answers_stop_the_run_by_name() -> None:
+    with pytest.raises(InputError, match=r"3 of 4 sites gave a usable answer to stage train 1, 4 are needed \(site 'b': "):
+        faulty("fedavg", {(0, "b"): spoiled}, least=0)
+
+
+def test_an_adapter_that_does_not_fit_leaves_its_site_out() -> None:
+    def bent(reply: Reply) -> Reply:
+        return replace(reply, message=replace(reply.message, adapter={"shift": torch.zeros(2, 2)}))
+
+    rounds = faulty("warmfed", {(0, "d"): bent}, least=3)
+    assert "the adapter of site 'd'" in rounds[0].absent["d"]
+    assert list(rounds[-1].train) == ["a", "b", "c", "d"]
