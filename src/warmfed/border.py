@@ -22,6 +22,10 @@ class Border:
     bytes: int = 0
     """Largest reply in bytes; 0: any that the wire takes. Only where the sites are elsewhere."""
 
+    sites: tuple[str, ...] = ()
+    """Who takes part; a run begins when all have come, or after the deadline with `least` of them. Empty: who is there
+    when the run begins. Only where the sites are elsewhere."""
+
     def needed(self, asked: int) -> int:
         """How many of the sites that were asked must have answered."""
         return min(self.least, asked) if self.least else asked

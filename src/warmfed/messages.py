@@ -118,6 +118,14 @@ def _header(data: bytes) -> dict[str, Any]:
     return json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_HEADER])
 
 
+def kind_of(data: bytes) -> str:
+    """The kind that these bytes say they are of; empty: they are no message."""
+    try:
+        return str(_header(data)["kind"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
 def decode(data: bytes, expect: type | None = None, what: str = "message") -> Message:
     """The message of these bytes.
 

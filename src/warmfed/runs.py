@@ -72,6 +72,11 @@ class Checkpoint:
     server: Message
 
 
+def workers(config: Config, ready: "Ready") -> dict[str, Worker]:
+    """A worker for each site whose images are here."""
+    return _workers(config.algorithm, _images(ready), ready.task, config.seed, config.generator, config.device)
+
+
 def _workers(
     algorithm: Algorithm, federation: Federation, task: Task, seed: int, generator: Generator | None, device: str
 ) -> dict[str, Worker]:
@@ -278,7 +283,7 @@ class Here(Place):
         config, federation, task = ready.config, _images(ready), ready.task
         memories = Memories(_memories(folder))
         personal: dict[str, Tensors] = {}
-        for site, worker in _workers(config.algorithm, federation, task, config.seed, config.generator, config.device).items():
+        for site, worker in workers(config, ready).items():
             model = worker.model(config.algorithm.down(server, site), memories.state(site))
             if model is not None:
                 personal[site] = model

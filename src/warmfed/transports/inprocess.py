@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..core import Exchange, Metrics, Reply, silent
-from ..errors import InputError
 from ..messages import Message, decode, encode
 from ..tensors import Tensors
 from .memories import Memories
@@ -92,13 +91,8 @@ class InProcess:
         """(site, reply, seconds of work): first those that are remembered, then the others as they come."""
         todo = {}
         for site, content in down.items():
-            memory = self.memories.recall(site)
-            if memory is not None and memory.step > step:
-                raise InputError(
-                    f"site {site!r} has answered step {memory.step}, but the server is at step {step}: "
-                    "the folder mixes two runs; restore it or start the run anew"
-                )
-            if memory is not None and memory.step == step:
+            memory = self.memories.answered(site, step)
+            if memory is not None:
                 yield site, memory.reply, memory.seconds
             else:
                 todo[site] = content

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import Reply
+from ..errors import InputError
 from ..files import read_sealed, write_sealed
 from ..messages import Message, decode, encode, message
 
@@ -35,6 +36,16 @@ class Memories:
             what = f"the memory of site {site!r}"
             self._known[site] = decode(read_sealed(self._path(site), what), Memory, f"{what} ({self._path(site)})")
         return self._known.get(site)
+
+    def answered(self, site: str, step: int) -> Memory | None:
+        """The memory of this step, if the site has answered it; raises `InputError` where it has answered a later one."""
+        memory = self.recall(site)
+        if memory is not None and memory.step > step:
+            raise InputError(
+                f"site {site!r} has answered step {memory.step}, but the server is at step {step}: "
+                "the folder mixes two runs; restore it or start the run anew"
+            )
+        return memory if memory is not None and memory.step == step else None
 
     def state(self, site: str) -> Message:
         """The state that a site keeps; None before it has any."""

@@ -1,0 +1,139 @@
+"""The two Flower apps: `server_app` runs a configuration over the sites, `client_app` answers for one site.
+
+Run configuration: `config`, the configuration's file; `out`, the run folder; both absolute or below the server's folder
+($WARMFED_SERVER, else the working directory). Node configuration: `site-folder`, the folder with site.toml.
+"""
+
+import os
+import secrets
+from collections import abc
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .algorithms import ALGORITHMS
+from .config import Config, parse
+from .console import Lines
+from .core import Algorithm, Generator, Round, ServerState
+from .data import Roster
+from .errors import InputError
+from .files import read_json, write_json
+from .messages import encode
+from .run import run
+from .runs import Place, Ready, Watcher, execute, prepare, read_config, resume, server_side
+from .site import agree, answer, roster
+from .transports import flower
+from .transports.remote import Remote
+from .transports.wire import HELLO, Card, Request, opened
+
+
+@dataclass
+class There(Place):
+    """The sites are Flower's nodes."""
+
+    post: flower.GridPost
+    folder: Path
+    _run: str = ""
+    _sites: tuple[str, ...] = ()
+    _cards: dict[str, Card] = field(default_factory=dict)
+
+    def prepare(self, config: Config) -> Ready:
+        kept = self.folder / "checkpoint" / "sites.json"
+        begun = read_json(kept, "the run's sites") if kept.exists() else None
+        self._run = begun["run"] if begun else secrets.token_hex(8)
+        asked = Request(self._run, "", config.toml(), HELLO, 0, 0, None)
+        self.post.hello, self.post.introduce = encode(asked), lambda data: self._introduced(asked, data)
+        names = begun["sites"] if begun else config.border.sites
+        needed = config.border.needed(len(names)) if names else config.border.least
+        found = self.post.present(names, needed, config.border.deadline)
+        self._sites = tuple(sorted({*names, *found}))
+        known = _roster(begun["roster"]) if begun else roster(self._cards, self._sites)
+        ready = prepare(config, known)
+        site, card = next(iter(sorted(self._cards.items())))
+        for what, here, there in (("base", ready.base, card.base), ("start", ready.start, card.start)):
+            if here != there:
+                raise InputError(f"the server's {what} is {here!r}, that of site {site!r} {there!r}; they must be equal")
+        return ready
+
+    def _introduced(self, asked: Request, data: bytes) -> str | None:
+        """The name of who has answered hello; None, and a line in the log: it does not take part."""
+        try:
+            site, card = opened_card(asked, data)
+            if self._sites and site not in self._sites:
+                raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
+            if self._cards and self._sites:
+                first = min(self._cards)
+                agree(card, site, self._cards[first], first)
+        except InputError as error:
+            print(f"a node is refused: {error}", flush=True)
+            return None
+        self._cards[site] = card
+        return site
+
+    def rounds(
+        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator, watcher: Watcher
+    ) -> abc.Generator[Round, None, None]:
+        config = ready.config
+        assert isinstance(ready.federation, Roster)
+        sites = {"run": self._run, "sites": self._sites, "roster": asdict(ready.federation)}
+        write_json(folder / "checkpoint" / "sites.json", sites)
+        transport = self._transport(config)
+        central = server_side(ready.task, transport, ready.federation.prompts, generator, config.device, folder, watcher)
+        yield from run(
+            config.algorithm, central, transport, config.seed, start=start, evaluate=config.evaluate, border=config.border
+        )
+
+    def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
+        algorithm: Algorithm = ready.config.algorithm
+        down = {site: algorithm.down(server, site) for site in self._sites}
+        return self._transport(ready.config).finish(down, algorithm.global_model(server)), None
+
+    def _transport(self, config: Config) -> Remote:
+        return Remote(self.post, self._sites, self._run, config.toml(), config.border)
+
+
+def opened_card(asked: Request, data: bytes) -> tuple[str, Card]:
+    """The name and card in an answer to hello; raises `InputError`."""
+    found = opened(data, asked, None, Card)
+    return found.site, found.body
+
+
+def _roster(table: Mapping[str, Any]) -> Roster:
+    shape = tuple(int(n) for n in table["shape"])
+    return Roster(**{**table, "classes": tuple(table["classes"]), "shape": shape})
+
+
+def serve(post: flower.GridPost, settings: Mapping[str, Any]) -> None:
+    """Run a configuration into its folder, or finish the run that the folder holds."""
+    home = Path(os.environ.get("WARMFED_SERVER", "."))
+    config = parse(home / str(settings["config"])) if settings.get("config") else parse()
+    folder = home / (str(settings.get("out") or "") or f"runs/{config.name}-{config.seed}")
+    place = There(post, folder)
+    with Lines() as watcher:
+        if (folder / "config.toml").exists():
+            _same(read_config(folder), config, folder)
+            resume(folder, watcher, place=place)
+        else:
+            execute(config, folder, watcher, place=place)
+
+
+def _same(begun: Config, asked: Config, folder: Path) -> None:
+    """Raise `InputError` where the folder's run was begun with other settings than are asked for now."""
+    if replace(begun, border=asked.border, workers=asked.workers) != asked:
+        raise InputError(f"{folder} holds a run of other settings than the configuration names; choose another out")
+
+
+def _here(node: Mapping[str, Any], letter: bytes) -> bytes:
+    folder = str(node.get("site-folder", ""))
+    if not folder:
+        raise InputError(
+            "the node's configuration has no site-folder; start the SuperNode with --node-config 'site-folder=\"…\"'"
+        )
+    return answer(Path(folder), letter)
+
+
+server_app = flower.server_app(serve)
+client_app = flower.client_app(
+    (stage.name for entry in ALGORITHMS.values() for stage in entry.cls().stages() if stage.client is not None), _here
+)

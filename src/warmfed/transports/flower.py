@@ -1,0 +1,201 @@
+"""Flower carries the bytes: the only file that imports flwr.
+
+A message of ours travels as one record of bytes, exactly those of `messages.encode`, beside a record that declares its
+kind, size and digest. So there is one codec and one validation on the wire, on disk and in the ledger; bfloat16 passes as
+it is; and neither Flower's serialization of arrays nor NumPy's touches a tensor.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common import log
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
+
+from ..core import Absent
+from ..errors import InputError
+from ..messages import KINDS, digest, kind_of
+from .wire import FINISH, HELLO
+
+_BYTES, _SEAL, _STYPE = "message", "seal", "warmfed.message"
+_PASSING = {
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.MESSAGE_UNAVAILABLE,
+}
+"""Errors of the way, not of the site: the site is asked again when it is there."""
+
+
+Node = tuple[int, str]
+"""A node's number, and since when it has been there: one that was started anew has forgotten what it was asked."""
+
+
+def pack(data: bytes) -> RecordDict:
+    """The records of a message's bytes."""
+    array = Array(dtype="uint8", shape=(len(data),), stype=_STYPE, data=data)
+    seal = ConfigRecord({"kind": kind_of(data), "bytes": len(data), "sha256": digest(data)})
+    return RecordDict({_BYTES: ArrayRecord({_BYTES: array}), _SEAL: seal})
+
+
+def unpack(records: RecordDict) -> bytes:
+    """The bytes in these records; raises `InputError` where they are not what the seal declares."""
+    array, seal = records.get(_BYTES), records.get(_SEAL)
+    if set(records) != {_BYTES, _SEAL} or not isinstance(array, ArrayRecord) or not isinstance(seal, ConfigRecord):
+        raise InputError(f"a message record and its seal were expected, {sorted(records)} came")
+    if set(array) != {_BYTES} or set(seal) != {"kind", "bytes", "sha256"}:
+        raise InputError(f"one message and its kind, bytes and sha256 were expected, {sorted(array)}, {sorted(seal)} came")
+    content = array[_BYTES]
+    data = content.data
+    if content.stype != _STYPE or content.dtype != "uint8" or content.shape not in ((len(data),), [len(data)]):
+        raise InputError(f"{len(data)} bytes of type {_STYPE} were expected, {content.stype} {content.shape} came")
+    if seal["bytes"] != len(data) or seal["sha256"] != digest(data):
+        raise InputError("the bytes are not those that the seal declares")
+    if seal["kind"] not in KINDS or kind_of(data) != seal["kind"]:
+        raise InputError(f"a message of kind {seal['kind']!r} is not known here, or the bytes are of another kind")
+    return data
+
+
+def client_app(stages: Iterable[str], answer: Callable[[Mapping[str, Any], bytes], bytes]) -> ClientApp:
+    """The app of every site: one action for each stage, and for presenting itself, measuring and finishing.
+
+    Args:
+        answer: answer(node configuration, request) makes the bytes of the answer.
+    """
+    app = ClientApp()
+
+    def handle(message: Message, context: Context) -> Message:
+        return Message(pack(answer(context.node_config, unpack(message.content))), reply_to=message)
+
+    for stage in sorted(set(stages)):
+        app.train(stage)(handle)
+    app.evaluate()(handle)
+    app.query(HELLO)(handle)
+    app.query(FINISH)(handle)
+    return app
+
+
+def server_app(serve: Callable[["GridPost", Mapping[str, Any]], None]) -> ServerApp:
+    """The app of the server; serve(post, run configuration) does the run."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        serve(GridPost(grid), context.run_config)
+
+    return app
+
+
+@dataclass
+class GridPost:
+    """A `Post` over Flower's Grid. Nodes have random numbers; a site's name is what it says of itself in `hello`."""
+
+    grid: Grid
+    introduce: Callable[[bytes], str | None] = field(default=lambda data: None)
+    """introduce(answer to hello) is the site's name; None: it does not take part."""
+    hello: bytes = b""
+    """The letter that asks a node for its name."""
+    pause: float = 0.5
+    """Seconds between two looks for answers."""
+    look: float = 3.0
+    """Seconds between two looks for nodes that come and go."""
+    _names: dict["Node", str | None] = field(default_factory=dict, init=False)
+    _asked: dict[str, "Node"] = field(default_factory=dict, init=False)
+
+    def present(self, names: Iterable[str], needed: int, seconds: float) -> tuple[str, ...]:
+        """The sites that are there: waits until all of `names` are, and at the end of the time for `needed` of them.
+
+        Without names: until every node that is connected has said who it is, and there are as many as needed.
+        """
+        end, names = time.monotonic() + seconds, set(names)
+        while True:
+            found = self._sites()
+            if found.keys() >= names if names else len(found) >= max(needed, 1) and not self._asked:
+                return tuple(sorted(found))
+            if time.monotonic() >= end:
+                if len(found) >= max(needed, 1):
+                    return tuple(sorted(found))
+                raise InputError(
+                    f"{len(found)} sites have come within {seconds:g} s ({', '.join(sorted(found)) or 'none'}), "
+                    f"{max(needed, 1)} are needed; start their SuperNodes"
+                )
+            time.sleep(self.pause)
+
+    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Absent]]:
+        end, looked = time.monotonic() + seconds, float("-inf")
+        todo, why = dict(letters), dict.fromkeys(letters, "it is not connected")
+        sent: dict[str, Node] = {}
+        pending: dict[str, str] = {}  # site of each message
+        while todo and time.monotonic() < end:
+            if time.monotonic() >= looked + self.look:
+                looked, here = time.monotonic(), self._sites()
+                for site in [s for s in todo if s in here and sent.get(s) != here[s]]:
+                    node = here[site][0]
+                    ids = self._push(Message(pack(todo[site]), node, action, ttl=max(end - time.monotonic(), 1.0) + 60))
+                    if ids is not None:
+                        pending[ids], sent[site], why[site] = site, here[site], "it has not answered in time"
+            for reply in self._pull(pending):
+                site = pending.pop(reply.metadata.reply_to_message_id)
+                if site not in todo:
+                    continue
+                answer = _content(reply)
+                if answer is None:
+                    sent.pop(site, None)
+                    why[site] = f"it was lost on the way ({reply.error.reason})"
+                    continue
+                del todo[site]
+                yield site, answer
+            if todo:
+                time.sleep(self.pause)
+        for site in todo:
+            yield site, Absent(f"{why[site]} ({seconds:g} s)")
+
+    def _sites(self) -> dict[str, "Node"]:
+        """The sites that are there now; nodes that are new are asked for their names."""
+        nodes = {(node.node_id, node.last_activated_at) for node in self.grid.get_nodes()}
+        self._asked = {message: node for message, node in self._asked.items() if node in nodes}
+        for reply in self._pull(self._asked):
+            node, answer = self._asked.pop(reply.metadata.reply_to_message_id), _content(reply)
+            if answer is not None:  # else it is asked again
+                self._names[node] = None if isinstance(answer, Absent) else self.introduce(answer)
+                log(INFO, "node %s is %s", node[0], self._names[node] or "refused")
+        for node in sorted(nodes - self._names.keys() - set(self._asked.values())):
+            asked = self._push(Message(pack(self.hello), node[0], f"query.{HELLO}", ttl=600))
+            if asked is not None:
+                self._asked[asked] = node
+        sites: dict[str, Node] = {}
+        for node in sorted(nodes):
+            name = self._names.get(node)
+            if name is not None and name in sites:
+                raise InputError(f"two nodes say that they are site {name!r}; stop one of them, or give it its own name")
+            if name is not None:
+                sites[name] = node
+        return sites
+
+    def _push(self, message: Message) -> str | None:
+        return next(iter(self.grid.push_messages([message])), None)
+
+    def _pull(self, pending: Mapping[str, Any]) -> list[Message]:
+        replies = self.grid.pull_messages(list(pending)) if pending else []
+        return [reply for reply in replies if reply.metadata.reply_to_message_id in pending]
+
+
+def _content(reply: Message) -> bytes | Absent | None:
+    """What a reply brings; None: it was lost on the way."""
+    if reply.has_error():
+        if reply.error.code in _PASSING:
+            return None
+        log(WARNING, "a site's app has failed: %s", reply.error.reason)
+        return Absent(f"its app has failed: {_first(reply.error)}")
+    try:
+        return unpack(reply.content)
+    except InputError as error:
+        return Absent(f"its answer is not one: {error}")
+
+
+def _first(error: Error) -> str:
+    return " ".join(str(error.reason or error.code).split())[:300]

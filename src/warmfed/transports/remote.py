@@ -1,0 +1,69 @@
+"""Sites on other machines: the `Transport` over anything that delivers bytes to a site by its name."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from ..border import Border
+from ..core import Absent, Exchange, Metrics, Reply
+from ..errors import InputError
+from ..messages import Message, encode
+from ..tensors import Tensors
+from .wire import EVALUATE, FINISH, Kept, Measures, Models, Request, nest, opened
+from .worker import exchange
+
+
+class Post(Protocol):
+    """Delivers requests by the name of the site."""
+
+    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Absent]]:
+        """Deliver each site its bytes; yield the sites' answers as they come, and who has given none in that time."""
+        ...
+
+
+@dataclass
+class Remote:
+    """A transport over a `Post`; what comes is opened and checked here, and a fault is the site's absence."""
+
+    post: Post
+    sites: tuple[str, ...]
+    run: str
+    config: str
+    border: Border
+
+    def send(
+        self, step: int, stage: str, number: int, down: Mapping[str, Message]
+    ) -> Iterator[tuple[str, Reply | Absent, tuple[Exchange, ...]]]:
+        for site, answer in self._ask(
+            f"train.{stage}", Request(self.run, "", self.config, stage, step, number, None), down, Reply
+        ):
+            if isinstance(answer, Absent):
+                yield site, answer, ()
+                continue
+            reply = answer.body
+            up = replace(exchange(site, "up", reply.message), seconds=round(answer.seconds, 3))
+            yield site, reply, (exchange(site, "down", down[site]), up)
+
+    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, dict[str, Metrics]]:
+        asked = Request(self.run, "", self.config, EVALUATE, 0, 0, None)
+        bodies = {site: Models(content, model) for site, content in down.items()}
+        answers = dict(self._ask("evaluate", asked, bodies, Measures))
+        return {s: dict(nest(answers[s].body.metrics)) for s in down if not isinstance(answers[s], Absent)}
+
+    def finish(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, str]:
+        """Have each site make and keep its personal model; their digests by site. Who does not answer is missing."""
+        asked = Request(self.run, "", self.config, FINISH, 0, 0, None)
+        bodies = {site: Models(content, model) for site, content in down.items()}
+        answers = {s: a for s, a in self._ask("query.finish", asked, bodies, Kept) if not isinstance(a, Absent)}
+        return {site: answers[site].body.personal for site in sorted(answers) if answers[site].body.personal}
+
+    def _ask(self, action: str, asked: Request, bodies: Mapping[str, Message], body: type) -> Iterator[tuple[str, Any]]:
+        letters = {site: encode(replace(asked, site=site, body=content)) for site, content in bodies.items()}
+        for site, data in self.post.ask(action, letters, self.border.deadline):
+            if isinstance(data, Absent):
+                yield site, data
+                continue
+            try:
+                yield site, opened(data, asked, site, body, self.border.bytes)
+            except InputError as error:
+                yield site, Absent(str(error))
