@@ -1,0 +1,109 @@
+"""A SuperLink and four SuperNodes as processes, with TLS and node authentication: the same bytes as in process.
+
+`make test-deploy`; it takes some minutes, nearly all of it for starting processes.
+"""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tomli_w
+from deployment import Deployment, authority
+
+from warmfed.config import Config, parse
+from warmfed.diffusion import pipeline
+from warmfed.files import read_lines
+from warmfed.predict import predict
+from warmfed.randomness import named, seeded
+from warmfed.runs import execute, read_summary
+
+with warnings.catch_warnings():
+    # diffusers and transformers import modules of their own that are deprecated
+    warnings.simplefilter("ignore")
+    from warmfed.diffusion.pretrain import Pretraining, build
+
+SITES = "abcd"
+QUICK: dict[str, dict[str, Any]] = {
+    "fedper": {"rounds": 2, "local": {"epochs": 1}},
+    "ditto": {"rounds": 1, "local": {"epochs": 1}, "personal": {"epochs": 1}},
+    "warmfed": {
+        "rounds": 1, "local": {"epochs": 1}, "personal": {"epochs": 1},
+        "synthesis": {
+            "per_class": 4, "subset": 12, "filter": "none", "training": {"epochs": 1}, "filter_training": {"epochs": 1},
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Running, with data, base and site folders; a SuperNode that nobody registered tries to take part, and one that
+    trusts another authority."""
+    folder = tmp_path_factory.mktemp("deployment")
+    data = tiny.arrays(folder / "toy.npz", SITES + "xy", side=32)
+    with seeded(named("tiny")):
+        base = build(Pretraining(channels=4, decoder_width=8, widths=(16, 32), text_width=16, text_layers=1))
+    pipeline.save(base, folder / "base")
+    with Deployment(folder / "all") as running:
+        running.superlink()
+        for name in SITES + "xy":
+            running.site(name, {"data": {"source": str(data)}, "base": str(folder / "base")}, register=name != "x")
+            running.supernode(name, authority(folder / "other") if name == "y" else None)
+        yield running
+
+
+def config(deployment: Deployment, name: str) -> Path:
+    """The server's configuration for an algorithm."""
+    path = deployment.server / f"{name}.toml"
+    table = {
+        "algorithm": {"name": name, **QUICK[name]},
+        "generator": {"base": str(deployment.folder.parent / "base"), "rank": 2, "steps": 2, "training": {"epochs": 1}},
+        "border": {"sites": list(SITES), "deadline": 240.0},
+        "workers": 1,
+    }
+    path.write_text(tomli_w.dumps(table))
+    return path
+
+
+def in_process(path: Path, data: Path, folder: Path) -> dict[str, Any]:
+    settings: Config = parse(path, {"data.source": str(data)})
+    execute(settings, folder)
+    return read_summary(folder)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_same_bytes_as_in_process(name: str, deployment: Deployment, tmp_path: Path) -> None:
+    path = config(deployment, name)
+    deployment.start(path.name, f"runs/{name}")
+    found = deployment.finished(f"runs/{name}", 400)
+    # the federation of the four sites alone
+    four = tiny.arrays(tmp_path / "toy.npz", SITES, side=32)
+    wanted = in_process(path, four, tmp_path / "here")
+    for key in ("history_sha256", "models_sha256", "data_sha256", "base_sha256"):
+        assert found[key] == wanted[key], key
+    lines = [
+        [(m["site"], m["direction"], m["stage"], m["bytes"], m["sha256"]) for m in read_lines(ledger, "it") if "site" in m]
+        for ledger in (deployment.server / "runs" / name / "ledger.jsonl", tmp_path / "here" / "ledger.jsonl")
+    ]
+    assert lines[0] == lines[1]
+    for site in SITES:
+        kept = max((deployment.folder / "sites" / site / "work" / "runs").iterdir(), key=lambda p: p.stat().st_mtime)
+        personal = (kept / "models" / "personal" / f"{site}.safetensors").read_bytes()
+        assert personal == (tmp_path / "here" / "models" / "personal" / f"{site}.safetensors").read_bytes()
+    picture = next(tiny.pictures(tmp_path / "pictures", {"a": {"0": 1}}).rglob("*.png"))
+    kept = max((deployment.folder / "sites" / "a" / "work" / "runs").iterdir(), key=lambda p: p.stat().st_mtime)
+    assert predict(kept, [picture], "a") == predict(tmp_path / "here", [picture], "a")
+
+
+def test_who_is_not_registered_or_trusts_another_authority_gets_nothing(deployment: Deployment) -> None:
+    for name in "xy":
+        assert not (deployment.folder / "sites" / name / "work").exists()
+    logs = {name: (deployment.folder / f"{name}.log").read_text() for name in ("a", "x", "y", "superlink")}
+    assert "Receiving" not in logs["x"] + logs["y"]
+    assert "Connection attempt failed" in logs["x"]  # the SuperLink refuses its key
+    assert "Attempted to register SuperNode with public key" in logs["superlink"]
+    assert "Connection attempt failed" in logs["y"]  # it does not trust the SuperLink
+    assert "Connection attempt failed" not in logs["a"]
