@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .config import Config, Data, build, construct, read_toml
+from .config import Config, Data, Unseen, build, construct, read_toml
 from .core import Reply
 from .data import SPLITS, Federation, Roster, load
 from .data import Site as Tables
@@ -152,6 +152,7 @@ def _local(site: SiteConfig, text: str) -> Config:
         data=site.data,
         device=site.device,
         workers=1,
+        unseen=Unseen(),
         generator=replace(config.generator, base=str(site.path(site.base)) if site.base else config.generator.base),
         model=replace(config.model, start=start),
     )
