@@ -4,13 +4,17 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check lint types imports docs-run clean
+.PHONY: demo test test-deploy check lint types imports docs-run clean
 
 demo: .venv/ready
 	$(BIN)/warmfed run
 
 test: .venv/ready
 	$(BIN)/pytest -n 2 -q
+
+# a real SuperLink and SuperNodes as processes; takes minutes
+test-deploy: .venv/flower
+	$(BIN)/pytest -q tests_deploy tests/test_flower.py tests/test_robust.py
 
 check: lint types imports test
 
@@ -28,6 +32,10 @@ imports: .venv/ready
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warmfed needs Python 3.11 or newer; name one: make PYTHON=python3.12 …")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+.venv/flower: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,flower]'
 	touch $@
 
 clean:

@@ -78,7 +78,7 @@ def in_process(path: Path, data: Path, folder: Path) -> dict[str, Any]:
 def test_the_same_bytes_as_in_process(name: str, deployment: Deployment, tmp_path: Path) -> None:
     path = config(deployment, name)
     deployment.start(path.name, f"runs/{name}")
-    found = deployment.finished(f"runs/{name}", 400)
+    found = deployment.finished(f"runs/{name}", 900)
     # the federation of the four sites alone
     four = tiny.arrays(tmp_path / "toy.npz", SITES, side=32)
     wanted = in_process(path, four, tmp_path / "here")

@@ -21,7 +21,7 @@ from .errors import InputError
 from .files import read_json, write_json
 from .messages import encode
 from .run import run
-from .runs import Place, Ready, Watcher, execute, prepare, read_config, resume, server_side
+from .runs import SITES, Place, Ready, Watcher, execute, prepare, read_config, resume, server_side
 from .site import agree, answer, roster
 from .transports import flower
 from .transports.remote import Remote
@@ -39,7 +39,7 @@ class There(Place):
     _cards: dict[str, Card] = field(default_factory=dict)
 
     def prepare(self, config: Config) -> Ready:
-        kept = self.folder / "checkpoint" / "sites.json"
+        kept = self.folder / "checkpoint" / SITES
         begun = read_json(kept, "the run's sites") if kept.exists() else None
         self._run = begun["run"] if begun else secrets.token_hex(8)
         asked = Request(self._run, "", config.toml(), HELLO, 0, 0, None)
@@ -77,7 +77,7 @@ class There(Place):
         config = ready.config
         assert isinstance(ready.federation, Roster)
         sites = {"run": self._run, "sites": self._sites, "roster": asdict(ready.federation)}
-        write_json(folder / "checkpoint" / "sites.json", sites)
+        write_json(folder / "checkpoint" / SITES, sites)
         transport = self._transport(config)
         central = server_side(ready.task, transport, ready.federation.prompts, generator, config.device, folder, watcher)
         yield from run(

@@ -62,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, metavar="N", help="names every random number (default 0)")
     run.add_argument("--rounds", type=int, metavar="R", help="rounds of training; 0: one shot, where the algorithm has it")
     run.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default runs/ALGORITHM-SEED, never overwritten)")
+    run.add_argument("--transport", default="inprocess", choices=("inprocess", "flower"), help="where the sites are")
+    run.add_argument("--superlink", default="local", metavar="NAME", help="flower: a connection in Flower's config.toml")
     _workers(run, "processes that work at the same time; they cannot change a result")
     _settings(run)
     _voices(run)

@@ -18,10 +18,11 @@ from .config import choices, construct, data_table, nested, parse, setting
 from .console import Events, Quiet, Teller, console, data_counts, data_facts, emit, rich_table, run_facts, run_table, teller
 from .data import DataError, save_partition
 from .errors import InputError
+from .launch import launch
 from .predict import predict as predict_images
 from .progress import spoken
 from .report.parts import duration
-from .runs import execute
+from .runs import claimed, execute
 from .runs import resume as resume_run
 from .synthesize import synthesize as draw
 from .verify import DifferenceError
@@ -37,6 +38,9 @@ def run(asked: Namespace) -> int:
         "workers": asked.workers or None,
     }
     config = parse(asked.config, settings | {key: value for key, value in own.items() if value is not None})
+    if asked.transport == "flower":
+        folder = asked.out or claimed(config)
+        return _finished(asked, lambda watcher: launch(config, folder, asked.superlink, watcher))
     return _finished(asked, lambda watcher: execute(config, asked.out, watcher))
 
 

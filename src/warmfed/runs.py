@@ -60,6 +60,10 @@ class Watcher:
         """A stage is done; its record as in rounds.jsonl."""
 
 
+SITES = "sites.json"
+"""In checkpoint/: the sites of a run whose sites are elsewhere, as they presented themselves."""
+
+
 @message
 class Checkpoint:
     """The server after `steps` stages."""
@@ -324,7 +328,7 @@ def execute(
         place: where the sites are.
     """
     ready = place.prepare(config)
-    folder = _claimed(config) if folder is None else folder
+    folder = claimed(config) if folder is None else folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already; `warmfed resume {folder}` finishes a run, or choose another --out")
     try:
@@ -337,7 +341,8 @@ def execute(
         return _go(ready, folder, watcher or Watcher(), [], None, shared, place)
 
 
-def _claimed(config: Config) -> Path:
+def claimed(config: Config) -> Path:
+    """A new, empty folder: runs/<algorithm>-<seed>, or the first free of -2, -3, … after it."""
     for number in count(1):
         folder = Path("runs") / (f"{config.name}-{config.seed}" + (f"-{number}" if number > 1 else ""))
         try:
@@ -400,6 +405,8 @@ def resume(
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         return summary
     config = read_config(folder)
+    if isinstance(place, Here) and (folder / "checkpoint" / SITES).exists():
+        raise InputError(f"the sites of {folder} are elsewhere; `warmfed run --transport flower --out {folder}` finishes it")
     with _alone(folder):
         ready = place.prepare(replace(config, workers=workers or config.workers))
         records, server = _resumed(ready, folder)

@@ -8,6 +8,7 @@ from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..tensors import Tensors, mean, only, rows
+from .robust import Robust
 
 
 @message
@@ -44,6 +45,8 @@ class Averaging(ABC):
     """Share of the sites asked in each round."""
     local: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """A site's training in one round."""
+    robust: Robust = Robust()
+    """How the models that come back are combined; the default is the weighted mean."""
 
     @abstractmethod
     def train(self, down: Message, state: State, ctx: Local) -> Reply: ...
@@ -61,7 +64,7 @@ class Averaging(ABC):
         return (Stage("train", self.merge, self.train, sample=self.sample),) * self.rounds
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        return Model({**server.model, **average(replies)}), {}
+        return Model({**server.model, **self.robust.combine(server.model, replies)}), {}
 
     def global_model(self, server: ServerState) -> Tensors | None:
         return server.model
