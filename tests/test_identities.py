@@ -434,12 +434,11 @@ def test_the_filter_drops_what_nobody_recognises(tmp_path: Path) -> None:
     assert lenient["kept"] == 270
 
 
-def test_a_damaged_adapter_stops_the_run_and_names_its_site() -> None:
-    algorithm = quick("warmfed")
-    outcome = play(algorithm)
-    replies = {"ink": Reply(toy_adapter(torch.nan), None, 1.0, {})}
+def test_a_damaged_adapter_is_refused_and_names_its_site() -> None:
+    check = quick("warmfed").stages()[0].check
+    check(Reply(toy_adapter(1.0), None, 1.0, {}), "ink", toy.central())
     with pytest.raises(InputError, match="adapter of site 'ink'"):
-        algorithm.collect(outcome.server, replies, toy.central())
+        check(Reply(toy_adapter(torch.nan), None, 1.0, {}), "ink", toy.central())
 
 
 def toy_adapter(value: float) -> object:
