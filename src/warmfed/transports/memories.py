@@ -20,22 +20,26 @@ class Memory:
 
 @dataclass
 class Memories:
-    """The sites' memories by name. With a folder, each is written there, under a seal, as soon as it is made."""
+    """The sites' memories by name. With a folder, each is written there, under a seal, as soon as it is made, and nothing
+    is held here; without one only the states are held, and no answer can be repeated."""
 
     folder: Path | None = None
-    _known: dict[str, Memory] = field(default_factory=dict, init=False)
+    _states: dict[str, Message] = field(default_factory=dict, init=False)
 
     def keep(self, site: str, step: int, seconds: float, reply: Reply) -> None:
-        self._known[site] = Memory(step, seconds, reply)
         if self.folder is not None:
-            write_sealed(self._path(site), encode(self._known[site]))
+            write_sealed(self._path(site), encode(Memory(step, seconds, reply)))
+        elif reply.state is not None:
+            self._states[site] = reply.state
+        else:
+            self._states.pop(site, None)
 
     def recall(self, site: str) -> Memory | None:
-        """None: the site has never answered. Raises `InputError` where its file is damaged."""
-        if site not in self._known and self.folder is not None and self._path(site).exists():
-            what = f"the memory of site {site!r}"
-            self._known[site] = decode(read_sealed(self._path(site), what), Memory, f"{what} ({self._path(site)})")
-        return self._known.get(site)
+        """None: nothing of the site is on disk. Raises `InputError` where its file is damaged."""
+        if self.folder is None or not self._path(site).exists():
+            return None
+        what = f"the memory of site {site!r}"
+        return decode(read_sealed(self._path(site), what), Memory, f"{what} ({self._path(site)})")
 
     def answered(self, site: str, step: int) -> Memory | None:
         """The memory of this step, if the site has answered it; raises `InputError` where it has answered a later one."""
@@ -50,7 +54,7 @@ class Memories:
     def state(self, site: str) -> Message:
         """The state that a site keeps; None before it has any."""
         memory = self.recall(site)
-        return memory.reply.state if memory else None
+        return memory.reply.state if memory else self._states.get(site)
 
     def _path(self, site: str) -> Path:
         assert self.folder is not None
