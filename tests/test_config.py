@@ -9,7 +9,7 @@ import pytest
 from warmfed.algorithms import ALGORITHMS
 from warmfed.config import build, parse, setting
 from warmfed.errors import InputError
-from warmfed.runs import prepare
+from warmfed.ready import prepare
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))

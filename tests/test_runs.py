@@ -26,7 +26,8 @@ from warmfed.errors import InputError
 from warmfed.files import read_sealed, sweep, write_sealed
 from warmfed.messages import decode, encode
 from warmfed.randomness import named, seeded
-from warmfed.runs import Checkpoint, execute, prepare, read_summary, resume
+from warmfed.ready import prepare
+from warmfed.runs import Checkpoint, execute, read_summary, resume
 
 with warnings.catch_warnings():
     # diffusers and transformers import modules of their own that are deprecated

@@ -49,7 +49,7 @@ def test_jobs_are_spread_in_order() -> None:
 def test_an_error_in_a_worker_process_arrives_as_it_was() -> None:
     algorithm = toy.quick("warmfed")
     transport = InProcess(toy.workers(algorithm, generator=None), processes=2)
-    with transport, pytest.raises(InputError, match="WarmFed needs a generator"):
+    with transport, pytest.raises(InputError, match="needs a generator"):
         list(run(algorithm, toy.central(), transport))
 
 

@@ -20,8 +20,9 @@ from .data import Roster
 from .errors import InputError
 from .files import read_json, write_json
 from .messages import encode
+from .ready import Ready, prepare
 from .run import run
-from .runs import SITES, Place, Ready, Watcher, execute, prepare, read_config, resume, server_side
+from .runs import SITES, Place, Watcher, execute, read_config, resume, server_side
 from .site import agree, answer, roster
 from .transports import flower
 from .transports.remote import Remote

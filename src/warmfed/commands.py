@@ -152,7 +152,7 @@ def report(asked: Namespace) -> int:
 
 def data(asked: Namespace) -> int:
     from .data.facts import facts, plot
-    from .runs import load_data
+    from .ready import load_data
 
     chosen = data_table(asked.config, dict(setting(text) for text in asked.settings))
     try:

@@ -22,7 +22,8 @@ from .data import Federation
 from .errors import InputError, suggest
 from .files import read_bytes, sweep, write_json, write_whole
 from .progress import Clock
-from .runs import Watcher, execute, load_data, prepare, read_summary, resume
+from .ready import load_data, prepare
+from .runs import Watcher, execute, read_summary, resume
 from .tabulate import tabulate
 from .transports.pool import Pool, death_told, tell
 

@@ -9,7 +9,6 @@ import torch
 
 from . import __version__
 from .config import Config
-from .core import Task
 from .data import Federation, Roster
 
 _ASIDE = ("seconds", "peak_memory_mb", "quality")
@@ -30,7 +29,7 @@ def history_sha256(records: list[dict[str, Any]]) -> str:
 def summarize(
     config: Config,
     federation: Federation | Roster,
-    task: Task,
+    measure: str,
     base: str,
     records: list[dict[str, Any]],
     models: Mapping[str, str],
@@ -39,13 +38,13 @@ def summarize(
     """The summary of a finished run; accuracies are of the last record, in percent.
 
     Args:
+        measure: what sums a model up: accuracy or loss.
         base: SHA-256 of the generator's base; empty where the algorithm uses none.
         models: digests of the models that there are: "global", "personal/<site>".
-        union: mean accuracy of the personal models on the union of test sets; None: nobody can measure it, since
+        union: mean accuracy (or loss) of the personal models on the union of test sets; None: nobody can measure it, since
             neither images nor personal models leave their sites.
     """
     last = records[-1]
-    measure = task.measure
     shared, own = _sums(last, measure)
     if own is not None and union is not None:
         own["union"] = union

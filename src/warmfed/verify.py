@@ -14,7 +14,8 @@ from . import __version__
 from .config import Config
 from .errors import InputError
 from .files import read_bytes, read_lines
-from .runs import Watcher, execute, prepare, read_config, read_summary
+from .ready import prepare
+from .runs import Watcher, execute, read_config, read_summary
 from .summary import history_sha256, results
 from .tensors import sha256
 

@@ -23,7 +23,7 @@ from ..messages import Message
 from ..models import initial
 from ..randomness import child, seeded
 from ..tensors import Table, Tensors, join
-from .averaging import Averaging, Model, average, upload
+from .averaging import Averaging, Model, upload
 from .distillation import divergence, frozen
 
 
@@ -127,7 +127,7 @@ class DENSE(Averaging):
         return upload(model, state, ctx, metrics)
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        student = average(replies) if self.student == "average" else server.model
+        student = self.robust.combine(server.model, replies) if self.student == "average" else server.model
         ensemble = Ensemble([frozen(ctx, reply.message.model) for reply in replies.values()])
         with seeded(ctx.rng):
             generator: Tensors = initial(Imagination(ctx.task.shape, ctx.task.classes, self.noise))

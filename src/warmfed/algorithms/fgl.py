@@ -35,5 +35,8 @@ class FGL(WarmStarted):
         held = tuple(ctx.data["train"]["label"].unique().tolist())
         return Reply(Classes(held), None, float(rows(ctx.data["train"])), {})
 
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        """Class names are all that there is."""
+
     def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         return replace(server, classes={site: torch.tensor(r.message.classes) for site, r in replies.items()}), {}

@@ -19,7 +19,7 @@ from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child, named, number
 from ..tensors import Table, Tensors, rows, select, sha256
-from .averaging import Averaging, Model, average, upload
+from .averaging import Averaging, Model, upload
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,14 @@ def generator_of(ctx: Local | Central) -> Prompted:
     return ctx.generator
 
 
+def fits(generator: Generator, reply: Reply, site: str, ctx: Central) -> None:
+    """Raise `InputError` where an adapter cannot be sampled from."""
+    generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}")
+
+
 def gather(ctx: Central, generator: Generator, replies: Replies) -> tuple[dict[str, Tensors], dict[str, Tensor]]:
-    """The sites' adapters, checked and kept as artefacts, and the classes that each site holds."""
+    """The sites' adapters, kept as artefacts, and the classes that each site holds."""
     for site, reply in replies.items():
-        generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}")
         if ctx.folder is not None:
             generator.write(reply.message.adapter, ctx.folder / "adapters", site)
     adapters = {site: reply.message.adapter for site, reply in replies.items()}
@@ -203,7 +207,7 @@ class WarmStarted(Averaging):
         return Model(server.model)
 
     def stages(self) -> tuple[Stage, ...]:
-        adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False)
+        adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=self.check)
         train = Stage("train", self.merge, self.train, sample=self.sample)
         return (adapt, Stage("warm", self.start)) + (train,) * self.rounds
 
@@ -211,6 +215,10 @@ class WarmStarted(Averaging):
         tensors, metrics = self.generator(ctx).adapt(ctx)
         held = tuple(ctx.data["train"]["label"].unique().tolist())
         return Reply(Offer(tensors, held), None, float(rows(ctx.data["train"])), metrics)
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        """Raise `InputError` where what a site offers cannot be sampled from."""
+        fits(self.generator(ctx), reply, site, ctx)
 
     def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         adapters, classes = gather(ctx, self.generator(ctx), replies)
@@ -227,7 +235,7 @@ class WarmStarted(Averaging):
         return upload(model, state, ctx, metrics)
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        model, metrics = average(replies), {}
+        model, metrics = self.robust.combine(server.model, replies), {}
         if self.tune:
             model, info = fit(ctx, model, self.tune_training, server.subset)
             metrics = {"tune_loss": info["loss"]}

@@ -22,7 +22,7 @@ from ..messages import Message, message
 from ..tensors import Tensors, mean, mix, rows
 from .averaging import average, upload
 from .distillation import Distillation, distilled, dynamic
-from .synthetic import Synthesis, gather, generator_of, warm_start
+from .synthetic import Synthesis, fits, gather, generator_of, warm_start
 
 
 @message
@@ -131,7 +131,7 @@ class WarmFed:
         return self.warm and self.tune
 
     def stages(self) -> tuple[Stage, ...]:
-        adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=_fits)
+        adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=self.check)
         warm = Stage("warm", self.start)
         train = Stage("train", self.merge, self.train, sample=self.sample, evaluated=not (self.tunes and self.gate))
         gate = Stage("gate", self.decide, self.judge, down=self.candidates)
@@ -162,6 +162,9 @@ class WarmFed:
         held = tuple(ctx.data["train"]["label"].unique().tolist())
         # no state: a site enters anew after the warm start
         return Reply(Adapter(tensors, held), None, float(rows(ctx.data["train"])), metrics)
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        fits(ctx.generator, reply, site, ctx)
 
     def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         adapters, classes = gather(ctx, ctx.generator, replies)
@@ -258,11 +261,6 @@ class WarmFed:
 
     def done(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         return server, {}
-
-
-def _fits(reply: Reply, site: str, ctx: Central) -> None:
-    """Whether an adapter can be sampled from."""
-    ctx.generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}")
 
 
 _SHARES = ("0.0", "0.5", "1.0")

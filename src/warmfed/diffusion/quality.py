@@ -167,15 +167,21 @@ class Gauge:
     """Measures the generator of a run on this machine; in a deployment nobody sees all sites' images, and nobody can."""
 
     settings: Measuring
-    task: object
+    task: Denoise
     federation: Federation
     base: str
     seed: int
 
+    @classmethod
+    def of(cls, settings: Measuring, task: object, federation: object, base: str, seed: int) -> "Gauge | None":
+        """The gauge of a run; None where nothing can be measured."""
+        if isinstance(task, Denoise) and isinstance(federation, Federation) and settings.samples:
+            return cls(settings, task, federation, base, seed)
+        return None
+
     def due(self, done: Round, *, last: bool) -> bool:
         """Whether the model is measured after this stage."""
-        every = self.settings.when == "every" and bool(done.evaluation)
-        return isinstance(self.task, Denoise) and self.settings.samples > 0 and (every or last)
+        return last or (self.settings.when == "every" and bool(done.evaluation))
 
     @functools.cached_property
     def _real(self) -> tuple[Extractor, str, Table, Table, Tensor, Tensor]:
@@ -192,7 +198,6 @@ class Gauge:
             accuracy on real test images of a classifier trained on samples alone (Ravuri and Vinyals, NeurIPS 2019); the number
             of samples, and the SHA-256 of what looked at them.
         """
-        assert isinstance(self.task, Denoise)
         look, digest, train, test, seen, unseen = self._real
         classes = len(self.federation.classes)
         label = dealt(train["label"].bincount(minlength=classes), self.settings.samples)

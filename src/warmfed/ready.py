@@ -1,0 +1,108 @@
+"""What a configuration stands for: data, task, base and start, loaded and checked before anything is written."""
+
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .algorithms import ALGORITHMS, entry
+from .config import TASKS, Config, Data
+from .data import Federation, Roster, Site, load
+from .diffusion import pipeline
+from .diffusion.denoise import Denoise
+from .errors import InputError
+from .files import read_bytes
+from .tasks import Classify
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a configuration stands for, loaded and checked."""
+
+    config: Config
+    federation: Federation | Roster
+    """The sites that take part."""
+    unseen: Site | None
+    """The one that joins at the end, if there is one."""
+    task: Classify | Denoise
+    base: str
+    """SHA-256 of the generator's base; empty where the algorithm uses none."""
+    start: str
+    """SHA-256 of the file that the classifier starts from; empty where there is none."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names a run: its settings (but for workers and border), data, base and start."""
+        values = tomllib.loads(self.config.toml())
+        del values["workers"], values["border"]
+        del values["data"]["cache"]  # where copies lie is no setting of the run
+        text = json.dumps([values, self.federation.fingerprint, self.base, self.start], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_data(data: Data) -> Federation:
+    """The federation that a configuration names; raises `InputError`."""
+    return load(data.source, data.path, **({"cache": data.cache} if data.cache else {}), **data.options)
+
+
+def prepare(config: Config, federation: Federation | Roster | None = None) -> Ready:
+    """Load and check all that a run needs, before anything is written; raises `InputError`.
+
+    Args:
+        federation: the configuration's with all sites, where it is loaded already.
+    """
+    for name, known in (("device", ("cpu", "cuda")), ("evaluate", ("every", "last", "never")), ("task", TASKS)):
+        if getattr(config, name) not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}; got {getattr(config, name)!r}")
+    if config.workers < 1:
+        raise InputError(f"workers must be at least 1; got {config.workers}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but torch finds no graphics card; set device to cpu")
+    plan = config.algorithm.stages()
+    rounds = getattr(config.algorithm, "rounds", 0)
+    if not plan or rounds < 0:
+        raise InputError(f"{config.name} has nothing to do in {rounds} rounds; set rounds higher")
+    for stage in plan:
+        if not 0 < stage.sample <= 1:
+            raise InputError(f"sample must be more than 0 and at most 1; got {stage.sample}")
+    if config.task not in entry(config.name).tasks:
+        able = ", ".join(name for name, each in ALGORITHMS.items() if config.task in each.tasks)
+        raise InputError(f"{config.name} cannot learn the task {config.task}; choose one of {able}")
+    federation = federation or load_data(config.data)
+    unseen = None
+    if config.unseen.site:
+        if isinstance(federation, Roster):
+            raise InputError("unseen.site is for runs on one machine; take it out of the configuration")
+        federation, unseen = federation.without(config.unseen.site), federation.sites[config.unseen.site]
+    start = config.model.start
+    if start == "public":
+        start = str(pipeline.find(config.generator.base) / "classifier.safetensors")
+    if config.task == "denoise" and start and config.model.start == "public":
+        raise InputError("a denoiser does not start from the public classifier; set model.start to a file, or to nothing")
+    size = federation.shape, len(federation.classes)
+    task = Denoise(*size, config.denoising, start) if config.task == "denoise" else Classify(*size, config.model.name, start)
+    try:
+        task.probe(torch.zeros(1, *federation.shape, dtype=torch.uint8))
+    except RuntimeError as error:
+        raise InputError(
+            f"model {config.model.name!r} does not take images of {federation.shape} ({error}); choose another"
+        ) from error
+    uses = any(stage.name == "warm" for stage in plan)
+    if uses and federation.shape[0] != 3:
+        raise InputError(f"{config.generator.base} draws colour images, those of {federation.name} are grey; set channels to 3")
+    if uses and federation.shape[1:] != (side := pipeline.side(config.generator.base),) * 2:
+        raise InputError(
+            f"{config.generator.base} draws images of {side}×{side} pixels, those of {federation.name} have "
+            f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side}, or choose another base"
+        )
+    return Ready(
+        config,
+        federation,
+        unseen,
+        task,
+        base=config.generator.fingerprint() if uses else "",
+        start=hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start else "",
+    )
