@@ -97,7 +97,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, write: int, error: type[BaseExcepti
     move, seen = os.replace, []
 
     def stop(source: Any, target: Any) -> None:
-        seen.append(target)
+        if Path(target).suffix != ".u8":  # decoded data are cached once a machine, and are no file of the run
+            seen.append(target)
         if len(seen) > write:
             raise error
         move(source, target)

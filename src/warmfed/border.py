@@ -33,8 +33,8 @@ class Border:
     def admit(self, answer: Reply | Absent, site: str, down: Message, stage: Stage, ctx: Central) -> Reply | Absent:
         """The reply, or why it is refused.
 
-        A reply of the message's own kind has the message's layout: names, shapes and types of its tensors. What else a
-        stage demands, its `check` says. Every floating-point tensor must be finite.
+        A reply of the message's own kind has the message's layout: names, shapes and types of its tensors, if it has any. What
+        else a stage demands, its `check` says. Every floating-point tensor must be finite.
         """
         if isinstance(answer, Absent):
             return answer
@@ -50,7 +50,7 @@ class Border:
         if not 0 <= reply.weight < float("inf"):
             raise InputError(f"its weight is {reply.weight}")
         came, sent = tensors_of(reply.message), tensors_of(down)
-        alike = kind(type(reply.message)) == kind(type(down))
+        alike = bool(sent) and kind(type(reply.message)) == kind(type(down))
         if alike and (wrong := sorted(n for n in came.keys() | sent.keys() if _layout(came.get(n)) != _layout(sent.get(n)))):
             raise InputError(f"tensor {wrong[0]!r} is {_layout(came.get(wrong[0]))}, expected {_layout(sent.get(wrong[0]))}")
         for name, tensor in sorted(came.items()):

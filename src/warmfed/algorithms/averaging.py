@@ -61,7 +61,10 @@ class Averaging(ABC):
         return None
 
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage("train", self.merge, self.train, sample=self.sample),) * self.rounds
+        return (Stage("train", self.merge, self.train, sample=self.sample, check=self.check),) * self.rounds
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        """Raise `InputError` where a reply cannot be used for what the border does not know."""
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         return Model({**server.model, **self.robust.combine(server.model, replies)}), {}

@@ -7,11 +7,21 @@ whole model, which the paper found best.
 from dataclasses import dataclass
 from typing import final
 
-from ..core import Local, Metrics, Reply, State
+import torch
+
+from ..core import Central, Local, Metrics, Reply, State
+from ..errors import InputError
 from ..fit import Training, fit
-from ..messages import Message
-from ..tensors import Tensors, only
-from .averaging import Personalized, upload
+from ..messages import Message, message
+from ..tensors import Tensors, only, rows
+from .averaging import Personalized
+
+
+@message
+class Body:
+    """All of a model but its head."""
+
+    model: Tensors
 
 
 @final
@@ -26,7 +36,12 @@ class FedBABU(Personalized):
 
     def train(self, down: Message, state: State, ctx: Local) -> Reply:
         model, metrics = fit(ctx, down.model, self.local, ctx.data["train"], trainable=self.body)
-        return upload(only(model, self.body), state, ctx, metrics)
+        return Reply(Body(only(model, self.body)), state, float(rows(ctx.data["train"])), metrics)
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        like = only(ctx.task.init(torch.Generator()), self.body)
+        if {n: t.shape for n, t in reply.message.model.items()} != {n: t.shape for n, t in like.items()}:
+            raise InputError(f"the body that site {site!r} sent is not this model's; do all run one version of warmfed?")
 
     def body(self, name: str) -> bool:
         return not name.startswith(self.head)
