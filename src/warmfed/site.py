@@ -16,12 +16,12 @@ from typing import Any
 from . import __version__
 from .config import Config, Data, Unseen, build, construct, read_toml
 from .core import Reply
-from .data import SPLITS, Federation, Roster, load
+from .data import SPLITS, Federation, Roster
 from .data import Site as Tables
 from .errors import InputError, suggest
 from .files import read_lines, write_json, write_lines, write_whole
 from .messages import Message, decode, encode, kind, tensors_of
-from .runs import Ready, prepare, workers, write_model
+from .runs import Ready, load_data, prepare, workers, write_model
 from .tensors import sha256
 from .transports.memories import Memories
 from .transports.wire import EVALUATE, FINISH, HELLO, Answer, Card, Kept, Measures, Models, Refusal, Request
@@ -58,9 +58,10 @@ class SiteConfig:
 
     def federation(self) -> Federation:
         """The site's tables, as a federation of one site with the consortium's classes; raises `InputError`."""
-        source = self.data.source
-        there = self.path(source.removeprefix("folder:"))
-        loaded = load(str(there) if there.exists() else source, **self.data.options)
+        data, source = self.data, self.data.path or self.data.source
+        if (there := self.path(source.removeprefix("folder:"))).exists():
+            data = replace(data, path=str(there)) if data.path else replace(data, source=str(there))
+        loaded = load_data(data)
         if self.name not in loaded.sites:
             raise InputError(f"the data {source!r} have no site {self.name!r}{suggest(self.name, list(loaded.sites))}")
         classes, tables = self.classes or loaded.classes, loaded.sites[self.name]

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..fit import Training, fit, minibatches, proximal
 from ..messages import Message
 from ..tensors import Tensors, mix
-from .averaging import Averaging, Model, average, upload
+from .averaging import Averaging, Model, upload
 
 
 @final
@@ -49,7 +49,7 @@ class PFedMe(Averaging):
         return upload(w, Model(theta), ctx, {"loss": sum(losses) / len(losses), "steps": float(len(losses))})
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        return Model(mix(server.model, average(replies), self.beta)), {}
+        return Model(mix(server.model, self.robust.combine(server.model, replies), self.beta)), {}
 
     def client_model(self, down: Message, state: State) -> Tensors | None:
         return state.model

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..fit import fit
 from ..messages import Message, message
 from ..tensors import Tensors, add, mix, scale, sub, zeros
-from .averaging import Averaging, Model, average, upload
+from .averaging import Averaging, Model, upload
 
 
 @message
@@ -84,4 +84,4 @@ class FedOpt(Averaging):
         return upload(model, state, ctx, metrics)
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        return self.server.step(server, sub(average(replies), server.model)), {}
+        return self.server.step(server, sub(self.robust.combine(server.model, replies), server.model)), {}

@@ -19,7 +19,7 @@ from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child, named, number
 from ..tensors import Table, Tensors, rows, select, sha256
-from .averaging import Averaging, Model, average, upload
+from .averaging import Averaging, Model, upload
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class WarmStarted(Averaging):
         return upload(model, state, ctx, metrics)
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        model, metrics = average(replies), {}
+        model, metrics = self.robust.combine(server.model, replies), {}
         if self.tune:
             model, info = fit(ctx, model, self.tune_training, server.subset)
             metrics = {"tune_loss": info["loss"]}

@@ -10,6 +10,6 @@ from .pool import DataError
 from .sources import load
 
 __all__ = [
-    "SPLITS", "DataError", "Federation", "Roster", "Site", "arrays", "camelyon17", "csv", "deal", "digits4", "folder", "hub", "idx",
-    "load", "npz", "parquet", "save_partition",
+    "SPLITS", "DataError", "Federation", "Roster", "Site", "arrays", "camelyon17", "csv", "deal", "digits4", "folder", "hub",
+    "idx", "load", "npz", "parquet", "save_partition",
 ]  # fmt: skip
