@@ -5,15 +5,12 @@ last one, summary.json: where it is, the run has finished. Until then there is a
 each site's last reply).
 """
 
-import errno
 import shutil
-import tomllib
 from abc import ABC, abstractmethod
 from collections import abc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +19,21 @@ from safetensors.torch import save
 
 from . import __version__, report
 from .border import STRICT, Border
-from .config import Config, build
+from .config import Config
 from .core import Algorithm, Central, Generator, Round, ServerState, Task, Transport, in_turn
 from .data import Federation, Site
 from .diffusion.denoise import Denoise
 from .diffusion.once import Once
 from .diffusion.quality import Gauge
 from .errors import InputError
-from .files import read_bytes, read_json, read_lines, read_sealed, sweep, write_json, write_lines, write_sealed, write_whole
+from .files import read_lines, read_sealed, sweep, write_json, write_lines, write_sealed, write_whole
 from .fit import fit
 from .memory import Meter
 from .messages import Message, decode, encode, message
 from .panel import write_panel, write_samples
 from .ready import Ready, prepare
 from .run import run
+from .runfolder import alone, claimed, read_config, read_summary
 from .summary import history_sha256, summarize
 from .tasks import Classify
 from .tensors import Tensors, join, sha256
@@ -244,58 +242,8 @@ def execute(
         with suppress(OSError):
             folder.rmdir()
         raise
-    with _alone(folder):
+    with alone(folder):
         return _go(ready, folder, watcher or Watcher(), [], None, shared, place)
-
-
-def claimed(config: Config) -> Path:
-    """A new, empty folder: runs/<algorithm>-<seed>, or the first free of -2, -3, … after it."""
-    for number in count(1):
-        folder = Path("runs") / (f"{config.name}-{config.seed}" + (f"-{number}" if number > 1 else ""))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise InputError(f"cannot make {folder}: {error.strerror}; choose another place by --out") from error
-    raise AssertionError("there is no end of numbers")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other process may work on the run folder meanwhile; the lock ends with this process, however it ends."""
-    with (folder / "config.toml").open("rb") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # no such locks on this system
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise InputError(f"another process is at work on {folder}; wait until it has ended") from error
-        yield
-
-
-def read_config(folder: Path) -> Config:
-    """The configuration of a run folder."""
-    data = read_bytes(folder / "config.toml", "the run's configuration (is this a run folder?)")
-    try:
-        return build(tomllib.loads(data.decode()))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / 'config.toml'} is damaged ({error}); restore it or start the run anew") from error
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a finished run; raises `InputError` where it has not finished."""
-    path = folder / "summary.json"
-    if not path.exists() and (folder / "config.toml").exists():
-        raise InputError(f"the run in {folder} has not finished; `warmfed resume {folder}` finishes it")
-    summary = read_json(path, "the run's summary (is this a run folder?)")
-    if not isinstance(summary, dict):
-        raise InputError(f"{path} is damaged (it is no table); restore it or start the run anew")
-    return summary
 
 
 def resume(
@@ -314,7 +262,7 @@ def resume(
     config = read_config(folder)
     if isinstance(place, Here) and (folder / "checkpoint" / SITES).exists():
         raise InputError(f"the sites of {folder} are elsewhere; `warmfed run --transport flower --out {folder}` finishes it")
-    with _alone(folder):
+    with alone(folder):
         ready = place.prepare(replace(config, workers=workers or config.workers))
         records, server = _resumed(ready, folder)
         sweep(folder)

@@ -1,0 +1,63 @@
+"""A run folder as such: a new one, who may work on it, its configuration and its summary."""
+
+import errno
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from .config import Config, build
+from .errors import InputError
+from .files import read_bytes, read_json
+
+
+def claimed(config: Config) -> Path:
+    """A new, empty folder: runs/<algorithm>-<seed>, or the first free of -2, -3, … after it."""
+    for number in count(1):
+        folder = Path("runs") / (f"{config.name}-{config.seed}" + (f"-{number}" if number > 1 else ""))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(f"cannot make {folder}: {error.strerror}; choose another place by --out") from error
+    raise AssertionError("there is no end of numbers")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other process may work on the run folder meanwhile; the lock ends with this process, however it ends."""
+    with (folder / "config.toml").open("rb") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # no such locks on this system
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise InputError(f"another process is at work on {folder}; wait until it has ended") from error
+        yield
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run folder."""
+    data = read_bytes(folder / "config.toml", "the run's configuration (is this a run folder?)")
+    try:
+        return build(tomllib.loads(data.decode()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / 'config.toml'} is damaged ({error}); restore it or start the run anew") from error
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a finished run; raises `InputError` where it has not finished."""
+    path = folder / "summary.json"
+    if not path.exists() and (folder / "config.toml").exists():
+        raise InputError(f"the run in {folder} has not finished; `warmfed resume {folder}` finishes it")
+    summary = read_json(path, "the run's summary (is this a run folder?)")
+    if not isinstance(summary, dict):
+        raise InputError(f"{path} is damaged (it is no table); restore it or start the run anew")
+    return summary
