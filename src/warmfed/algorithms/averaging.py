@@ -63,7 +63,7 @@ class Averaging(ABC):
     def stages(self) -> tuple[Stage, ...]:
         return (Stage("train", self.merge, self.train, sample=self.sample, check=self.check),) * self.rounds
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:  # noqa: B027 - most methods have nothing to add
         """Raise `InputError` where a reply cannot be used for what the border does not know."""
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
