@@ -58,13 +58,17 @@ def test_heavy_libraries_stay_in_their_folder(library: str) -> None:
     assert {name for name in FILES if library in imports(name) and not name.startswith("diffusion/")} == set()
 
 
-@pytest.mark.parametrize("library", ["datasets", "flwr_datasets"])
-def test_the_libraries_of_the_extra_data_are_imported_in_one_file(library: str) -> None:
-    assert {name for name in FILES if library in imports(name)} == {"data/hub.py"}
-
-
-def test_flower_is_imported_in_one_file() -> None:
-    assert {name for name in FILES if "flwr" in imports(name)} <= {"transports/flower.py"}
+@pytest.mark.parametrize(
+    ("library", "home"),
+    [
+        ("datasets", "data/hub.py"),
+        ("flwr_datasets", "data/hub.py"),
+        ("flwr", "transports/flower.py"),
+        ("cryptography", "deploy/keys.py"),
+    ],
+)
+def test_imported_in_one_file(library: str, home: str) -> None:
+    assert {name for name in FILES if library in imports(name)} == {home}
 
 
 @pytest.mark.parametrize(

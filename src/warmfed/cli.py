@@ -13,7 +13,7 @@ from .errors import InputError
 CODES = """exit codes:
   0    done
   1    verify found a difference
-  2    bad input: one line says what was expected, what came and what to do; nothing has been changed
+  2    bad input: one line says what was expected, what came and what to do; nothing has been changed; or a check fails
   130  interrupted; the line says how to go on
 """
 
@@ -130,12 +130,46 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
     _workers(verify, "processes of the rerun; they cannot change a result")
     _voices(verify)
+
+    deploy = _command(commands, "deploy", "deploy over Flower on machines that share no images")
+    _deploy(deploy.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser, required=True))
+
+    site_report = _command(commands, "site-report", "what has left a site: kinds, tensors, bytes, hashes, when")
+    site_report.add_argument("folder", type=Path, metavar="DIR", help="a site's folder, or a run folder")
+    site_report.add_argument("--site", default="", metavar="NAME", help="which site of a run folder")
+    ways = site_report.add_mutually_exclusive_group()
+    ways.add_argument("--json", action="store_true", help="as JSON")
+    ways.add_argument("--html", type=Path, metavar="FILE", help="write one HTML page that loads nothing")
     return top
 
 
-def _command(commands: Any, name: str, about: str) -> argparse.ArgumentParser:
+def _deploy(commands: Any) -> None:
+    """The commands below `deploy`."""
+    init = _command(commands, "init", "write a ready project: Flower app, server, sites, certificates and keys", "deploy_")
+    init.add_argument("folder", type=Path, metavar="DIR", help="new folder of the project")
+    init.add_argument("--sites", required=True, metavar="A,B,…", help="names of the sites")
+    init.add_argument("--host", default="localhost", metavar="NAME", help="name or address of the server (default localhost)")
+    init.add_argument("--port", type=_positive, default=8000, metavar="N", help="of the server (default 8000)")
+    init.add_argument("--config", type=Path, metavar="CONFIG.toml", help="the run's configuration, as of `warmfed run`")
+    init.add_argument("--classes", default="", metavar="A,B,…", help="in order; default: those of the configuration's data")
+    init.add_argument("--prompts", default="", metavar="TEXT", help="template with one {} for the class; default: likewise")
+
+    add = _command(commands, "add-site", "add a site to a project", "deploy_")
+    add.add_argument("folder", type=Path, metavar="DIR", help="the project")
+    add.add_argument("name", metavar="NAME", help="of the new site")
+
+    renew = _command(commands, "renew", "make the server a new certificate of the same authority", "deploy_")
+    renew.add_argument("folder", type=Path, metavar="DIR", help="the project")
+
+    check = _command(commands, "check", "say whether a server's or site's machine is ready, and what to do", "deploy_")
+    where = "folder of a server or site (default .)"
+    check.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR", help=where)
+    check.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _command(commands: Any, name: str, about: str, above: str = "") -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
-    command.set_defaults(command=name)
+    command.set_defaults(command=above + name.replace("-", "_"))
     return command
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from . import report as pages
 from .algorithms import ALGORITHMS
@@ -261,3 +262,58 @@ def verify(asked: Namespace) -> int:
     else:
         print(f"identical: history {history}" if difference is None else f"different: {difference}")
     return 0 if difference is None else 1
+
+
+def deploy_init(asked: Namespace) -> int:
+    from .deploy.project import init
+
+    classes = tuple(asked.classes.split(",")) if asked.classes else ()
+    init(asked.folder, asked.sites.split(","), asked.host, asked.port, asked.config, classes, asked.prompts)
+    print(asked.folder / "README.md")
+    return 0
+
+
+def deploy_add_site(asked: Namespace) -> int:
+    from .deploy.project import add_site
+
+    print(add_site(asked.folder, asked.name))
+    return 0
+
+
+def deploy_renew(asked: Namespace) -> int:
+    from .deploy.project import renew
+
+    print(renew(asked.folder))
+    return 0
+
+
+def deploy_check(asked: Namespace) -> int:
+    from .deploy.check import check
+
+    rows = check(asked.folder)
+    if asked.json:
+        print(json.dumps([{"check": row.check, "ok": row.ok, "found": row.found} for row in rows], indent=1))
+    else:
+        table = Table(box=None, pad_edge=False)
+        for header in ("check", "", "found"):
+            table.add_column(header)
+        marks = {True: "[green]ok[/]", False: "[bold red]fails[/]", None: "[yellow]open[/]"}
+        for row in rows:
+            table.add_row(row.check, marks[row.ok], Text(row.found))
+        console().print(table)
+    return 2 if any(row.ok is False for row in rows) else 0
+
+
+def site_report(asked: Namespace) -> int:
+    from .deploy.ledger import read, tables, write
+
+    ledger = read(asked.folder, asked.site)
+    if asked.html is not None:
+        print(write(ledger, asked.html))
+    elif asked.json:
+        print(json.dumps({"site": ledger.site, "bytes": ledger.bytes, "messages": ledger.lines}, indent=1))
+    else:
+        for table in tables(ledger):
+            console().print(rich_table(table))
+            console().print()
+    return 0

@@ -12,8 +12,10 @@ from .errors import InputError
 _PARTIAL = ".partial"
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_whole(path: Path, content: bytes | str, mode: int = 0o644) -> None:
     """Write `content` beside `path`, flush it to the disk, then move it into place in one step.
+
+    It is readable by others, where `mode` lets them, only when it is whole.
 
     Raises `InputError` where the disk is full or the folder cannot be written; what stood at `path` is then untouched.
     """
@@ -26,7 +28,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
         if temporary is not None:

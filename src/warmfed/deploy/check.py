@@ -1,0 +1,313 @@
+"""Preflight: whether a party's machine is ready, and what to do where it is not.
+
+A check is a function that returns what it found; `InputError` says what was expected, what came and what to do.
+"""
+
+import hashlib
+import http.client
+import shlex
+import shutil
+import socket
+import ssl
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import psutil
+
+from ..config import parse
+from ..data import SPLITS, Federation
+from ..diffusion import pipeline
+from ..errors import InputError
+from ..files import read_bytes
+from ..report.parts import size
+from ..site import SiteConfig, read_site
+from ..tensors import rows
+from . import keys
+from .project import Project, read_project, start_digest, versions
+
+DISK, MEMORY = 1_000_000_000, 1_000_000_000
+"""Free bytes that a party needs at least, beside three times the base's weights of memory."""
+SKEW = 4.0
+"""Seconds that a site's clock may differ: Flower refuses a site that is 5 s ahead."""
+PATIENCE = 5.0
+"""Seconds to wait for the server."""
+_AGAIN = "ask the coordinator for a new certificate (warmfed deploy renew)"
+_RESTORE = "restore it from the coordinator's copy"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check: ok is None where it could not be made, which `found` explains."""
+
+    check: str
+    ok: bool | None
+    found: str
+
+
+class _Open(Exception):  # noqa: N818
+    """A check that cannot be made here, and why."""
+
+
+def check(folder: Path) -> list[Row]:
+    """All checks of the folder of a server or of a site; raises `InputError` where it is neither."""
+    if (folder / "site.toml").exists():
+        return list(_rows(_site(folder)))
+    if (folder / "server.crt").exists():
+        return list(_rows(_server(folder)))
+    raise InputError(f"{folder} is neither a site's folder (site.toml) nor a server's (server.crt); name one of them")
+
+
+Checks = Iterator[tuple[str, Callable[[], str]]]
+
+
+def _rows(checks: Checks) -> Iterator[Row]:
+    for name, made in checks:
+        try:
+            yield Row(name, True, made())
+        except InputError as error:
+            yield Row(name, False, str(error))
+        except _Open as why:
+            yield Row(name, None, str(why))
+
+
+def _server(folder: Path) -> Checks:
+    project = read_project(folder)
+    values = environment(folder)
+    yield from _common(folder, project, ("flower-superlink", "flwr"), values)
+    settings = parse(folder / "config.toml")
+
+    def certificate() -> str:
+        ca, made = (_bytes(folder / name) for name in ("ca.crt", "server.crt"))
+        until = keys.dates(made, "the server's certificate", keys.now(), _AGAIN)
+        return f"for {keys.chain(made, _bytes(folder / 'server.key'), ca, project.host, _AGAIN)}; {until}"
+
+    def nodes() -> str:
+        missing = [site for site in project.sites if not (folder / "nodes" / f"{site}.pub").exists()]
+        if missing:
+            raise InputError(f"nodes/ has no key of {', '.join(missing)}; copy nodes/ from the coordinator's server folder")
+        return ", ".join(project.sites)
+
+    yield "certificate", certificate
+    yield "server.key", lambda: _private(folder / "server.key")
+    yield "sites' keys", nodes
+    yield "port", lambda: _port(values["WARMFED_LISTEN"], int(values["WARMFED_PORT"]), "flower-superlink")
+    yield "base", lambda: _equal("base", project.base, lambda: settings.generator.fingerprint())
+    yield "start", lambda: _equal("classifier to start from", project.start, lambda: start_digest(settings))
+    yield from _machine(folder, settings.device, settings.generator.base if project.base else "")
+
+
+def _site(folder: Path) -> Checks:
+    project, site, values = read_project(folder), read_site(folder), environment(folder)
+    yield from _common(folder, project, ("flower-supernode",), values)
+    loaded: list[Federation] = []
+
+    def data() -> str:
+        loaded.append(site.federation())
+        table = loaded[0].sites[site.name].splits
+        told = []
+        for split in SPLITS:
+            labels = table[split]["label"].bincount(minlength=len(site.classes)).tolist()
+            each = ", ".join(f"{name} {count}" for name, count in zip(loaded[0].classes, labels, strict=True) if count)
+            told.append(f"{split} {rows(table[split])} ({each})")
+        return "; ".join(told)
+
+    def images() -> str:
+        if not loaded:
+            raise _Open("the data have not been read")
+        side, shape = project.side or loaded[0].shape[1], loaded[0].shape
+        if shape[1:] != (side, side):
+            raise InputError(f"images of {side}×{side} were agreed, these have {shape[1]}×{shape[2]}; set image_size = {side}")
+        return f"{side}×{side}"
+
+    yield "node key", lambda: keys.pair(_bytes(folder / "node"), _bytes(folder / "node.pub"))
+    yield "node", lambda: _private(folder / "node")
+    yield "port", lambda: _port("127.0.0.1", int(values["WARMFED_PORT"]), "flower-supernode")
+    yield from _reached(folder, project)
+    yield "data", data
+    yield "images", images
+    yield "classes", lambda: _same("classes", site.classes, project.classes)
+    yield "prompts", lambda: _same("prompts", site.prompts, project.prompts)
+    base = _base(site, project)
+    yield "base", lambda: _equal("base", project.base, lambda: pipeline.fingerprint(base))
+    yield "start", lambda: _equal("classifier to start from", project.start, lambda: _start(site, base))
+    yield from _machine(site.path(site.work), site.device, base if project.base else "")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The values of a folder's file `environment`; raises `InputError` where a line or a port is none."""
+    path = folder / "environment"
+    try:
+        words = shlex.split(read_bytes(path, "the environment").decode(), comments=True)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); {_RESTORE}") from error
+    values = dict(word.split("=", 1) for word in words if "=" in word)
+    if not values.get("WARMFED_PORT", "").isdecimal() or not 1 <= int(values["WARMFED_PORT"]) <= 65535:
+        raise InputError(f"{path}: WARMFED_PORT must be from 1 to 65535; got {values.get('WARMFED_PORT')!r}")
+    return {"WARMFED_BIN": "", "WARMFED_LISTEN": "0.0.0.0", **values}
+
+
+def _common(folder: Path, project: Project, commands: tuple[str, ...], values: dict[str, str]) -> Checks:
+    def version(name: str, wanted: str, have: str) -> Callable[[], str]:
+        def made() -> str:
+            if not have:
+                raise InputError(f"{name} is not installed; pip install 'warmfed[flower]=={project.warmfed}'")
+            if wanted and have != wanted:
+                raise InputError(f"the project has {name} {wanted}, here is {have}; install {wanted}, as all parties do")
+            return have
+
+        return made
+
+    for name, have in versions().items():
+        yield name, version(name, getattr(project, name), have)
+
+    def found() -> str:
+        places = {name: shutil.which(name, path=values["WARMFED_BIN"] or None) for name in commands}
+        missing = [name for name, place in places.items() if place is None]
+        if missing:
+            here = f"WARMFED_BIN={Path(sys.executable).parent}"
+            raise InputError(f"{', '.join(missing)}: no such command; set {here} in {folder / 'environment'}")
+        return ", ".join(str(place) for place in places.values())
+
+    yield "commands", found
+    last = "make a new project; this one's time is over"
+    yield "authority", lambda: keys.dates(_bytes(folder / "ca.crt"), "the authority's certificate", keys.now(), last)
+
+
+def _reached(folder: Path, project: Project) -> Checks:
+    """Reaches the server as a SuperNode does, and reads the clock in its answer's `Date`, which has whole seconds."""
+    clock: list[tuple[float, float]] = []  # difference, and by how much it may be wrong
+
+    def reached() -> str:
+        ca = str(folder / "ca.crt")
+        try:
+            connection = http.client.HTTPSConnection(
+                project.host, project.port, timeout=PATIENCE, context=ssl.create_default_context(cafile=ca)
+            )
+            began = time.time()
+            connection.request("GET", "/")
+            answer = connection.getresponse()
+            ended, date = time.time(), answer.getheader("Date")
+            connection.close()
+        except ssl.SSLCertVerificationError as error:
+            raise InputError(
+                f"{project.address}: its certificate is not accepted ({error.verify_message}); {_AGAIN}"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            why = "it is started, and let out of your network to its port"
+            raise InputError(f"{project.address} does not answer ({error}); see that {why}") from error
+        if date is not None:
+            wait = ended - began
+            clock.append(((began + ended) / 2 - parsedate_to_datetime(date).timestamp() - 0.5, wait / 2 + 0.5))
+        return f"{project.address} answers over TLS, its certificate is accepted"
+
+    def skew() -> str:
+        if not clock:
+            raise _Open("the server's clock is not known: it does not answer, or without its time")
+        ((difference, error),) = clock
+        if abs(difference) - error > SKEW:
+            raise InputError(
+                f"this clock is {abs(difference):.0f} s {'ahead of' if difference > 0 else 'behind'} the server's, {SKEW:g} s "
+                "are allowed; synchronize it (timedatectl set-ntp true)"
+            )
+        return f"{difference:+.1f} s to the server's, give or take {error:.1f} s"
+
+    yield "server", reached
+    yield "clock", skew
+
+
+def _machine(folder: Path, device: str, base: str) -> Checks:
+    def disk() -> str:
+        there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        return _enough("disk", shutil.disk_usage(there).free, DISK, "free some space, or move the folder")
+
+    def memory() -> str:
+        weights = sum(path.stat().st_size for path in pipeline.find(base).rglob("*.safetensors")) if base else 0
+        return _enough("memory", psutil.virtual_memory().available, MEMORY + 3 * weights, "end other programs")
+
+    def card() -> str:
+        if device == "cpu":
+            return "not asked for (device is cpu)"
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("device is cuda, but torch finds no graphics card; install its driver, or set device to cpu")
+        free, total = torch.cuda.mem_get_info()
+        return f"{torch.cuda.get_device_name()}, {size(free)} of {size(total)} free"
+
+    yield "disk", disk
+    yield "memory", memory
+    yield "graphics card", card
+
+
+def _enough(what: str, free: int, needed: int, remedy: str) -> str:
+    if free < needed:
+        raise InputError(f"{what}: {size(free)} are free, {size(needed)} are needed; {remedy}")
+    return f"{size(free)} free"
+
+
+def _private(path: Path) -> str:
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; {_RESTORE}") from error
+    if mode & 0o077:
+        raise InputError(f"{path} is private but others may read it (mode {mode:o}); chmod 600 {path}")
+    return f"mode {mode:o}"
+
+
+def _port(address: str, port: int, ours: str) -> str:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            if ours in _listener(port):
+                return f"{port}: {ours} is running"
+            raise InputError(
+                f"port {port} of {address} cannot be taken ({error.strerror}); end what uses it, or set another WARMFED_PORT"
+            ) from error
+    return f"{port} is free"
+
+
+def _listener(port: int) -> str:
+    """The command line of who listens at a port, where it is one of this user's processes."""
+    for process in psutil.process_iter():
+        try:
+            if any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp")):
+                return " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+    return ""
+
+
+def _same(what: str, here: object, agreed: object) -> str:
+    if here != agreed:
+        raise InputError(f"{what} in site.toml are {here!r}, {agreed!r} were agreed; correct site.toml")
+    return "as agreed"
+
+
+def _equal(what: str, agreed: str, digest: Callable[[], str]) -> str:
+    if not agreed:
+        return "none is used"
+    here = digest()
+    if here != agreed:
+        raise InputError(f"the {what} has SHA-256 {here[:12]}…, {agreed[:12]}… was agreed; copy the coordinator's")
+    return f"SHA-256 {here[:12]}…, as agreed"
+
+
+def _base(site: SiteConfig, project: Project) -> str:
+    return str(site.path(site.base)) if site.base else project.base_name
+
+
+def _start(site: SiteConfig, base: str) -> str:
+    path = site.path(site.start) if site.start else pipeline.find(base) / "classifier.safetensors"
+    return hashlib.sha256(read_bytes(path, "the classifier to start from")).hexdigest()
+
+
+def _bytes(path: Path) -> bytes:
+    return read_bytes(path, f"the file {path.name}")

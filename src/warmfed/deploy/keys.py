@@ -1,0 +1,138 @@
+"""Certificates and node keys, made and read by the library `cryptography`, which is imported here alone.
+
+All keys are of the curve P-384, as Flower wants them. Certificates are X.509; a node's key pair is in OpenSSH's format.
+"""
+
+import ipaddress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from ..errors import InputError
+
+try:
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+except ModuleNotFoundError as error:
+    raise InputError("certificates need the package cryptography; install warmfed with it: warmfed[flower]") from error
+
+AUTHORITY = timedelta(days=3650)
+"""How long a project's authority is valid."""
+SERVER = timedelta(days=825)
+"""How long the server's certificate is valid; `warmfed deploy renew` makes another."""
+_EARLY = timedelta(hours=1)  # so that a site whose clock is behind accepts a certificate of today
+_NEW = "ask the coordinator for a new site folder"
+_PEM, _OPEN = serialization.Encoding.PEM, serialization.NoEncryption()
+
+
+def authority(name: str, now: datetime) -> tuple[bytes, bytes]:
+    """A certificate authority of this name: (certificate, private key), both PEM."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = _named(name)
+    usage = x509.KeyUsage(
+        digital_signature=False, content_commitment=False, key_encipherment=False, data_encipherment=False,
+        key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    made = _certificate(subject, subject, key, key, now, AUTHORITY, path=0)
+    return made.add_extension(usage, critical=True).sign(key, hashes.SHA384()).public_bytes(_PEM), _private(key)
+
+
+def server(ca: bytes, ca_key: bytes, host: str, now: datetime) -> tuple[bytes, bytes]:
+    """The server's (certificate, private key), PEM: for `host`, a name or an address, and for the machine itself."""
+    issuer, signer = _read(ca, "the authority's certificate"), serialization.load_pem_private_key(ca_key, None)
+    key = ec.generate_private_key(ec.SECP384R1())
+    names = dict.fromkeys([host, "localhost", "127.0.0.1"])
+    made = _certificate(_named(host), issuer.subject, key, signer, now, SERVER, path=None)
+    made = made.add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=False)
+    made = made.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    return made.sign(signer, hashes.SHA384()).public_bytes(_PEM), _private(key)
+
+
+def node() -> tuple[bytes, bytes]:
+    """A SuperNode's (private key, public key), in OpenSSH's format."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    return key.private_bytes(_PEM, serialization.PrivateFormat.OpenSSH, _OPEN), _public(key) + b"\n"
+
+
+def dates(certificate: bytes, what: str, now: datetime, remedy: str) -> str:
+    """Until when it is valid; raises `InputError`, which ends in the remedy, where it is not valid now."""
+    found = _read(certificate, what)
+    begins, ends = found.not_valid_before_utc, found.not_valid_after_utc
+    if now < begins:
+        raise InputError(f"{what} is valid from {begins:%Y-%m-%d %H:%M} UTC, it is {now:%Y-%m-%d %H:%M}; set this clock right")
+    if now > ends:
+        raise InputError(f"{what} has expired on {ends:%Y-%m-%d}; {remedy}")
+    return f"valid until {ends:%Y-%m-%d} ({(ends - now).days} days)"
+
+
+def chain(certificate: bytes, key: bytes, ca: bytes, host: str, remedy: str) -> str:
+    """For whom the server's certificate is; raises `InputError` where key, authority or host do not belong to it."""
+    found, issuer = _read(certificate, "the server's certificate"), _read(ca, "the authority's certificate")
+    try:
+        found.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise InputError(f"the server's certificate is not signed by the authority in ca.crt; {remedy}") from error
+    if _key(key, "the server's key", serialization.load_pem_private_key).public_key() != found.public_key():
+        raise InputError(f"the server's key is not that of its certificate; {remedy}")
+    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    if _general(host) not in list(names):
+        raise InputError(f"the server's certificate is not for {host}; {remedy}")
+    return ", ".join(str(name.value) for name in names)
+
+
+def pair(private: bytes, public: bytes) -> str:
+    """The node key's kind; raises `InputError` where it is no P-384 key or the public one is another's."""
+    key = _key(private, "the node's private key", serialization.load_ssh_private_key)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise InputError(f"the node's key is none of the curve P-384, as Flower wants it; {_NEW}")
+    if public.split()[:2] != _public(key).split()[:2]:
+        raise InputError(f"node.pub is not the public key of node; {_NEW}")
+    return "EC P-384"
+
+
+def _certificate(subject: Any, issuer: Any, key: Any, signer: Any, now: datetime, valid: timedelta, path: int | None) -> Any:
+    made = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
+    made = made.serial_number(x509.random_serial_number()).not_valid_before(now - _EARLY).not_valid_after(now + valid)
+    made = made.add_extension(x509.BasicConstraints(ca=path is not None, path_length=path), critical=True)
+    made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    return made.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+
+
+def _named(name: str) -> Any:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
+
+
+def _general(host: str) -> Any:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _private(key: Any) -> bytes:
+    return bytes(key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _OPEN))
+
+
+def _public(key: Any) -> bytes:
+    form = serialization.PublicFormat.OpenSSH
+    return bytes(key.public_key().public_bytes(serialization.Encoding.OpenSSH, form))
+
+
+def _read(data: bytes, what: str) -> Any:
+    try:
+        return x509.load_pem_x509_certificate(data)
+    except ValueError as error:
+        raise InputError(f"{what} is no certificate in PEM; restore the file from the project's folder") from error
+
+
+def _key(data: bytes, what: str, load: Any) -> Any:
+    try:
+        return load(data, None)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{what} cannot be read; restore the file from the project's folder") from error
+
+
+def now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,145 @@
+"""What has left a site, for whoever must answer for it: from the ledger that the site itself writes.
+
+Of a site's folder the ledger has a line for each message, written before it left. A run folder's ledger (all sites on one
+machine) has the same messages without the names of their tensors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from .. import algorithms  # noqa: F401  the messages of all algorithms are known by then
+from ..errors import InputError
+from ..files import read_lines
+from ..messages import KINDS
+from ..report.page import publish
+from ..report.parts import MISSING, Section, Table, cells, size
+from ..site import read_site
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The messages that left one site, in the order in which they did."""
+
+    site: str
+    lines: tuple[Mapping[str, Any], ...]
+
+    @property
+    def bytes(self) -> int:
+        return _bytes(self.lines)
+
+
+def _bytes(lines: Sequence[Mapping[str, Any]]) -> int:
+    return sum(line["bytes"] for line in lines)
+
+
+def read(folder: Path, site: str = "") -> Ledger:
+    """The ledger of a site's folder, or of one site of a run folder.
+
+    Raises:
+        InputError: there is none, it is damaged, or a run's ledger has no such site.
+    """
+    if (folder / "site.toml").exists():
+        config = read_site(folder)
+        if site not in ("", config.name):
+            raise InputError(f"{folder} is the folder of site {config.name!r}, not of {site!r}; leave --site out")
+        site, path = config.name, config.path(config.work) / "ledger.jsonl"
+        lines = read_lines(path, "the site's ledger") if path.exists() else []
+    else:
+        path = folder / "ledger.jsonl"
+        sent = [_line(line, path) for line in read_lines(path, "the run's ledger")]
+        sites = sorted({line["site"] for line in sent if line.get("direction") == "up"})
+        if site not in sites:
+            raise InputError(f"name the site whose messages are meant: --site NAME; there are {', '.join(sites) or 'none'}")
+        lines = [line for line in sent if line.get("direction") == "up" and line["site"] == site]
+    for line in lines:
+        if not {"stage", "number", "bytes", "sha256"} <= _line(line, path).keys():
+            raise InputError(f"{path} is damaged: a line lacks stage, number, bytes or sha256; restore it from a backup")
+    return Ledger(site, tuple(lines))
+
+
+def _line(line: Any, path: Path) -> Mapping[str, Any]:
+    if not isinstance(line, dict):
+        raise InputError(f"{path} is damaged: a line is no table; restore it from a backup")
+    return line
+
+
+def meaning(kind: str) -> str:
+    """What a kind of message holds, in the words of its declaration."""
+    return " ".join((KINDS[kind].__doc__ or "").split("\n\n")[0].split()) if kind in KINDS else MISSING
+
+
+def tables(ledger: Ledger) -> tuple[Table, Table, Table]:
+    """What kinds of messages left, which tensors and numbers were in them, and every message."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for line in ledger.lines:
+        kinds.setdefault(line.get("kind", f"the reply to {line['stage']}"), []).append(line)
+    return (
+        Table(
+            "Kinds of messages",
+            ("kind", "messages", "bytes", "what it is"),
+            tuple(cells(kind, str(len(them)), size(_bytes(them)), meaning(kind)) for kind, them in kinds.items()),
+            words=("what it is",),
+        ),
+        Table(
+            "What was in them",
+            ("name", "kind of message", "type", "shape"),
+            tuple(row for kind, them in kinds.items() for row in _contents(kind, them)),
+            words=("kind of message", "type", "shape"),
+        ),
+        Table(
+            "Every message",
+            ("when", "run", "stage", "round", "kind", "bytes", "SHA-256"),
+            tuple(
+                cells(
+                    line.get("when", MISSING), line.get("run", MISSING), line["stage"], str(line["number"] + 1),
+                    line.get("kind", MISSING), f"{line['bytes']:,}", line["sha256"],
+                )
+                for line in ledger.lines
+            ),
+            words=("run", "stage", "kind", "SHA-256"),
+        ),
+    )  # fmt: skip
+
+
+def _contents(kind: str, messages: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """A row for each tensor and number that any message of a kind held."""
+    found = dict.fromkeys((name, what, "–") for name, what in _declared(kind).items())
+    for message in messages:
+        for name, (dtype, shape) in message.get("tensors", {}).items():
+            found[name, dtype, " × ".join(map(str, shape)) or "one"] = None
+        numbers = [*message.get("metrics", {}), *(["weight"] if "weight" in message else [])]
+        found |= dict.fromkeys((name, "number", "one") for name in numbers)
+        if "reason" in message:
+            found["reason", "text", message["reason"]] = None
+    return [cells(name, kind, dtype, shape) for name, dtype, shape in found]
+
+
+_WORDS = {
+    str: "text", int: "number", float: "number", bool: "yes or no", tuple[str, ...]: "texts", tuple[float, ...]: "numbers",
+    Mapping[str, float]: "numbers by name",
+}  # fmt: skip
+"""The types that a message's field may have, other than tensors and messages, whose contents are named one by one."""
+
+
+def _declared(kind: str) -> dict[str, str]:
+    """The fields of a kind of message that are text and numbers; its declaration is the wire format."""
+    types = get_type_hints(KINDS[kind]) if kind in KINDS else {}
+    return {name: _WORDS[declared] for name, declared in types.items() if declared in _WORDS}
+
+
+def write(ledger: Ledger, path: Path) -> Path:
+    """The ledger as one HTML page that loads nothing."""
+    overview, contents, every = tables(ledger)
+    how = "Each message that has left the site, recorded by the site itself before it left. Nothing else has."
+    return publish(
+        path,
+        title=f"What left site {ledger.site}",
+        subtitle=f"{len(ledger.lines)} messages · {size(ledger.bytes)}",
+        sections=[
+            Section("kinds", "What was sent", how, tables=[overview]),
+            Section("contents", "What was in it", "Names, types and shapes of all tensors and numbers.", tables=[contents]),
+            Section("messages", "Every message", "SHA-256 is of the bytes that left.", tables=[every]),
+        ],
+    )

@@ -1,0 +1,339 @@
+"""A ready project for a deployment: the Flower app, the server's folder, one folder for each site, and an authority.
+
+DIR/README.md  project.json          what all parties must have in common
+DIR/authority/ca.crt  ca.key         who signs the server's certificate
+DIR/server/                          config.toml, app/, nodes/SITE.pub, certificate and key, scripts, systemd unit
+DIR/sites/SITE/                      site.toml, node and node.pub, ca.crt, script, systemd unit
+"""
+
+import hashlib
+import ipaddress
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from .. import __version__
+from ..config import Config, construct, parse
+from ..data import Federation, load
+from ..diffusion import pipeline
+from ..errors import InputError
+from ..files import read_bytes, read_json, write_json, write_whole
+from ..transports.project import write_project
+from . import keys
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
+_NODES = 9094
+"""The first SuperNode's own port; each site has another, so that several can be tried on one machine."""
+_READ = ("image_size", "validation", "test", "seed")
+"""Options that say how a folder of pictures is read, whosever it is."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """What all parties of a deployment must have in common; project.json, of which each has a copy."""
+
+    host: str = ""
+    """Name or address by which the sites reach the server."""
+    port: int = 8000
+    sites: tuple[str, ...] = ()
+    python: str = ""
+    """Major and minor version."""
+    warmfed: str = ""
+    torch: str = ""
+    flwr: str = ""
+    """Empty: where the project was made there was none; any that warmfed[flower] takes will do."""
+    classes: tuple[str, ...] = ()
+    """In the order of their labels."""
+    prompts: str = ""
+    """The template, with one {} for the class."""
+    side: int = 0
+    """Height and width of the images in pixels; 0: not known when the project was made."""
+    base: str = ""
+    """SHA-256 of the generator's base; empty: the algorithm draws no images."""
+    base_name: str = ""
+    """Of a base that is installed with warmfed; empty: a folder, which each party has a copy of."""
+    start: str = ""
+    """SHA-256 of the classifier to start from; empty: random weights."""
+
+    @property
+    def address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def versions() -> dict[str, str]:
+    """Of python, warmfed, torch and flwr, without importing them; empty: not installed."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2]), "warmfed": __version__}
+    for name in ("torch", "flwr"):
+        try:
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def read_project(folder: Path) -> Project:
+    """The project that `folder`, or a party's folder of it, belongs to; raises `InputError`."""
+    table = read_json(folder / "project.json", "the project")
+    if not isinstance(table, dict):
+        raise InputError(f"{folder / 'project.json'} is damaged; restore it from the coordinator's copy")
+    return construct(Project, table, "")
+
+
+def init(
+    folder: Path,
+    sites: Sequence[str],
+    host: str,
+    port: int = 8000,
+    config: Path | None = None,
+    classes: Sequence[str] = (),
+    prompts: str = "",
+) -> Project:
+    """Write a new project into `folder`, whole or not at all.
+
+    Args:
+        config: the run's configuration; its data, where they can be read here, say what classes and template are.
+        classes: in the order of their labels, where the data cannot be read here.
+        prompts: the template, likewise.
+
+    Raises:
+        InputError: the folder is there, a name that cannot be one, data that cannot be read and no classes given.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already; choose another folder, or add a site to it: warmfed deploy add-site")
+    for place, site in enumerate(sites):
+        _check_name(site, sites[:place])
+    if not sites:
+        raise InputError("a deployment needs sites; name them: --sites ink,paper")
+    _check_host(host)
+    if not 1 <= port <= 65535:
+        raise InputError(f"port must be from 1 to 65535; got {port}")
+    settings = _absolute(parse(config))
+    project = Project(host=host, port=port, sites=tuple(sites), classes=tuple(classes), prompts=prompts)
+    data = _data_here(settings, needed=not (classes and prompts))
+    project, own = _project(settings, project, data), _own(settings, data)
+    now = keys.now()
+    with _aside(folder) as made:
+        certificate, key = keys.authority(f"warmfed {host}", now)
+        write_whole(made / "authority" / "ca.crt", certificate)
+        write_whole(made / "authority" / "ca.key", key, 0o600)
+        write_project(made / "server" / "app")
+        _render(made / "server", _SERVER, port=port, address=project.address, site="", unit="warmfed-server")
+        write_whole(made / "server" / "ca.crt", certificate)
+        _certify(made, host, now)
+        for place, site in enumerate(sites):
+            _write_site(made, made / "sites" / site, project, settings, site, _NODES + place, own)
+        _write_common(made, project, settings)
+    return project
+
+
+def add_site(folder: Path, name: str) -> Path:
+    """Add a site to a project, or give one whose folder was moved away new keys; its folder, which is returned.
+
+    Raises:
+        InputError: no project, a name that cannot be one, a site whose folder is there.
+    """
+    project, settings = read_project(folder), parse(folder / "server" / "config.toml")
+    made = folder / "sites" / name
+    _check_name(name, project.sites if made.exists() else ())
+    project = replace(project, sites=tuple(dict.fromkeys((*project.sites, name))))
+    with _aside(made) as aside:
+        own = _own(settings, _data_here(settings, needed=False))
+        _write_site(folder, aside, project, settings, name, _NODES + project.sites.index(name), own)
+        _write_common(folder, project, settings)
+        _copy(project, aside)
+    return made
+
+
+def renew(folder: Path) -> Path:
+    """Give the server a new certificate of the same authority; its path. The sites need nothing new."""
+    project = read_project(folder)
+    _certify(folder, project.host, keys.now())
+    return folder / "server" / "server.crt"
+
+
+_SERVER = {
+    "environment": "environment",
+    "env.sh": "env.sh",
+    "start.sh": "start-server.sh",
+    "register.sh": "register.sh",
+    "run.sh": "run.sh",
+    "warmfed-server@.service": "unit.service",
+    "README.md": "server.md",
+}
+_SITE = {
+    "environment": "environment",
+    "start.sh": "start-site.sh",
+    "warmfed-site@.service": "unit.service",
+    "README.md": "site.md",
+}
+"""Templates by the names that they get."""
+
+
+_INSTALLED = ("digits4",)
+"""Federations that come with warmfed, so that every party has them."""
+
+
+def _data_here(settings: Config, needed: bool) -> Federation | None:
+    """The configuration's data, where they are needed or come with warmfed."""
+    source, options = settings.data.source, settings.data.options
+    return load(source, **options) if needed or source in _INSTALLED else None
+
+
+def _own(settings: Config, data: Federation | None) -> Collection[str]:
+    """The sites whose images come with warmfed."""
+    return data.sites if data is not None and settings.data.source in _INSTALLED else ()
+
+
+def _project(settings: Config, asked: Project, data: Federation | None) -> Project:
+    """What was asked for, with versions and what the configuration and its data say."""
+    classes, prompts, side = asked.classes, asked.prompts, int(settings.data.options.get("image_size", 0))
+    if data is not None:
+        classes, prompts, side = classes or data.classes, prompts or data.template, data.shape[1]
+    if len(set(classes)) < max(len(classes), 2):
+        raise InputError(f"two or more different classes were expected; got {', '.join(classes)}")
+    if prompts.count("{}") != 1:
+        raise InputError(f"prompts must hold one {{}} for the class; got {prompts!r}")
+    have, draws = versions(), any(stage.name == "warm" for stage in settings.algorithm.stages())
+    return replace(
+        asked,
+        python=have["python"],
+        warmfed=have["warmfed"],
+        torch=have["torch"],
+        flwr=have["flwr"],
+        classes=classes,
+        prompts=prompts,
+        side=side,
+        base=settings.generator.fingerprint() if draws else "",
+        base_name="" if Path(settings.generator.base).is_dir() else settings.generator.base,
+        start=start_digest(settings),
+    )
+
+
+def start_digest(settings: Config, start: str = "") -> str:
+    """SHA-256 of the classifier that the run starts from, or of the file `start` in its place; empty: there is none."""
+    path = Path(start or settings.model.start)
+    if settings.model.start == "public":
+        path = pipeline.find(settings.generator.base) / "classifier.safetensors"
+    return hashlib.sha256(read_bytes(path, "the classifier to start from")).hexdigest() if settings.model.start else ""
+
+
+def _absolute(settings: Config) -> Config:
+    """With whole paths, as the server works in another folder."""
+    base, start = settings.generator.base, settings.model.start
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    start = str(Path(start).resolve()) if start not in ("", "public") else start
+    generator, model = replace(settings.generator, base=base), replace(settings.model, start=start)
+    return replace(settings, generator=generator, model=model)
+
+
+def _write_site(
+    root: Path, folder: Path, project: Project, settings: Config, name: str, port: int, own: Collection[str]
+) -> None:
+    """A site's folder, and its public key for the server."""
+    private, public = keys.node()
+    write_whole(folder / "node", private, 0o600)
+    write_whole(folder / "node.pub", public)
+    write_whole(root / "server" / "nodes" / f"{name}.pub", public)
+    write_whole(folder / "ca.crt", read_bytes(root / "authority" / "ca.crt", "the authority's certificate"))
+    table: dict[str, Any] = {"name": name, "work": "work", "device": "cpu"}
+    if project.base and not project.base_name:
+        table["base"] = "base"
+    if project.start and settings.model.start != "public":
+        table["start"] = "start.safetensors"
+        write_whole(folder / table["start"], read_bytes(Path(settings.model.start), "the classifier to start from"))
+    table |= {"classes": list(project.classes), "prompts": project.prompts, "data": _data(project, settings, name in own)}
+    write_whole(folder / "site.toml", _HEADER + tomli_w.dumps(table))
+    _render(folder, _SITE, name=name, port=port, address=project.address, site=name, unit="warmfed-site")
+
+
+_HEADER = """\
+# Yours: work, device (cpu or cuda) and [data]; paths are relative to this file. The rest is the consortium's.
+# data.source: a folder with NAME/CLASS/*.png below it, or an .npz file. base: your copy of the generator's folder.
+"""
+
+
+def _data(project: Project, settings: Config, own: bool) -> dict[str, Any]:
+    """Where a site's images are: in a federation that comes with warmfed, or in the folder data below the site's."""
+    source, options = settings.data.source, dict(settings.data.options)
+    if own:
+        return {"source": source, "options": options}
+    kept = {key: value for key, value in options.items() if key in _READ}
+    return {"source": "data", "options": {**kept, "image_size": project.side} if project.side else kept}
+
+
+def _write_common(root: Path, project: Project, settings: Config) -> None:
+    """What names the sites; project.json at the root is written last."""
+    settings = replace(settings, border=replace(settings.border, sites=project.sites))
+    write_whole(root / "server" / "config.toml", settings.toml())
+    for folder in (*(root / "sites" / site for site in project.sites), root / "server"):
+        if folder.is_dir():
+            _copy(project, folder)
+    _render(root, {"README.md": "project.md"}, address=project.address, sites=project.sites)
+    _copy(project, root)
+
+
+def _copy(project: Project, folder: Path) -> None:
+    write_json(folder / "project.json", asdict(project))
+
+
+def _certify(root: Path, host: str, now: datetime) -> None:
+    certificate, key = (read_bytes(root / "authority" / name, "the authority") for name in ("ca.crt", "ca.key"))
+    made, private = keys.server(certificate, key, host, now)
+    write_whole(root / "server" / "server.key", private, 0o600)
+    write_whole(root / "server" / "server.crt", made)
+
+
+def _render(folder: Path, names: Mapping[str, str], **values: Any) -> None:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("warmfed.deploy")
+    found = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    for name, template in names.items():
+        text = found.get_template(template).render(values)
+        write_whole(folder / name, text, 0o755 if template.endswith(".sh") and name != "env.sh" else 0o644)
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when all is there, and vanishes where something goes wrong."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise InputError(f"cannot write to {folder.parent}: {error.strerror}; choose another folder") from error
+    try:
+        yield made
+        os.replace(made, folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; choose another folder") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _check_name(site: str, others: Sequence[str]) -> None:
+    if not _NAME.fullmatch(site):
+        raise InputError(
+            f"a site's name has letters, digits, - and _, 64 at most, and begins with none of these signs; got {site!r}"
+        )
+    if site.lower() in [other.lower() for other in others]:
+        raise InputError(f"there is a site {site!r} already; give each site its own name")
+
+
+def _check_host(host: str) -> None:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not _HOST.fullmatch(host) or len(host) > 253:
+            raise InputError(f"host must be a name or an address, as fl.example.org or 10.0.0.7; got {host!r}") from None

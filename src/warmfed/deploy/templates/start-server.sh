@@ -1,0 +1,8 @@
+#!/bin/sh
+# Starts the SuperLink and lets the sites of nodes/ in. Ctrl-C, or systemd, ends it.
+cd "$(dirname "$0")"
+. ./env.sh
+(./register.sh &)
+exec flower-superlink --host "$WARMFED_LISTEN" --port "$WARMFED_PORT" \
+  --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth \
+  --disable-runtime-dependency-installation --database superlink.db
