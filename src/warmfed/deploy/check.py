@@ -5,6 +5,7 @@ A check is a function that returns what it found; `InputError` says what was exp
 
 import hashlib
 import http.client
+import os
 import shlex
 import shutil
 import socket
@@ -166,7 +167,8 @@ def _common(folder: Path, project: Project, commands: tuple[str, ...], values: d
         yield name, version(name, getattr(project, name), have)
 
     def found() -> str:
-        places = {name: shutil.which(name, path=values["WARMFED_BIN"] or None) for name in commands}
+        path = os.pathsep.join([values["WARMFED_BIN"], os.environ.get("PATH", "")])
+        places = {name: shutil.which(name, path=path) for name in commands}
         missing = [name for name, place in places.items() if place is None]
         if missing:
             here = f"WARMFED_BIN={Path(sys.executable).parent}"

@@ -105,10 +105,14 @@ def tables(ledger: Ledger) -> tuple[Table, Table, Table]:
 
 def _contents(kind: str, messages: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     """A row for each tensor and number that any message of a kind held."""
-    found = dict.fromkeys((name, what, "–") for name, what in _declared(kind).items())
+    found = dict.fromkeys((name, what, MISSING) for name, what in _declared(kind).items())
     for message in messages:
-        for name, (dtype, shape) in message.get("tensors", {}).items():
-            found[name, dtype, " × ".join(map(str, shape)) or "one"] = None
+        tensors = message.get("tensors", 0)
+        if isinstance(tensors, Mapping):
+            named = {name: (dtype, " × ".join(map(str, shape)) or "one") for name, (dtype, shape) in tensors.items()}
+            found |= dict.fromkeys((name, *what) for name, what in named.items())
+        elif tensors:
+            found[f"{tensors} tensors", "not named here", MISSING] = None
         numbers = [*message.get("metrics", {}), *(["weight"] if "weight" in message else [])]
         found |= dict.fromkeys((name, "number", "one") for name in numbers)
         if "reason" in message:

@@ -146,7 +146,7 @@ def add_site(folder: Path, name: str) -> Path:
     """
     project, settings = read_project(folder), parse(folder / "server" / "config.toml")
     made = folder / "sites" / name
-    _check_name(name, project.sites if made.exists() else ())
+    _check_name(name, [site for site in project.sites if site != name or made.exists()])
     project = replace(project, sites=tuple(dict.fromkeys((*project.sites, name))))
     with _aside(made) as aside:
         own = _own(settings, _data_here(settings, needed=False))
