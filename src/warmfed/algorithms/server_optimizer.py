@@ -1,8 +1,8 @@
 """FedAvgM, FedAdam and FedYogi: the sites' mean change is a gradient to the server, which has an optimizer of its own.
 
 Hsu et al., 2019, arXiv:1909.06335 (FedAvgM); Reddi et al., ICLR 2021, arXiv:2003.00295, Algorithm 2 (FedAdam, FedYogi).
-Departures: the paper chooses the server's lr for each data set from 10⁻³ … 10; so are the defaults here chosen, from the
-same grid. There is no correction of the moments' start, as in the paper.
+Departures: the paper chooses the server's lr for each data set; so are the defaults here chosen, on `digits4` (`warmfed sweep`).
+There is no correction of the moments' start, as in the paper.
 """
 
 from dataclasses import dataclass
