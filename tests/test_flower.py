@@ -17,6 +17,7 @@ from flwr.common.constant import ErrorCode
 from loopback import Loopback
 
 from warmfed import apps
+from warmfed.algorithms import ALGORITHMS
 from warmfed.algorithms.averaging import Model
 from warmfed.config import parse
 from warmfed.errors import InputError
@@ -317,3 +318,22 @@ def bad_records() -> dict[str, RecordDict]:
 def test_records_that_are_no_message_are_refused(name: str) -> None:
     with pytest.raises(InputError):
         unpack(bad_records()[name])
+
+
+SAMPLING = ("warmfed", "fgl", "feddeo", "fedbip")
+"""They need a base's image size; `tests_deploy` runs WarmFed in a real deployment."""
+DRAWING = {"width": 32, "depth": 1, "latent": "", "times": 20, "steps": 2}
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(ALGORITHMS) if name not in (*SAMPLING, "fedavg-public")])
+def test_every_method_over_flower_is_unchanged(name: str, data: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "algorithm": {"name": name, "rounds": 1, "local": {"epochs": 1}},
+        "model": {"name": "cnn"},
+        "denoising": DRAWING,
+        "measuring": {"samples": 0},
+    }
+    there = Consortium(tmp_path, data)
+    there.config = settings(tmp_path / "server.toml", **changes)
+    here = execute(parse(settings(tmp_path / "here.toml", data={"source": str(data)}, **changes)), tmp_path / "here")
+    same(there.serve(), here)

@@ -1,7 +1,7 @@
 """FedAvgM, FedAdam and FedYogi: the sites' mean change is a gradient to the server, which has an optimizer of its own.
 
 Hsu et al., 2019, arXiv:1909.06335 (FedAvgM); Reddi et al., ICLR 2021, arXiv:2003.00295, Algorithm 2 (FedAdam, FedYogi).
-Departures: the paper chooses the server's lr for each data set; so are the defaults here chosen, on `digits4` (`warmfed sweep`).
+Departures: the paper chooses the server's lr for each data set; the defaults here are chosen on `digits4` (`warmfed sweep`).
 There is no correction of the moments' start, as in the paper.
 """
 
