@@ -42,9 +42,14 @@ def pictures(run: Run) -> Section | None:
     title, how = "Images of the sites", "A row per class."
     if any("synthetic" in panel.images[site] for site in sites):
         title = "Real beside synthetic images"
+        drawn = (
+            "samples of that site’s own model, of which the auxiliary set is made"
+            if run.summary.get("task") == "denoise"
+            else "what the shared generator draws with that site’s adapter"
+        )
         how += (
-            " On the left are images of the site itself; on the right is what the shared generator draws with that site’s "
-            "adapter. It should show the left’s look and the row’s class, and copy no image."
+            f" On the left are images of the site itself; on the right: {drawn}. "
+            "They should show the left’s look and the row’s class, and copy no image."
         )
     if small:
         how += " Compressed for this page."
