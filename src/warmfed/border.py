@@ -1,5 +1,6 @@
 """The border: what a reply must be before anything touches it, whatever it came by."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +52,11 @@ class Border:
             raise InputError(f"its weight is {reply.weight}")
         came, sent = tensors_of(reply.message), tensors_of(down)
         alike = bool(sent) and kind(type(reply.message)) == kind(type(down))
-        if alike and (wrong := sorted(n for n in came.keys() | sent.keys() if _layout(came.get(n)) != _layout(sent.get(n)))):
+        if alike and (wrong := sorted(n for n in came.keys() | sent.keys() if not _same(came.get(n), sent.get(n)))):
             raise InputError(f"tensor {wrong[0]!r} is {_layout(came.get(wrong[0]))}, expected {_layout(sent.get(wrong[0]))}")
         for name, tensor in sorted(came.items()):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            # one sum tells whether any value is not finite, and cannot overflow
+            if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64)):
                 raise InputError(f"tensor {name!r} is not finite")
         if self.norm:
             moved = (came[n].double() - sent[n].double() if alike else came[n].double() for n in sorted(came))
@@ -65,6 +67,10 @@ class Border:
 
 STRICT = Border()
 """All that were asked must answer; nothing that is not finite is taken."""
+
+
+def _same(came: torch.Tensor | None, sent: torch.Tensor | None) -> bool:
+    return came is not None and sent is not None and came.dtype == sent.dtype and came.shape == sent.shape
 
 
 def _layout(tensor: torch.Tensor | None) -> str:
