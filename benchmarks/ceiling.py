@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 import torch
 from safetensors.torch import load_file
 
+from warmfed.algorithms.synthetic import Synthesis
 from warmfed.core import Central
 from warmfed.data.digits4 import digits4
 from warmfed.files import write_json
@@ -22,7 +23,6 @@ from warmfed.randomness import named
 from warmfed.tasks import Classify
 from warmfed.tensors import Table, join, select
 
-WARM = Training(lr=0.02, epochs=15, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
 BUDGET = Training(lr=0.02, epochs=25, clip=1.0)
 COSINE = Training(lr=0.02, epochs=25, clip=1.0, schedule="cosine")
 LONG = Training(lr=0.02, epochs=60, clip=1.0, schedule="cosine")
@@ -33,7 +33,7 @@ def rows(task: Classify, real: Table, synthetic: Table, test: Table, seed: int) 
     """Accuracy in percent on the union of the test sets, by what was trained on what."""
     ctx = Central(task, named("ceiling", seed))
     start = task.init(named("ceiling", seed, "init"))
-    warm = fit(ctx, start, WARM, synthetic)[0]
+    warm = fit(ctx, start, Synthesis().training, synthetic)[0]
     models = {
         "S": warm,
         "real, 25 epochs": fit(ctx, start, BUDGET, real)[0],

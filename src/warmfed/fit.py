@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .errors import InputError
+from .errors import InputError, one_of
 from .randomness import child, seeded
 from .tensors import Table, Tensors, rows, select, to
 
@@ -77,13 +77,7 @@ class Training:
     """fp32, bf16 or fp16: the type of the forward pass (autocast)."""
 
     def __post_init__(self) -> None:
-        for field, known in {
-            "optimizer": ("sgd", "adam", "adamw"),
-            "schedule": ("constant", "cosine"),
-            "precision": ("fp32", "bf16", "fp16"),
-        }.items():
-            if getattr(self, field) not in known:
-                raise InputError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
+        one_of(self, optimizer=("sgd", "adam", "adamw"), schedule=("constant", "cosine"), precision=("fp32", "bf16", "fp16"))
         if self.batch < 1 or self.accumulate < 1 or self.steps < 0 or (self.epochs < 1 and not self.steps):
             raise InputError("batch, accumulate and epochs must be at least 1, steps at least 0; check the training settings")
 

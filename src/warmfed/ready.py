@@ -13,7 +13,7 @@ from .config import TASKS, Config, Data
 from .data import Federation, Roster, Site, load
 from .diffusion import pipeline
 from .diffusion.denoise import Denoise
-from .errors import InputError
+from .errors import InputError, one_of
 from .files import read_bytes
 from .tasks import Classify
 
@@ -54,9 +54,7 @@ def prepare(config: Config, federation: Federation | Roster | None = None) -> Re
     Args:
         federation: the configuration's with all sites, where it is loaded already.
     """
-    for name, known in (("device", ("cpu", "cuda")), ("evaluate", ("every", "last", "never")), ("task", TASKS)):
-        if getattr(config, name) not in known:
-            raise InputError(f"{name} must be one of {', '.join(known)}; got {getattr(config, name)!r}")
+    one_of(config, device=("cpu", "cuda"), evaluate=("every", "last", "never"), task=TASKS)
     if config.workers < 1:
         raise InputError(f"workers must be at least 1; got {config.workers}")
     if config.device == "cuda" and not torch.cuda.is_available():

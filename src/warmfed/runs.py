@@ -313,12 +313,13 @@ def _go(
     generator = Once(config.generator, shared) if shared else config.generator
     rounds = place.rounds(ready, folder, (len(records), server) if records else None, generator, watcher)
     gauge = Gauge.of(config.measuring, ready.task, federation, config.denoising.latent or "digits", config.seed)
+    steps = len(config.algorithm.stages())
     with Meter() as meter, closing(rounds):
         for done in rounds:
             server, seconds, peak = done.server, round(done.seconds, 3), round(meter.lap(), 1)
             records.append({**done.results(), "seconds": seconds, "peak_memory_mb": peak})
-            model = config.algorithm.global_model(server)
-            if gauge is not None and model is not None and gauge.due(done, last=len(records) == len(config.algorithm.stages())):
+            model = config.algorithm.global_model(server) if gauge is not None else None
+            if gauge is not None and model is not None and gauge.due(done, last=len(records) == steps):
                 watcher.progress("", "measure", 0, 1)
                 records[-1]["quality"] = gauge.measure(model, len(records))
                 meter.lap()

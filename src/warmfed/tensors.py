@@ -43,6 +43,11 @@ def zeros(a: Tensors) -> dict[str, Tensor]:
     return {name: torch.zeros_like(value) for name, value in a.items()}
 
 
+def flat(a: Tensors) -> Tensor:
+    """All floating-point values in the order of their tensors' names, float64 [n]."""
+    return torch.cat([value.double().flatten() for _, value in sorted(a.items()) if value.is_floating_point()])
+
+
 def only(a: Tensors, keep: Callable[[str], bool]) -> dict[str, Tensor]:
     return {name: value for name, value in a.items() if keep(name)}
 

@@ -39,7 +39,8 @@ class FedBABU(Personalized):
         return Reply(Body(only(model, self.body)), state, float(rows(ctx.data["train"])), metrics)
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
-        like = only(ctx.task.init(torch.Generator()), self.body)
+        with torch.device("meta"):  # only shapes are needed: no weights, and nothing drawn for them
+            like = only(ctx.task.build().state_dict(), self.body)
         if {n: t.shape for n, t in reply.message.model.items()} != {n: t.shape for n, t in like.items()}:
             raise InputError(f"the body that site {site!r} sent is not this model's; do all run one version of warmfed?")
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Local, Reply, State
-from ..errors import InputError
+from ..errors import one_of
 from ..fit import Loss, Training, fit
 from ..messages import Message
 from ..tensors import Table, Tensors, only
@@ -56,9 +56,7 @@ class FedBSD(SplitByName):
     """The backbone's training in one round, after the head's."""
 
     def __post_init__(self) -> None:
-        for field, known in {"start": ("own", "global"), "distance": ("kl", "mse", "cosine")}.items():
-            if getattr(self, field) not in known:
-                raise InputError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
+        one_of(self, start=("own", "global"), distance=("kl", "mse", "cosine"))
 
     def train(self, down: Message, state: State, ctx: Local) -> Reply:
         mine, shared, data = self.mine(ctx.task), self.shared(ctx.task), ctx.data["train"]

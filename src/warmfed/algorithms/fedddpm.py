@@ -18,12 +18,12 @@ from typing import final
 import torch
 
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
-from ..errors import InputError
+from ..errors import InputError, one_of
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child
-from ..tensors import Tensors, dealt, rows, select, sub
-from .averaging import Model, average, upload
+from ..tensors import Tensors, dealt, flat, rows, select, sub
+from .averaging import Averaging, Model, upload
 from .synthetic import keep_samples
 
 SIGNALS = ("progress", "update", "dispersion")
@@ -52,13 +52,11 @@ class Drawing:
 
 @final
 @dataclass(frozen=True)
-class FedDDPM:
+class FedDDPM(Averaging):
     """Local diffusion models, an auxiliary set of their samples, and rounds that are corrected on it at the server."""
 
     rounds: int = 10
     """R, rounds of training."""
-    sample: float = 1.0
-    """Share of the sites asked in each round."""
     local: Training = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
     """A site's training in one round."""
     first: Training = Training(optimizer="adam", lr=1e-3, epochs=60, batch=32, schedule="cosine", warmup=20, clip=1.0, ema=0.99)
@@ -86,30 +84,21 @@ class FedDDPM:
     def __post_init__(self) -> None:
         if self.correct not in ("every", "slow", "never"):
             raise InputError(f"correct must be every, slow or never; got {self.correct!r}")
-        if self.signal not in SIGNALS:
-            raise InputError(f"signal must be one of {', '.join(SIGNALS)}; got {self.signal!r}")
+        one_of(self, signal=SIGNALS)
         if not self.share > 0 or self.window < 1 or self.corrections < 0:
             raise InputError("share must be above 0, window at least 1 and corrections at least 0; check [algorithm]")
 
     def stages(self) -> tuple[Stage, ...]:
         local = Stage("local", self.collect, self.draw, down=lambda server, site: Nothing(), evaluated=False)
         auxiliary = Stage("auxiliary", self.auxiliary, evaluated=False)
-        return (local, auxiliary, *(Stage("train", self.merge, self.train, sample=self.sample),) * self.rounds)
+        train = Stage("train", self.merge, self.train, sample=self.sample)
+        return (local, auxiliary, *(train,) * self.rounds)
 
     def init(self, ctx: Central) -> ServerState:
         return Server(ctx.task.init(ctx.rng), {}, {}, {}, {}, (), ())
 
     def down(self, server: ServerState, site: str) -> Message:
         return Model(server.model)
-
-    def enter(self, down: Message, ctx: Local) -> State:
-        return None
-
-    def global_model(self, server: ServerState) -> Tensors | None:
-        return server.model
-
-    def client_model(self, down: Message, state: State) -> Tensors | None:
-        return down.model
 
     # local: each site learns its own images well
 
@@ -151,7 +140,7 @@ class FedDDPM:
         return upload(model, state, ctx, metrics)
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        merged = {**server.model, **average(replies)}  # w̄_{r+1}
+        merged = {**server.model, **self.robust.combine(server.model, replies)}  # w̄_{r+1}
         held = ctx.task.metrics(merged, server.held)["loss"]
         signals = (*server.signals, self._signal(server, replies, merged, held))
         slow = self._slow(server, signals)
@@ -171,7 +160,7 @@ class FedDDPM:
             case "update":
                 return _norm(sub(merged, server.model)) / max(_norm(server.model), 1e-12)
             case "dispersion":
-                moves = [_flat(sub(reply.message.model, server.model)) for reply in replies.values()]
+                moves = [flat(sub(reply.message.model, server.model)) for reply in replies.values()]
                 middle = torch.stack(moves).mean(0)
                 return fmean(torch.cosine_similarity(move, middle, 0).item() for move in moves)
             case _:
@@ -193,9 +182,5 @@ class FedDDPM:
         return (before - now) / before < self.slow
 
 
-def _flat(tensors: Tensors) -> torch.Tensor:
-    return torch.cat([value.double().flatten() for _, value in sorted(tensors.items()) if value.is_floating_point()])
-
-
 def _norm(tensors: Tensors) -> float:
-    return _flat(tensors).norm().item()
+    return flat(tensors).norm().item()

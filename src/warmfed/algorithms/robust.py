@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..core import Replies
-from ..errors import InputError
-from ..tensors import Tensors, mean
+from ..errors import InputError, one_of
+from ..tensors import Tensors, flat, mean
 
 RULES = ("mean", "median", "trimmed", "krum")
 
@@ -36,8 +36,7 @@ class Robust:
     """Largest L2 norm of a model's change before it is combined; longer ones are shortened to it; 0: none is."""
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise InputError(f"rule must be one of {', '.join(RULES)}; got {self.rule!r}")
+        one_of(self, rule=RULES)
         if not 0 <= self.trim < 0.5 or self.faulty < 0 or self.chosen < 1 or self.clip < 0:
             raise InputError("trim from 0 to below 0.5, faulty and clip from 0 and chosen from 1 were expected")
 
@@ -76,13 +75,10 @@ class Robust:
                 f"Krum against {self.faulty} faulty sites that averages {self.chosen} needs {2 * self.faulty + 3} answers "
                 f"or more, {len(models)} came; set robust.faulty or robust.chosen lower"
             )
-        parts = [
-            [m[name].double().flatten() for name in sorted(m) if m[name].is_floating_point()] for _, m in sorted(models.items())
-        ]
-        flat = [torch.cat(part) for part in parts]
+        points = [flat(models[site]) for site in sites]
         scores = {}
         for i, site in enumerate(sites):
-            distances = sorted(float((flat[i] - flat[j]).square().sum()) for j in range(len(sites)) if j != i)
+            distances = sorted(float((points[i] - points[j]).square().sum()) for j in range(len(sites)) if j != i)
             scores[site] = sum(distances[:near])
         return sorted(sorted(sites, key=lambda site: (scores[site], site))[: self.chosen])
 

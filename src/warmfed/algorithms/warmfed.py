@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
-from ..errors import InputError
+from ..errors import one_of
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..tensors import Tensors, mean, mix, rows
@@ -118,13 +118,7 @@ class WarmFed:
     """Which model is averaged: local (trained for it), or personal (reading B: the distilled one)."""
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("before", ("client", "server", "none")),
-            ("distill", ("dynamic", "static", "none")),
-            ("upload", ("local", "personal")),
-        ):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        one_of(self, before=("client", "server", "none"), distill=("dynamic", "static", "none"), upload=("local", "personal"))
 
     @property
     def tunes(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..errors import InputError
+from ..errors import InputError, one_of
 from ..randomness import child, named, seeded
 from ..tasks.classify import load_model, pixels
 from ..tensors import Table, Tensors, rows, select
@@ -61,14 +61,7 @@ class Denoising:
     """Images of one sampler batch."""
 
     def __post_init__(self) -> None:
-        for name, known in {
-            "denoiser": tuple(_NETWORKS),
-            "prediction": PREDICTIONS,
-            "schedule": tuple(SCHEDULES),
-            "sampler": tuple(SAMPLERS),
-        }.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        one_of(self, denoiser=tuple(_NETWORKS), prediction=PREDICTIONS, schedule=tuple(SCHEDULES), sampler=tuple(SAMPLERS))
         if min(self.width, self.depth, self.patch, self.times, self.steps, self.batch) < 1 or self.width % 32:
             raise InputError("width must be a multiple of 32, and depth, patch, times, steps and batch at least 1")
         if not self.conditional and self.guidance != 1:
