@@ -55,8 +55,10 @@ class Border:
         if alike and (wrong := sorted(n for n in came.keys() | sent.keys() if not _same(came.get(n), sent.get(n)))):
             raise InputError(f"tensor {wrong[0]!r} is {_layout(came.get(wrong[0]))}, expected {_layout(sent.get(wrong[0]))}")
         for name, tensor in sorted(came.items()):
-            # one sum tells whether any value is not finite, and cannot overflow
-            if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64)):
+            # one sum tells whether any value is not finite; one that overflows is as unusable
+            if tensor.is_floating_point() and not math.isfinite(
+                tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+            ):
                 raise InputError(f"tensor {name!r} is not finite")
         if self.norm:
             moved = (came[n].double() - sent[n].double() if alike else came[n].double() for n in sorted(came))

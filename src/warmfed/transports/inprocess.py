@@ -6,7 +6,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from .pool import Pool, death_told, tell
 from .worker import Worker, exchange
 
 Progress = Callable[[str, str, int, int], None]
+T = TypeVar("T")
 
 
 def _silent(site: str, what: str, done: int, total: int) -> None:
@@ -78,11 +79,11 @@ class InProcess:
     def send(
         self, step: int, stage: str, number: int, down: Mapping[str, Message]
     ) -> Iterator[tuple[str, Reply, tuple[Exchange, ...]]]:
-        sent = _encode_once(down)
-        answers = self._answers(step, stage, number, {site: (down[site], sent[site]) for site in down})
+        sent = _once(_sent, down)
+        answers = self._answers(step, stage, number, {site: (down[site], data) for site, (data, _) in sent.items()})
         for done, (site, reply, seconds) in enumerate(answers, 1):
             up = replace(exchange(site, "up", reply.message), seconds=round(seconds, 3))
-            yield site, reply, (exchange(site, "down", down[site], sent[site]), up)
+            yield site, reply, (replace(sent[site][1], site=site), up)
             self.progress("", "sites", done, len(down))
 
     def _answers(
@@ -103,7 +104,7 @@ class InProcess:
     def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, dict[str, Metrics]]:
         if self._pool is None:
             return {s: self.workers[s].evaluate(m, self.state(s), model) for s, m in down.items()}
-        sent = _encode_once(down)
+        sent = _once(encode, down)
         jobs = [(s, sent[s], _pack(self.state(s)), model) for s in down]
         return dict(zip(down, self.spread(_evaluate, jobs), strict=True))
 
@@ -131,10 +132,15 @@ class InProcess:
                 future.cancel()
 
 
-def _encode_once(down: Mapping[str, Message]) -> dict[str, bytes]:
+def _once(function: Callable[[Message], T], down: Mapping[str, Message]) -> dict[str, T]:
     # most algorithms send every site the same message
-    encoded = {id(content): encode(content) for content in {id(m): m for m in down.values()}.values()}
-    return {site: encoded[id(content)] for site, content in down.items()}
+    made = {key: function(content) for key, content in {id(m): m for m in down.values()}.items()}
+    return {site: made[id(content)] for site, content in down.items()}
+
+
+def _sent(content: Message) -> tuple[bytes, Exchange]:
+    data = encode(content)
+    return data, exchange("", "down", content, data)
 
 
 def _pack(state: Message) -> bytes | None:
