@@ -338,6 +338,20 @@ def test_markdown_has_both_tables() -> None:
     assert text.splitlines()[-1] == "| global | warmfed − fedavg | +3.00 | < 0.001 | significant |"
 
 
+def test_uneven_classes_bring_a_table_that_weighs_them_alike() -> None:
+    even = {"personal_mean": 90.0, "personal_balanced_accuracy_mean": 89.5, "personal_macro_f1_mean": 88.0}
+    uneven = {**even, "personal_balanced_accuracy_mean": 60.0}
+
+    def second(*changes: dict[str, float]) -> list[str]:
+        rows = [{**each, **change} for each, change in zip(COMPARE["rows"][1:3], changes, strict=True)]
+        return report.markdown(COMPARE | {"rows": rows, "tests": []}).split("\n\n")[2:]
+
+    assert second(even, even) == []
+    title, table = second(even, uneven)
+    assert title == "5 rounds: every class weighs the same, means over the sites"
+    assert table.splitlines()[2:] == ["| fedavg | **89.5** | **88.0** |", "| warmfed | 60.0 | **88.0** |"]
+
+
 def test_only_rows_of_equal_length_compete() -> None:
     short = {**COMPARE["rows"][1], "rounds": 1, "global_mean": 50.0}
 

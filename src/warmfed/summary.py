@@ -107,11 +107,24 @@ def _sums(record: Record, measure: str) -> tuple[dict[str, float] | None, dict[s
     worst = min if measure == "accuracy" else max
     if shared:
         union = record["union"]["global"][measure]
-        everywhere = {"union": union, "site_mean": sum(shared) / len(shared), "site_worst": worst(shared)}
+        everywhere = {"union": union, "site_mean": sum(shared) / len(shared), "site_worst": worst(shared)} | _even(
+            record["global"]
+        )
     if own:
         values = torch.tensor(own, dtype=torch.float64)
         personal = {"mean": values.mean().item(), "worst": worst(own), "std": values.std(correction=0).item()}
+        personal |= _even(record["personal"])
     return everywhere, personal
+
+
+def _even(views: Mapping[str, Any]) -> dict[str, float]:
+    """What weighs every class alike, means over the sites."""
+    tests = [view["test"] for view in views.values()]
+    return {
+        name: sum(test[name] for test in tests) / len(tests)
+        for name in ("balanced_accuracy", "macro_f1")
+        if all(name in test for test in tests)
+    }
 
 
 def _one_shot(records: list[dict[str, Any]], measure: str) -> dict[str, Any] | None:

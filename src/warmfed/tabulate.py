@@ -11,6 +11,11 @@ METRICS = {
     "global_worst": ("global", "site_worst"),
     "personal": ("personal", "mean"),
     "personal_worst": ("personal", "worst"),
+    **{
+        f"{model}_{key}": (model, key)
+        for model in ("global", "personal")
+        for key in ("site_mean", "balanced_accuracy", "macro_f1")
+    },
     "unseen": ("unseen", "global"),
     "unseen_tuned": ("unseen", "tuned"),
     "validation": ("validation", "global"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ COLUMNS: tuple[Column, ...] = (
     ("upload per site", "bytes_up", None, min, size),
     ("time", "seconds", None, min, duration),
 )
+EVEN: tuple[Column, ...] = tuple(
+    (f"{model}, {title}, %", f"{model}_{key}_mean", f"{model}_{key}_std", max, number)
+    for model in ("global", "personal")
+    for key, title in (("balanced_accuracy", "balanced"), ("macro_f1", "macro-F1"))
+)
+"""The columns that weigh every class alike."""
 DRAWING: tuple[Column, ...] = (
     ("Fréchet distance", "fid_mean", "fid_std", min, lambda value: number(value, 2)),
     ("taught by samples, %", "taught_mean", "taught_std", max, number),
@@ -43,21 +50,25 @@ AFTER = ("end",)  # labels of what comes after the rounds
 MOST_SITES = 12  # in a grid of accuracies by site
 CERTAIN = 0.05  # p below which a difference is called significant
 REFERENCES = ("local", "centralized")  # how their names begin
+UNEVEN = 1.0  # points between accuracy and balanced accuracy from which on both are shown
 CALL = f"at {CERTAIN:g}"
 
 
-def table(compare: Mapping[str, Any]) -> Table:
+def table(compare: Mapping[str, Any], columns: tuple[Column, ...] = ()) -> Table:
     """The comparison's table; `Cell.best` marks the winner of every column, or several where they are equal.
 
     Local and centralized training, which share nothing and everything, are references: they come last and win nothing.
     Columns that no algorithm has a value for are left out; one algorithm alone wins nothing. A sweep has one winner: the
     settings with the best accuracy on validation, whatever the test sets say.
+
+    Args:
+        columns: none: those of the task.
     """
     rivals, references = _sides(compare)
     rows = [*rivals, *references]
     chosen = _chosen(compare)
     drawing = compare.get("measure") == "loss"
-    columns = DRAWING if drawing else COLUMNS
+    columns = columns or (DRAWING if drawing else COLUMNS)
     if chosen:
         columns = ((*chosen, None, min if drawing else max, DRAWING[3][4] if drawing else number), *columns)
     shown = [column for column in columns if any(_known(row.get(column[1])) for row in rows)]
@@ -86,6 +97,19 @@ def table(compare: Mapping[str, Any]) -> Table:
             for row in rows
         ),
     )
+
+
+def even(compare: Mapping[str, Any]) -> Table | None:
+    """Balanced accuracy and macro-F1, means over the sites; None where the classes are so even that they tell nothing more."""
+    pairs = [
+        (row.get(f"{model}_balanced_accuracy_mean"), row.get(mean_of))
+        for row in compare["rows"]
+        for model, mean_of in (("global", "global_site_mean_mean"), ("personal", "personal_mean"))
+    ]
+    if not any(_known(a) and _known(b) and abs(a - b) > UNEVEN for a, b in pairs):
+        return None
+    found = table(compare, EVEN)
+    return replace(found, title=f"{_length(compare)}: every class weighs the same, means over the sites")
 
 
 def _chosen(compare: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -151,7 +175,8 @@ def _chance(p: float | None) -> str:
 
 def markdown(compare: Mapping[str, Any]) -> str:
     """The table, and the paired tests where there are some, as Markdown; winners in bold."""
-    titled = len(by_rounds(compare)) > 1
+    parts = by_rounds(compare)
+    titled = len(parts) > 1 or any(even(part) for part in parts)
     return "\n".join(f"{each.title}\n\n" * titled + _markdown(each) for each in _tables(compare))
 
 
@@ -180,7 +205,7 @@ def _latex(each: Table) -> str:
 
 
 def _tables(compare: Mapping[str, Any]) -> list[Table]:
-    both = [each for part in by_rounds(compare) for each in (table(part), tests(part))]
+    both = [each for part in by_rounds(compare) for each in (table(part), even(part), tests(part))]
     return [each for each in both if each is not None]
 
 

@@ -114,6 +114,11 @@ COMPARISON = {
             "unseen_std?": Maybe(float),
             "unseen_tuned_mean?": Maybe(float),
             "unseen_tuned_std?": Maybe(float),
+            **{
+                f"{model}_{name}_mean?": Maybe(float)
+                for model in ("global", "personal")
+                for name in ("site_mean", "balanced_accuracy", "macro_f1")
+            },
             "validation_mean?": Maybe(float),
             "validation_personal_mean?": Maybe(float),
             **{f"{key}_{of}?": Maybe(float) for key in ("fid", "kid", "coverage", "taught") for of in ("mean", "std")},
