@@ -97,6 +97,8 @@ class Local:
     """The text of each class, in the order of the labels."""
     generator: Any = None
     device: str = "cpu"
+    unfinished: Path | None = None
+    """Where a long training may keep its snapshots; it is removed when the reply is safe. None: they are not kept."""
     progress: Callable[[str, int, int], None] = silent
 
 

@@ -24,7 +24,7 @@ from .messages import Message, decode, encode, kind, tensors_of
 from .ready import Ready, load_data, prepare
 from .runs import workers, write_model
 from .tensors import sha256
-from .transports.memories import Memories
+from .transports.memories import Memories, unfinished
 from .transports.wire import EVALUATE, FINISH, HELLO, Answer, Card, Kept, Measures, Models, Refusal, Request
 from .transports.worker import exchange
 
@@ -118,7 +118,8 @@ def _answered(site: SiteConfig, work: Path, asked: Request) -> tuple[float, Mess
     if asked.stage == HELLO:
         return 0.0, _card(site, ready)
     folder = work / "runs" / asked.run
-    memories, worker = Memories(folder), workers(config, ready)[site.name]
+    memories = Memories(folder)
+    worker = replace(workers(config, ready)[site.name], unfinished=unfinished(folder, site.name))
     match asked.stage, asked.body:
         case (stage, Models()) if stage == EVALUATE:
             found = worker.evaluate(asked.body.down, memories.state(site.name), asked.body.model)

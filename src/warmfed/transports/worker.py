@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..core import Algorithm, Exchange, Generator, Local, Metrics, Reply, State, Task, silent
 from ..errors import InputError
@@ -22,6 +23,8 @@ class Worker:
     prompts: tuple[str, ...] = ()
     generator: Generator | None = None
     device: str = "cpu"
+    unfinished: Path | None = None
+    """Where an unfinished training of this site may lie."""
     progress: Callable[[str, int, int], None] = silent
 
     def local(self, stage: str, number: int) -> Local:
@@ -33,6 +36,7 @@ class Worker:
             prompts=self.prompts,
             generator=self.generator,
             device=self.device,
+            unfinished=self.unfinished,
             progress=self.progress,
         )
 
