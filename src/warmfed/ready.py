@@ -91,7 +91,7 @@ def prepare(config: Config, federation: Federation | Roster | None = None) -> Re
     uses = any(stage.name == "warm" for stage in plan)
     if uses and federation.shape[0] != 3:
         raise InputError(f"{config.generator.base} draws colour images, those of {federation.name} are grey; set channels to 3")
-    if uses and federation.shape[1:] != (side := pipeline.side(config.generator.base),) * 2:
+    if uses and federation.shape[1:] != (side := config.generator.side,) * 2:
         raise InputError(
             f"{config.generator.base} draws images of {side}×{side} pixels, those of {federation.name} have "
             f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side}, or choose another base"

@@ -6,7 +6,10 @@ The layers are peft's. On the wire and on disk an adapter has diffusers' names (
 
 import copy
 import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +20,7 @@ from ..errors import InputError
 from ..files import read_bytes, write_whole
 from ..tensors import Tensors, only
 from . import pipeline
+from .families import Condition
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -38,45 +42,67 @@ class Adapted(nn.Module):
     Its state outside of the adapter never changes, so one instance serves all sites: an adapter is loaded before each use.
     """
 
-    empty: Tensor
-
-    def __init__(self, unet: nn.Module, prompts: Tensor, empty: Tensor) -> None:
+    def __init__(self, base: pipeline.Parts, denoiser: nn.Module, prompts: Sequence[str]) -> None:
         super().__init__()
-        self.unet = unet
-        self.prompts = nn.Parameter(prompts.clone())
-        self.register_buffer("empty", empty)
+        self.family, self.scale, self.dtype = base.family, base.scale, base.dtype
+        self.add_module(self.family.denoiser, denoiser)  # under its folder's name, which the names in an adapter begin with
+        self.empty = base.embed([""])
+        self.told: Condition = {}
+        self.prompts = nn.Parameter(self.tell(base, prompts).clone())
 
-    def condition(self, labels: Tensor) -> Tensor:
-        """The prompts of these classes, [n, tokens, width]."""
-        return self.prompts[labels]
+    def tell(self, base: pipeline.Parts, prompts: Sequence[str]) -> Tensor:
+        """Take what belongs to these classes, and return their prompts' embeddings, float [classes, tokens, width]."""
+        self.told = base.embed(prompts)
+        return self.told.pop("prompt").float()
 
-    def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """The denoiser's prediction for latents [n, c, h, w] under prompts [n, tokens, width]."""
-        return self.unet(noisy, time, condition).sample
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.get_submodule(self.family.denoiser)
+
+    def condition(self, labels: Tensor) -> Condition:
+        """What the denoiser is told of these classes, n rows."""
+        return {"prompt": self.prompts[labels], **{name: table[labels] for name, table in self.told.items()}}
+
+    def forward(self, noisy: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's prediction for latents [n, c, h, w] under n prompts."""
+        return self.family.ask(self.denoiser, noisy, time, condition, self.scale, self.dtype)
 
 
-@functools.cache
-def parts(base: str, device: str) -> pipeline.Parts:
+def parts(base: str, device: str, dtype: str = "fp32") -> pipeline.Parts:
     """A base's parts, loaded once per process."""
-    return pipeline.load(base, device)
+    return _loaded(base, device, dtype)
+
+
+_loaded = functools.cache(pipeline.load)
 
 
 @functools.cache
-def _injected(base: str, classes: int, rank: int, targets: str, device: str) -> Adapted:
+def _injected(base: str, classes: int, rank: int, targets: str, device: str, dtype: str) -> Adapted:
+    loaded = parts(base, device, dtype)
+    # the copy has modules of its own and the base's weights: a base lies in memory once
+    shared = {id(tensor): tensor for tensor in (*loaded.denoiser.parameters(), *loaded.denoiser.buffers())}
+    denoiser = inject(copy.deepcopy(loaded.denoiser, shared), rank, targets)
+    return Adapted(loaded, denoiser, [""] * classes).requires_grad_(False).to(device)
+
+
+def inject(denoiser: Any, rank: int, targets: str) -> Any:
+    """The denoiser with LoRA layers, in 32 bits, beside those that `targets` names."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    loaded = parts(base, device)
-    unet = copy.deepcopy(loaded.unet)
-    if TARGETS[targets]:
-        unet = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS[targets])), unet)
-    empty = loaded.embed([""])
-    return Adapted(unet, empty.expand(classes, -1, -1), empty).requires_grad_(False).to(device)
+    if not TARGETS[targets]:
+        return denoiser
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS[targets]))
+    denoiser = inject_adapter_in_model(config, denoiser)
+    for name, parameter in denoiser.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    return denoiser
 
 
-def adapted(base: str, prompts: tuple[str, ...], rank: int, targets: str, device: str) -> Adapted:
+def adapted(base: str, prompts: tuple[str, ...], rank: int, targets: str, device: str, dtype: str = "fp32") -> Adapted:
     """The base with LoRA layers and these prompts. The model is made once per process and shared; load an adapter into it."""
-    model = _injected(base, len(prompts), rank, targets, device)
-    model.prompts.data.copy_(parts(base, device).embed(list(prompts)))
+    model = _injected(base, len(prompts), rank, targets, device, dtype)
+    model.prompts.data.copy_(model.tell(parts(base, device, dtype), prompts))
     return model
 
 
@@ -125,22 +151,37 @@ def check(adapter: Tensors, like: Tensors, who: str) -> None:
             )
 
 
-def merged(model: Adapted, adapter: Tensors) -> Adapted:
-    """A copy of the model with an adapter folded into the weights: sampling then costs what the base alone costs."""
+@contextmanager
+def worn(model: Adapted, adapter: Tensors, *, fused: bool = True) -> Iterator[Adapted]:
+    """The model with an adapter, inside.
+
+    Args:
+        fused: the adapter is folded into the weights, so that sampling costs what the base alone costs; afterwards the
+            layers that it changes have their own weights again, bit for bit. Otherwise its layers stay beside the weights.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model.load_state_dict(dict(adapter), strict=False)
-    fused = copy.deepcopy(model)
-    for module in fused.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-    return fused.eval()
+    model.eval()
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if fused else []
+    own = [(layer, layer.get_base_layer().weight) for layer in layers]
+    kept = [weight.data for _, weight in own]
+    try:
+        for layer, weight in own:
+            weight.data = weight.data.clone()
+            layer.merge()
+        yield model
+    finally:
+        for (layer, weight), data in zip(own, kept, strict=True):
+            weight.data = data
+            layer.merged_adapters.clear()
 
 
 def write(adapter: Tensors, folder: Path, site: str) -> None:
     """Two files: `<site>.safetensors`, which `load_lora_weights` takes, and `<site>.prompts.safetensors`; or one of them."""
     if adapter.keys() != {PROMPTS}:
-        write_whole(folder / f"{site}.safetensors", save(only(adapter, lambda name: name != PROMPTS)))
+        layers = only(adapter, lambda name: name != PROMPTS)
+        write_whole(folder / f"{site}.safetensors", save(layers, {"format": "pt"}))  # byte for byte what diffusers writes
     if PROMPTS in adapter:
         write_whole(folder / f"{site}.prompts.safetensors", save({PROMPTS: adapter[PROMPTS].contiguous()}))
 

@@ -43,3 +43,22 @@ def denoising_loss(
             raise InputError(f"the scheduler predicts {prediction!r}; epsilon and v_prediction are supported")
     error = (predict(noisy, time) - target).square()
     return (weight * error).mean() if gamma else error.mean()
+
+
+def flow_loss(predict: Callable[[Tensor, Tensor], Tensor], latent: Tensor, shift: float, times: int) -> Tensor:
+    """Mean squared error of a rectified flow's velocity (Liu et al., ICLR 2023, arXiv:2209.03003) at random noise levels.
+
+    Levels σ are stratified and uniform as `denoising_loss`'s times are, then shifted as the base's sampler does:
+    σ' = shift·σ / (1 + (shift - 1)·σ) (Esser et al., ICML 2024, arXiv:2403.03206).
+
+    Args:
+        predict: predict(noisy, time), float [n, c, h, w] and float [n], time = σ·`times`; the model's output, ε - z.
+        latent: clean latents z, float [n, c, h, w].
+    """
+    n = len(latent)
+    level = (torch.arange(n) + torch.rand(n)) / n
+    level = (shift * level / (1 + (shift - 1) * level)).to(latent)
+    noise = torch.randn(latent.shape).to(latent)
+    share = level.view(-1, 1, 1, 1)
+    noisy = (1 - share) * latent + share * noise
+    return (predict(noisy, level * times) - (noise - latent)).square().mean()
