@@ -4,6 +4,7 @@ State and payload are values, never attributes: a site's state is an argument an
 wire by accident, be forgotten by a checkpoint, or depend on which process a site ran in.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,27 @@ class Prompted(Generator, Protocol):
             variation: standard deviation of what is added to the domain's vector of each sample.
         """
         ...
+
+
+_SITE = re.compile(r"\{site((?:\|[^|={}]+=[^|={}]+)*)\}")
+
+
+def prompt(template: str, name: str) -> str:
+    """The prompt of a class: its name in the place of `{}`, its words in that of `{class}`; `{site}` stays for `prompts_of`."""
+    return template.replace("{}", name).replace("{class}", name.replace("_", " "))
+
+
+def prompts_of(site: str, prompts: Sequence[str]) -> tuple[str, ...]:
+    """A site's prompts: its name in the place of `{site}`, or what `{site|real=photo|quickdraw=doodle}` says of it.
+
+    Without a site ("") it is a photo.
+    """
+
+    def word(found: re.Match[str]) -> str:
+        given = dict(pair.split("=", 1) for pair in found[1].split("|")[1:])
+        return given.get(site, site.replace("_", " ") or "photo")
+
+    return tuple(_SITE.sub(word, text) for text in prompts)
 
 
 def silent(what: str, done: int, total: int) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import Config
-from .core import Central
+from .core import Central, prompts_of
 from .diffusion import adapter as lora
 from .diffusion.denoise import Denoise
 from .errors import InputError, suggest
@@ -61,7 +61,7 @@ def synthesize(
         by = f"the model of {site}" if site else "the global model"
     else:
         image, by = (
-            _adapted(folder, config, summary.get("prompts") or (), label, site, ctx),
+            _adapted(folder, config, prompts_of(site, summary.get("prompts") or ()), label, site, ctx),
             f"the adapter of {site}" if site else "the base",
         )
     place = {old: new for new, old in enumerate(wanted)}

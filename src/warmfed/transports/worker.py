@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import Algorithm, Exchange, Generator, Local, Metrics, Reply, State, Task, silent
+from ..core import Algorithm, Exchange, Generator, Local, Metrics, Reply, State, Task, prompts_of, silent
 from ..errors import InputError
 from ..messages import Message, digest, encode, kind, tensors_of
 from ..randomness import named
@@ -33,7 +33,7 @@ class Worker:
             data=self.data,
             rng=named(self.seed, stage, number, self.site),
             site=self.site,
-            prompts=self.prompts,
+            prompts=prompts_of(self.site, self.prompts),
             generator=self.generator,
             device=self.device,
             unfinished=self.unfinished,
