@@ -10,10 +10,11 @@ import torch
 
 from .algorithms import ALGORITHMS, entry
 from .config import TASKS, Config, Data
+from .core import prompts_of
 from .data import Federation, Roster, Site, load
 from .diffusion import pipeline
 from .diffusion.denoise import Denoise
-from .errors import InputError, one_of
+from .errors import InputError, one_of, suggest
 from .files import read_bytes
 from .tasks import Classify
 
@@ -96,11 +97,21 @@ def prepare(config: Config, federation: Federation | Roster | None = None) -> Re
             f"{config.generator.base} draws images of {side}×{side} pixels, those of {federation.name} have "
             f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side}, or choose another base"
         )
+    if uses:
+        _adapters(config, federation)
     return Ready(
         config,
         federation,
         unseen,
         task,
-        base=config.generator.fingerprint() if uses else "",
+        base=pipeline.fingerprint(config.generator.base) if uses else "",
         start=hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start else "",
     )
+
+
+def _adapters(config: Config, federation: Federation | Roster) -> None:
+    """Raise `InputError` where an adapter from elsewhere is of no site, cannot be read or does not fit the base."""
+    for site in config.generator.adapters:
+        if site not in federation.rows:
+            raise InputError(f"generator.adapters names the site {site!r}{suggest(site, list(federation.rows))}")
+        config.generator.imported(site, prompts_of(site, federation.prompts))

@@ -41,6 +41,8 @@ class SiteConfig:
     """cpu or cuda."""
     base: str = ""
     """The generator's folder; empty: the name in the run's configuration."""
+    adapter: str = ""
+    """An adapter that was made elsewhere, a safetensors file: the site then learns none."""
     start: str = ""
     """The classifier to start from, where the run starts from a file."""
     classes: tuple[str, ...] = ()
@@ -150,6 +152,8 @@ def _local(site: SiteConfig, text: str) -> Config:
         raise InputError(f"the request's configuration is not TOML ({error})") from error
     if site.algorithms and config.name not in site.algorithms:
         raise InputError(f"site {site.name!r} takes part in {', '.join(site.algorithms)} only, not in {config.name}")
+    if config.generator.adapters:
+        raise InputError("the run names adapters by files of the server; name this site's own by adapter in site.toml")
     start = config.model.start
     if start and start != "public":
         if not site.start:
@@ -161,7 +165,11 @@ def _local(site: SiteConfig, text: str) -> Config:
         device=site.device,
         workers=1,
         unseen=Unseen(),
-        generator=replace(config.generator, base=str(site.path(site.base)) if site.base else config.generator.base),
+        generator=replace(
+            config.generator,
+            base=str(site.path(site.base)) if site.base else config.generator.base,
+            adapters={site.name: str(site.path(site.adapter))} if site.adapter else {},
+        ),
         model=replace(config.model, start=start),
     )
 

@@ -85,7 +85,7 @@ def _label(name: str, classes: Sequence[str]) -> int:
 
 def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor, site: str, ctx: Central) -> Tensor:
     sites = sorted(path.name.removesuffix(".safetensors") for path in (folder / "adapters").glob("*.safetensors"))
-    sites = [each for each in sites if not each.endswith(".prompts")]
+    sites = [each for each in sites if not each.endswith((".prompts", ".tokens"))]
     if not sites:
         raise InputError(
             f"the run in {folder} has no generator: {config.name} keeps no adapters and learned no diffusion model"

@@ -1,7 +1,7 @@
 """Bi-level personalisation of a frozen pipeline (FedBiP): learned concept vectors, and noised latents to begin from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ..core import Central, Local
 from ..errors import InputError
 from ..files import write_whole
-from ..fit import fit
 from ..randomness import child
 from ..tensors import Table, Tensors
 from . import adapter as lora
+from .adapting import Adapting, learn
 from .families import Condition
-from .generator import Adapting, LatentDiffusion
+from .generator import LatentDiffusion
 from .pipeline import Parts
 
 
@@ -60,9 +60,9 @@ class Concepts:
 
     def adapt(self, ctx: Local) -> tuple[Tensors, dict[str, float]]:
         model = self._model(ctx.prompts, ctx.device)
-        task = Adapting(model, self.diffusion, self._parts(ctx.device).scheduler)
+        task = Adapting(model, self.diffusion, self._parts(ctx.device))
         start = {"domain": torch.zeros_like(model.domain).cpu(), "concept": torch.zeros_like(model.concept).cpu()}
-        found, info = fit(replace(ctx, task=task), start, self.diffusion.training, self.diffusion.latents(ctx))
+        found, info = learn(ctx, task, start)
         latent = self.noised(ctx.data["train"], ctx.device, child(ctx.rng))
         tensors = {**{name: value.half() for name, value in found.items()}, "latent": latent.half()}
         return {**tensors, "of": ctx.data["train"]["label"].clone()}, info

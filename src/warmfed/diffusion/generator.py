@@ -1,25 +1,26 @@
 """A latent diffusion pipeline as a `Generator`: one code path for the embedded base and for pipelines of any family."""
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Central, Generator, Local
 from ..errors import InputError, one_of, suggest
-from ..fit import Training, fit
+from ..fit import Training
 from ..randomness import child
-from ..tensors import Table, Tensors
+from ..tensors import Tensors
 from . import adapter as lora
 from . import pipeline
-from .families import Condition, chosen
-from .objective import denoising_loss, flow_loss
-from .sampler import SAMPLERS, SPACINGS, draw, flows, scheduler
+from .adapter import Adapted
+from .adapting import Adapting, Lora, learn, prior
+from .families import Condition
+from .foreign import digest, imported
+from .sampler import SAMPLERS, SPACINGS, draw, scheduler
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class LatentDiffusion:
     """A site's training of its adapter."""
     views: int = 2
     """Shifted copies of each image whose latents are cached; 1: only the image itself."""
+    lora: Lora = Lora()
+    """What else there is to set about the adapter and its training."""
+    adapters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Adapters from elsewhere, {site = "file.safetensors"}: such a site learns none."""
     dropout: float = 0.1
     """Share of training images shown without a prompt, for guidance."""
     gamma: float = 5.0
@@ -73,21 +78,31 @@ class LatentDiffusion:
             raise InputError(f"generator.interval must be two shares in order, as [0.2, 0.8]; got {list(self.interval)}")
         if min(self.rank, self.views, self.steps, self.batch) < 1:
             raise InputError("rank, views, steps and batch of the generator must be at least 1; check [generator]")
-        if self.targets == "none" and not self.prompts:
+        if self.targets == "none" and not (self.prompts or self.lora.tokens):
             raise InputError("the generator has nothing to learn: set generator.targets or generator.prompts")
+        if self.prompts and self.lora.tokens:
+            raise InputError("learned tokens take the place of learned prompts; set generator.prompts=false beside lora.tokens")
+        if not all(isinstance(path, str) for path in self.adapters.values()):
+            raise InputError('generator.adapters names a file for each site, as {ink = "ink.safetensors"}')
 
     def fingerprint(self) -> str:
-        """SHA-256 of the base's files."""
-        return pipeline.fingerprint(self.base)
+        """SHA-256 of the base's files, and of the adapters that come from elsewhere."""
+        base = pipeline.fingerprint(self.base)
+        return digest(base, self.adapters) if self.adapters else base
 
     def adapt(self, ctx: Local) -> tuple[Tensors, dict[str, float]]:
-        model = self._model(ctx.prompts, ctx.device)
-        start = lora.fresh(model, child(ctx.rng))
-        if not self.prompts:
-            start.pop(lora.PROMPTS)
-        task = Adapting(model, self, self._parts(ctx.device).scheduler)
-        tensors, info = fit(replace(ctx, task=task), start, self.training, self.latents(ctx))
-        return lora.outward(tensors), info
+        if ctx.site in self.adapters:
+            return self.imported(ctx.site, ctx.prompts), {"imported": 1.0}
+        model, base = self._model(ctx.prompts, ctx.device), self._parts(ctx.device)
+        start = self._learned(lora.fresh(model, child(ctx.rng)))
+        task = Adapting(model, self, base, prior(ctx, self, base) if self.lora.prior else None)
+        with lora.scaled(model, self.lora.scale(self.rank)):
+            tensors, info = learn(ctx, task, start)
+        return lora.outward(tensors, self.lora.scale(self.rank)), info
+
+    def imported(self, site: str, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """A site's adapter from the file that `adapters` names; raises `InputError` where it does not fit."""
+        return imported(Path(self.adapters[site]), self._like(prompts), self._parts("cpu"), self, site)
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
         lora.check(adapter, lora.outward(self._like(prompts)), who)
@@ -97,17 +112,24 @@ class LatentDiffusion:
 
     def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
         """One image for each label, uint8 [n, 3, h, w]; without an adapter: from the base alone, by its own prompts."""
+        base = self._parts(ctx.device)
+        return torch.cat([base.decode(part, self.batch) for part in self._drawn(adapter, prompts, labels, ctx)])
+
+    def drawn_latents(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
+        """The same images before they are decoded, float [n, c, h, w]."""
+        return torch.cat(list(self._drawn(adapter, prompts, labels, ctx)))
+
+    def _drawn(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Iterator[Tensor]:
         loaded, model = self._parts(ctx.device), self._model(tuple(prompts), ctx.device)
         blank = lora.fresh(model, torch.Generator())
-        noise, images = torch.randn((len(labels), *self.space(loaded)), generator=ctx.rng), []
+        noise = torch.randn((len(labels), *self.space(loaded)), generator=ctx.rng)
         with lora.worn(model, {**blank, **lora.inward(adapter or {})}, fused=self.fused):
             for done in range(0, len(labels), self.batch):
                 part = slice(done, done + self.batch)
-                condition = model.condition(labels[part].to(ctx.device))
-                latents = self.denoise(model, loaded, noise[part].to(ctx.device), condition, model.empty, rng=ctx.rng)
-                images.append(loaded.decode(latents, self.batch))
+                with torch.no_grad():
+                    condition = model.condition(labels[part].to(ctx.device))
+                yield self.denoise(model, loaded, noise[part].to(ctx.device), condition, model.empty, rng=ctx.rng)
                 ctx.progress("sample", min(done + self.batch, len(labels)), len(labels))
-        return torch.cat(images)
 
     @property
     def side(self) -> int:
@@ -122,7 +144,8 @@ class LatentDiffusion:
         return base.denoiser.config.in_channels, side, side
 
     def describing(self, training: Training) -> "LatentDiffusion":
-        return replace(self, targets="none", prompts=True, training=training)
+        plain = replace(self.lora, dora=False, tokens=False)
+        return replace(self, targets="none", prompts=True, training=training, lora=plain)
 
     def conceiving(self, training: Training, signal: float, variation: float) -> Generator:
         from .concepts import Concepts
@@ -155,58 +178,21 @@ class LatentDiffusion:
         asked = _compiled(model, self.compile) if self.compile else model
         return draw(asked, solver, latents, condition, against, self.guidance, self.interval, rng)
 
-    def latents(self, ctx: Local) -> Table:
-        """The latents of the training images and of their shifted copies: the autoencoder leaves the loop."""
-        table, rng = ctx.data["train"], child(ctx.rng)
-        images = [table["image"], *(_shifted(table["image"], rng) for _ in range(self.views - 1))]
-        mean, _ = self._parts(ctx.device).encode(torch.cat(images))
-        views = mean.cpu().unflatten(0, (self.views, -1)).transpose(0, 1)
-        return {"latent": views.contiguous(), "label": table["label"]}
-
-    def _model(self, prompts: Sequence[str], device: str) -> lora.Adapted:
-        return lora.adapted(self.base, tuple(prompts), self.rank, self.targets, device, self.dtype)
+    def _model(self, prompts: Sequence[str], device: str) -> Adapted:
+        kind = (self.base, tuple(prompts), self.rank, self.targets, device, self.dtype)
+        return lora.adapted(*kind, dora=self.lora.dora, words=self.lora.tokens)
 
     def _parts(self, device: str) -> pipeline.Parts:
         return lora.parts(self.base, device, self.dtype)
 
     def _like(self, prompts: Sequence[str]) -> Tensors:
-        like = lora.fresh(self._model(prompts, "cpu"), torch.Generator())
-        return like if self.prompts else {name: tensor for name, tensor in like.items() if name != lora.PROMPTS}
+        return self._learned(lora.fresh(self._model(prompts, "cpu"), torch.Generator()))
+
+    def _learned(self, adapter: Tensors) -> dict[str, Tensor]:
+        """What of a fresh adapter is learned and travels."""
+        return {name: tensor for name, tensor in adapter.items() if self.prompts or name != lora.PROMPTS}
 
 
 @functools.cache
 def _compiled(model: nn.Module, backend: str) -> Any:
     return torch.compile(model, backend=backend)
-
-
-def _shifted(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Each image moved by up to two pixels each way, its edge repeated."""
-    n, _, height, width = images.shape
-    padded = F.pad(images.float(), (2, 2, 2, 2), mode="replicate").to(images.dtype)
-    down, right = torch.randint(5, (2, n), generator=rng).tolist()
-    return torch.stack([image[:, y : y + height, x : x + width] for image, y, x in zip(padded, down, right, strict=True)])
-
-
-class Adapting:
-    """The task of an adapter: the denoising loss under the class's prompt, `model.condition(labels)`."""
-
-    def __init__(self, model: nn.Module, settings: LatentDiffusion, scheduler: Any) -> None:
-        self.model, self.settings, self.scheduler = model, settings, scheduler
-
-    def build(self) -> nn.Module:
-        return self.model
-
-    def loss(self, model: Any, batch: Table) -> Tensor:
-        n, device = len(batch["label"]), batch["label"].device
-        view = torch.randint(batch["latent"].shape[1], (n,)).to(device)
-        latent = batch["latent"][torch.arange(n, device=device), view]
-        empty = (torch.rand(n) < self.settings.dropout).to(device)
-        condition = chosen(empty, model.empty, model.condition(batch["label"]))
-        config, gamma = self.scheduler.config, self.settings.gamma
-
-        def predict(noisy: Tensor, time: Tensor) -> Tensor:
-            return model(noisy, time, condition)
-
-        if shift := flows({"_class_name": type(self.scheduler).__name__, **config}):
-            return flow_loss(predict, latent, shift, config.num_train_timesteps)
-        return denoising_loss(predict, latent, self.scheduler.alphas_cumprod, config.prediction_type, gamma)
