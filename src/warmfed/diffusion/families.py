@@ -10,7 +10,7 @@ Of the transformers Sana fits best: `load_lora_weights` takes its adapters (PixA
 encoder instead of SD3's three, DPM-Solver++ as its own sampler, and latents of 16×16 at 512 pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ class Family:
     """embed(parts, prompts): what the denoiser is told of these texts; "" is the unconditional one."""
     predict: Callable[[nn.Module, Tensor, Tensor, Condition, int], Tensor]
     """predict(denoiser, noisy, time, condition, pixels of a latent's side): its prediction for latents [n, c, h, w]."""
+    shapes: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]]
+    """shapes(configurations by folder): the shape of a row of what `embed` returns."""
 
     def ask(
         self, denoiser: nn.Module, noisy: Tensor, time: Tensor, condition: Condition, scale: int, dtype: torch.dtype
@@ -123,6 +125,7 @@ STABLE = Family(
     (("tokenizer", "text_encoder"),),
     _embed_stable,
     _predict_stable,
+    lambda made: {"prompt": (made["text_encoder"]["max_position_embeddings"], made["text_encoder"]["hidden_size"])},
 )
 XL = Family(
     "Stable Diffusion XL",
@@ -131,6 +134,10 @@ XL = Family(
     (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
     _embed_xl,
     _predict_xl,
+    lambda made: {
+        "prompt": (made["text_encoder"]["max_position_embeddings"], made["unet"]["cross_attention_dim"]),
+        "pooled": (made["text_encoder_2"]["projection_dim"],),
+    },
 )
 SANA = Family(
     "Sana",
@@ -139,6 +146,7 @@ SANA = Family(
     (("tokenizer", "text_encoder"),),
     _embed_sana,
     _predict_sana,
+    lambda made: {"prompt": (SANA_TOKENS, made["text_encoder"]["hidden_size"]), "mask": (SANA_TOKENS,)},
 )
 FAMILIES = (STABLE, XL, SANA)
 

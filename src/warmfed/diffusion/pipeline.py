@@ -63,7 +63,7 @@ class Parts:
     @property
     def scale(self) -> int:
         """Pixels of the side of a latent."""
-        return _scale(self.vae.config)
+        return scale_of(self.vae.config)
 
     def part(self, folder: str) -> Any:
         """A part by its folder's name."""
@@ -80,7 +80,7 @@ class Parts:
     def encode(self, images: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (0 if it has none) of the scaled latents of uint8 images [n, 3, h, w]."""
         means, deviations = [], []
-        for part in images.split(_chunk(images.shape[-1], batch)):
+        for part in images.split(chunk(images.shape[-1], batch)):
             output = self.vae.encode(pixels(part.to(self.device)).to(self.vae.dtype))
             mean, deviation = _LATENTS[type(self.vae).__name__](output)
             means.append(mean.float())
@@ -94,7 +94,7 @@ class Parts:
         scale, shift = self._range
         decoded = [
             self.vae.decode((part.to(self.device) / scale + shift).to(self.vae.dtype)).sample.float()
-            for part in latents.split(_chunk(latents.shape[-1] * self.scale, batch))
+            for part in latents.split(chunk(latents.shape[-1] * self.scale, batch))
         ]
         # in the layout that images have when they have been written and read, or sums over them differ in last bits
         return torch.cat(decoded).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu().contiguous()
@@ -112,12 +112,13 @@ _LATENTS: Mapping[str, Any] = {
 """Mean and deviation of what each autoencoder's `encode` returns."""
 
 
-def _scale(config: Mapping[str, Any]) -> int:
+def scale_of(config: Mapping[str, Any]) -> int:
+    """Pixels of the side of a latent, of an autoencoder's configuration."""
     # each level of an autoencoder but the last one halves the image
     return int(2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1))
 
 
-def _chunk(side: int, batch: int) -> int:
+def chunk(side: int, batch: int) -> int:
     """How many images the autoencoder takes at once: `batch` of 32×32 pixels, fewer of larger ones."""
     return max(1, min(batch, batch * 32**2 // side**2))
 
@@ -140,6 +141,11 @@ def _named(base: str | Path) -> tuple[Path, str]:
     reference = cache / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision or "main"
     return cache / "snapshots" / commit, f"hf download {name}{f' --revision {revision}' if revision else ''} {_WANTED}"
+
+
+def folder_of(base: str | Path) -> Path:
+    """The folder that a base's name means, whether it is there or not."""
+    return _named(base)[0]
 
 
 def advice(base: str | Path) -> str:
@@ -172,11 +178,12 @@ def find(base: str | Path, *, weights: bool = True) -> Path:
             kind = " (other formats of weights are not read)" if path.suffix == ".safetensors" else ""
             raise InputError(f"{folder} is no whole diffusers pipeline: {name} is missing{kind}; {advice(base)}")
         if path.suffix == ".json":
-            _json(path)
+            json_of(path)
     return folder
 
 
-def _json(path: Path) -> Any:
+def json_of(path: Path) -> Any:
+    """A JSON file of a pipeline; raises `InputError`."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -193,7 +200,7 @@ def files(base: str | Path) -> dict[str, Path]:
     found = {"model_index.json": folder / "model_index.json"}
     if not found["model_index.json"].is_file():
         return found
-    index = _json(found["model_index.json"])
+    index = json_of(found["model_index.json"])
     kind = family(str(index.get("_class_name") if isinstance(index, dict) else None))
     for part in kind.parts:
         library = (index.get(part) or ("diffusers",))[0]
@@ -214,7 +221,7 @@ def _weights(folder: Path, stem: str) -> Iterator[str]:
         whole, shards = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
         if (folder / shards).is_file():
             yield shards
-            yield from sorted(set(_json(folder / shards).get("weight_map", {}).values()))
+            yield from sorted(set(json_of(folder / shards).get("weight_map", {}).values()))
             return
         if (folder / whole).is_file():
             yield whole
@@ -226,14 +233,14 @@ def configuration(base: str | Path, part: str) -> dict[str, Any]:
     """config.json of a part; "denoiser" is that of the family. Raises `InputError` as `find`."""
     folder = find(base, weights=False)
     if part == "denoiser":
-        part = family(_json(folder / "model_index.json")["_class_name"]).denoiser
-    return dict(_json(folder / part / "config.json"))
+        part = family(json_of(folder / "model_index.json")["_class_name"]).denoiser
+    return dict(json_of(folder / part / "config.json"))
 
 
 def side(base: str | Path) -> int:
     """Height and width in pixels of the images that a base draws by itself; raises `InputError` as `find`."""
     try:
-        return int(configuration(base, "denoiser")["sample_size"]) * _scale(configuration(base, "vae"))
+        return int(configuration(base, "denoiser")["sample_size"]) * scale_of(configuration(base, "vae"))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{base} does not say the size of its images ({error}); save the pipeline again") from error
 
@@ -259,7 +266,7 @@ def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
 
     quiet()
 
-    index = _json(folder / "model_index.json")
+    index = json_of(folder / "model_index.json")
     kind, held = family(index["_class_name"]), files(base)
     loaded: dict[str, Any] = {}
     for part in kind.parts:
