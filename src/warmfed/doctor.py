@@ -37,7 +37,8 @@ def examine(config: Config) -> list[File]:
 
 def _base(config: Config) -> Iterator[File]:
     names: dict[str, None] = {}
-    if any(stage.name == "warm" for stage in config.algorithm.stages()):
+    uses = any(stage.name == "warm" for stage in config.algorithm.stages())
+    if uses:
         names[config.generator.base] = None
     if config.task == "denoise" and config.denoising.latent:
         names[config.denoising.latent] = None

@@ -3,6 +3,7 @@
 Steps are counted, memory is counted, time is estimated from three speeds of this machine; see `diffusion.estimate`.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,9 +50,7 @@ def rehearse(config: Config) -> dict[str, Any]:
         InputError: the run would not start for another reason than absent weights.
     """
     ready = prepare(config, weights=False)
-    stages: dict[str, int] = {}
-    for stage in config.algorithm.stages():
-        stages[stage.name] = stages.get(stage.name, 0) + 1
+    stages = dict(Counter(stage.name for stage in config.algorithm.stages()))
     assert isinstance(ready.federation, Federation)
     rows = {site: counts["train"] for site, counts in ready.federation.rows.items()}
     found: dict[str, Any] = {
@@ -114,7 +113,8 @@ def _trained(ready: Ready, rows: dict[str, int]) -> Iterator[Work]:
             each = training.count(synthesis.subset) if where == "server" else sum(map(training.count, rows.values()))  # type: ignore[union-attr]
             yield _learned(ready, about, where, rounds * each, training)
     assert isinstance(ready.federation, Federation)
-    if synthesis is not None and any(stage.name == "warm" for stage in algorithm.stages()):
+    warm = any(stage.name == "warm" for stage in algorithm.stages())
+    if synthesis is not None and warm:
         held = synthesis.per_class * sum(len(classes) for classes in ready.federation.present.values())
         halves = 2 * synthesis.filter_training.count(held // 2)
         yield _learned(ready, "filter", "server", halves, synthesis.filter_training)
