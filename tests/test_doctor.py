@@ -243,7 +243,7 @@ def test_the_configurations_for_the_real_thing(name: str, tmp_path: Path, monkey
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     make, sites, classes, side = REAL[name]
     data = make(tmp_path / "data")
-    config = parse(EXAMPLES / name, {"data.path": str(data), "device": "cpu"})
+    config = parse(EXAMPLES / name, {"data.path": str(data)})
     assert config.generator.size in (0, side)
     assert config.data.options["image_size"] == side
     found = rehearse(config)
@@ -257,6 +257,7 @@ def test_the_configurations_for_the_real_thing(name: str, tmp_path: Path, monkey
     assert work["samples"]["count"] == sites * classes * config.algorithm.synthesis.per_class
     assert all(row["seconds"] > 0 for row in found["work"])
     assert found["memory"] > found["base"]["bytes"]
+    assert found["timed_on"] == ("cuda" if torch.cuda.is_available() else "cpu, for there is no graphics card here")
     assert not list(tmp_path.glob("runs*"))
 
 

@@ -5,7 +5,7 @@ Steps are counted, memory is counted, time is estimated from three speeds of thi
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -43,12 +43,14 @@ def rehearse(config: Config) -> dict[str, Any]:
 
     Returns:
         {"algorithm", "sites", "images", "classes", "stages": names with counts, "work": rows as `Work`, "seconds" (with the
-        configured workers), "memory" (bytes, of all processes), "adapter" (bytes that a site sends) and "base": its name,
-        bytes and whether its weights are there}.
+        configured workers), "timed_on": the device whose speeds they are of, "memory" (bytes, of all processes), "adapter"
+        (bytes that a site sends) and "base": its name, bytes and whether its weights are there}.
 
     Raises:
         InputError: the run would not start for another reason than absent weights.
     """
+    absent = config.device == "cuda" and not torch.cuda.is_available()
+    config = replace(config, device="cpu") if absent else config
     ready = prepare(config, weights=False)
     stages = dict(Counter(stage.name for stage in config.algorithm.stages()))
     assert isinstance(ready.federation, Federation)
@@ -59,6 +61,7 @@ def rehearse(config: Config) -> dict[str, Any]:
         "images": sum(sum(counts.values()) for counts in ready.federation.rows.values()),
         "classes": len(ready.federation.classes),
         "stages": stages,
+        "timed_on": "cpu, for there is no graphics card here" if absent else config.device,
         "adapter": 0,
         "base": None,
     }

@@ -36,7 +36,7 @@ def rehearsal_facts(found: Mapping[str, Any]) -> str:
     stages = ", ".join(f"{name} × {count}" if count > 1 else name for name, count in found["stages"].items())
     lines = [
         f"{found['algorithm']}: {found['sites']} sites, {found['images']:,} images, {found['classes']} classes; {stages}",
-        f"about {duration(found['seconds'])} in all; memory {memory(found['memory'] / 1e6)} by count",
+        f"about {duration(found['seconds'])} in all (on {found['timed_on']}); memory {memory(found['memory'] / 1e6)} by count",
     ]
     if found["base"]:
         there = "its weights are there" if found["base"]["there"] else "its weights are not there: `warmfed doctor` says which"
