@@ -84,7 +84,7 @@ def adapted(generator: LatentDiffusion) -> dict[str, Tensor]:
 
 def digest(generator: LatentDiffusion) -> list[str]:
     parts = lora.parts(generator.base, "cpu")
-    return [sha256(model.state_dict()) for model in (parts.unet, parts.vae, parts.text_encoder)]
+    return [sha256(model.state_dict()) for model in (parts.denoiser, parts.vae, parts.text_encoder)]
 
 
 def test_adapting_twice_gives_the_same_bytes_and_leaves_the_base_alone(generator: LatentDiffusion) -> None:
@@ -105,7 +105,7 @@ def test_an_adapter_travels_in_16_bits_under_diffusers_names(generator: LatentDi
     assert {name.rpartition(".lora_")[2] for name in adapter if name != "prompts"} == {"A.weight", "B.weight"}
     assert all(name.startswith("unet.") and ".default." not in name for name in adapter if name != "prompts")
     assert adapter["prompts"].shape == (3, 16, 16)
-    assert not torch.equal(adapter["prompts"], lora.parts(generator.base, "cpu").embed(list(PROMPTS)).half())
+    assert not torch.equal(adapter["prompts"], lora.parts(generator.base, "cpu").embed(PROMPTS)["prompt"].half())
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if ".lora_B." in name)
 
 
@@ -163,8 +163,9 @@ def test_a_stable_diffusion_pipeline_loads_the_adapter_and_draws_the_same_images
 
     without = theirs("latent")
     stable.load_lora_weights(tmp_path, weight_name="ink.safetensors")
-    model = lora.merged(lora.adapted(bases[kind], PROMPTS, 2, plain.targets, "cpu"), lora.inward(adapter))
-    ours = plain._sample(model, lora.parts(bases[kind], "cpu").scheduler, noise, LABELS)
+    model = lora.adapted(bases[kind], PROMPTS, 2, plain.targets, "cpu")
+    with lora.worn(model, lora.inward(adapter)):
+        ours = plain.denoise(model, lora.parts(bases[kind], "cpu"), noise, model.condition(LABELS), model.empty)
     assert torch.allclose(theirs("latent"), ours, atol=1e-3, rtol=1e-3)
     assert (without - ours).abs().mean() > 0.1
     images = plain.synthesize(adapter, PROMPTS, LABELS, central())
@@ -174,19 +175,17 @@ def test_a_stable_diffusion_pipeline_loads_the_adapter_and_draws_the_same_images
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_sampler_is_a_plain_loop_of_diffusers_scheduler(generator: LatentDiffusion, guidance: float) -> None:
     parts = lora.parts(generator.base, "cpu")
-    model = lora.merged(
-        lora.adapted(generator.base, PROMPTS, generator.rank, generator.targets, "cpu"), lora.inward(adapted(generator))
-    )
+    model = lora.adapted(generator.base, PROMPTS, generator.rank, generator.targets, "cpu")
     noise = torch.randn(4, 4, 8, 8, generator=named("noise"))
     scheduler = DPMSolverMultistepScheduler.from_config(parts.scheduler.config)
     scheduler.set_timesteps(5)
     latents = noise * scheduler.init_noise_sigma
-    prompts, empty = model.prompts.detach()[LABELS], parts.embed([""]).expand(4, -1, -1)
-    with torch.no_grad():
+    with lora.worn(model, lora.inward(adapted(generator))), torch.no_grad():
+        prompts, empty = model.prompts[LABELS], parts.embed([""])["prompt"].expand(4, -1, -1)
         for time in scheduler.timesteps:
             guided, plain = model.unet(latents, time, prompts).sample, model.unet(latents, time, empty).sample
             latents = scheduler.step(plain + guidance * (guided - plain), time, latents).prev_sample
-    ours = replace(generator, steps=5, guidance=guidance)._sample(model, parts.scheduler, noise, LABELS)
+        ours = replace(generator, steps=5, guidance=guidance).denoise(model, parts, noise, model.condition(LABELS), model.empty)
     assert torch.allclose(ours, latents, atol=1e-5, rtol=1e-4)
 
 

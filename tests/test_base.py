@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from warmfed.data.rendered import rendered
 from warmfed.diffusion import pipeline
+from warmfed.diffusion.families import STABLE
 from warmfed.diffusion.pretrain import Pretraining, build, captions, pretrain, principal_patches, tokenizer
 from warmfed.errors import InputError
 from warmfed.randomness import named, seeded
@@ -53,9 +54,9 @@ def test_diffusers_own_pipeline_opens_it_and_draws(made: tuple[Path, Mapping[str
 
 def test_parts_are_frozen_and_turn_text_and_images_into_tensors(made: tuple[Path, Mapping[str, Any]]) -> None:
     parts = pipeline.load(made[0])
-    assert not any(p.requires_grad for name in pipeline.MODELS for p in getattr(parts, name).parameters())
-    assert {p.dtype for name in pipeline.MODELS for p in getattr(parts, name).parameters()} == {torch.float32}
-    assert parts.embed(["a photo of the digit two", ""]).shape == (2, 16, 16)
+    assert not any(p.requires_grad for name in STABLE.models for p in parts.part(name).parameters())
+    assert {p.dtype for name in STABLE.models for p in parts.part(name).parameters()} == {torch.float32}
+    assert parts.embed(["a photo of the digit two", ""])["prompt"].shape == (2, 16, 16)
     images = rendered(3, named("images"))["image"]
     latents, deviation = parts.encode(images)
     assert latents.shape == deviation.shape == (3, 4, 8, 8)

@@ -52,7 +52,7 @@ def central(purpose: str = "sample") -> Central:
 
 def base(plain: LatentDiffusion) -> list[str]:
     parts = lora.parts(plain.base, "cpu")
-    return [sha256(model.state_dict()) for model in (parts.unet, parts.vae, parts.text_encoder)]
+    return [sha256(model.state_dict()) for model in (parts.denoiser, parts.vae, parts.text_encoder)]
 
 
 # descriptions
@@ -75,7 +75,7 @@ def test_a_description_is_prompts_and_nothing_else(plain: LatentDiffusion, tmp_p
 
 def test_a_description_that_is_the_text_draws_what_the_base_draws(plain: LatentDiffusion) -> None:
     generator = plain.describing(TRAINING)
-    text = {"prompts": lora.parts(plain.base, "cpu").embed(list(PROMPTS))}
+    text = {"prompts": lora.parts(plain.base, "cpu").embed(PROMPTS)["prompt"]}
     drawn = generator.synthesize(text, PROMPTS, LABELS, central())
     assert torch.equal(drawn, plain.synthesize(None, PROMPTS, LABELS, central()))
     other = generator.synthesize({"prompts": text["prompts"] + 1}, PROMPTS, LABELS, central())

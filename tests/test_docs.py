@@ -1,5 +1,6 @@
 """The documents are true: the README's example runs, links lead somewhere, every algorithm has its page."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from warmfed.algorithms import ALGORITHMS
+from warmfed.algorithms.synthetic import Synthesis
 from warmfed.cli import parser
-from warmfed.config import data_table, setting
+from warmfed.config import data_table, resolve, setting
 from warmfed.data import load
+from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -78,3 +81,20 @@ def check(source: str, options: dict[str, object]) -> None:
     """Raises where a reader does not take these options; the path is the only thing that it may miss."""
     with pytest.raises(InputError, match=r"no/such|install it by"):
         load(source, "/no/such", **options)
+
+
+def test_the_page_on_bases_is_true() -> None:
+    """Its commands parse, its configurations are there, and its tables name settings that there are."""
+    text = (ROOT / "docs" / "stable-diffusion.md").read_text()
+    commands = re.findall(r"^warmfed (.+)$", text, re.M)
+    for command in commands:
+        asked = parser().parse_args(command.split())
+        assert (ROOT / asked.config).is_file()
+    tables = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.S)]
+    for table in tables:
+        resolve(table)
+    rows = re.findall(r"^\| (`[^|]+) \|", text, re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)", row)}
+    known = {field.name for cls in (LatentDiffusion, Synthesis) for field in dataclasses.fields(cls)}
+    assert named - known == set()
+    assert (len(commands), len(tables), len(named) > 8) == (2, 2, True)

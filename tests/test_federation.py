@@ -59,6 +59,8 @@ def test_the_fingerprint_knows_every_byte_and_no_more() -> None:
         ({"classes": ("cat", "cat")}, "two or more different class names"),
         ({"template": "a pet"}, "template needs one {}"),
         ({"template": "a {} {}"}, "template needs one {}"),
+        ({"template": "a {} of {class}"}, "template needs one {}"),
+        ({"template": "a {place} of a {}"}, "template needs one {}"),
         ({"sites": {}}, "at least one site"),
         ({"sites": {"a": site(), "../b": site()}}, "site '../b': a name that a file can have was expected"),
         ({"sites": {"a": Site(table([0, 2]), table([1]), table([0]))}}, "labels 0 to 1 were expected, 0 to 2 came"),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from warmfed.diffusion.quality import copies, distances, extractor, neighbourhoods
+from warmfed.data import Federation, Site
+from warmfed.diffusion.quality import adapter_scores, copies, distances, diversity, extractor, nearest, neighbourhoods
 from warmfed.errors import InputError
 from warmfed.models import EYES
 from warmfed.randomness import named
@@ -78,3 +79,43 @@ def test_the_public_classifier_looks_too(tmp_path: Path) -> None:
     (tmp_path / "broken.npz").write_bytes(b"no zip")
     with pytest.raises(InputError, match="damaged"):
         extractor(str(tmp_path / "broken.npz"), "digits", (3, 32, 32), 10)
+
+
+def test_diversity_is_a_share_of_that_of_real_images() -> None:
+    real, label = torch.cat([points("r0", 40), points("r1", 40, 9.0)]), torch.arange(2).repeat_interleave(40)
+    assert diversity(real, label, real, label) == pytest.approx(100)
+    assert diversity(real, label, 0.5 * real, label) == pytest.approx(50)
+    assert diversity(real, label, real[:40].mean(0).expand(8, -1), torch.zeros(8)) == 0  # one picture again and again
+
+
+def test_the_nearest_sample_to_a_training_image() -> None:
+    train, test = torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([[2.0, 0.0], [4.0, 0.0], [11.0, 0.0]])
+    assert nearest(train, test, torch.tensor([[0.0, 3.0], [10.0, 1.0]])) == 50  # the median of 2, 4 and 1 is 2
+    assert nearest(train, test, torch.cat([test, train[:1]])) == 0
+
+
+def test_the_samples_of_each_adapter_are_measured_against_its_own_site() -> None:
+    def table(name: str, light: int, count: int) -> dict[str, torch.Tensor]:
+        image = torch.randint(light, light + 60, (count, 3, 8, 8), generator=named("panel", name), dtype=torch.uint8)
+        return {"image": image, "label": torch.arange(count) % 2}
+
+    sites = {name: Site(table(name, light, 40), table("v", light, 4), table(f"t{name}", light, 20)) for name, light in LIGHTS}
+    federation = Federation("two", ("x", "y"), "a {}", sites)
+    good, wrong = table("sa", 0, 30), table("sb", 20, 30)  # b's adapter draws too dark
+    samples = {
+        "image": torch.cat([good["image"], wrong["image"]]),
+        "label": torch.cat([good["label"], wrong["label"]]),
+        "site": torch.arange(2).repeat_interleave(30),
+        "kept": torch.arange(60) < 45,
+    }
+    found = adapter_scores(lambda image: image.float().mean((2, 3)), federation, samples, 5)
+    assert found["a"]["fid"] < 0.1 * found["b"]["fid"]
+    assert found["a"]["precision"] > 80
+    assert found["b"]["precision"] == found["b"]["copies"] == 0
+    assert (found["a"]["kept"], found["b"]["kept"]) == (100, 50)
+    assert found["a"]["samples"] == 30
+    assert found["a"]["fid"] < 20 * found["a"]["floor_fid"]
+    assert found["b"]["nearest"] > 100 > found["a"]["nearest"]
+
+
+LIGHTS = (("a", 0), ("b", 190))

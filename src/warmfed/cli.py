@@ -62,11 +62,18 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, metavar="N", help="names every random number (default 0)")
     run.add_argument("--rounds", type=int, metavar="R", help="rounds of training; 0: one shot, where the algorithm has it")
     run.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default runs/ALGORITHM-SEED, never overwritten)")
+    run.add_argument("--dry-run", action="store_true", help="build and check all, count steps, time and memory; run nothing")
     run.add_argument("--transport", default="inprocess", choices=("inprocess", "flower"), help="where the sites are")
     run.add_argument("--superlink", default="local", metavar="NAME", help="flower: a connection in Flower's config.toml")
     _workers(run, "processes that work at the same time; they cannot change a result")
     _settings(run)
     _voices(run)
+
+    doctor = _command(commands, "doctor", "every file that a run will read, with size and hash, there or not; runs nothing")
+    doctor.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="a configuration; none: WarmFed on digits4")
+    doctor.add_argument("--algorithm", metavar="NAME", help="one of `warmfed algorithms`")
+    _settings(doctor)
+    doctor.add_argument("--json", action="store_true", help="as JSON")
 
     resume = _command(commands, "resume", "finish a run that was interrupted")
     resume.add_argument("folder", type=Path, metavar="DIR", help="a run folder")

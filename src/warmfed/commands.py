@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from .algorithms import ALGORITHMS
 from .compare import Cell, Cells
 from .compare import compare as compare_cells
 from .compare import plan as plan_cells
-from .config import choices, construct, data_table, nested, parse, setting
+from .config import Config, choices, construct, data_table, nested, parse, setting
 from .console import Events, Quiet, Teller, console, data_counts, data_facts, emit, rich_table, run_facts, run_table, teller
 from .data import DataError, save_partition
 from .errors import InputError
@@ -26,6 +27,7 @@ from .report.parts import duration
 from .runs import claimed, execute
 from .runs import resume as resume_run
 from .synthesize import synthesize as draw
+from .tables import files_table, rehearsal_facts, rehearsal_table
 from .verify import DifferenceError
 from .verify import verify as verify_run
 
@@ -39,10 +41,41 @@ def run(asked: Namespace) -> int:
         "workers": asked.workers or None,
     }
     config = parse(asked.config, settings | {key: value for key, value in own.items() if value is not None})
+    if asked.dry_run:
+        return _rehearsed(config, asked.json)
     if asked.transport == "flower":
         folder = asked.out or claimed(config)
         return _finished(asked, lambda watcher: launch(config, folder, asked.superlink, watcher))
     return _finished(asked, lambda watcher: execute(config, asked.out, watcher))
+
+
+def _rehearsed(config: Config, as_json: bool) -> int:
+    from .rehearsal import rehearse
+
+    found = rehearse(config)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return 0
+    out = console()
+    out.print(rehearsal_table(found))
+    out.print(rehearsal_facts(found), highlight=False)
+    return 0
+
+
+def doctor(asked: Namespace) -> int:
+    from .doctor import examine
+
+    settings = dict(setting(text) for text in asked.settings)
+    config = parse(asked.config, settings | ({"algorithm.name": asked.algorithm} if asked.algorithm else {}))
+    files = examine(config)
+    if asked.json:
+        print(json.dumps([asdict(each) | {"there": each.there} for each in files], indent=1))
+    else:
+        out = console()
+        out.print(files_table(files))
+        missing = dict.fromkeys(each.note for each in files if not each.there)
+        out.print("\n".join(missing or ["nothing is missing"]), highlight=False, markup=False)
+    return 0 if all(each.there for each in files) else 2
 
 
 def resume(asked: Namespace) -> int:

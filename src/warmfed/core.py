@@ -4,6 +4,7 @@ State and payload are values, never attributes: a site's state is an argument an
 wire by accident, be forgotten by a checkpoint, or depend on which process a site ran in.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,27 @@ class Prompted(Generator, Protocol):
         ...
 
 
+_SITE = re.compile(r"\{site((?:\|[^|={}]+=[^|={}]+)*)\}")
+
+
+def prompt(template: str, name: str) -> str:
+    """The prompt of a class: its name in the place of `{}`, its words in that of `{class}`; `{site}` stays for `prompts_of`."""
+    return template.replace("{}", name).replace("{class}", name.replace("_", " "))
+
+
+def prompts_of(site: str, prompts: Sequence[str]) -> tuple[str, ...]:
+    """A site's prompts: its name in the place of `{site}`, or what `{site|real=photo|quickdraw=doodle}` says of it.
+
+    Without a site ("") it is a photo.
+    """
+
+    def word(found: re.Match[str]) -> str:
+        given = dict(pair.split("=", 1) for pair in found[1].split("|")[1:])
+        return given.get(site, site.replace("_", " ") or "photo")
+
+    return tuple(_SITE.sub(word, text) for text in prompts)
+
+
 def silent(what: str, done: int, total: int) -> None:
     """The default of `progress`: says nothing."""
 
@@ -97,6 +119,8 @@ class Local:
     """The text of each class, in the order of the labels."""
     generator: Any = None
     device: str = "cpu"
+    unfinished: Path | None = None
+    """Where a long training may keep its snapshots; it is removed when the reply is safe. None: they are not kept."""
     progress: Callable[[str, int, int], None] = silent
 
 

@@ -1,5 +1,6 @@
 """The only training loop: clients, the server and the generator all use it, and it alone calls `.backward()`."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -12,12 +13,15 @@ from torch.func import functional_call
 
 from .errors import InputError, one_of
 from .randomness import child, seeded
-from .tensors import Table, Tensors, rows, select, to
+from .snapshots import Snapshots, moments, restore
+from .tensors import Table, Tensors, rows, select, sha256, to
 
 Loss = Callable[[nn.Module, Table], Tensor]
 Penalty = Callable[[Tensors], Tensor]
 Correct = Callable[[str, Tensor], Tensor]
 Watch = Callable[[int, int, Callable[[], dict[str, Tensor]]], None]
+Draw = Callable[[Table], Table]
+OPTIMIZERS = ("sgd", "adam", "adamw", "adamw8bit")
 _RESIDENT = 2**31
 """Bytes of data that go to the device as a whole; more go batch by batch."""
 
@@ -50,7 +54,7 @@ class Training:
     """How to train: the optimizer and how long."""
 
     optimizer: str = "sgd"
-    """sgd, adam or adamw."""
+    """sgd, adam, adamw, or adamw8bit (its moments in 8 bits: bitsandbytes)."""
     lr: float = 0.05
     """Learning rate (its peak, where there is a schedule)."""
     momentum: float = 0.9
@@ -62,9 +66,11 @@ class Training:
     steps: int = 0
     """Optimizer steps; above zero it replaces `epochs`."""
     batch: int = 32
-    """Rows of one forward pass; the last one of an epoch may be smaller."""
+    """Rows of one batch; the last one of an epoch may be smaller."""
     accumulate: int = 1
-    """Forward passes of one optimizer step."""
+    """Batches of one optimizer step."""
+    micro: int = 0
+    """Rows of a batch that go through the model at a time; 0: all. Less memory, the same gradient but for rounding."""
     schedule: str = "constant"
     """constant, or cosine (to zero at the last step)."""
     warmup: int = 0
@@ -77,9 +83,11 @@ class Training:
     """fp32, bf16 or fp16: the type of the forward pass (autocast)."""
 
     def __post_init__(self) -> None:
-        one_of(self, optimizer=("sgd", "adam", "adamw"), schedule=("constant", "cosine"), precision=("fp32", "bf16", "fp16"))
-        if self.batch < 1 or self.accumulate < 1 or self.steps < 0 or (self.epochs < 1 and not self.steps):
-            raise InputError("batch, accumulate and epochs must be at least 1, steps at least 0; check the training settings")
+        one_of(self, optimizer=OPTIMIZERS, schedule=("constant", "cosine"), precision=("fp32", "bf16", "fp16"))
+        if self.batch < 1 or self.accumulate < 1 or min(self.steps, self.micro) < 0 or (self.epochs < 1 and not self.steps):
+            raise InputError(
+                "batch, accumulate and epochs must be at least 1, steps and micro at least 0; check the training settings"
+            )
 
     def count(self, n: int) -> int:
         """Optimizer steps that training on `n` rows takes."""
@@ -102,8 +110,30 @@ class Training:
         return total
 
 
+def _slices(batch: Table, size: int) -> list[dict[str, Tensor]]:
+    return [select(batch, slice(begin, begin + size)) for begin in range(0, rows(batch), size)]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When to stop early: `judge` measures the model after each epoch, without gradients, and lower is better."""
+
+    judge: Callable[[nn.Module], float]
+    patience: int
+    """Epochs without a better figure after which training ends."""
+
+
 def _optimizer(training: Training, live: list[nn.Parameter]) -> torch.optim.Optimizer:
     match training.optimizer:
+        case "adamw8bit":
+            try:
+                import bitsandbytes
+            except ImportError as error:
+                raise InputError(
+                    "optimizer adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or choose adamw"
+                ) from error
+            # a tensor of fewer values than this keeps moments of 32 bits, as the library does by default
+            return bitsandbytes.optim.AdamW8bit(live, training.lr, weight_decay=training.weight_decay, min_8bit_size=4096)
         case "sgd":
             return torch.optim.SGD(live, training.lr, training.momentum, weight_decay=training.weight_decay)
         case "adam":
@@ -136,6 +166,9 @@ def fit(
     correct: Correct | None = None,
     trainable: Callable[[str], bool] | None = None,
     watch: Watch | None = None,
+    draw: Draw | None = None,
+    stop: Stop | None = None,
+    snapshots: Snapshots | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Train from `start` on the rows of `data` and return the new tensors, under the names of `start`.
 
@@ -149,10 +182,15 @@ def fit(
         correct: correct(name, gradient) rewrites each gradient (SCAFFOLD).
         trainable: trainable(name) freezes the rest (FedPer, LoRA).
         watch: watch(step, steps, tensors), called after each optimizer step; tensors() is what would be returned now.
+        draw: draw(batch) adds to a batch what its loss needs of random numbers, so that `training.micro` cannot change them.
+        stop: ends the training early, and the tensors of the best epoch are returned.
+        snapshots: where unfinished training is kept. A training of the same start, settings, data and random numbers that
+            finds a snapshot goes on from it and ends with the same bytes. Dropout on a graphics card is not covered.
 
     Returns:
         The tensors (the moving average's where `training.ema` is set), and the mean loss of the last and of the first
-        epoch (or of a tenth of the steps, where `training.steps` is set), the number of steps and of rows seen.
+        epoch (or of a tenth of the steps, where `training.steps` is set), the number of steps and of rows seen; with `stop`
+        also the best figure and the step it was measured at.
 
     Raises:
         InputError: there are no rows or nothing to train, or the loss or a weight is no longer finite.
@@ -182,6 +220,8 @@ def fit(
         scaler = torch.amp.GradScaler(kind, enabled=training.precision == "fp16")
         varying = training.warmup > 0 or training.schedule != "constant"
         logged: list[tuple[Tensor, int]] = []
+        best, best_step, found = dict[str, Tensor](), 0, math.inf
+        key = _key(ctx.rng, start, training, data) if snapshots else ""
         batches = _batches(n, training.batch, ctx.rng)
         resident = sum(column.nbytes for column in data.values()) <= _RESIDENT
         if resident:
@@ -191,7 +231,28 @@ def fit(
             state = model.state_dict() | average
             return {name: state[name].detach().to("cpu", copy=True) for name in start}
 
-        for step in range(steps):
+        def judged(stop: Stop) -> float:
+            _exchange(parameters, average)
+            model.eval()
+            with torch.no_grad(), autocast:
+                figure = stop.judge(model)
+            model.train()
+            _exchange(parameters, average)
+            return figure
+
+        first = 0
+        if snapshots and (kept := snapshots.recall(key)):
+            model.load_state_dict(kept("model"), strict=False)
+            restore(optimizer, kept("optimizer"))
+            scaler.load_state_dict({name: value.item() for name, value in kept("scaler").items()})
+            average, best, log = to(kept("average"), ctx.device), kept("best"), kept("log")
+            (first, best_step), found = log["steps"].tolist(), log["found"].item()
+            logged = list(zip(log["losses"].to(ctx.device), log["counts"].tolist(), strict=True))
+            for _ in range(first * training.accumulate):
+                next(batches)
+            torch.default_generator.set_state(log["rng"])
+
+        for step in range(first, steps):
             if varying:
                 for group in optimizer.param_groups:
                     group["lr"] = _rate(training, step, steps)
@@ -201,11 +262,16 @@ def fit(
                 batch = select(data, next(batches))
                 if not resident:
                     batch = to(batch, ctx.device)
-                with autocast:
-                    value = objective(model, batch)
-                    full = value + penalty(parameters) if penalty else value
-                scaler.scale(full / training.accumulate if training.accumulate > 1 else full).backward()
-                logged.append((value.detach(), rows(batch)))
+                batch = dict(draw(batch)) if draw else batch
+                count, values = rows(batch), []
+                for part in [batch] if count <= (training.micro or count) else _slices(batch, training.micro):
+                    with autocast:
+                        value = objective(model, part)
+                        full = value + penalty(parameters) if penalty else value
+                    fraction = training.accumulate * count / rows(part)
+                    scaler.scale(full / fraction if fraction != 1 else full).backward()
+                    values.append(value.detach() * (rows(part) / count) if rows(part) < count else value.detach())
+                logged.append((sum(values[1:], start=values[0]), count))
             scaler.unscale_(optimizer)
             if correct:
                 for name, parameter in parameters.items():
@@ -221,11 +287,31 @@ def fit(
                 smooth.lerp_(parameters[name].detach(), 1 - decay)
             if watch:
                 watch(step + 1, steps, tensors)
+            if stop and ((step + 1) % tail == 0 or step + 1 == steps):
+                if (figure := judged(stop)) < found:
+                    best, best_step, found = tensors(), step + 1, figure
+                elif step + 1 - best_step >= stop.patience * tail:
+                    break
+            if snapshots and (step + 1) % snapshots.every == 0:
+                log = {
+                    "steps": torch.tensor([step + 1, best_step]),
+                    "found": torch.tensor(found, dtype=torch.float64),
+                    "losses": torch.stack([value for value, _ in logged]),
+                    "counts": torch.tensor([count for _, count in logged]),
+                    "rng": torch.default_generator.get_state(),
+                }
+                scale = {name: torch.as_tensor(value) for name, value in scaler.state_dict().items()}
+                state = {name: value for name, value in model.state_dict().items() if name in start}
+                snapshots.keep(
+                    key, model=state, optimizer=moments(optimizer), average=average, best=best, log=log, scaler=scale
+                )
             ctx.progress("train", step + 1, steps)
 
     window = tail * training.accumulate
-    info = {"steps": float(steps), "samples": float(sum(count for _, count in logged))}
-    result = tensors()
+    info = {"steps": len(logged) / training.accumulate, "samples": float(sum(count for _, count in logged))}
+    result = best or tensors()
+    if stop:
+        info |= {"judged": found, "best_step": float(best_step)}
     if logged:
         losses = torch.stack([value for value, _ in logged]).double().cpu()
         counts = torch.tensor([count for _, count in logged], dtype=torch.float64)
@@ -236,6 +322,19 @@ def fit(
                 f"training diverged: loss or weights not finite after {steps} steps; lower lr (now {training.lr}) or set clip"
             )
     return result, info
+
+
+def _key(rng: torch.Generator, start: Tensors, training: Training, data: Table) -> str:
+    """Names a training by all that it is made of."""
+    text = repr((sha256(start), training, sha256(data), sha256({"rng": rng.get_state()})))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _exchange(parameters: dict[str, nn.Parameter], average: dict[str, Tensor]) -> None:
+    """Put the moving average in the place of the weights; a second time, and all is as it was."""
+    for name, smooth in average.items():
+        weight = parameters[name].data
+        parameters[name].data, average[name] = smooth, weight
 
 
 def _mean(values: Tensor, weights: Tensor) -> float:

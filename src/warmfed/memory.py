@@ -46,6 +46,15 @@ def now() -> float:
     return total / 1e6
 
 
+def free(device: str) -> int:
+    """Bytes that can be taken: of the graphics card, or of the machine."""
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 def _held(process: psutil.Process) -> float:
     full = process.memory_full_info()
     return float(getattr(full, "pss", full.rss))

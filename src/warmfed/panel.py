@@ -14,20 +14,35 @@ from torch import Tensor
 
 from .data import Federation
 from .diffusion.denoise import Denoise
+from .diffusion.quality import Measuring, adapter_scores, extractor
 from .errors import InputError
 from .files import read_bytes, read_json, write_json, write_whole
 from .randomness import named
 from .tasks import Classify
-from .tensors import Table, Tensors, rows, select
+from .tensors import Table, Tensors, rows, select, sha256
 
 _COLUMNS = 8
 _POINTS = 60
 DRAWN = "drawn by the model"
 
 
-def write_panel(folder: Path, federation: Federation, task: Classify, model: Tensors) -> None:
-    """panel/panel.json and a PNG grid for each site's real and synthetic images, a row for each class."""
+def write_panel(
+    folder: Path, federation: Federation, task: Classify, model: Tensors, measuring: Measuring | None = None, base: str = ""
+) -> None:
+    """panel/panel.json and a PNG grid for each site's real and synthetic images, a row for each class.
+
+    Args:
+        measuring: whether and how each adapter's samples are measured.
+        base: whose public classifier `measuring.features` may mean.
+    """
     synthetic = _synthetic(folder)
+    scores: dict[str, Any] = {}
+    if measuring is not None and measuring.adapters and synthetic:
+        if measuring.features == "global":
+            look, digest = (lambda image: task.features(model, {"image": image})), sha256(model)
+        else:
+            look, digest = extractor(measuring.features, base, federation.shape, len(federation.classes))
+        scores = {"adapters": adapter_scores(look, federation, synthetic, measuring.neighbours), "eyes": digest}
     sites, features, points = {}, [], []
     for i, (name, site) in enumerate(federation.sites.items()):
         tables = {"real": site.test}
@@ -47,7 +62,8 @@ def write_panel(folder: Path, federation: Federation, task: Classify, model: Ten
         sites[name] = shown
     for point, (x, y) in zip(points, _flat(torch.cat(features)), strict=True):
         point |= {"x": round(x, 3), "y": round(y, 3)}
-    write_json(folder / "panel" / "panel.json", {"classes": list(federation.classes), "sites": sites, "features": points})
+    shown_all = {"classes": list(federation.classes), "sites": sites, "features": points}
+    write_json(folder / "panel" / "panel.json", shown_all | scores)
 
 
 def write_samples(folder: Path, federation: Federation, task: Denoise, model: Tensors, seed: int) -> None:

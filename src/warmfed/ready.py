@@ -10,10 +10,11 @@ import torch
 
 from .algorithms import ALGORITHMS, entry
 from .config import TASKS, Config, Data
+from .core import prompts_of
 from .data import Federation, Roster, Site, load
-from .diffusion import pipeline
+from .diffusion import outlines, pipeline, quality
 from .diffusion.denoise import Denoise
-from .errors import InputError, one_of
+from .errors import InputError, one_of, suggest
 from .files import read_bytes
 from .tasks import Classify
 
@@ -48,11 +49,12 @@ def load_data(data: Data) -> Federation:
     return load(data.source, data.path, **({"cache": data.cache} if data.cache else {}), **data.options)
 
 
-def prepare(config: Config, federation: Federation | Roster | None = None) -> Ready:
+def prepare(config: Config, federation: Federation | Roster | None = None, *, weights: bool = True) -> Ready:
     """Load and check all that a run needs, before anything is written; raises `InputError`.
 
     Args:
         federation: the configuration's with all sites, where it is loaded already.
+        weights: whether the base's weights must be there; without them `Ready.base` is empty.
     """
     one_of(config, device=("cpu", "cuda"), evaluate=("every", "last", "never"), task=TASKS)
     if config.workers < 1:
@@ -91,16 +93,29 @@ def prepare(config: Config, federation: Federation | Roster | None = None) -> Re
     uses = any(stage.name == "warm" for stage in plan)
     if uses and federation.shape[0] != 3:
         raise InputError(f"{config.generator.base} draws colour images, those of {federation.name} are grey; set channels to 3")
-    if uses and federation.shape[1:] != (side := pipeline.side(config.generator.base),) * 2:
+    if uses:
+        quality.check(config.measuring, config.generator.base)
+    side = config.generator.size or outlines.side(config.generator.base) if uses else 0
+    if uses and federation.shape[1:] != (side, side):
         raise InputError(
             f"{config.generator.base} draws images of {side}×{side} pixels, those of {federation.name} have "
-            f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side}, or choose another base"
+            f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side} or generator.size"
         )
+    if uses and weights:
+        _adapters(config, federation)
     return Ready(
         config,
         federation,
         unseen,
         task,
-        base=config.generator.fingerprint() if uses else "",
+        base=pipeline.fingerprint(config.generator.base) if uses and weights else "",
         start=hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start else "",
     )
+
+
+def _adapters(config: Config, federation: Federation | Roster) -> None:
+    """Raise `InputError` where an adapter from elsewhere is of no site, cannot be read or does not fit the base."""
+    for site in config.generator.adapters:
+        if site not in federation.rows:
+            raise InputError(f"generator.adapters names the site {site!r}{suggest(site, list(federation.rows))}")
+        config.generator.imported(site, prompts_of(site, federation.prompts))

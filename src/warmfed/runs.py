@@ -202,7 +202,7 @@ class Here(Place):
         if shown is not None and isinstance(task, Denoise):
             write_samples(folder, federation, task, shown, config.seed)
         if shown is not None and isinstance(task, Classify):
-            write_panel(folder, federation, task, shown)
+            write_panel(folder, federation, task, shown, config.measuring, config.generator.base)
         if not personal:
             return {}, None
         union = join(task.tables({"test": site.test})["test"] for site in federation.sites.values())

@@ -24,7 +24,7 @@ from .messages import Message, decode, encode, kind, tensors_of
 from .ready import Ready, load_data, prepare
 from .runs import workers, write_model
 from .tensors import sha256
-from .transports.memories import Memories
+from .transports.memories import Memories, unfinished
 from .transports.wire import EVALUATE, FINISH, HELLO, Answer, Card, Kept, Measures, Models, Refusal, Request
 from .transports.worker import exchange
 
@@ -41,6 +41,8 @@ class SiteConfig:
     """cpu or cuda."""
     base: str = ""
     """The generator's folder; empty: the name in the run's configuration."""
+    adapter: str = ""
+    """An adapter that was made elsewhere, a safetensors file: the site then learns none."""
     start: str = ""
     """The classifier to start from, where the run starts from a file."""
     classes: tuple[str, ...] = ()
@@ -118,7 +120,8 @@ def _answered(site: SiteConfig, work: Path, asked: Request) -> tuple[float, Mess
     if asked.stage == HELLO:
         return 0.0, _card(site, ready)
     folder = work / "runs" / asked.run
-    memories, worker = Memories(folder), workers(config, ready)[site.name]
+    memories = Memories(folder)
+    worker = replace(workers(config, ready)[site.name], unfinished=unfinished(folder, site.name))
     match asked.stage, asked.body:
         case (stage, Models()) if stage == EVALUATE:
             found = worker.evaluate(asked.body.down, memories.state(site.name), asked.body.model)
@@ -149,6 +152,8 @@ def _local(site: SiteConfig, text: str) -> Config:
         raise InputError(f"the request's configuration is not TOML ({error})") from error
     if site.algorithms and config.name not in site.algorithms:
         raise InputError(f"site {site.name!r} takes part in {', '.join(site.algorithms)} only, not in {config.name}")
+    if config.generator.adapters:
+        raise InputError("the run names adapters by files of the server; name this site's own by adapter in site.toml")
     start = config.model.start
     if start and start != "public":
         if not site.start:
@@ -160,7 +165,11 @@ def _local(site: SiteConfig, text: str) -> Config:
         device=site.device,
         workers=1,
         unseen=Unseen(),
-        generator=replace(config.generator, base=str(site.path(site.base)) if site.base else config.generator.base),
+        generator=replace(
+            config.generator,
+            base=str(site.path(site.base)) if site.base else config.generator.base,
+            adapters={site.name: str(site.path(site.adapter))} if site.adapter else {},
+        ),
         model=replace(config.model, start=start),
     )
 

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import Config
-from .core import Central
+from .core import Central, prompts_of
 from .diffusion import adapter as lora
 from .diffusion.denoise import Denoise
 from .errors import InputError, suggest
@@ -61,7 +61,7 @@ def synthesize(
         by = f"the model of {site}" if site else "the global model"
     else:
         image, by = (
-            _adapted(folder, config, summary.get("prompts") or (), label, site, ctx),
+            _adapted(folder, config, prompts_of(site, summary.get("prompts") or ()), label, site, ctx),
             f"the adapter of {site}" if site else "the base",
         )
     place = {old: new for new, old in enumerate(wanted)}
@@ -85,7 +85,7 @@ def _label(name: str, classes: Sequence[str]) -> int:
 
 def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor, site: str, ctx: Central) -> Tensor:
     sites = sorted(path.name.removesuffix(".safetensors") for path in (folder / "adapters").glob("*.safetensors"))
-    sites = [each for each in sites if not each.endswith(".prompts")]
+    sites = [each for each in sites if not each.endswith((".prompts", ".tokens"))]
     if not sites:
         raise InputError(
             f"the run in {folder} has no generator: {config.name} keeps no adapters and learned no diffusion model"

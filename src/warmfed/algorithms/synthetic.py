@@ -9,16 +9,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from ..core import Central, Generator, Local, Metrics, Nothing, Prompted, Replies, Reply, ServerState, Stage, State
+from ..core import Central, Generator, Local, Metrics, Nothing, Prompted, Replies, Reply, ServerState, Stage, State, prompts_of
 from ..errors import InputError
 from ..files import write_json, write_whole
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child, named, number
-from ..tensors import Table, Tensors, rows, select, sha256
+from ..tensors import Table, Tensors, dealt, join, rows, select, sha256
 from .averaging import Averaging, Model, upload
 
 
@@ -32,6 +33,10 @@ class Synthesis:
     """cross: drop samples whose class a classifier trained on the other half of S holds for unlikely; none."""
     least: float = 0.1
     """Probability of its class below which a sample is dropped. Samples that are merely hard teach most: keep them."""
+    focus: float = 0.0
+    """Share of S that is drawn after the rest has been judged: more of what was confused and of what few sites hold."""
+    distinct: float = 0.0
+    """Drop a sample nearer than this to an earlier one of its class: root mean square of 8×8 means, of 255; 0: none."""
     filter_training: Training = Training(lr=0.02, epochs=8, batch=64, schedule="cosine", clip=1.0)
     """Training of the two classifiers that filter."""
     training: Training = Training(lr=0.02, epochs=15, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
@@ -44,8 +49,11 @@ class Synthesis:
             raise InputError(f"filter must be cross or none; got {self.filter!r}")
         if self.per_class < 1 or self.subset < 1:
             raise InputError("per_class and subset must be at least 1; check [algorithm.synthesis]")
-        if not 0 <= self.least < 1:
-            raise InputError(f"least must be at least 0 and below 1; got {self.least}")
+        if not (0 <= self.least < 1 and 0 <= self.focus < 1 and self.distinct >= 0):
+            raise InputError(
+                f"least and focus must be at least 0 and below 1, distinct at least 0; got {self.least}, {self.focus}, "
+                f"{self.distinct}"
+            )
 
 
 def _draw(
@@ -56,10 +64,15 @@ def _draw(
 
 def draw(ctx: Central, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], per_class: int) -> Table:
     """S: `per_class` images for each class of each site, in order of sites: {"image", "label", "site"}."""
+    return drawn(ctx, adapters, {site: torch.tensor(classes[site]).repeat_interleave(per_class) for site in adapters})
+
+
+def drawn(ctx: Central, adapters: Mapping[str, Tensors | None], labels: Mapping[str, Tensor]) -> Table:
+    """One image for each of the labels of each site."""
     generator = generator_of(ctx)
-    labels = {site: torch.tensor(classes[site]).repeat_interleave(per_class) for site in adapters}
     seeds = {site: number(int(torch.randint(2**62, (), generator=ctx.rng)), site) for site in adapters}
-    jobs = [(generator, adapters[site], ctx.prompts, labels[site], seeds[site], ctx.device) for site in adapters]
+    told = {site: prompts_of(site, ctx.prompts) for site in adapters}
+    jobs = [(generator, adapters[site], told[site], labels[site], seeds[site], ctx.device) for site in adapters]
     images = ctx.spread(_draw, jobs)
     return {
         "image": torch.cat(images),
@@ -95,6 +108,30 @@ def judged(ctx: Central, samples: Table, training: Training) -> tuple[Tensor, Te
     return probability, right
 
 
+def confused(samples: Table, probability: Tensor, adapters: Mapping[str, object], count: int) -> dict[str, Tensor]:
+    """The labels, by site, of `count` more samples: as frequent as each site's samples of a class are doubtful, and more so
+    where fewer sites hold the class. Both are known from S alone; nothing is asked of the sites."""
+    sites, classes = len(adapters), int(samples["label"].max()) + 1
+    cell = samples["site"] * classes + samples["label"]
+    held = cell.bincount(minlength=sites * classes).double()
+    doubt = torch.zeros_like(held).index_add_(0, cell, 1 - probability.double()) / held.clamp_min(1)
+    holders = (held.view(sites, classes) > 0).sum(0).clamp_min(1).repeat(sites)
+    more = dealt(doubt / holders + 1e-9 * (held > 0), count)
+    return {site: more[more // classes == i] % classes for i, site in enumerate(adapters)}
+
+
+def repeated(samples: Table, distance: float) -> Tensor:
+    """Which samples are nearer than `distance` to an earlier one of their class that is not dropped itself, bool [n]."""
+    small = F.adaptive_avg_pool2d(samples["image"].float(), 8).flatten(1)
+    again = torch.zeros(rows(samples), dtype=torch.bool)
+    for label in samples["label"].unique():
+        place = (samples["label"] == label).nonzero()[:, 0]
+        near = torch.cdist(small[place], small[place]) < distance * small.shape[1] ** 0.5
+        for row, at in enumerate(place.tolist()):
+            again[at] = bool((near[row, :row] & ~again[place[:row]]).any())
+    return again
+
+
 def even(samples: Table, count: int, rng: torch.Generator) -> Table:
     """`count` rows at most, as even over sites and classes as the samples allow."""
     order = torch.randperm(rows(samples), generator=rng)
@@ -116,9 +153,17 @@ def warm_start(
     Returns:
         θ_g^0; S_sub as {"image", "label"}; and what the record shows: how many samples were drawn and kept, by site.
     """
-    samples = draw(ctx, adapters, classes, settings.per_class)
+    first = max(1, round(settings.per_class * (1 - settings.focus)))
+    samples = draw(ctx, adapters, classes, first)
     probability, right = judged(ctx, samples, settings.filter_training)
+    if settings.focus and first < settings.per_class:
+        more = (settings.per_class - first) * sum(len(classes[site]) for site in adapters)
+        extra = drawn(ctx, adapters, confused(samples, probability, adapters, more))
+        samples = join([samples, extra])
+        probability, right = judged(ctx, samples, settings.filter_training)
     keep = probability >= settings.least if settings.filter == "cross" else torch.ones_like(right)
+    if settings.distinct:
+        keep &= ~repeated(samples, settings.distinct)
     kept = select(samples, keep)
     if not rows(kept):
         raise InputError("no synthetic sample was recognised; adapt longer (generator.training.epochs) or set filter to none")

@@ -2,7 +2,7 @@
 
 from .assembly import deal, save_partition
 from .digits4 import digits4
-from .federation import SPLITS, Federation, Roster, Site
+from .federation import SPLITS, Federation, Roster, Site, told
 from .folders import camelyon17, csv, folder
 from .hub import hub, parquet
 from .plain import arrays, idx, npz
@@ -11,5 +11,5 @@ from .sources import load
 
 __all__ = [
     "SPLITS", "DataError", "Federation", "Roster", "Site", "arrays", "camelyon17", "csv", "deal", "digits4", "folder", "hub",
-    "idx", "load", "npz", "parquet", "save_partition",
+    "idx", "load", "npz", "parquet", "save_partition", "told",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from ..core import prompt, prompts_of
 from ..errors import InputError, suggest
 from ..tensors import Table, rows, sha256
 
@@ -35,9 +36,10 @@ class Federation:
     """Sites with the same classes and image size.
 
     `classes` is the only place where a label gets its name: label i is `classes[i]`, its prompt `prompts[i]`.
-    `template` holds one `{}` for the class name. `sites` is kept sorted by name. `notes` are remarks of whoever
-    read the data (missing classes, duplicates), `origin` tells what each image is called there, by site and split, `sides`
-    the width and height of the smallest and of the largest picture; they do not enter the fingerprint. No table is empty.
+    `template` holds one `{}` for the class name (or `{class}` for its words), and may hold `{site}` (`core.prompts_of`).
+    `sites` is kept sorted by name. `notes` are remarks of whoever read the data (missing classes, duplicates), `origin`
+    tells what each image is called there, by site and split, `sides` the width and height of the smallest and of the
+    largest picture; they do not enter the fingerprint. No table is empty.
 
     Raises InputError, naming every fault at once, where a table has another shape, type or label than it should.
     """
@@ -60,7 +62,7 @@ class Federation:
     @property
     def prompts(self) -> tuple[str, ...]:
         """One prompt per class, in the order of the labels."""
-        return tuple(self.template.format(name) for name in self.classes)
+        return tuple(prompt(self.template, name) for name in self.classes)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -122,12 +124,18 @@ class Roster:
     @property
     def prompts(self) -> tuple[str, ...]:
         """One prompt per class, in the order of the labels."""
-        return tuple(self.template.format(name) for name in self.classes)
+        return tuple(prompt(self.template, name) for name in self.classes)
 
     @cached_property
     def fingerprint(self) -> str:
         """That of the federation which has these tables."""
         return _fingerprint(self.classes, self.template, self.digests)
+
+
+def told(template: str) -> bool:
+    """Whether a template names the class once, and nothing that is unknown."""
+    rest = prompts_of("", [prompt(template, "")])[0]
+    return template.replace("{class}", "{}").count("{}") == 1 and not {"{", "}"} & set(rest)
 
 
 def _fingerprint(classes: tuple[str, ...], template: str, digests: Mapping[str, Mapping[str, str]]) -> str:
@@ -140,11 +148,7 @@ def _faults(federation: Federation) -> list[str]:
     count = len(federation.classes)
     if count < 2 or len(set(federation.classes)) != count:
         faults.append(f"two or more different class names were expected, {federation.classes} came")
-    try:
-        prompts = {federation.template.format(name) for name in federation.classes}
-    except (IndexError, KeyError, ValueError):
-        prompts = set()
-    if len(prompts) < len(set(federation.classes)):
+    if not told(federation.template):
         faults.append(f"the template needs one {{}} for the class name, {federation.template!r} came")
     if not federation.sites:
         faults.append("at least one site was expected, none came")

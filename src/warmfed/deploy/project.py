@@ -25,7 +25,7 @@ import tomli_w
 
 from .. import __version__
 from ..config import Config, construct, parse
-from ..data import Federation, load
+from ..data import Federation, load, told
 from ..diffusion import pipeline
 from ..errors import InputError
 from ..files import read_bytes, read_json, write_json, write_whole
@@ -203,7 +203,7 @@ def _project(settings: Config, asked: Project, data: Federation | None) -> Proje
         classes, prompts, side = classes or data.classes, prompts or data.template, data.shape[1]
     if len(set(classes)) < max(len(classes), 2):
         raise InputError(f"two or more different classes were expected; got {', '.join(classes)}")
-    if prompts.count("{}") != 1:
+    if not told(prompts):
         raise InputError(f"prompts must hold one {{}} for the class; got {prompts!r}")
     have, draws = versions(), any(stage.name == "warm" for stage in settings.algorithm.stages())
     return replace(

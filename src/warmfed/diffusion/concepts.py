@@ -1,7 +1,7 @@
 """Bi-level personalisation of a frozen pipeline (FedBiP): learned concept vectors, and noised latents to begin from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,34 +11,34 @@ from torch import Tensor, nn
 from ..core import Central, Local
 from ..errors import InputError
 from ..files import write_whole
-from ..fit import fit
 from ..randomness import child
 from ..tensors import Table, Tensors
 from . import adapter as lora
-from .generator import Adapting, LatentDiffusion
+from .adapting import Adapting, learn
+from .families import Condition
+from .generator import LatentDiffusion
+from .pipeline import Parts
 
 
 class Conceived(nn.Module):
     """A frozen denoiser whose prompts are the classes' texts plus a vector for the domain and one for the class."""
 
-    text: Tensor
-    empty: Tensor
-
-    def __init__(self, unet: nn.Module, text: Tensor, empty: Tensor) -> None:
+    def __init__(self, base: Parts, prompts: Sequence[str]) -> None:
         super().__init__()
-        self.unet = unet
-        self.domain = nn.Parameter(torch.zeros(text.shape[-1]))  # S
-        self.concept = nn.Parameter(torch.zeros(len(text), text.shape[-1]))  # V
-        self.register_buffer("text", text)
-        self.register_buffer("empty", empty)
+        self.base, self.text, self.empty = base, base.embed(prompts), base.embed([""])
+        self.denoiser = base.denoiser
+        width = self.text["prompt"].shape[-1]
+        self.domain = nn.Parameter(torch.zeros(width))  # S
+        self.concept = nn.Parameter(torch.zeros(len(prompts), width))  # V
 
-    def condition(self, labels: Tensor) -> Tensor:
-        """The prompts of these classes, [n, tokens, width]."""
-        return self.text[labels] + self.domain + self.concept[labels][:, None]
+    def condition(self, labels: Tensor) -> Condition:
+        """What the denoiser is told of these classes, n rows."""
+        told = {name: table[labels] for name, table in self.text.items()}
+        return {**told, "prompt": told["prompt"] + self.domain + self.concept[labels][:, None]}
 
-    def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """The denoiser's prediction for latents [n, c, h, w] under prompts [n, tokens, width]."""
-        return self.unet(noisy, time, condition).sample
+    def forward(self, noisy: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's prediction for latents [n, c, h, w] under n prompts."""
+        return self.base.family.ask(self.denoiser, noisy, time, condition, self.base.scale, self.base.dtype)
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class Concepts:
 
     def adapt(self, ctx: Local) -> tuple[Tensors, dict[str, float]]:
         model = self._model(ctx.prompts, ctx.device)
-        task = Adapting(model, self.diffusion, lora.parts(self.diffusion.base, ctx.device).scheduler)
+        task = Adapting(model, self.diffusion, self._parts(ctx.device))
         start = {"domain": torch.zeros_like(model.domain).cpu(), "concept": torch.zeros_like(model.concept).cpu()}
-        found, info = fit(replace(ctx, task=task), start, self.diffusion.training, self.diffusion.latents(ctx))
+        found, info = learn(ctx, task, start)
         latent = self.noised(ctx.data["train"], ctx.device, child(ctx.rng))
         tensors = {**{name: value.half() for name, value in found.items()}, "latent": latent.half()}
         return {**tensors, "of": ctx.data["train"]["label"].clone()}, info
 
     def noised(self, table: Table, device: str, rng: torch.Generator) -> Tensor:
         """√ᾱ·z + √(1 - ᾱ)·ε for each image, z a mixture of its latent and that of an image of its class."""
-        mean, deviation = (part.cpu() for part in lora.parts(self.diffusion.base, device).encode(table["image"]))
+        mean, deviation = (part.cpu() for part in self._parts(device).encode(table["image"]))
         partner = torch.empty(len(mean), dtype=torch.int64)
         for label in table["label"].unique():
             held = (table["label"] == label).nonzero()[:, 0]
@@ -80,12 +80,12 @@ class Concepts:
         return self.signal**0.5 * mixed + (1 - self.signal) ** 0.5 * noise
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
-        unet, count = lora.parts(self.diffusion.base, "cpu").unet.config, len(adapter.get("of", ()))
-        width = unet.cross_attention_dim
+        base, count = self._parts("cpu"), len(adapter.get("of", ()))
+        width = base.embed([""])["prompt"].shape[-1]
         like = {
             "domain": torch.empty(width),
             "concept": torch.empty(len(prompts), width),
-            "latent": torch.empty(count, unet.in_channels, unet.sample_size, unet.sample_size),
+            "latent": torch.empty(count, *self.diffusion.space(base)),
             "of": torch.empty(count),
         }
         lora.check(adapter, like, who)
@@ -101,16 +101,17 @@ class Concepts:
         """One image for each label, from the site's latents of its class in turn; without an adapter: from the base alone."""
         if adapter is None:
             return self.diffusion.synthesize(None, prompts, labels, ctx)
-        loaded, model = lora.parts(self.diffusion.base, ctx.device), self._model(tuple(prompts), ctx.device).eval()
+        loaded, model = self._parts(ctx.device), self._model(tuple(prompts), ctx.device).eval()
         model.load_state_dict({name: adapter[name].float() for name in ("domain", "concept")}, strict=False)
         latents = adapter["latent"].float()[self.turns(adapter["of"], labels)]
         varied = self.variation * torch.randn(len(labels), 1, len(adapter["domain"]), generator=ctx.rng)
         begin, images = self.begin(loaded.scheduler.alphas_cumprod), []
         for done in range(0, len(labels), self.diffusion.batch):
             part = slice(done, done + self.diffusion.batch)
-            condition = model.condition(labels[part].to(ctx.device)).detach() + varied[part].to(ctx.device)
-            noise = latents[part].to(ctx.device)
-            clean = self.diffusion.denoise(model, loaded.scheduler, noise, condition, model.empty, begin)
+            with torch.no_grad():
+                condition = model.condition(labels[part].to(ctx.device))
+            condition["prompt"] = condition["prompt"] + varied[part].to(ctx.device)
+            clean = self.diffusion.denoise(model, loaded, latents[part].to(ctx.device), condition, model.empty, begin)
             images.append(loaded.decode(clean, self.diffusion.batch))
             ctx.progress("sample", min(done + self.diffusion.batch, len(labels)), len(labels))
         return torch.cat(images)
@@ -132,5 +133,7 @@ class Concepts:
         return rows
 
     def _model(self, prompts: Sequence[str], device: str) -> Conceived:
-        loaded = lora.parts(self.diffusion.base, device)
-        return Conceived(loaded.unet, loaded.embed(list(prompts)), loaded.embed([""])).to(device)
+        return Conceived(self._parts(device), prompts).to(device)
+
+    def _parts(self, device: str) -> Parts:
+        return lora.parts(self.diffusion.base, device, self.diffusion.dtype)

@@ -161,7 +161,7 @@ class Denoise:
         if not self.settings.latent:
             return self.shape
         channels = int(_autoencoder(self.settings.latent).vae.config.latent_channels)
-        factor = pipeline.side(self.settings.latent) // int(_autoencoder(self.settings.latent).unet.config.sample_size)
+        factor = pipeline.side(self.settings.latent) // int(_autoencoder(self.settings.latent).denoiser.config.sample_size)
         if self.shape[1] % factor or self.shape[2] % factor:
             raise InputError(f"images of {self.shape[1:]} do not fit {self.settings.latent}'s patches of {factor} pixels")
         return channels, self.shape[1] // factor, self.shape[2] // factor

@@ -1,22 +1,26 @@
-"""A latent diffusion pipeline as a `Generator`: one code path for the embedded base and for Stable Diffusion."""
+"""A latent diffusion pipeline as a `Generator`: one code path for the embedded base and for pipelines of any family."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Central, Generator, Local
-from ..errors import InputError, suggest
-from ..fit import Training, fit
+from ..errors import InputError, one_of, suggest
+from ..fit import Training
 from ..randomness import child
-from ..tensors import Table, Tensors
+from ..tensors import Tensors
 from . import adapter as lora
 from . import pipeline
-from .objective import denoising_loss
+from .adapter import Adapted
+from .adapting import Adapting, Lora, learn, prior
+from .families import Condition
+from .foreign import digest, imported
+from .sampler import SAMPLERS, SPACINGS, draw, scheduler
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,11 @@ class LatentDiffusion:
     """Adapts by LoRA on cached latents and samples with a few steps of DPM-Solver++ (a `Generator`)."""
 
     base: str = "digits"
-    """An embedded base or a folder in diffusers' layout."""
+    """An embedded base, a folder in diffusers' layout, or a repository of the hub that lies in its cache."""
+    dtype: str = "fp32"
+    """Type of the base's weights: fp32, bf16 or fp16; an adapter learns in fp32 in any case."""
+    size: int = 0
+    """Height and width in pixels of its images; 0: what the base was made for."""
     rank: int = 6
     """Rank of the adapter."""
     targets: str = "all"
@@ -35,37 +43,66 @@ class LatentDiffusion:
     """A site's training of its adapter."""
     views: int = 2
     """Shifted copies of each image whose latents are cached; 1: only the image itself."""
+    lora: Lora = Lora()
+    """What else there is to set about the adapter and its training."""
+    adapters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Adapters from elsewhere, {site = "file.safetensors"}: such a site learns none."""
     dropout: float = 0.1
     """Share of training images shown without a prompt, for guidance."""
     gamma: float = 5.0
     """Largest weight of a time in the loss, as an error of the clean image; 0: no cap."""
+    sampler: str = "dpm++"
+    """dpm++ (DPM-Solver++), ddim, unipc, or lcm for a base that was distilled for a few steps."""
     steps: int = 8
     """Sampler steps."""
+    spacing: str = ""
+    """Where the steps lie: leading, linspace or trailing; empty: where the base's own scheduler has them."""
     guidance: float = 1.5
     """Scale of classifier-free guidance; 1: none. More of it draws clearer classes that are more alike, which teach less."""
+    negative: str = ""
+    """The text that guidance leads away from."""
+    interval: tuple[float, ...] = (0.0, 1.0)
+    """The part of the times with guidance, from clean (0) to noise (1); a step outside of it costs half."""
     batch: int = 100
-    """Images of one sampler batch."""
+    """Images of one sampler batch; any classes together."""
+    fused: bool = True
+    """Whether an adapter is folded into the weights to sample; otherwise it stays beside them: slower, but a few MB less."""
+    compile: str = ""
+    """Backend of torch.compile for sampling, as inductor; empty: not compiled. It pays on a graphics card for many samples."""
 
     def __post_init__(self) -> None:
         if self.targets not in lora.TARGETS:
             raise InputError(f"there is no choice of layers {self.targets!r}{suggest(self.targets, list(lora.TARGETS))}")
+        one_of(self, dtype=tuple(pipeline.DTYPES), sampler=tuple(SAMPLERS), spacing=SPACINGS)
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise InputError(f"generator.interval must be two shares in order, as [0.2, 0.8]; got {list(self.interval)}")
         if min(self.rank, self.views, self.steps, self.batch) < 1:
             raise InputError("rank, views, steps and batch of the generator must be at least 1; check [generator]")
-        if self.targets == "none" and not self.prompts:
+        if self.targets == "none" and not (self.prompts or self.lora.tokens):
             raise InputError("the generator has nothing to learn: set generator.targets or generator.prompts")
+        if self.prompts and self.lora.tokens:
+            raise InputError("learned tokens take the place of learned prompts; set generator.prompts=false beside lora.tokens")
+        if not all(isinstance(path, str) for path in self.adapters.values()):
+            raise InputError('generator.adapters names a file for each site, as {ink = "ink.safetensors"}')
 
     def fingerprint(self) -> str:
-        """SHA-256 of the base's files."""
-        return pipeline.fingerprint(self.base)
+        """SHA-256 of the base's files, and of the adapters that come from elsewhere."""
+        base = pipeline.fingerprint(self.base)
+        return digest(base, self.adapters) if self.adapters else base
 
     def adapt(self, ctx: Local) -> tuple[Tensors, dict[str, float]]:
-        model = self._model(ctx.prompts, ctx.device)
-        start = lora.fresh(model, child(ctx.rng))
-        if not self.prompts:
-            start.pop(lora.PROMPTS)
-        task = Adapting(model, self, lora.parts(self.base, ctx.device).scheduler)
-        tensors, info = fit(replace(ctx, task=task), start, self.training, self.latents(ctx))
-        return lora.outward(tensors), info
+        if ctx.site in self.adapters:
+            return self.imported(ctx.site, ctx.prompts), {"imported": 1.0}
+        model, base = self._model(ctx.prompts, ctx.device), self._parts(ctx.device)
+        start = self._learned(lora.fresh(model, child(ctx.rng)))
+        task = Adapting(model, self, base, prior(ctx, self, base) if self.lora.prior else None)
+        with lora.scaled(model, self.lora.scale(self.rank)):
+            tensors, info = learn(ctx, task, start)
+        return lora.outward(tensors, self.lora.scale(self.rank)), info
+
+    def imported(self, site: str, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """A site's adapter from the file that `adapters` names; raises `InputError` where it does not fit."""
+        return imported(Path(self.adapters[site]), self._like(prompts), self._parts("cpu"), self, site)
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
         lora.check(adapter, lora.outward(self._like(prompts)), who)
@@ -75,103 +112,87 @@ class LatentDiffusion:
 
     def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
         """One image for each label, uint8 [n, 3, h, w]; without an adapter: from the base alone, by its own prompts."""
-        loaded, model = lora.parts(self.base, ctx.device), self._model(tuple(prompts), ctx.device)
+        base = self._parts(ctx.device)
+        return torch.cat([base.decode(part, self.batch) for part in self._drawn(adapter, prompts, labels, ctx)])
+
+    def drawn_latents(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
+        """The same images before they are decoded, float [n, c, h, w]."""
+        return torch.cat(list(self._drawn(adapter, prompts, labels, ctx)))
+
+    def _drawn(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Iterator[Tensor]:
+        loaded, model = self._parts(ctx.device), self._model(tuple(prompts), ctx.device)
         blank = lora.fresh(model, torch.Generator())
-        fused = lora.merged(model, {**blank, **lora.inward(adapter or {})})
-        shape = (len(labels), loaded.unet.config.in_channels, *(2 * (loaded.unet.config.sample_size,)))
-        noise, images = torch.randn(shape, generator=ctx.rng), []
-        for done in range(0, len(labels), self.batch):
-            part = slice(done, done + self.batch)
-            latents = self._sample(fused, loaded.scheduler, noise[part].to(ctx.device), labels[part].to(ctx.device))
-            images.append(loaded.decode(latents, self.batch))
-            ctx.progress("sample", min(done + self.batch, len(labels)), len(labels))
-        return torch.cat(images)
+        noise = torch.randn((len(labels), *self.space(loaded)), generator=ctx.rng)
+        with lora.worn(model, {**blank, **lora.inward(adapter or {})}, fused=self.fused):
+            for done in range(0, len(labels), self.batch):
+                part = slice(done, done + self.batch)
+                with torch.no_grad():
+                    condition = model.condition(labels[part].to(ctx.device))
+                yield self.denoise(model, loaded, noise[part].to(ctx.device), condition, model.empty, rng=ctx.rng)
+                ctx.progress("sample", min(done + self.batch, len(labels)), len(labels))
+
+    @property
+    def side(self) -> int:
+        """Height and width in pixels of its images; raises `InputError` where there is no such base."""
+        return self.size or pipeline.side(self.base)
+
+    def space(self, base: pipeline.Parts) -> tuple[int, int, int]:
+        """(channels, height, width) of a latent."""
+        side, rest = divmod(self.side, base.scale)
+        if rest or not side:
+            raise InputError(f"images of {self.side} pixels are no multiple of {base.scale}; set generator.size to one")
+        return base.denoiser.config.in_channels, side, side
 
     def describing(self, training: Training) -> "LatentDiffusion":
-        return replace(self, targets="none", prompts=True, training=training)
+        plain = replace(self.lora, dora=False, tokens=False)
+        return replace(self, targets="none", prompts=True, training=training, lora=plain)
 
     def conceiving(self, training: Training, signal: float, variation: float) -> Generator:
         from .concepts import Concepts
 
         return Concepts(replace(self, training=training), signal, variation)
 
-    def _sample(self, model: lora.Adapted, config: object, latents: Tensor, labels: Tensor) -> Tensor:
-        return self.denoise(model, config, latents, model.condition(labels), model.empty)
-
-    @torch.inference_mode()
     def denoise(
-        self, model: nn.Module, config: Any, latents: Tensor, condition: Tensor, empty: Tensor, begin: int | None = None
+        self,
+        model: nn.Module,
+        base: pipeline.Parts,
+        latents: Tensor,
+        condition: Condition,
+        empty: Condition,
+        begin: int | None = None,
+        rng: torch.Generator | None = None,
     ) -> Tensor:
-        """Clean latents of noise [n, c, h, w] under prompts [n, tokens, width].
+        """Clean latents of noise [n, c, h, w].
 
         Args:
             begin: the time that the noise is of; none: the last one.
+            rng: for samplers that draw noise at each step.
         """
-        from diffusers import DPMSolverMultistepScheduler
-
-        scheduler = DPMSolverMultistepScheduler.from_config(config.config)
+        solver = scheduler(base.scheduler, self.sampler, self.spacing)
         if begin is None:
-            scheduler.set_timesteps(self.steps, device=latents.device)
+            solver.set_timesteps(self.steps, device=latents.device)
         else:
             times = (torch.linspace(begin + 1, 0, self.steps + 1)[:-1].round() - 1).int().tolist()
-            scheduler.set_timesteps(timesteps=times, device=latents.device)
-        if self.guidance != 1:
-            condition = torch.cat([empty.expand(len(condition), -1, -1), condition])
-        latents = latents * scheduler.init_noise_sigma
-        for time in scheduler.timesteps:
-            inputs = scheduler.scale_model_input(latents, time)
-            if self.guidance == 1:
-                predicted = model(inputs, time, condition)
-            else:
-                plain, guided = model(torch.cat([inputs, inputs]), time, condition).chunk(2)
-                predicted = plain + self.guidance * (guided - plain)
-            latents = scheduler.step(predicted, time, latents).prev_sample
-        return latents
+            solver.set_timesteps(timesteps=times, device=latents.device)
+        against = base.embed([self.negative]) if self.negative else empty
+        asked = _compiled(model, self.compile) if self.compile else model
+        return draw(asked, solver, latents, condition, against, self.guidance, self.interval, rng)
 
-    def latents(self, ctx: Local) -> Table:
-        """The latents of the training images and of their shifted copies: the autoencoder leaves the loop."""
-        table, rng = ctx.data["train"], child(ctx.rng)
-        images = [table["image"], *(_shifted(table["image"], rng) for _ in range(self.views - 1))]
-        mean, _ = lora.parts(self.base, ctx.device).encode(torch.cat(images))
-        views = mean.cpu().unflatten(0, (self.views, -1)).transpose(0, 1)
-        return {"latent": views.contiguous(), "label": table["label"]}
+    def _model(self, prompts: Sequence[str], device: str) -> Adapted:
+        kind = (self.base, tuple(prompts), self.rank, self.targets, device, self.dtype)
+        return lora.adapted(*kind, dora=self.lora.dora, words=self.lora.tokens)
 
-    def _model(self, prompts: Sequence[str], device: str) -> lora.Adapted:
-        return lora.adapted(self.base, tuple(prompts), self.rank, self.targets, device)
+    def _parts(self, device: str) -> pipeline.Parts:
+        return lora.parts(self.base, device, self.dtype)
 
     def _like(self, prompts: Sequence[str]) -> Tensors:
-        like = lora.fresh(self._model(prompts, "cpu"), torch.Generator())
-        return like if self.prompts else {name: tensor for name, tensor in like.items() if name != lora.PROMPTS}
+        return self._learned(lora.fresh(self._model(prompts, "cpu"), torch.Generator()))
+
+    def _learned(self, adapter: Tensors) -> dict[str, Tensor]:
+        """What of a fresh adapter is learned and travels."""
+        return {name: tensor for name, tensor in adapter.items() if self.prompts or name != lora.PROMPTS}
 
 
-def _shifted(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Each image moved by up to two pixels each way, its edge repeated."""
-    n, _, height, width = images.shape
-    padded = F.pad(images.float(), (2, 2, 2, 2), mode="replicate").to(images.dtype)
-    down, right = torch.randint(5, (2, n), generator=rng).tolist()
-    return torch.stack([image[:, y : y + height, x : x + width] for image, y, x in zip(padded, down, right, strict=True)])
-
-
-class Adapting:
-    """The task of an adapter: the denoising loss under the class's prompt, `model.condition(labels)`."""
-
-    def __init__(self, model: nn.Module, settings: LatentDiffusion, scheduler: object) -> None:
-        self.model, self.settings, self.scheduler = model, settings, scheduler
-
-    def build(self) -> nn.Module:
-        return self.model
-
-    def loss(self, model: Any, batch: Table) -> Tensor:
-        n, device = len(batch["label"]), batch["label"].device
-        view = torch.randint(batch["latent"].shape[1], (n,)).to(device)
-        latent = batch["latent"][torch.arange(n, device=device), view]
-        empty = (torch.rand(n) < self.settings.dropout).to(device)[:, None, None]
-        condition = torch.where(empty, model.empty, model.condition(batch["label"]))
-        scheduler = self.scheduler
-        return denoising_loss(
-            lambda noisy, time: model(noisy, time, condition),
-            latent,
-            scheduler.alphas_cumprod,  # type: ignore[attr-defined]
-            scheduler.config.prediction_type,  # type: ignore[attr-defined]
-            self.settings.gamma,
-        )
+@functools.cache
+def _compiled(model: nn.Module, backend: str) -> Any:
+    return torch.compile(model, backend=backend)

@@ -1,80 +1,126 @@
-"""Text-conditioned latent diffusion pipelines: folders in the layout of diffusers' Stable Diffusion.
+"""Text-conditioned latent diffusion pipelines: folders in the layout of diffusers.
 
-A folder holds `model_index.json` and one subfolder each for tokenizer, text encoder, denoiser (`unet`), autoencoder
-(`vae`) and scheduler. The embedded base is such a folder inside the package, so
-`StableDiffusionPipeline.from_pretrained` and every other Stable Diffusion tool opens it. Nothing here uses the network,
-and weights are read from safetensors only.
+A folder holds `model_index.json` and a subfolder for each part: tokenizer, text encoder, denoiser, autoencoder, scheduler.
+The embedded base is such a folder inside the package, so `StableDiffusionPipeline.from_pretrained` and every other tool
+opens it. Nothing here uses the network (the name of a repository means its copy in the hub's cache), and weights are read
+from safetensors only.
 """
 
 import copy
 import hashlib
 import json
+import os
+import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from warmfed.errors import InputError
+from ..errors import InputError
+from .families import STABLE, Condition, Family, family
 
-PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
-MODELS = ("text_encoder", "unet", "vae")
 BASES = Path(__file__).parent.parent / "bases"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""How each library calls its weights."""
+_WANTED = "--include '*.json' --include '*/*.txt' --include '*/*.model' --include '*/*.safetensors' --exclude '*.fp16.*'"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The five parts of a pipeline, loaded, frozen and in evaluation mode."""
+    """The parts of a pipeline, loaded, frozen and in evaluation mode."""
 
     tokenizer: Any
-    """transformers.CLIPTokenizer."""
+    """A tokenizer of transformers."""
     text_encoder: Any
-    """transformers.CLIPTextModel."""
-    unet: Any
-    """diffusers.UNet2DConditionModel."""
+    """A text model of transformers."""
+    denoiser: Any
+    """A U-Net or transformer of diffusers."""
     vae: Any
-    """diffusers.AutoencoderKL or AutoencoderTiny."""
+    """diffusers.AutoencoderKL, AutoencoderTiny or AutoencoderDC."""
     scheduler: Any
     """A diffusers scheduler; its config names the noise schedule and what the denoiser predicts."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What else the family has, by folder: the second text encoder of SDXL."""
+    family: Family = STABLE
+    index: Mapping[str, Any] = field(default_factory=dict)
+    """model_index.json."""
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the denoiser works in."""
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def scale(self) -> int:
+        """Pixels of the side of a latent."""
+        return scale_of(self.vae.config)
+
+    def part(self, folder: str) -> Any:
+        """A part by its folder's name."""
+        if folder in self.more:
+            return self.more[folder]
+        return getattr(self, "denoiser" if folder == self.family.denoiser else folder)
 
     @torch.no_grad()
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """The prompts' token embeddings, [n, tokens, width]; the empty prompt is the unconditional one."""
-        ids = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-            max_length=self.tokenizer.model_max_length,
-        ).input_ids  # fmt: skip
-        return self.text_encoder(ids.to(self.device))[0]
+    def embed(self, prompts: Sequence[str]) -> Condition:
+        """What the denoiser is told of these prompts, a row for each; the empty prompt is the unconditional one."""
+        return self.family.embed(self, prompts)
 
     @torch.no_grad()
     def encode(self, images: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (0 for AutoencoderTiny) of the latents of uint8 images [n, 3, h, w], scaled."""
-        from diffusers import AutoencoderTiny
-
+        """Mean and standard deviation (0 if it has none) of the scaled latents of uint8 images [n, 3, h, w]."""
         means, deviations = [], []
-        for part in images.split(batch):
-            output = self.vae.encode(pixels(part.to(self.device)))
-            exact = isinstance(self.vae, AutoencoderTiny)
-            means.append(output.latents if exact else output.latent_dist.mean)
-            deviations.append(torch.zeros_like(means[-1]) if exact else output.latent_dist.std)
-        scale = self.vae.config.scaling_factor
-        return torch.cat(means) * scale, torch.cat(deviations) * scale
+        for part in images.split(chunk(images.shape[-1], batch)):
+            output = self.vae.encode(pixels(part.to(self.device)).to(self.vae.dtype))
+            mean, deviation = _LATENTS[type(self.vae).__name__](output)
+            means.append(mean.float())
+            deviations.append(deviation.float())
+        scale, shift = self._range
+        return (torch.cat(means) - shift) * scale, torch.cat(deviations) * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
         """uint8 images [n, 3, h, w] of scaled latents."""
+        scale, shift = self._range
         decoded = [
-            self.vae.decode(part.to(self.device) / self.vae.config.scaling_factor).sample for part in latents.split(batch)
+            self.vae.decode((part.to(self.device) / scale + shift).to(self.vae.dtype)).sample.float()
+            for part in latents.split(chunk(latents.shape[-1] * self.scale, batch))
         ]
         # in the layout that images have when they have been written and read, or sums over them differ in last bits
         return torch.cat(decoded).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu().contiguous()
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        return self.vae.config.scaling_factor, getattr(self.vae.config, "shift_factor", None) or 0.0
+
+
+_LATENTS: Mapping[str, Any] = {
+    "AutoencoderKL": lambda output: (output.latent_dist.mean, output.latent_dist.std),
+    "AutoencoderTiny": lambda output: (output.latents, torch.zeros_like(output.latents)),
+    "AutoencoderDC": lambda output: (output.latent, torch.zeros_like(output.latent)),
+}
+"""Mean and deviation of what each autoencoder's `encode` returns."""
+
+
+def scale_of(config: Mapping[str, Any]) -> int:
+    """Pixels of the side of a latent, of an autoencoder's configuration."""
+    # each level of an autoencoder but the last one halves the image
+    return int(2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1))
+
+
+def chunk(side: int, batch: int) -> int:
+    """How many images the autoencoder takes at once: `batch` of 32×32 pixels, fewer of larger ones."""
+    return max(1, min(batch, batch * 32**2 // side**2))
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -82,41 +128,121 @@ def pixels(images: Tensor) -> Tensor:
     return images.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
-def find(base: str | Path) -> Path:
-    """The folder of a base: the name of an embedded one ("digits") or a pipeline folder.
+def _named(base: str | Path) -> tuple[Path, str]:
+    """The folder that a base's name means, there or not; and how to fetch it, where it is a repository of the hub."""
+    if str(base) in embedded():
+        return BASES / base, ""
+    if Path(base).is_dir() or not _REPOSITORY.fullmatch(str(base)):
+        return Path(base), ""
+    from huggingface_hub import constants
+
+    name, _, revision = str(base).partition("@")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    reference = cache / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision or "main"
+    return cache / "snapshots" / commit, f"hf download {name}{f' --revision {revision}' if revision else ''} {_WANTED}"
+
+
+def folder_of(base: str | Path) -> Path:
+    """The folder that a base's name means, whether it is there or not."""
+    return _named(base)[0]
+
+
+def advice(base: str | Path) -> str:
+    """What to do where a file of a base is absent."""
+    folder, fetch = _named(base)
+    own = f"hf download ORGANISATION/NAME --local-dir {folder} {_WANTED}"
+    return f"on a machine with a network `{fetch or own}` fetches it"
+
+
+def find(base: str | Path, *, weights: bool = True) -> Path:
+    """The folder of a base: an embedded one by name ("digits"), a pipeline's folder, or a repository in the hub's cache.
+
+    Args:
+        weights: whether its weights must be there too.
 
     Raises:
-        InputError: neither, or a file of the pipeline is missing or no JSON.
+        InputError: none of these, or a file of the pipeline is missing or no JSON.
     """
-    folder = BASES / base if str(base) in embedded() else Path(base)
+    folder, fetch = _named(base)
     if not folder.is_dir():
+        sought = f"the hub's cache has no {folder}" if fetch else "it is no folder"
         raise InputError(
-            f"expected a pipeline folder or an embedded base ({', '.join(embedded())}); {base} is neither; check the path"
+            f"expected a pipeline folder or an embedded base ({', '.join(embedded())}); {base} is neither, and {sought}; "
+            + (advice(base) if fetch else "check the path")
         )
-    needed = ["model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in MODELS)]
-    for file in needed:
-        try:
-            json.loads((folder / file).read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{folder} is no whole diffusers pipeline: {file} is missing or damaged ({error}); save or download it again"
-            ) from error
-    for part in MODELS:
-        if not any((folder / part).glob("*.safetensors")):
-            raise InputError(
-                f"{folder}/{part} holds no .safetensors weights (other formats are not read); save the pipeline as safetensors"
-            )
+    for name, path in files(base).items():
+        if path.suffix == ".safetensors" and not weights:
+            continue
+        if not path.is_file():
+            kind = " (other formats of weights are not read)" if path.suffix == ".safetensors" else ""
+            raise InputError(f"{folder} is no whole diffusers pipeline: {name} is missing{kind}; {advice(base)}")
+        if path.suffix == ".json":
+            json_of(path)
     return folder
 
 
-def side(base: str | Path) -> int:
-    """Height and width in pixels of the images that a base draws; raises `InputError` as `find`."""
-    unet, vae = (json.loads((find(base) / part / "config.json").read_text()) for part in ("unet", "vae"))
+def json_of(path: Path) -> Any:
+    """A JSON file of a pipeline; raises `InputError`."""
     try:
-        # each level of the autoencoder but the last one halves the image
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}); save or download the pipeline again") from error
+
+
+def files(base: str | Path) -> dict[str, Path]:
+    """Every file of a base that is read, by its name in the folder, whether it is there or not.
+
+    Raises:
+        InputError: model_index.json is damaged or of an unknown kind of pipeline.
+    """
+    folder, _ = _named(base)
+    found = {"model_index.json": folder / "model_index.json"}
+    if not found["model_index.json"].is_file():
+        return found
+    index = json_of(found["model_index.json"])
+    kind = family(str(index.get("_class_name") if isinstance(index, dict) else None))
+    for part in kind.parts:
+        library = (index.get(part) or ("diffusers",))[0]
+        if part in kind.models:
+            names = ["config.json", *_weights(folder / part, WEIGHTS.get(library, "model"))]
+        elif part == "scheduler":
+            names = ["scheduler_config.json"]
+        else:
+            names = [path.name for path in (folder / part).glob("*") if path.suffix in (".json", ".txt", ".model")]
+            names = names or ["tokenizer_config.json"]
+        found |= {f"{part}/{name}": folder / part / name for name in names}
+    return dict(sorted(found.items()))
+
+
+def _weights(folder: Path, stem: str) -> Iterator[str]:
+    """The names of a part's weights: in full precision where they are there, else of the variant in 16 bits."""
+    for variant in ("", ".fp16"):
+        whole, shards = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
+        if (folder / shards).is_file():
+            yield shards
+            yield from sorted(set(json_of(folder / shards).get("weight_map", {}).values()))
+            return
+        if (folder / whole).is_file():
+            yield whole
+            return
+    yield f"{stem}.safetensors"
+
+
+def configuration(base: str | Path, part: str) -> dict[str, Any]:
+    """config.json of a part; "denoiser" is that of the family. Raises `InputError` as `find`."""
+    folder = find(base, weights=False)
+    if part == "denoiser":
+        part = family(json_of(folder / "model_index.json")["_class_name"]).denoiser
+    return dict(json_of(folder / part / "config.json"))
+
+
+def side(base: str | Path) -> int:
+    """Height and width in pixels of the images that a base draws by itself; raises `InputError` as `find`."""
+    try:
+        return int(configuration(base, "denoiser")["sample_size"]) * scale_of(configuration(base, "vae"))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{find(base)} does not say the size of its images ({error}); save the pipeline again") from error
+        raise InputError(f"{base} does not say the size of its images ({error}); save the pipeline again") from error
 
 
 def embedded() -> tuple[str, ...]:
@@ -124,8 +250,12 @@ def embedded() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in BASES.glob("*/model_index.json")))
 
 
-def load(base: str | Path, device: str = "cpu") -> Parts:
-    """A pipeline's parts from an embedded base or a folder, in 32 bits, frozen.
+def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
+    """A pipeline's parts, frozen.
+
+    Args:
+        base: as `find` takes it.
+        dtype: fp32, bf16 or fp16, the type of the weights. An autoencoder that overflows in fp16 stays in fp32.
 
     Raises:
         InputError: there is no such base, or a part of it does not load.
@@ -136,31 +266,48 @@ def load(base: str | Path, device: str = "cpu") -> Parts:
 
     quiet()
 
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json_of(folder / "model_index.json")
+    kind, held = family(index["_class_name"]), files(base)
     loaded: dict[str, Any] = {}
-    for part in PARTS:
-        library, kind = index.get(part) or ("", "")
+    for part in kind.parts:
+        library, name = index.get(part) or ("", "")
         options: dict[str, Any] = {"local_files_only": True}
-        if part in MODELS:
+        if part in kind.models:
             options["use_safetensors"] = True
-            options["dtype" if library == "transformers" else "torch_dtype"] = torch.float32
+            options["dtype" if library == "transformers" else "torch_dtype"] = DTYPES[dtype]
+            if any(key.startswith(f"{part}/") and ".fp16" in key for key in held):
+                options["variant"] = "fp16"
         try:
             source = {"diffusers": diffusers, "transformers": transformers}[library]
-            loaded[part] = getattr(source, kind).from_pretrained(folder / part, **options)
+            loaded[part] = getattr(source, name).from_pretrained(folder / part, **options)
         except Exception as error:  # each library has its own; all mean that the folder is damaged or of another kind
             reason = str(error).strip().split("\n")[0]
             raise InputError(
-                f"cannot load {part} of {folder}: expected a {kind or 'part named in model_index.json'}; {reason}; "
+                f"cannot load {part} of {folder}: expected a {name or 'part named in model_index.json'}; {reason}; "
                 "save or download the pipeline again"
             ) from error
-    for part in MODELS:
+    if dtype == "fp16" and loaded["vae"].config.get("force_upcast"):
+        loaded["vae"].float()
+    for part in kind.models:
         loaded[part].requires_grad_(False).eval().to(device)
         for name, tensor in loaded[part].state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise InputError(f"{folder}/{part}: {name} is not finite; save or download the pipeline again")
-    for part in ("unet", "vae"):
+    for part in (kind.denoiser, "vae"):
         loaded[part].to(memory_format=torch.channels_last)
-    return Parts(**loaded)
+    return assemble(kind, loaded, index)
+
+
+def assemble(kind: Family, loaded: Mapping[str, Any], index: Mapping[str, Any]) -> Parts:
+    """Parts of a family by their folders' names."""
+    main = {"tokenizer", "text_encoder", "vae", "scheduler"}
+    return Parts(
+        **{name: loaded[name] for name in main},
+        denoiser=loaded[kind.denoiser],
+        more={name: part for name, part in loaded.items() if name not in main | {kind.denoiser}},
+        family=kind,
+        index=index,
+    )
 
 
 def quiet() -> None:
@@ -181,16 +328,18 @@ def save(parts: Parts, folder: Path, extra: dict[str, str] | None = None) -> Non
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-    index |= {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
+    index: dict[str, Any] = {"_class_name": parts.family.pipelines[0]}
+    if parts.family is STABLE:
+        index |= {"requires_safety_checker": False}
+        index |= {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
     quiet()
-    for name in PARTS:
-        part = getattr(parts, name)
+    for name in parts.family.parts:
+        part = parts.part(name)
         index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
-        half = copy.deepcopy(part).half() if name in ("unet", "vae") else part
+        half = copy.deepcopy(part).half() if name in (parts.family.denoiser, "vae") else part
         half.save_pretrained(partial / name)
-    files = {"model_index.json": json.dumps(index, indent=2, sort_keys=True) + "\n"} | (extra or {})
-    for name, text in files.items():
+    texts = {"model_index.json": json.dumps(index, indent=2, sort_keys=True) + "\n"} | (extra or {})
+    for name, text in texts.items():
         (partial / name).write_text(text)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -203,8 +352,10 @@ def save(parts: Parts, folder: Path, extra: dict[str, str] | None = None) -> Non
 def fingerprint(base: str | Path) -> str:
     """SHA-256 over the names and bytes of a base's weights, configurations and tokenizer."""
     folder, total = find(base), hashlib.sha256()
-    for path in sorted(folder.glob("*/*")):
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".txt"):
-            total.update(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}:".encode())
-            total.update(path.read_bytes())
+    # model_index.json names classes only, and stays out
+    for path in sorted(path for name, path in files(base).items() if "/" in name):
+        total.update(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}:".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                total.update(block)
     return total.hexdigest()

@@ -296,7 +296,7 @@ def _pretrain(
 
     principal_patches(parts.vae.encoder, images["image"][:20_000])
     parts.vae.to(device).eval()
-    parts.unet.to(device)
+    parts.denoiser.to(device)
 
     def latents() -> Tensors:
         latent = parts.encode(images["image"])[0].cpu()
@@ -335,7 +335,7 @@ def _pretrain(
     with seeded(named("pretrain", settings.seed, "head")):
         parts.text_encoder.load_state_dict(dict(kept(work, "text", text_encoder)))
     parts.text_encoder.eval()
-    task = Denoising(parts.unet, parts.embed(texts), parts.scheduler.alphas_cumprod, settings)
+    task = Denoising(parts.denoiser, parts.embed(texts)["prompt"], parts.scheduler.alphas_cumprod, settings)
     training = Training(
         optimizer="adamw", lr=settings.lr, steps=settings.steps, batch=settings.batch, schedule="cosine",
         warmup=settings.warmup, clip=1.0, ema=settings.ema,
@@ -344,8 +344,8 @@ def _pretrain(
 
     def write(tensors: Tensors, **more: Any) -> None:
         """A folder of these weights; the models in training are left as they are."""
-        copy = replace(parts, unet=build(settings).unet)
-        copy.unet.load_state_dict(dict(tensors))
+        copy = replace(parts, denoiser=build(settings).denoiser)
+        copy.denoiser.load_state_dict(dict(tensors))
         record.update(settings=asdict(settings), machine=f"{platform.machine()}, torch {torch.__version__}", **more)
         record["seconds"] = round(time.time() - begun, 1)
         save(copy, out, {"pretraining.json": json.dumps(record, indent=2) + "\n"})
@@ -359,7 +359,7 @@ def _pretrain(
             last = time.time()
 
     ctx = Central(task, named("pretrain", settings.seed, "denoiser"), device=device)
-    tensors, info = fit(ctx, parts.unet.state_dict(), training, table, watch=each)
+    tensors, info = fit(ctx, parts.denoiser.state_dict(), training, table, watch=each)
     write(tensors, denoiser_steps=settings.steps, **info)
     classifier = kept(work, "classifier", lambda: public_classifier(settings, images, progress, device))
     write_whole(out / "classifier.safetensors", save_tensors(dict(classifier)))

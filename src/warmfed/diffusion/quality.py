@@ -6,6 +6,7 @@ within one choice of features and one number of samples, which are told with the
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +41,32 @@ class Measuring:
     """every (stage that may change the model) or last."""
     features: str = "public"
     """What looks at images: public (the body of the base's public classifier), a warmfed classifier's .safetensors, a LeNet's
-    or ResNet-20's .npz, or a folder of a Hugging Face vision model."""
+    or ResNet-20's .npz, or a folder of a Hugging Face vision model; for adapters also global (the run's own classifier)."""
     neighbours: int = 5
     """k of precision, recall, density and coverage."""
+    adapters: bool = False
+    """Whether the samples of each site's adapter are measured too, against that site's images, at the end of a run."""
 
     def __post_init__(self) -> None:
         if self.when not in ("every", "last"):
             raise InputError(f"when must be every or last; got {self.when!r}")
         if self.samples < 0 or self.neighbours < 1:
             raise InputError("samples must be at least 0 and neighbours at least 1; check [measuring]")
+
+
+def check(settings: Measuring, base: str) -> None:
+    """Raise `InputError` where the network whose features measure adapters is not there."""
+    if not settings.adapters or settings.features == "global":
+        return
+    path = (
+        pipeline.find(base, weights=False) / "classifier.safetensors"
+        if settings.features == "public"
+        else Path(settings.features)
+    )
+    if not path.exists():
+        raise InputError(
+            f"measuring.adapters needs measuring.features: {path} is not there; set features to global, or to a file"
+        )
 
 
 def extractor(features: str, base: str, shape: tuple[int, int, int], classes: int) -> tuple[Extractor, str]:
@@ -156,6 +174,52 @@ def copies(train: Tensor, test: Tensor, fake: Tensor) -> dict[str, float]:
     """Percent of samples nearer to a training image than 95 % of the test images are: about 5 where nothing is copied."""
     nearest = torch.cdist(test, train).min(1).values.quantile(0.05)
     return {"copies": 100 * (torch.cdist(fake, train).min(1).values < nearest).double().mean().item()}
+
+
+def diversity(real: Tensor, real_label: Tensor, fake: Tensor, fake_label: Tensor) -> float:
+    """How far samples of a class lie from each other, in percent of how far its real images do; a mean over the classes."""
+
+    def spread(features: Tensor) -> float:
+        return torch.pdist(features).mean().item()
+
+    found = []
+    for label in fake_label.unique():
+        one, other = fake[fake_label == label], real[real_label == label]
+        if min(len(one), len(other)) > 1 and spread(other):
+            found.append(spread(one) / spread(other))
+    return 100 * sum(found) / len(found) if found else float("nan")
+
+
+def nearest(train: Tensor, test: Tensor, fake: Tensor) -> float:
+    """Distance of the sample nearest to a training image, in percent of what test images have in the median; 0: a copy."""
+    usual = torch.cdist(test, train).min(1).values.median()
+    return 100 * (torch.cdist(fake, train).min() / usual).item()
+
+
+def adapter_scores(look: Extractor, federation: Federation, samples: Table, neighbours: int) -> dict[str, dict[str, float]]:
+    """By site, how good the samples of its adapter are, against its own images: all that `distances`, `neighbourhoods`,
+    `copies`, `diversity` and `nearest` say, and the floor of the distances, which is test against training images.
+
+    Args:
+        samples: {"image", "label", "site", "kept"}, as a run keeps them; those that were dropped count too.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for place, (name, site) in enumerate(federation.sites.items()):
+        mine = samples["site"] == place
+        if int(mine.sum()) < 2:
+            continue
+        label, k = samples["label"][mine], neighbours
+        fake, seen, unseen = look(samples["image"][mine]), look(site.train["image"]), look(site.test["image"])
+        scores = distances(seen, fake) | neighbourhoods(seen, fake, k) | copies(seen, unseen, fake)
+        scores |= {f"floor_{key}": value for key, value in distances(seen, unseen).items()}
+        scores |= {
+            "diversity": diversity(seen, site.train["label"], fake, label),
+            "nearest": nearest(seen, unseen, fake),
+            "kept": 100 * samples["kept"][mine].double().mean().item(),
+            "samples": float(mine.sum()),
+        }
+        found[name] = {key: value for key, value in scores.items() if math.isfinite(value)}
+    return found
 
 
 SCHOOL = Training(lr=0.02, epochs=15, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import plots
-from .parts import Figure, Section, Table, cells, number, percent
+from .parts import Figure, Section, Table, cells, number, percent, without_gaps
 from .record import Run
 
 SCORES = (
@@ -110,6 +110,32 @@ def _quality(run: Run) -> Section | None:
 
 def _label(record: Mapping[str, Any]) -> str:
     return str(record["number"] + 1) if record["stage"] == "train" else str(record["stage"])
+
+
+def adapters(run: Run) -> Section | None:
+    """How good the samples of each site's adapter are."""
+    if run.panel is None or not run.panel.adapters:
+        return None
+    keys = (
+        *((key, name, digits) for key, name, digits, _ in SCORES),
+        *(("diversity", "diversity, %", 1), ("nearest", "nearest, %", 1)),
+    )
+    shown = [(key, name, digits) for key, name, digits in keys if any(key in scores for scores in run.panel.adapters.values())]
+    rows = []
+    for site, scores in sorted(run.panel.adapters.items()):
+        told = [number(scores.get(key), digits) for key, _, digits in shown]
+        told.insert(1, number(scores.get("floor_fid"), 2))
+        rows.append(cells(site, number(scores.get("samples"), 0), *told))
+    names = [name for _, name, _ in shown]
+    names.insert(1, "its floor")
+    how = (
+        "All samples of each adapter against the training images of its own site, in the features of one network "
+        f"(SHA-256 {run.panel.eyes[:12]}); the floor is what the site’s test images have. Diversity: how far samples of a "
+        "class lie apart, in percent of real images. Nearest: how near the closest of all samples comes to a training image, "
+        "in percent of what test images do in the median; 0 would be a copy."
+    )
+    table = without_gaps("Quality of each adapter", ("adapter of", "samples", *names), rows)
+    return Section("adapter-quality", "Quality of the adapters", how, tables=[table])
 
 
 def _loss(run: Run) -> Section | None:

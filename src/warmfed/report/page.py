@@ -24,6 +24,7 @@ def write(folder: Path, summary: Mapping[str, Any] | None = None) -> Path:
         sections.pictures(run),
         sections.feature_map(run),
         sections.adapters(run),
+        generators.adapters(run),
         sections.samples(run),
         sections.selector(run),
         sections.gate(run),

@@ -5,7 +5,7 @@ What each file holds is written down here as *shapes*: a type, `{"key": shape}` 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ PANEL = {
     "classes": [str],
     "sites": Each({"real?": Maybe(str), "synthetic?": Maybe(str)}),
     "features?": Maybe([POINT]),
+    "adapters?": Maybe(Each(Each(float))),
+    "eyes?": Maybe(str),
 }
 COMPARISON = {
     "rows": [
@@ -184,12 +186,15 @@ class Panel:
     """The images and features that a run chose to show.
 
     images: site -> {"real" | "synthetic": the bytes of a PNG grid, one row per class};
-    features: points {"site", "kind", "class", "x", "y"}.
+    features: points {"site", "kind", "class", "x", "y"};
+    adapters: site -> scores of its adapter's samples; eyes: SHA-256 of the network whose features measured them.
     """
 
     classes: tuple[str, ...]
     images: Mapping[str, Mapping[str, bytes]]
     features: tuple[Mapping[str, Any], ...]
+    adapters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    eyes: str = ""
 
 
 @dataclass(frozen=True)
@@ -267,7 +272,7 @@ def _read_panel(folder: Path) -> Panel | None:
                 f"{path}: features[{place}]: expected a class from 0 to {len(panel['classes']) - 1}; "
                 f"found {point['class']}; restore it or start the run anew"
             )
-    return Panel(tuple(panel["classes"]), images, features)
+    return Panel(tuple(panel["classes"]), images, features, panel.get("adapters") or {}, panel.get("eyes") or "")
 
 
 def _read_picture(folder: Path, site: str, name: str) -> bytes:

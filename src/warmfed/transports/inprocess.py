@@ -13,7 +13,7 @@ import torch
 from ..core import Exchange, Metrics, Reply, silent
 from ..messages import Message, decode, encode
 from ..tensors import Tensors
-from .memories import Memories
+from .memories import Memories, unfinished
 from .pool import Pool, death_told, tell
 from .worker import Worker, exchange
 
@@ -45,6 +45,8 @@ class InProcess:
     def __post_init__(self) -> None:
         self.sites = tuple(sorted(self.workers))
         self.memories = Memories(self.folder)
+        if self.folder is not None:
+            self.workers = {s: replace(w, unfinished=unfinished(self.folder, s)) for s, w in self.workers.items()}
         torch.set_num_threads(1)
         if self.processes > 1:
             plain = {site: replace(worker, progress=silent) for site, worker in self.workers.items()}

@@ -18,6 +18,11 @@ class Memory:
     reply: Message
 
 
+def unfinished(folder: Path, site: str) -> Path:
+    """Where in a folder of memories the snapshot of a site's training lies, until the site has answered."""
+    return folder / f"{site}.unfinished"
+
+
 @dataclass
 class Memories:
     """The sites' memories by name. With a folder, each is written there, under a seal, as soon as it is made, and nothing
@@ -29,6 +34,7 @@ class Memories:
     def keep(self, site: str, step: int, seconds: float, reply: Reply) -> None:
         if self.folder is not None:
             write_sealed(self._path(site), encode(Memory(step, seconds, reply)))
+            unfinished(self.folder, site).unlink(missing_ok=True)
         elif reply.state is not None:
             self._states[site] = reply.state
         else:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..core import Algorithm, Exchange, Generator, Local, Metrics, Reply, State, Task, silent
+from ..core import Algorithm, Exchange, Generator, Local, Metrics, Reply, State, Task, prompts_of, silent
 from ..errors import InputError
 from ..messages import Message, digest, encode, kind, tensors_of
 from ..randomness import named
@@ -22,6 +23,8 @@ class Worker:
     prompts: tuple[str, ...] = ()
     generator: Generator | None = None
     device: str = "cpu"
+    unfinished: Path | None = None
+    """Where an unfinished training of this site may lie."""
     progress: Callable[[str, int, int], None] = silent
 
     def local(self, stage: str, number: int) -> Local:
@@ -30,9 +33,10 @@ class Worker:
             data=self.data,
             rng=named(self.seed, stage, number, self.site),
             site=self.site,
-            prompts=self.prompts,
+            prompts=prompts_of(self.site, self.prompts),
             generator=self.generator,
             device=self.device,
+            unfinished=self.unfinished,
             progress=self.progress,
         )
 

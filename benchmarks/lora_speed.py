@@ -1,0 +1,281 @@
+"""Images per second and peak memory of learning an adapter, beside the loop of diffusers' own LoRA script.
+
+The script's loop (train_text_to_image_lora.py of diffusers 0.42) without accelerate: at each step the autoencoder encodes the
+batch and the text encoder its captions, then the U-Net of peft's layers (rank 4 on attention) takes a step of AdamW with the
+gradient clipped. Its data loader, which decodes and crops pictures, is left out: images come as tensors to both. Ours is
+`LatentDiffusion.adapt` with the same layers, batch, optimizer and number of steps. Each measurement is a process of its own.
+Seconds are those of the processor, by one thread, so that other work on the machine counts little.
+
+    python benchmarks/lora_speed.py [--repeats 3] [--large 64 128] [--out benchmarks/results/lora_speed.json]
+
+`--large`: sides in pixels for a U-Net of Stable Diffusion 1.5's size with random weights, its text encoder and autoencoder.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import psutil
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig
+
+from warmfed.core import Local
+from warmfed.diffusion import adapter as lora
+from warmfed.diffusion import pipeline
+from warmfed.diffusion.adapting import Adapting, held_bytes, kept_bytes, latents
+from warmfed.diffusion.generator import LatentDiffusion
+from warmfed.files import write_json
+from warmfed.fit import Training
+from warmfed.randomness import named, seeded
+from warmfed.tensors import rows
+
+PROMPTS = tuple(f"a photo of the digit {word}" for word in ("zero", "one", "two", "three", "four"))
+SHAPES: dict[str, dict[str, Any]] = {
+    "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "vae": {
+        "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "sample_size": 512,
+    },
+    "text": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "max_position_embeddings": 77, "vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    },
+}  # fmt: skip
+"""Stable Diffusion 1.5's configurations, where they differ from the classes' defaults."""
+
+
+def large(folder: Path) -> None:
+    """A pipeline of SD-1.5's shape with random weights; its tokenizer is that of the embedded base at 77 tokens."""
+    with seeded(named("large")):
+        unet = diffusers.UNet2DConditionModel(**SHAPES["unet"])
+        vae = diffusers.AutoencoderKL(**SHAPES["vae"])
+        text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SHAPES["text"]))
+    words = pipeline.load("digits").tokenizer
+    words.model_max_length = 77
+    scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    pipe = diffusers.StableDiffusionPipeline(
+        vae, text, words, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.save_pretrained(folder)
+
+
+def pictures(count: int, side: int) -> dict[str, torch.Tensor]:
+    image = torch.randint(256, (count, 3, side, side), generator=named("pictures"), dtype=torch.uint8)
+    return {"image": image, "label": torch.arange(count) % len(PROMPTS)}
+
+
+def script(base: str, table: dict[str, torch.Tensor], batch: int, steps: int) -> float:
+    """Seconds of a step of the script's loop, without the first one."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipeline.find(base), local_files_only=True)
+    unet, vae, text, words = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
+    noise_scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    for model in (unet, vae, text):
+        model.requires_grad_(False)
+    unet.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"])
+    )
+    layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(layers, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-08)
+    rate = diffusers.optimization.get_scheduler("constant", optimizer=optimizer)
+    pixel_values = table["image"].float().div(127.5).sub(1)
+    ids = words(
+        [PROMPTS[label] for label in table["label"]],
+        max_length=words.model_max_length, padding="max_length", truncation=True, return_tensors="pt",
+    ).input_ids  # fmt: skip
+    unet.train()
+    began = 0.0
+    for step in range(steps + 1):
+        if step == 1:
+            began = time.process_time()
+        chosen = torch.randperm(len(ids))[:batch]
+        encoded = vae.encode(pixel_values[chosen])
+        sample = encoded.latents if isinstance(vae, diffusers.AutoencoderTiny) else encoded.latent_dist.sample()
+        sample = sample * vae.config.scaling_factor
+        noise = torch.randn_like(sample)
+        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (batch,)).long()
+        noisy = noise_scheduler.add_noise(sample, noise, timesteps)
+        states = text(ids[chosen], return_dict=False)[0]
+        if noise_scheduler.config.prediction_type == "epsilon":
+            target = noise
+        else:
+            target = noise_scheduler.get_velocity(sample, noise, timesteps)
+        predicted = unet(noisy, timesteps, states, return_dict=False)[0]
+        F.mse_loss(predicted.float(), target.float(), reduction="mean").backward()
+        torch.nn.utils.clip_grad_norm_(layers, 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+    return (time.process_time() - began) / steps
+
+
+def generator(base: str, side: int, batch: int, steps: int) -> LatentDiffusion:
+    training = Training(optimizer="adamw", lr=1e-4, weight_decay=1e-2, steps=steps, batch=batch, clip=1.0)
+    return LatentDiffusion(base, size=side, rank=4, targets="attention", prompts=False, views=1, training=training)
+
+
+def ours(base: str, table: dict[str, torch.Tensor], batch: int, steps: int) -> dict[str, float]:
+    """Seconds of a step, without the first one; and of encoding one image, which is done once."""
+    marks: list[float] = []
+    learner = generator(base, table["image"].shape[-1], batch, steps + 1)
+    ctx = Local(None, {"train": table}, named("ours"), "a", PROMPTS, progress=lambda *_: marks.append(time.process_time()))
+    parts = learner._parts("cpu")
+    began = time.process_time()
+    latents(ctx, "train", learner, parts)
+    encoding = (time.process_time() - began) / rows(table)
+    learner.adapt(ctx)
+    return {"step": (marks[-1] - marks[0]) / steps, "encoding": encoding}
+
+
+def measured(arm: str, base: str, side: int, batch: int, steps: int, images: int) -> dict[str, float]:
+    """One arm in this process; its peak memory is told beside what it had after its imports."""
+    table = pictures(images, side)
+    before = psutil.Process().memory_info().rss  # the libraries, which both import alike
+    result = ours(base, table, batch, steps) if arm == "ours" else {"step": script(base, table, batch, steps)}
+    return {**result, "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6}
+
+
+def compared(base: str, side: int, batch: int, steps: int, images: int, repeats: int) -> dict[str, Any]:
+    """Both arms in turn, each in a process of its own."""
+    found: dict[str, list[dict[str, float]]] = {"script": [], "ours": []}
+    for _ in range(repeats):
+        for arm, seen in found.items():
+            command = [sys.executable, __file__, "--arm", arm, base, *map(str, (side, batch, steps, images))]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            seen.append(json.loads(output.splitlines()[-1]))
+            print(base, side, arm, seen[-1], flush=True)
+    step = {arm: statistics.median(each["step"] for each in seen) for arm, seen in found.items()}
+    encoding = statistics.median(each["encoding"] for each in found["ours"])
+    return {
+        "side": side, "batch": batch, "steps": steps,
+        "images_per_second": {arm: batch / seconds for arm, seconds in step.items()},
+        "with_encoding_over_12_epochs": batch / (step["ours"] + batch * encoding / 12),
+        "speedup": step["script"] / step["ours"],
+        "speedup_with_encoding": step["script"] / (step["ours"] + batch * encoding / 12),
+        "peak_mb": {arm: max(each["peak_mb"] for each in seen) for arm, seen in found.items()},
+    }  # fmt: skip
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "attention, rank 4": {},
+    "rank 16": {"rank": 16},
+    "targets transformer": {"targets": "transformer"},
+    "targets all": {"targets": "all"},
+    "learned prompts": {"prompts": True},
+    "lora.tokens": {"lora.tokens": True},
+    "lora.dora": {"lora.dora": True},
+    "lora.prior": {"lora.prior": 1.0},
+    "lora.checkpointing": {"lora.checkpointing": True},
+    "training.micro 8": {"training.micro": 8},
+    "training.ema": {"training.ema": 0.99},
+    "training.precision bf16": {"training.precision": "bf16"},
+    "lora.patience": {"lora.patience": 100},
+}
+
+
+def changed(settings: Any, key: str, value: Any) -> Any:
+    field, _, rest = key.partition(".")
+    return replace(settings, **{field: changed(getattr(settings, field), rest, value) if rest else value})
+
+
+def option(name: str) -> dict[str, float]:
+    """An option on the embedded base: its speed, what it keeps for the backward pass, and the adapter's size."""
+    settings = generator("digits", 32, 32, 9)
+    for key, value in OPTIONS[name].items():
+        settings = changed(settings, key, value)
+    marks: list[float] = []
+    data = {"train": pictures(64, 32), "validation": pictures(32, 32)}
+    ctx = Local(None, data, named("option"), "a", PROMPTS, progress=lambda what, *_: marks.append(time.process_time()))
+    adapter, _ = settings.adapt(ctx)
+    marks = marks[-9:]
+    parts = settings._parts("cpu")
+    model = settings._model(PROMPTS, "cpu")
+    prior = {"latent": torch.zeros(4, *settings.space(parts)), "label": torch.arange(4)}
+    prior |= {f"told/{key}": value for key, value in parts.embed(PROMPTS).items()}
+    task = Adapting(model, settings, parts, prior if settings.lora.prior else None)
+
+    start = settings._learned(lora.fresh(model, named("fresh")))
+    size = settings.training.micro or settings.training.batch
+    kept = held_bytes(task, latents(ctx, "train", settings, parts), start, size, "cpu", settings.training)
+    return {
+        "images_per_second": 32 * 8 / (marks[-1] - marks[0]),
+        "kept_mb": kept / 1e6,
+        "adapter_kb": sum(tensor.nbytes for tensor in adapter.values()) / 1e3,
+    }
+
+
+def by_count(side: int) -> Iterator[dict[str, Any]]:
+    """SD-1.5's U-Net with an adapter: bytes of weights, adapter with AdamW's moments and gradient, and what a pass keeps."""
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16, precision bf16": torch.bfloat16}
+    for targets, rank in (("attention", 4), ("attention", 16), ("all", 4)):
+        for kind, dtype in kinds.items():
+            with torch.device("meta"):
+                unet = diffusers.UNet2DConditionModel(**SHAPES["unet"]).to(dtype).requires_grad_(False)
+            weights = sum(parameter.nbytes for parameter in unet.parameters())
+            unet = lora.inject(unet, rank, targets)
+            layers = [parameter for name, parameter in unet.named_parameters() if ".lora_" in name]
+            adapter = sum(parameter.nbytes for parameter in layers)
+            if "precision" in kind:  # autocast does not know the device "meta": the layers take the type that it gives them
+                for parameter in layers:
+                    parameter.data = parameter.data.to(dtype)
+            for checkpointing in (False, True):
+                for batch in (1, 4):
+                    kept = kept_bytes(unet, _pass(unet, batch, side // 8, dtype), checkpointing)
+                    yield {
+                        "targets": targets, "rank": rank, "dtype": kind, "checkpointing": checkpointing, "batch": batch,
+                        "adapter_mb_fp16": adapter / 2e6, "weights_gb": weights / 1e9, "adapter_gb": 4 * adapter / 1e9,
+                        "kept_gb": kept / 1e9, "total_gb": (weights + 4 * adapter + kept) / 1e9,
+                    }  # fmt: skip
+
+
+def _pass(unet: Any, batch: int, side: int, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    noisy = torch.empty(batch, 4, side, side, device="meta", dtype=dtype)
+    states = torch.empty(batch, 77, 768, device="meta", dtype=dtype)
+    return lambda: unet(noisy, torch.empty(batch, device="meta"), states).sample.square().mean()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--large", type=int, nargs="*", default=[64, 128])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--arm", nargs=6, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    pipeline.quiet()
+    torch.set_num_threads(1)
+    if args.arm:
+        arm, base, *numbers = args.arm
+        side, batch, steps, images = map(int, numbers)
+        print(json.dumps(measured(arm, base, side, batch, steps, images)))
+        return
+    result: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"}
+    result["sd15_by_count_512"] = list(by_count(512))
+    result["tiny"] = compared("digits", 32, 32, 30, 256, args.repeats)
+    result["options"] = {}
+    for name in OPTIONS:
+        result["options"][name] = option(name)
+        print(name, result["options"][name], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.large:
+            large(Path(folder) / "sd15")
+        result["sd15"] = [compared(str(Path(folder) / "sd15"), side, 1, 3, 4, 1) for side in args.large]
+    print(json.dumps(result, indent=1))
+    if args.out:
+        write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""How fast samples are drawn: ours against a plain call of diffusers' pipeline, and what each option costs and gives.
+
+python benchmarks/sampling_speed.py --out benchmarks/results/sampling_speed.json
+
+On the embedded base, where a classifier of rendered digits says how many samples show the class that was asked for; and on a
+U-Net of Stable Diffusion's kind with random weights, at a size that a processor can do. Each time is the best of `--repeats`
+interleaved turns, so that other work on the machine weighs on all rows alike.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warmfed.core import Central
+from warmfed.data.rendered import rendered
+from warmfed.diffusion import adapter as lora
+from warmfed.diffusion import pipeline
+from warmfed.diffusion.families import stacked
+from warmfed.diffusion.generator import LatentDiffusion
+from warmfed.diffusion.pretrain import tokenizer
+from warmfed.fit import Training, fit
+from warmfed.memory import Meter, now
+from warmfed.randomness import named, seeded
+from warmfed.tasks import Classify
+
+warnings.simplefilter("ignore")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PROMPTS = tuple(f"a photo of the digit {word}" for word in DIGITS)
+Draw = Callable[[Tensor], Tensor]
+
+
+def small(folder: Path) -> str:
+    """A pipeline of Stable Diffusion's parts with random weights: 7 M parameters, 64 pixels."""
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    words = tokenizer()
+    with seeded(named("sampling", "base")):
+        unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(64, 128, 128), layers_per_block=2, norm_num_groups=16, cross_attention_dim=64,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4,
+        )  # fmt: skip
+        vae = AutoencoderKL(
+            block_out_channels=(16, 16, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8, sample_size=64,
+        )  # fmt: skip
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=16, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+                pad_token_id=words.pad_token_id,
+            )
+        )  # fmt: skip
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    scheduler = PNDMScheduler(**noise, skip_prk_steps=True, set_alpha_to_one=False)
+    pipeline.save(pipeline.Parts(words, text, unet, vae, scheduler), folder)
+    return str(folder)
+
+
+def plain(base: str, side: int, batch: int) -> Draw:
+    """diffusers' pipeline as it is called by default: 50 steps, guidance 7.5, the base's scheduler."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline.find(base), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(labels: Tensor) -> Tensor:
+        images = []
+        for part in labels.split(batch):
+            asked = [PROMPTS[label] for label in part]
+            images.append(pipe(asked, height=side, width=side, output_type="pt", generator=named("plain")).images)
+        return torch.cat(images).mul(255).round().to(torch.uint8)
+
+    return draw
+
+
+def ours(generator: LatentDiffusion, adapter: dict[str, Tensor] | None = None) -> Draw:
+    def draw(labels: Tensor) -> Tensor:
+        return generator.synthesize(adapter, PROMPTS, labels, Central(None, named("ours")))
+
+    return draw
+
+
+def bare(generator: LatentDiffusion) -> Draw:
+    """The denoiser's passes and the decoder alone, at equal steps and batches: nothing is drawn that anybody wants."""
+    parts = lora.parts(generator.base, "cpu", generator.dtype)
+
+    @torch.inference_mode()
+    def draw(labels: Tensor) -> Tensor:
+        model = lora.adapted(generator.base, PROMPTS, generator.rank, generator.targets, "cpu", generator.dtype)
+        images, net = [], parts.denoiser
+        for part in labels.split(generator.batch):
+            told = model.condition(part)
+            told = told if generator.guidance == 1 else stacked(model.empty, told)
+            rows = len(next(iter(told.values())))
+            noise = torch.randn(rows, *generator.space(parts)).to(parts.dtype)
+            for time_ in torch.linspace(999, 0, generator.steps):
+                parts.family.ask(net, noise, time_, told, parts.scale, parts.dtype)
+            images.append(parts.decode(noise[: len(part)].float(), generator.batch))
+        return torch.cat(images)
+
+    return draw
+
+
+def judge() -> Callable[[Tensor, Tensor], float]:
+    """A classifier of rendered digits that never saw a sample: percent of samples in which it finds the class."""
+    task, table = Classify((3, 32, 32), 10), rendered(3000, named("sampling", "judge"))
+    training = Training(lr=0.05, epochs=4, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
+    ctx = Central(task, named("sampling", "judge", "fit"))
+    model, _ = fit(ctx, task.init(named("sampling", "judge", "start")), training, table)
+
+    def share(images: Tensor, labels: Tensor) -> float:
+        return 100 * (task.predict(model, {"image": images, "label": labels}).argmax(-1) == labels).double().mean().item()
+
+    return share
+
+
+def options(base: str, batch: int, compiled: bool = False) -> dict[str, LatentDiffusion]:
+    """The rows of the table: the default, and what each option changes."""
+    default = LatentDiffusion(base, batch=batch)
+    found = {
+        "default (dpm++, 8 steps, guidance 1.5)": default,
+        "dpm++, 20 steps, guidance 1.5": replace(default, steps=20),
+        "dpm++, 4 steps, guidance 1.5": replace(default, steps=4),
+        "guidance 3": replace(default, guidance=3.0),
+        "guidance 3 in the interval 0.2-0.8": replace(default, guidance=3.0, interval=(0.2, 0.8)),
+        "guidance 1 (none)": replace(default, guidance=1.0),
+        "ddim, 8 steps": replace(default, sampler="ddim"),
+        "unipc, 8 steps": replace(default, sampler="unipc"),
+        "unipc, 4 steps": replace(default, sampler="unipc", steps=4),
+        "bf16": replace(default, dtype="bf16"),
+        "batch 25": replace(default, batch=25),
+        "adapter beside the weights (not fused)": replace(default, fused=False),
+    }
+    return found | ({"compiled (inductor)": replace(default, compile="inductor")} if compiled else {})
+
+
+def timed(rows: dict[str, Draw], labels: Tensor, repeats: int) -> dict[str, dict[str, Any]]:
+    """Images a second (best of the turns), memory beside what was there before, and the images of the last turn."""
+    found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in rows}
+    for name, draw in rows.items():
+        try:
+            draw(labels[:2])  # load, compile
+        except Exception as error:  # no compiler on this machine
+            found[name]["failed"] = str(error).strip().splitlines()[0][:120]
+    for _ in range(repeats):
+        for name, draw in rows.items():
+            if "failed" in found[name]:
+                continue
+            before = now()
+            with Meter() as meter:
+                begun = time.perf_counter()
+                images = draw(labels)
+                found[name]["seconds"].append(round(time.perf_counter() - begun, 3))
+                found[name]["memory_mb"] = max(round(meter.lap() - before, 1), found[name].get("memory_mb", 0.0))
+            found[name]["images"] = images
+    for row in found.values():
+        if row["seconds"]:
+            row["images_per_second"] = round(len(labels) / min(row["seconds"]), 2)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=200, help="of the embedded base; a tenth of the random one")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, which needs a C++ compiler and minutes")
+    asked = parser.parse_args()
+    record: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
+    record["date"] = time.strftime("%Y-%m-%d")
+    share = judge()
+
+    labels = torch.arange(asked.samples) % 10
+    default = options("digits", 100)["default (dpm++, 8 steps, guidance 1.5)"]
+    few = labels[: asked.samples // 4]
+    rows: dict[str, Draw] = {
+        "diffusers, by default": plain("digits", 32, 100),
+        "ours": ours(default),
+        "bare passes": bare(default),
+    }
+    found = timed(rows, few, asked.repeats)
+    table = {name: row["images_per_second"] for name, row in found.items()}
+    record["digits"] = {
+        "images": len(few), "images_per_second": table, "seconds": {name: row["seconds"] for name, row in found.items()},
+        "ours_over_diffusers": round(table["ours"] / table["diffusers, by default"], 2),
+        "ours_over_bare": round(table["ours"] / table["bare passes"], 3),
+    }  # fmt: skip
+
+    found = timed({name: ours(each) for name, each in options("digits", 100, asked.compile).items()}, labels, asked.repeats)
+    record["options"] = {
+        name: {key: value for key, value in row.items() if key != "images"}
+        | ({"recognised": round(share(row["images"], labels), 1)} if "images" in row else {})
+        for name, row in found.items()
+    }
+    shown = plain("digits", 32, 100)(labels)
+    record["digits"]["recognised"] = {
+        "diffusers, by default": round(share(shown, labels), 1),
+        "ours": record["options"]["default (dpm++, 8 steps, guidance 1.5)"]["recognised"],
+    }
+
+    with tempfile.TemporaryDirectory() as folder:
+        base, count = small(Path(folder) / "small"), max(8, asked.samples // 10)
+        generator = LatentDiffusion(base, batch=8, guidance=7.5, steps=20)
+        rows = {"diffusers, by default": plain(base, 64, 8), "ours": ours(generator), "bare passes": bare(generator)}
+        found = timed(rows, labels[:count], asked.repeats)
+        table = {name: row["images_per_second"] for name, row in found.items()}
+        record["random_sd"] = {
+            "images": count, "images_per_second": table, "seconds": {name: row["seconds"] for name, row in found.items()},
+            "ours_over_diffusers": round(table["ours"] / table["diffusers, by default"], 2),
+            "ours_over_bare": round(table["ours"] / table["bare passes"], 3),
+        }  # fmt: skip
+    asked.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
