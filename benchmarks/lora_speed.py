@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,16 @@ import transformers
 from peft import LoraConfig
 
 from warmfed.core import Local
-from warmfed.diffusion import adapter as lora
 from warmfed.diffusion import pipeline
-from warmfed.diffusion.adapting import Adapting, held_bytes, kept_bytes, latents
+from warmfed.diffusion.adapting import latents
+from warmfed.diffusion.estimate import plan
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.files import write_json
 from warmfed.fit import Training
 from warmfed.randomness import named, seeded
 from warmfed.tensors import rows
 
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PROMPTS = tuple(f"a photo of the digit {word}" for word in ("zero", "one", "two", "three", "four"))
 SHAPES: dict[str, dict[str, Any]] = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -192,7 +193,7 @@ def changed(settings: Any, key: str, value: Any) -> Any:
 
 
 def option(name: str) -> dict[str, float]:
-    """An option on the embedded base: its speed, what it keeps for the backward pass, and the adapter's size."""
+    """An option on the embedded base: its speed, the peak memory of a step by count, and the adapter's size."""
     settings = generator("digits", 32, 32, 9)
     for key, value in OPTIONS[name].items():
         settings = changed(settings, key, value)
@@ -201,50 +202,26 @@ def option(name: str) -> dict[str, float]:
     ctx = Local(None, data, named("option"), "a", PROMPTS, progress=lambda what, *_: marks.append(time.process_time()))
     adapter, _ = settings.adapt(ctx)
     marks = marks[-9:]
-    parts = settings._parts("cpu")
-    model = settings._model(PROMPTS, "cpu")
-    prior = {"latent": torch.zeros(4, *settings.space(parts)), "label": torch.arange(4)}
-    prior |= {f"told/{key}": value for key, value in parts.embed(PROMPTS).items()}
-    task = Adapting(model, settings, parts, prior if settings.lora.prior else None)
-
-    start = settings._learned(lora.fresh(model, named("fresh")))
-    size = settings.training.micro or settings.training.batch
-    kept = held_bytes(task, latents(ctx, "train", settings, parts), start, size, "cpu", settings.training)
     return {
         "images_per_second": 32 * 8 / (marks[-1] - marks[0]),
-        "kept_mb": kept / 1e6,
+        "peak_mb": plan(settings, len(PROMPTS)).train.peak / 1e6,
         "adapter_kb": sum(tensor.nbytes for tensor in adapter.values()) / 1e3,
     }
 
 
 def by_count(side: int) -> Iterator[dict[str, Any]]:
-    """SD-1.5's U-Net with an adapter: bytes of weights, adapter with AdamW's moments and gradient, and what a pass keeps."""
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16, precision bf16": torch.bfloat16}
-    for targets, rank in (("attention", 4), ("attention", 16), ("all", 4)):
-        for kind, dtype in kinds.items():
-            with torch.device("meta"):
-                unet = diffusers.UNet2DConditionModel(**SHAPES["unet"]).to(dtype).requires_grad_(False)
-            weights = sum(parameter.nbytes for parameter in unet.parameters())
-            unet = lora.inject(unet, rank, targets)
-            layers = [parameter for name, parameter in unet.named_parameters() if ".lora_" in name]
-            adapter = sum(parameter.nbytes for parameter in layers)
-            if "precision" in kind:  # autocast does not know the device "meta": the layers take the type that it gives them
-                for parameter in layers:
-                    parameter.data = parameter.data.to(dtype)
+    """SD-1.5 with an adapter: bytes of its weights, and of a step beside them, with the optimizer's state."""
+    for targets, rank, dtypes in (("attention", 4, ("fp32", "bf16")), ("attention", 16, ("bf16",)), ("all", 4, ("bf16",))):
+        for dtype in dtypes:
             for checkpointing in (False, True):
-                for batch in (1, 4):
-                    kept = kept_bytes(unet, _pass(unet, batch, side // 8, dtype), checkpointing)
+                for batch in (1, 4) if rank == 4 and targets == "attention" else (1,):
+                    settings = replace(generator(SD15, side, batch, 1), targets=targets, rank=rank, dtype=dtype)
+                    found = plan(changed(settings, "lora.checkpointing", checkpointing), len(PROMPTS))
                     yield {
-                        "targets": targets, "rank": rank, "dtype": kind, "checkpointing": checkpointing, "batch": batch,
-                        "adapter_mb_fp16": adapter / 2e6, "weights_gb": weights / 1e9, "adapter_gb": 4 * adapter / 1e9,
-                        "kept_gb": kept / 1e9, "total_gb": (weights + 4 * adapter + kept) / 1e9,
+                        "targets": targets, "rank": rank, "dtype": dtype, "checkpointing": checkpointing, "batch": batch,
+                        "adapter_mb": found.adapter / 1e6, "weights_gb": found.weights / 1e9,
+                        "step_gb": found.train.peak / 1e9, "total_gb": (found.weights + found.train.peak) / 1e9,
                     }  # fmt: skip
-
-
-def _pass(unet: Any, batch: int, side: int, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    noisy = torch.empty(batch, 4, side, side, device="meta", dtype=dtype)
-    states = torch.empty(batch, 77, 768, device="meta", dtype=dtype)
-    return lambda: unet(noisy, torch.empty(batch, device="meta"), states).sample.square().mean()
 
 
 def main() -> None:
@@ -262,19 +239,23 @@ def main() -> None:
         print(json.dumps(measured(arm, base, side, batch, steps, images)))
         return
     result: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"}
-    result["sd15_by_count_512"] = list(by_count(512))
-    result["tiny"] = compared("digits", 32, 32, 30, 256, args.repeats)
-    result["options"] = {}
-    for name in OPTIONS:
-        result["options"][name] = option(name)
-        print(name, result["options"][name], flush=True)
+
+    def told(name: str, value: Any) -> None:
+        result[name] = value
+        if args.out:
+            write_json(args.out, result)
+
     with tempfile.TemporaryDirectory() as folder:
         if args.large:
             large(Path(folder) / "sd15")
-        result["sd15"] = [compared(str(Path(folder) / "sd15"), side, 1, 3, 4, 1) for side in args.large]
-    print(json.dumps(result, indent=1))
-    if args.out:
-        write_json(args.out, result)
+        told("sd15", [compared(str(Path(folder) / "sd15"), side, 1, 3, 4, 1) for side in args.large])
+    told("tiny", compared("digits", 32, 32, 30, 256, args.repeats))
+    told("sd15_by_count_512", list(by_count(512)))
+    options: dict[str, dict[str, float]] = {}
+    for name in OPTIONS:
+        options[name] = option(name)
+        print(name, options[name], flush=True)
+        told("options", options)
 
 
 if __name__ == "__main__":

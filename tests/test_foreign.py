@@ -22,6 +22,7 @@ from warmfed.diffusion.once import Once
 from warmfed.errors import InputError
 from warmfed.randomness import named, seeded
 from warmfed.ready import prepare
+from warmfed.site import SiteConfig, _local
 from warmfed.tensors import sha256
 
 pytestmark = pytest.mark.filterwarnings(
@@ -211,3 +212,11 @@ def test_what_is_shared_between_runs_knows_the_files_content(base: str, tmp_path
     assert sha256(once.adapt(ctx)[0]) == sha256(first)
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
     assert sha256(once.adapt(ctx)[0]) != sha256(first)
+
+
+def test_in_a_deployment_a_site_names_its_own_file(tmp_path: Path) -> None:
+    site = SiteConfig(name="ink", adapter="mine.safetensors", folder=tmp_path)
+    assert _local(site, parse().toml()).generator.adapters == {"ink": str(tmp_path / "mine.safetensors")}
+    assert _local(replace(site, adapter=""), parse().toml()).generator.adapters == {}
+    with pytest.raises(InputError, match=r"name this site's own by adapter in site\.toml"):
+        _local(site, parse(None, {"generator.adapters.ink": "a.safetensors"}).toml())

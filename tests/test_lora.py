@@ -19,7 +19,8 @@ from warmfed.config import parse
 from warmfed.core import Central, Local, Nothing
 from warmfed.diffusion import adapter as lora
 from warmfed.diffusion import adapting
-from warmfed.diffusion.adapting import Adapting, Lora, fitting, held_bytes, latents
+from warmfed.diffusion.adapting import Adapting, Lora, fitting, latents
+from warmfed.diffusion.estimate import plan
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.objective import denoising_loss, drawn
 from warmfed.errors import InputError
@@ -289,22 +290,23 @@ def test_latents_on_disk_are_those_in_memory_and_are_made_once(
 # memory
 
 
-def test_checkpointing_changes_no_bit_and_keeps_less(plain: LatentDiffusion) -> None:
+def test_checkpointing_changes_no_bit(plain: LatentDiffusion) -> None:
     whole, less = plain.adapt(local()), with_(plain, checkpointing=True).adapt(local())
     assert sha256(whole[0]) == sha256(less[0])
     assert whole[1] == less[1]
-    of = task(plain)
-    data, start = latents(local(), "train", plain, of.base), plain._learned(lora.fresh(of.model, named("fresh")))
-    kept = held_bytes(of, data, start, 4, "cpu", TRAINING)
-    assert held_bytes(task(with_(plain, checkpointing=True)), data, start, 4, "cpu", TRAINING) < kept / 2
-    assert held_bytes(of, data, start, 4, "cpu", TRAINING) == kept
 
 
-def test_the_bytes_of_a_pass_grow_with_its_rows(plain: LatentDiffusion) -> None:
-    of = task(plain)
-    data, start = latents(local(), "train", plain, of.base), plain._learned(lora.fresh(of.model, named("fresh")))
-    one, two, four = (held_bytes(of, data, start, n, "cpu", TRAINING) for n in (1, 2, 4))
-    assert four - two == pytest.approx(2 * (two - one), rel=0.05)
+def peak(generator: LatentDiffusion, rows: int) -> float:
+    """Bytes that so many rows at a time need."""
+    return plan(replace(generator, training=replace(TRAINING, batch=rows)), 2).train.peak
+
+
+def test_the_bytes_of_a_pass_grow_with_its_rows_and_not_with_the_batch(plain: LatentDiffusion) -> None:
+    one, two, four = (peak(plain, n) for n in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.1)
+    micro = plan(replace(plain, training=replace(TRAINING, batch=4, micro=2)), 2).train
+    assert micro.peak == pytest.approx(two)
+    assert micro.flops == pytest.approx(plan(replace(plain, training=replace(TRAINING, batch=4)), 2).train.flops, rel=0.05)
 
 
 def free_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -314,17 +316,15 @@ def free_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 def test_the_batch_is_split_to_fit_into_half_of_the_free_memory(
     plain: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of = task(plain)
-    data, start = latents(local(), "train", plain, of.base), plain._learned(lora.fresh(of.model, named("fresh")))
-    one, two = (held_bytes(of, data, start, n, "cpu", TRAINING) for n in (1, 2))
+    one, two = peak(plain, 1), peak(plain, 2)
     found = {}
     for room in (1, 2, 3, 4):
-        free_memory(monkeypatch, 2 * (one + (room - 1) * (two - one)) + 2)
-        found[room] = fitting(of, data, start, TRAINING, "cpu")
+        free_memory(monkeypatch, int(2 * (one + (room - 0.9) * (two - one))))
+        found[room] = fitting(plain, 2, "cpu")
     assert found == {1: 1, 2: 2, 3: 2, 4: 0}  # three fit, but two and two are as quick as three and one
-    free_memory(monkeypatch, one)
+    free_memory(monkeypatch, int(one))
     with pytest.raises(InputError, match=r"one image of a batch needs .* MB; set generator\.lora\.checkpointing"):
-        fitting(of, data, start, TRAINING, "cpu")
+        fitting(plain, 2, "cpu")
 
 
 def test_an_automatic_batch_learns_the_same_but_for_rounding(plain: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,9 +333,7 @@ def test_an_automatic_batch_learns_the_same_but_for_rounding(plain: LatentDiffus
     roomy, told = with_(plain, auto=True).adapt(local())
     assert sha256(roomy) == sha256(whole)
     assert told == info | {"micro": 0.0}
-    of = task(plain)
-    data, start = latents(local(), "train", plain, of.base), plain._learned(lora.fresh(of.model, named("fresh")))
-    free_memory(monkeypatch, 2 * held_bytes(of, data, start, 2, "cpu", TRAINING) + 2)
+    free_memory(monkeypatch, int(2.1 * peak(plain, 2)))
     tight, told = with_(plain, auto=True).adapt(local())
     assert told["micro"] == 2
     assert close(tight, whole, 2e-3)

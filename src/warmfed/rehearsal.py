@@ -95,7 +95,8 @@ def _generated(ready: Ready, rows: dict[str, int], stages: dict[str, int], costs
         return Work(what, where, count, unit, speed.seconds(cost), cost.peak)
 
     if "adapt" in stages:
-        images, steps = sum(rows.values()) * generator.views, sum(generator.training.count(n) for n in rows.values())
+        images = sum(rows.values()) * generator.views * (2 if generator.lora.flip else 1)
+        steps = sum(generator.training.count(n) for n in rows.values())
         yield row("latents", "sites", images, "images", costs.encode.times(images))
         yield row("adapters", "sites", steps, f"steps of {generator.training.batch}", costs.train.times(steps))
     held = sum(len(classes) for classes in ready.federation.present.values())

@@ -11,13 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
 
 from ..core import Local
 from ..data.cache import Cache
 from ..errors import InputError, one_of
-from ..fit import Stop, Training, fit
+from ..fit import Stop, fit
 from ..memory import free
 from ..randomness import aside, child, named, seeded
 from ..snapshots import Snapshots
@@ -150,7 +148,7 @@ def learn(ctx: Local, task: Adapting, start: Tensors) -> tuple[dict[str, Tensor]
         stop = Stop(task.judge(latents(ctx, "validation", settings, base), ctx.device), lora.patience)
     keep = Snapshots(ctx.unfinished, lora.snapshots) if ctx.unfinished is not None and lora.snapshots else None
     if lora.auto:
-        training = replace(training, micro=fitting(task, data, start, training, ctx.device))
+        training = replace(training, micro=fitting(settings, len(ctx.prompts), ctx.device))
     with _checkpointing(task.model, lora.checkpointing):
         found, info = fit(replace(ctx, task=task), start, training, data, draw=task.draw, stop=stop, snapshots=keep)
     return found, (info | {"micro": float(training.micro)} if lora.auto else info)
@@ -221,70 +219,21 @@ def prior(ctx: Local, settings: "LatentDiffusion", base: pipeline.Parts) -> dict
     return {"latent": latent.cpu(), "label": label, **told}
 
 
-def fitting(task: Adapting, data: Table, start: Tensors, training: Training, device: str) -> int:
+def fitting(settings: "LatentDiffusion", classes: int, device: str) -> int:
     """Rows of a forward and backward pass that fill half of the free memory; 0: the whole batch fits."""
-    one, two = (held_bytes(task, data, start, n, device, training) for n in (1, 2))
-    each, fixed = max(two - one, 1), max(2 * one - two, 0)
-    room = (free(device) // 2 - fixed) // each
-    if room >= training.batch:
+    from .estimate import plan
+
+    batch = settings.training.batch
+    one, two = (plan(replace(settings, training=replace(settings.training, batch=n, micro=0)), classes) for n in (1, 2))
+    passes = 2 if settings.lora.prior else 1
+    each = passes * (two.train.peak - one.train.peak)
+    fixed = one.train.peak - each / passes
+    room = int((free(device) / 2 - fixed) / each)
+    if room >= batch:
         return 0
     if room < 1:
         raise InputError(
             f"one image of a batch needs {(fixed + each) / 1e6:.0f} MB, half of what is free is {free(device) / 2e6:.0f} MB; "
             "set generator.lora.checkpointing, or free some memory"
         )
-    return -(-training.batch // -(-training.batch // room))  # in parts of equal size
-
-
-def held_bytes(task: Adapting, data: Table, start: Tensors, n: int, device: str, training: Training) -> int:
-    """Bytes that learning from n rows holds at its peak, beside weights and optimizer: counted in a forward pass."""
-    model: Any = task.build()
-    model.load_state_dict(dict(start), strict=False)
-    live = [parameter for name, parameter in model.named_parameters() if name in start]
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.precision)
-    wide = torch.autocast(torch.device(device).type, half or torch.bfloat16, enabled=half is not None)
-    batch = to(select(data, torch.arange(n) % rows(data)), device)
-    for parameter in live:
-        parameter.requires_grad_(True)
-    with seeded(named("adapting", "bytes")), wide:
-        drawn_batch = task.draw(batch)
-        found = kept_bytes(model.denoiser, lambda: task.loss(model, drawn_batch), task.settings.lora.checkpointing)
-    for parameter in live:
-        parameter.requires_grad_(False)
-    return found
-
-
-def kept_bytes(denoiser: Any, compute: Callable[[], Tensor], checkpointing: bool) -> int:
-    """Bytes that a forward pass keeps for the backward pass, beside the denoiser's weights; also on the device "meta".
-
-    With checkpointing it is what is kept of the whole, and the largest part that is computed anew.
-    """
-    own = {StorageWeakRef(tensor.untyped_storage()) for tensor in (*denoiser.parameters(), *denoiser.buffers())}
-    largest = 0
-
-    def count(call: Callable[[], Any]) -> int:
-        seen: dict[StorageWeakRef, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if StorageWeakRef(storage) not in own:
-                seen[StorageWeakRef(storage)] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = call()  # alive until all is counted, or memory would be counted that was used again
-        del result
-        return sum(seen.values())
-
-    def part(module: Any, *given: Any) -> Any:
-        nonlocal largest
-        largest = max(largest, count(lambda: module(*given)))
-        return checkpoint(module.__call__, *given, use_reentrant=False)
-
-    if not checkpointing:
-        return count(compute)
-    denoiser.enable_gradient_checkpointing(part)
-    try:
-        return count(compute) + largest
-    finally:
-        denoiser.disable_gradient_checkpointing()
+    return -(-batch // -(-batch // room))  # in parts of equal size

@@ -204,7 +204,8 @@ def plan(generator: LatentDiffusion, classes: int) -> Plan:
     parts = skeleton(generator.base, generator.dtype)
     generator = replace(generator, size=generator.size or side(generator.base))
     weights = sum(_bytes(parts.part(name)) for name in parts.family.models)
-    space, batch = generator.space(parts), generator.training.micro or generator.training.batch
+    space, batch = generator.space(parts), generator.training.batch
+    at_once = min(generator.training.micro or batch, batch)
     denoiser = lora.inject(parts.denoiser, generator.rank, generator.targets, generator.lora.dora)
     model = lora.Adapted(parts, denoiser, [""] * classes).requires_grad_(False).to("meta")
     live = [
@@ -218,10 +219,10 @@ def plan(generator: LatentDiffusion, classes: int) -> Plan:
         parts.denoiser.enable_gradient_checkpointing()
     task = Adapting(model, generator, parts)
     rows = {
-        "latent": torch.empty(batch, generator.views * (1 + generator.lora.flip), *space, device="meta"),
-        "label": torch.zeros(batch, dtype=torch.int64, device="meta"),
+        "latent": torch.empty(at_once, generator.views * (1 + generator.lora.flip), *space, device="meta"),
+        "label": torch.zeros(at_once, dtype=torch.int64, device="meta"),
     }
-    stepped = counted(lambda: torch.autograd.grad(task.loss(model.train(), task.draw(rows)), live))
+    stepped = counted(lambda: torch.autograd.grad(task.loss(model.train(), task.draw(rows)), live)).times(batch / at_once)
     state = 4 * learned * (2 if generator.training.optimizer != "sgd" else 1)
     pixels = generator.side
     with torch.no_grad():
