@@ -42,6 +42,11 @@ def run(asked: Namespace) -> int:
     if asked.transport == "flower":
         folder = asked.out or claimed(config)
         return _finished(asked, lambda watcher: launch(config, folder, asked.superlink, watcher))
+    if asked.transport == "flower-simulation":
+        from .simulation import simulate_on_ray
+
+        folder = asked.out or claimed(config)
+        return _finished(asked, lambda watcher: simulate_on_ray(config, folder, watcher))
     return _finished(asked, lambda watcher: execute(config, asked.out, watcher))
 
 

@@ -10,12 +10,14 @@ import torch
 
 from .algorithms import ALGORITHMS, entry
 from .config import TASKS, Config, Data
+from .core import Algorithm, Generator, Task
 from .data import Federation, Roster, Site, load
 from .diffusion import pipeline
 from .diffusion.denoise import Denoise
 from .errors import InputError, one_of
 from .files import read_bytes
 from .tasks import Classify
+from .transports.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,39 @@ class Ready:
         text = json.dumps([values, self.federation.fingerprint, self.base, self.start], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def images(self) -> Federation:
+        """The federation, where its images are here."""
+        assert isinstance(self.federation, Federation)
+        return self.federation
+
+    def workers(self) -> dict[str, Worker]:
+        """A worker for each site whose images are here."""
+        config = self.config
+        return workers_of(config.algorithm, self.images, self.task, config.seed, config.generator, config.device)
+
+
+def workers_of(
+    algorithm: Algorithm, federation: Federation, task: Task, seed: int, generator: Generator | None, device: str
+) -> dict[str, Worker]:
+    """A worker for each site of a federation."""
+    return {
+        name: Worker(name, algorithm, task, task.tables(site.splits), seed, federation.prompts, generator, device)
+        for name, site in federation.sites.items()
+    }
+
 
 def load_data(data: Data) -> Federation:
     """The federation that a configuration names; raises `InputError`."""
     return load(data.source, data.path, **({"cache": data.cache} if data.cache else {}), **data.options)
 
 
-def prepare(config: Config, federation: Federation | Roster | None = None) -> Ready:
+def prepare(config: Config, federation: Federation | Roster | None = None, *, digests: bool = True) -> Ready:
     """Load and check all that a run needs, before anything is written; raises `InputError`.
 
     Args:
         federation: the configuration's with all sites, where it is loaded already.
+        digests: whether base and start are read and digested, gigabytes for Stable Diffusion; else they count as unused.
     """
     one_of(config, device=("cpu", "cuda"), evaluate=("every", "last", "never"), task=TASKS)
     if config.workers < 1:
@@ -101,6 +125,6 @@ def prepare(config: Config, federation: Federation | Roster | None = None) -> Re
         federation,
         unseen,
         task,
-        base=config.generator.fingerprint() if uses else "",
-        start=hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start else "",
+        base=config.generator.fingerprint() if uses and digests else "",
+        start=hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start and digests else "",
     )

@@ -1,4 +1,4 @@
-"""The abstract family "average what comes back": defaults for everything except `train`."""
+"""The abstract families "rounds of training" and "average what comes back": defaults for everything except `train`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -36,8 +36,8 @@ def average(replies: Replies) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Averaging(ABC):
-    """Rounds of local training and weighted averaging."""
+class Rounds(ABC):
+    """Abstract: rounds of local training, whose results the server combines in a way of the method's own."""
 
     rounds: int = 5
     """Rounds of training."""
@@ -45,11 +45,12 @@ class Averaging(ABC):
     """Share of the sites asked in each round."""
     local: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """A site's training in one round."""
-    robust: Robust = Robust()
-    """How the models that come back are combined; the default is the weighted mean."""
 
     @abstractmethod
     def train(self, down: Message, state: State, ctx: Local) -> Reply: ...
+
+    @abstractmethod
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]: ...
 
     def init(self, ctx: Central) -> ServerState:
         return Model(ctx.task.init(ctx.rng))
@@ -66,14 +67,22 @@ class Averaging(ABC):
     def check(self, reply: Reply, site: str, ctx: Central) -> None:  # noqa: B027 - most methods have nothing to add
         """Raise `InputError` where a reply cannot be used for what the border does not know."""
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        return Model({**server.model, **self.robust.combine(server.model, replies)}), {}
-
     def global_model(self, server: ServerState) -> Tensors | None:
         return server.model
 
     def client_model(self, down: Message, state: State) -> Tensors | None:
         return down.model
+
+
+@dataclass(frozen=True)
+class Averaging(Rounds):
+    """Abstract: rounds of local training and weighted averaging."""
+
+    robust: Robust = Robust()
+    """How the models that come back are combined; the default is the weighted mean."""
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        return Model({**server.model, **self.robust.combine(server.model, replies)}), {}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
 from ..fit import fit
 from ..messages import Message, message
 from ..tensors import Tensors, add, mean, rows, scale, sub
-from .averaging import Averaging, Model
+from .averaging import Model, Rounds
 
 
 @message
@@ -25,7 +25,7 @@ class Normalized:
 
 @final
 @dataclass(frozen=True)
-class FedNova(Averaging):
+class FedNova(Rounds):
     """FedAvg of normalized changes: how many steps a site takes no longer decides how much it counts."""
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..fit import Loss, fit
 from ..messages import Message, message
 from ..tensors import Table, Tensors, rows
-from .averaging import Averaging, Model
+from .averaging import Model, Rounds
 
 
 @message
@@ -44,7 +44,7 @@ def nearest(prototypes: Message) -> Tensors:
 
 @final
 @dataclass(frozen=True)
-class FedProto(Averaging):
+class FedProto(Rounds):
     """Each site trains its own model, its features drawn to the classes' global prototypes; there is no global model."""
 
     lam: float = 1.0

@@ -5,10 +5,13 @@ kind, size and digest. So there is one codec and one validation on the wire, on 
 it is; and neither Flower's serialization of arrays nor NumPy's touches a tensor.
 """
 
+import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from logging import INFO, WARNING
+from importlib.util import find_spec
+from logging import ERROR, INFO, WARNING
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
@@ -182,6 +185,65 @@ class GridPost:
     def _pull(self, pending: Mapping[str, Any]) -> list[Message]:
         replies = self.grid.pull_messages(list(pending)) if pending else []
         return [reply for reply in replies if reply.metadata.reply_to_message_id in pending]
+
+
+@dataclass
+class Nodes:
+    """A `Post` over the nodes of Flower's simulation, each of which can do any site's work: the request says whose."""
+
+    grid: Grid
+    pause: float = 0.02
+    """Seconds between two looks for answers."""
+    stopped: bool = False
+
+    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Absent]]:
+        end = time.monotonic() + seconds
+        nodes = sorted(self.grid.get_node_ids())
+        messages = [Message(pack(data), nodes[i % len(nodes)], action) for i, data in enumerate(letters.values())]
+        pending = dict(zip(self.grid.push_messages(messages), letters, strict=True))
+        while pending and time.monotonic() < end and not self.stopped:
+            for reply in self.grid.pull_messages(list(pending)):
+                answer = _content(reply)
+                yield (
+                    pending.pop(reply.metadata.reply_to_message_id),
+                    Absent(f"it was lost ({_first(reply.error)})") if answer is None else answer,
+                )
+            time.sleep(self.pause)
+        for site in pending.values():
+            yield site, Absent("the simulation was stopped" if self.stopped else f"it has not answered in time ({seconds:g} s)")
+
+
+def simulate(serve: Callable[[Nodes], None], app: ClientApp, nodes: int, workers: int, cards: bool) -> None:
+    """Run serve(post) beside Flower's simulation of so many nodes, on Ray: here, or on the cluster of $RAY_ADDRESS.
+
+    Args:
+        workers: processes at work at the same time on this machine; a cluster has as many as it has processors or cards.
+        cards: whether each process needs a graphics card of its own.
+
+    Raises:
+        InputError: Ray is not installed, or what serve raises.
+    """
+    if find_spec("ray") is None:
+        raise InputError("Flower simulates on Ray, which is not installed; pip install 'warmfed[simulation]'")
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "FLWR_TELEMETRY_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    logging.getLogger("flwr").setLevel(ERROR)
+    from flwr.simulation import run_simulation
+
+    posts: list[Nodes] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        posts.append(Nodes(grid))
+        serve(posts[0])
+
+    begin = {"log_to_driver": False, "logging_level": ERROR} | ({} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers})
+    resources = {"num_cpus": 1, "num_gpus": 1.0 if cards else 0.0}
+    try:
+        run_simulation(server, app, nodes, backend_config={"init_args": begin, "client_resources": resources})
+    finally:
+        for post in posts:
+            post.stopped = True
 
 
 def _content(reply: Message) -> bytes | Absent | None:

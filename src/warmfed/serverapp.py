@@ -1,18 +1,19 @@
-"""The two Flower apps: `server_app` runs a configuration over the sites, `client_app` answers for one site.
+"""The Flower app of the server: it runs a configuration over the sites, which are Flower's nodes.
 
 Run configuration: `config`, the configuration's file; `out`, the run folder; both absolute or below the server's folder
-($WARMFED_SERVER, else the working directory). Node configuration: `site-folder`, the folder with site.toml.
+($WARMFED_SERVER, else the working directory).
 """
 
 import os
 import secrets
 from collections import abc
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .algorithms import ALGORITHMS
+import torch
+
 from .config import Config, parse
 from .console import Lines
 from .core import Algorithm, Generator, Round, ServerState
@@ -22,8 +23,8 @@ from .files import read_json, write_json
 from .messages import encode
 from .ready import Ready, prepare
 from .run import run
-from .runs import SITES, Place, Watcher, execute, read_config, resume, server_side
-from .site import agree, answer, roster
+from .runs import SITES, Place, Watcher, proceed, server_side
+from .site import agree, roster
 from .transports import flower
 from .transports.remote import Remote
 from .transports.wire import HELLO, Card, Request, opened
@@ -110,31 +111,9 @@ def serve(post: flower.GridPost, settings: Mapping[str, Any]) -> None:
     home = Path(os.environ.get("WARMFED_SERVER", "."))
     config = parse(home / str(settings["config"])) if settings.get("config") else parse()
     folder = home / (str(settings.get("out") or "") or f"runs/{config.name}-{config.seed}")
-    place = There(post, folder)
+    torch.set_num_threads(1)  # sums depend on how many there are
     with Lines() as watcher:
-        if (folder / "config.toml").exists():
-            _same(read_config(folder), config, folder)
-            resume(folder, watcher, place=place)
-        else:
-            execute(config, folder, watcher, place=place)
+        proceed(config, folder, watcher, There(post, folder))
 
 
-def _same(begun: Config, asked: Config, folder: Path) -> None:
-    """Raise `InputError` where the folder's run was begun with other settings than are asked for now."""
-    if replace(begun, border=asked.border, workers=asked.workers) != asked:
-        raise InputError(f"{folder} holds a run of other settings than the configuration names; choose another out")
-
-
-def _here(node: Mapping[str, Any], letter: bytes) -> bytes:
-    folder = str(node.get("site-folder", ""))
-    if not folder:
-        raise InputError(
-            "the node's configuration has no site-folder; start the SuperNode with --node-config 'site-folder=\"…\"'"
-        )
-    return answer(Path(folder), letter)
-
-
-server_app = flower.server_app(serve)
-client_app = flower.client_app(
-    (stage.name for entry in ALGORITHMS.values() for stage in entry.cls().stages() if stage.client is not None), _here
-)
+app = flower.server_app(serve)
