@@ -122,3 +122,20 @@ def test_who_is_not_registered_or_trusts_another_authority_gets_nothing(deployme
     assert "Attempted to register SuperNode with public key" in logs["superlink"]
     assert "Connection attempt failed" in logs["y"]  # it does not trust the SuperLink
     assert "Connection attempt failed" not in logs["a"]
+
+
+def test_an_expired_certificate_is_named_on_both_sides(deployment: Deployment, tmp_path: Path) -> None:
+    with Deployment(tmp_path / "all", deployment.folder.parent / "run.toml", ("a",), deployment.table) as late:
+        ca, key = ((late.folder / "authority" / name).read_bytes() for name in ("ca.crt", "ca.key"))
+        old = keys.server(ca, key, "localhost", keys.now() - 2 * keys.SERVER)
+        for name, data in zip(("server.crt", "server.key"), old, strict=True):
+            (late.server / name).write_bytes(data)
+        late.superlink(wait=False)
+        log = late.folder / "superlink.log"
+        late.wait(lambda: log.exists() and "Uvicorn running" in log.read_text(), 60, "the SuperLink listens")
+        late.supernode("a")
+        for name in ("superlink", "a"):
+            told = late.folder / f"{name}.log"
+            late.wait(lambda told=told: "expired" in told.read_text(), 120, f"{name} names what is wrong")
+        assert "SSL/TLS handshake error" in (late.folder / "a.log").read_text()
+        assert not (late.site("a") / "work" / "ledger.jsonl").exists()

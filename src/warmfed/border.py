@@ -34,8 +34,9 @@ class Border:
     def admit(self, answer: Reply | Absent, site: str, down: Message, stage: Stage, ctx: Central) -> Reply | Absent:
         """The reply, or why it is refused.
 
-        A reply of the message's own kind has the message's layout: names, shapes and types of its tensors, if it has any. What
-        else a stage demands, its `check` says. Every floating-point tensor must be finite.
+        A reply's field that the message has too (`model`) has the message's layout: names, shapes and types of its tensors; so
+        have all fields of a reply of the message's own kind. What else a stage demands, its `check` says. Every floating-point
+        tensor must be finite.
         """
         if isinstance(answer, Absent):
             return answer
@@ -52,8 +53,12 @@ class Border:
             raise InputError(f"its weight is {reply.weight}")
         came, sent = tensors_of(reply.message), tensors_of(down)
         alike = bool(sent) and kind(type(reply.message)) == kind(type(down))
-        if alike and (wrong := sorted(n for n in came.keys() | sent.keys() if not _same(came.get(n), sent.get(n)))):
-            raise InputError(f"tensor {wrong[0]!r} is {_layout(came.get(wrong[0]))}, expected {_layout(sent.get(wrong[0]))}")
+        names = came.keys() | sent.keys()
+        if not alike:
+            both = {_field(name) for name in came} & {_field(name) for name in sent}
+            names = {name for name in names if _field(name) in both}
+        if wrong := min((name for name in names if not _same(came.get(name), sent.get(name))), default=""):
+            raise InputError(f"tensor {wrong!r} is {_layout(came.get(wrong))}, expected {_layout(sent.get(wrong))}")
         for name, tensor in sorted(came.items()):
             # one sum tells whether any value is not finite; one that overflows is as unusable
             if tensor.is_floating_point() and not math.isfinite(
@@ -65,6 +70,10 @@ class Border:
             norm = float(torch.stack([part.square().sum() for part in moved]).sum().sqrt()) if came else 0.0
             if norm > self.norm:
                 raise InputError(f"its norm is {norm:.4g}, at most {self.norm:.4g} is taken")
+
+
+def _field(path: str) -> str:
+    return path.partition("/")[0]
 
 
 STRICT = Border()

@@ -105,6 +105,14 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--site", default="", metavar="NAME", help="ask this site's personal model, not the global one")
     predict.add_argument("--json", action="store_true", help="JSON, with the probabilities of all classes")
 
+    personalize = _command(
+        commands, "personalize", "make a personal model of a finished run's global one, at a site that comes late"
+    )
+    personalize.add_argument("folder", type=Path, metavar="DIR", help="a run folder, or what of it was released")
+    personalize.add_argument("site", type=Path, metavar="SITE", help="the site's folder, with site.toml")
+    personalize.add_argument("--out", type=Path, metavar="DIR", help="new folder (default work/runs/late-NAME at the site)")
+    personalize.add_argument("--json", action="store_true", help="as JSON")
+
     synthesize = _command(commands, "synthesize", "draw images by a finished run's adapters or diffusion model")
     synthesize.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
     synthesize.add_argument("--site", default="", metavar="NAME", help="draw by this site's adapter or model")

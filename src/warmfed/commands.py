@@ -198,6 +198,21 @@ def predict(asked: Namespace) -> int:
     return 0
 
 
+def personalize(asked: Namespace) -> int:
+    from .personalize import personalize as tune
+    from .site import read_site
+
+    found = tune(asked.folder, read_site(asked.site), asked.out)
+    if asked.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for name in ("global", "personal"):
+        told = ", ".join(f"{split} {metrics['accuracy']:.1f} %" for split, metrics in found[name].items())
+        print(f"{name} model at site {found['site']}: {told}")
+    print(found["folder"])
+    return 0
+
+
 def synthesize(asked: Namespace) -> int:
     with teller(quiet=asked.quiet, events=asked.json) as watcher:
         made = draw(

@@ -8,7 +8,7 @@ import os
 import secrets
 from collections import abc
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .runs import SITES, Place, Watcher, proceed, server_side
 from .site import agree, roster
 from .transports import flower
 from .transports.remote import Remote
-from .transports.wire import HELLO, Card, Request, opened
+from .transports.wire import HELLO, REFUSED, Card, Refusal, Request, opened
 
 
 @dataclass
@@ -46,11 +46,19 @@ class There(Place):
         self._run = begun["run"] if begun else secrets.token_hex(8)
         asked = Request(self._run, "", config.toml(), HELLO, 0, 0, None)
         self.post.hello, self.post.introduce = encode(asked), lambda data: self._introduced(asked, data)
+        self.post.refusal = lambda reason: encode(replace(asked, stage=REFUSED, body=Refusal(reason)))
         names = begun["sites"] if begun else config.border.sites
         needed = config.border.needed(len(names)) if names else config.border.least
         found = self.post.present(names, needed, config.border.deadline)
         self._sites = tuple(sorted({*names, *found}))
-        known = _roster(begun["roster"]) if begun else roster(self._cards, self._sites)
+        try:
+            return self._agreed(config, _roster(begun["roster"]) if begun else roster(self._cards, self._sites))
+        except InputError as error:
+            self.post.tell(f"the run is not begun: {error}")
+            raise
+
+    def _agreed(self, config: Config, known: Roster) -> Ready:
+        """What the configuration stands for, where server and sites have the same base and start; raises `InputError`."""
         ready = prepare(config, known)
         site, card = next(iter(sorted(self._cards.items())))
         for what, here, there in (("base", ready.base, card.base), ("start", ready.start, card.start)):
@@ -58,18 +66,14 @@ class There(Place):
                 raise InputError(f"the server's {what} is {here!r}, that of site {site!r} {there!r}; they must be equal")
         return ready
 
-    def _introduced(self, asked: Request, data: bytes) -> str | None:
-        """The name of who has answered hello; None, and a line in the log: it does not take part."""
-        try:
-            site, card = opened_card(asked, data)
-            if self._sites and site not in self._sites:
-                raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
-            if self._cards and self._sites:
-                first = min(self._cards)
-                agree(card, site, self._cards[first], first)
-        except InputError as error:
-            print(f"a node is refused: {error}", flush=True)
-            return None
+    def _introduced(self, asked: Request, data: bytes) -> str:
+        """The name of who has answered hello; raises `InputError` where it does not take part."""
+        site, card = opened_card(asked, data)
+        if self._sites and site not in self._sites:
+            raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
+        if self._cards and self._sites:
+            first = min(self._cards)
+            agree(card, site, self._cards[first], first)
         self._cards[site] = card
         return site
 

@@ -17,7 +17,7 @@ import torch
 
 from . import __version__
 from .config import Config, Data, Unseen, build, construct, read_toml
-from .core import Reply
+from .core import Nothing, Reply
 from .data import SPLITS, Federation, Roster
 from .data import Site as Tables
 from .errors import InputError, suggest
@@ -27,7 +27,7 @@ from .ready import Ready, load_data, prepare
 from .runfolder import write_model
 from .tensors import sha256
 from .transports.memories import Memories
-from .transports.wire import EVALUATE, FINISH, HELLO, Answer, Card, Kept, Measures, Models, Refusal, Request
+from .transports.wire import EVALUATE, FINISH, HELLO, REFUSED, Answer, Card, Kept, Measures, Models, Refusal, Request
 from .transports.worker import Worker, exchange
 
 
@@ -117,6 +117,9 @@ def answered(asked: Request, site: str, work: Callable[[], tuple[float, Message]
 
 
 def _answered(site: SiteConfig, work: Path, asked: Request) -> tuple[float, Message]:
+    if asked.stage == REFUSED and isinstance(asked.body, Refusal):
+        print(f"the server has refused this site: {asked.body.reason}", flush=True)
+        return 0.0, Nothing()
     if asked.stage != HELLO and asked.site != site.name:
         raise InputError(f"the request is for site {asked.site!r}, this is {site.name!r}")
     if asked.run and not (len(asked.run) == 16 and asked.run.isalnum()):

@@ -153,6 +153,11 @@ def generator_of(ctx: Local | Central) -> Prompted:
     return ctx.generator
 
 
+def held(ctx: Local) -> tuple[int, ...]:
+    """Which classes a site trains on."""
+    return tuple(ctx.data["train"]["label"].unique().tolist())
+
+
 def fits(generator: Generator, reply: Reply, site: str, ctx: Central) -> None:
     """Raise `InputError` where an adapter cannot be sampled from."""
     generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}")
@@ -213,8 +218,7 @@ class WarmStarted(Averaging):
 
     def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
         tensors, metrics = self.generator(ctx).adapt(ctx)
-        held = tuple(ctx.data["train"]["label"].unique().tolist())
-        return Reply(Offer(tensors, held), None, float(rows(ctx.data["train"])), metrics)
+        return Reply(Offer(tensors, held(ctx)), None, float(rows(ctx.data["train"])), metrics)
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
         """Raise `InputError` where what a site offers cannot be sampled from."""

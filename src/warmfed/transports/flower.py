@@ -23,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from ..core import Absent
 from ..errors import InputError
 from ..messages import KINDS, digest, kind_of
-from .wire import FINISH, HELLO
+from .wire import FINISH, HELLO, REFUSED
 
 _BYTES, _SEAL, _STYPE = "message", "seal", "warmfed.message"
 _PASSING = {
@@ -77,8 +77,8 @@ def client_app(stages: Iterable[str], answer: Callable[[Mapping[str, Any], bytes
     for stage in sorted(set(stages)):
         app.train(stage)(handle)
     app.evaluate()(handle)
-    app.query(HELLO)(handle)
-    app.query(FINISH)(handle)
+    for what in (HELLO, FINISH, REFUSED):
+        app.query(what)(handle)
     return app
 
 
@@ -98,10 +98,12 @@ class GridPost:
     """A `Post` over Flower's Grid. Nodes have random numbers; a site's name is what it says of itself in `hello`."""
 
     grid: Grid
-    introduce: Callable[[bytes], str | None] = field(default=lambda data: None)
-    """introduce(answer to hello) is the site's name; None: it does not take part."""
+    introduce: Callable[[bytes], str] = field(default=lambda data: "")
+    """introduce(answer to hello) is the site's name; raises `InputError` where it does not take part."""
     hello: bytes = b""
     """The letter that asks a node for its name."""
+    refusal: Callable[[str], bytes] = field(default=str.encode)
+    """refusal(reason) is the letter that tells a node why it does not take part."""
     pause: float = 0.5
     """Seconds between two looks for answers."""
     look: float = 3.0
@@ -164,8 +166,7 @@ class GridPost:
         for reply in self._pull(self._asked):
             node, answer = self._asked.pop(reply.metadata.reply_to_message_id), _content(reply)
             if answer is not None:  # else it is asked again
-                self._names[node] = None if isinstance(answer, Absent) else self.introduce(answer)
-                log(INFO, "node %s is %s", node[0], self._names[node] or "refused")
+                self._names[node] = self._named(node, answer)
         for node in sorted(nodes - self._names.keys() - set(self._asked.values())):
             asked = self._push(Message(pack(self.hello), node[0], f"query.{HELLO}", ttl=600))
             if asked is not None:
@@ -178,6 +179,31 @@ class GridPost:
             if name is not None:
                 sites[name] = node
         return sites
+
+    def _named(self, node: "Node", answer: bytes | Absent) -> str | None:
+        """The name of the site that a node says it is, or None, and a line in the log of both sides why it is refused."""
+        try:
+            if isinstance(answer, Absent):
+                raise InputError(answer.reason)
+            name = self.introduce(answer)
+        except InputError as error:
+            log(WARNING, "node %s is refused: %s", node[0], error)
+            if not isinstance(answer, Absent):
+                self._push(Message(pack(self.refusal(str(error))), node[0], f"query.{REFUSED}", ttl=600))
+            return None
+        log(INFO, "node %s is site %s", node[0], name)
+        return name
+
+    def tell(self, reason: str, seconds: float = 30.0) -> None:
+        """Tell all sites that are there why the run is not begun, and wait until they have heard it."""
+        letter, end = self.refusal(reason), time.monotonic() + seconds
+        nodes = [node for (node, _), name in self._names.items() if name is not None]
+        sent = [self._push(Message(pack(letter), node, f"query.{REFUSED}", ttl=600)) for node in nodes]
+        pending = dict.fromkeys(filter(None, sent))
+        while pending and time.monotonic() < end:
+            for reply in self._pull(pending):
+                del pending[reply.metadata.reply_to_message_id]
+            time.sleep(self.pause)
 
     def _push(self, message: Message) -> str | None:
         return next(iter(self.grid.push_messages([message])), None)
