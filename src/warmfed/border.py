@@ -8,6 +8,7 @@ import torch
 from .core import Absent, Central, Reply, Stage
 from .errors import InputError
 from .messages import Message, kind, tensors_of
+from .tensors import misfit
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,8 @@ class Border:
     def admit(self, answer: Reply | Absent, site: str, down: Message, stage: Stage, ctx: Central) -> Reply | Absent:
         """The reply, or why it is refused.
 
-        A reply's field that the message has too (`model`) has the message's layout: names, shapes and types of its tensors; so
-        have all fields of a reply of the message's own kind. What else a stage demands, its `check` says. Every floating-point
-        tensor must be finite.
+        A reply of the message's own kind has the message's layout: names, shapes and types of its tensors, if it has any. What
+        else a stage demands, its `check` says. Every floating-point tensor must be finite.
         """
         if isinstance(answer, Absent):
             return answer
@@ -53,12 +53,8 @@ class Border:
             raise InputError(f"its weight is {reply.weight}")
         came, sent = tensors_of(reply.message), tensors_of(down)
         alike = bool(sent) and kind(type(reply.message)) == kind(type(down))
-        names = came.keys() | sent.keys()
-        if not alike:
-            both = {_field(name) for name in came} & {_field(name) for name in sent}
-            names = {name for name in names if _field(name) in both}
-        if wrong := min((name for name in names if not _same(came.get(name), sent.get(name))), default=""):
-            raise InputError(f"tensor {wrong!r} is {_layout(came.get(wrong))}, expected {_layout(sent.get(wrong))}")
+        if wrong := misfit(came, sent) if alike else "":
+            raise InputError(wrong)
         for name, tensor in sorted(came.items()):
             # one sum tells whether any value is not finite; one that overflows is as unusable
             if tensor.is_floating_point() and not math.isfinite(
@@ -72,17 +68,5 @@ class Border:
                 raise InputError(f"its norm is {norm:.4g}, at most {self.norm:.4g} is taken")
 
 
-def _field(path: str) -> str:
-    return path.partition("/")[0]
-
-
 STRICT = Border()
 """All that were asked must answer; nothing that is not finite is taken."""
-
-
-def _same(came: torch.Tensor | None, sent: torch.Tensor | None) -> bool:
-    return came is not None and sent is not None and came.dtype == sent.dtype and came.shape == sent.shape
-
-
-def _layout(tensor: torch.Tensor | None) -> str:
-    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

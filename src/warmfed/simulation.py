@@ -56,13 +56,13 @@ def simulate_on_ray(config: Config, folder: Path, watcher: Watcher) -> dict[str,
     Raises:
         InputError: Ray is not installed, or what `execute` raises.
     """
-    folder, found = folder.absolute(), list[dict[str, Any]]()
+    found: list[dict[str, Any]] = []
 
     def serve(post: flower.Nodes) -> None:
         found.append(proceed(config, folder, watcher, OnRay(post)))
 
     stages = {stage.name for stage in config.algorithm.stages() if stage.client is not None}
-    app = flower.client_app(stages, partial(_answer, memories_folder(folder)))
+    app = flower.client_app(stages, partial(_answer, memories_folder(folder.absolute())))
     flower.simulate(serve, app, len(HERE.prepare(config).images.sites), config.workers, config.device == "cuda")
     return found[0]
 

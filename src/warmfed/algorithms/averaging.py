@@ -4,10 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State, Task
+from ..errors import InputError
 from ..fit import Training, fit
 from ..messages import Message, message
-from ..tensors import Tensors, mean, only, rows
+from ..tensors import Tensors, mean, misfit, only, rows
 from .robust import Robust
 
 
@@ -33,6 +36,14 @@ def upload(model: Tensors, state: State, ctx: Local, metrics: Metrics) -> Reply:
 def average(replies: Replies) -> Tensors:
     """Σ_k n_k/n·w_k, over the replies."""
     return mean((reply.message.model, reply.weight) for reply in replies.values())
+
+
+def expect(model: Tensors, ctx: Central, keep: Callable[[str], bool] = lambda name: True) -> None:
+    """Raise `InputError` where a model that a site sent is not of the task's layout, or of that of the part to `keep`."""
+    with torch.device("meta"):  # only shapes are needed: no weights, and nothing drawn for them
+        like = only(ctx.task.build().state_dict(), keep)
+    if wrong := misfit(model, like):
+        raise InputError(f"{wrong}; do all run one version of warmfed?")
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ class Personalized(Averaging):
         """A site's own model, from the last global one."""
 
     def stages(self) -> tuple[Stage, ...]:
-        train = Stage("train", self.merge, self.train, sample=self.sample)
+        train = Stage("train", self.merge, self.train, sample=self.sample, check=self.check)
         return (train,) * self.rounds + (Stage("personalize", self.done, self.personalize),)
 
     def personalize(self, down: Message, state: State, ctx: Local) -> Reply:

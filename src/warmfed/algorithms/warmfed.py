@@ -12,17 +12,18 @@ paper's sentences disagree on who fine-tunes before the aggregation, `before` of
 sends its adapter with its first model, and S_sub grows by samples of it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
-from ..errors import one_of
+from ..errors import InputError, one_of
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child
 from ..tensors import Tensors, join, mean, mix, rows
-from .averaging import average, upload
+from .averaging import Model, average, expect, upload
 from .distillation import Distillation, distilled, dynamic
 from .synthetic import Synthesis, draw, fits, gather, generator_of, held, warm_start
 
@@ -148,7 +149,7 @@ class WarmFed:
         warm = Stage("warm", self.start)
         evaluated = not (self.tunes and self.gate)
         train = Stage("train", self.merge, self.train, self.invite, sample=self.sample, evaluated=evaluated, check=self.check)
-        gate = Stage("gate", self.decide, self.judge, down=self.candidates)
+        gate = Stage("gate", self.decide, self.judge, down=self.candidates, check=self.judged)
         personalize = Stage("personalize", self.done, self.personalize)
         one_round = (train, gate) if self.tunes and self.gate else (train,)
         return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
@@ -179,6 +180,8 @@ class WarmFed:
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
         if isinstance(reply.message, Adapter | Joined):
             fits(ctx.generator, reply, site, ctx)
+        if isinstance(reply.message, Model | Joined):
+            expect(reply.message.model, ctx)
 
     def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         adapters, classes = gather(ctx, ctx.generator, replies)
@@ -269,6 +272,13 @@ class WarmFed:
     def judge(self, down: Message, state: State, ctx: Local) -> Reply:
         verdict = _verdict(ctx, down.average, down.tuned)
         return Reply(verdict, state, float(verdict.count), {})
+
+    def judged(self, reply: Reply, site: str, ctx: Central) -> None:
+        """Raise `InputError` where a verdict lacks a share of the fine-tuning, or holds numbers that cannot be."""
+        right, loss, count = reply.message.right, reply.message.loss, reply.message.count
+        known = right.keys() == loss.keys() == set(_SHARES)
+        if not known or count < 0 or not all(0 <= right[s] < count + 0.5 and math.isfinite(loss[s]) for s in _SHARES):
+            raise InputError(f"right answers and losses of {', '.join(_SHARES)} were expected, {reply.message} came")
 
     def decide(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         """Keep the share of the fine-tuning with most right answers; of equal ones the lower loss."""
