@@ -78,18 +78,20 @@ class Deployment:
     def supernode(self, name: str, **more: str) -> None:
         self._start(name, self.site(name), **more)
 
-    def flwr(self, *words: str) -> str:
+    def command(self, *words: str, seconds: float = 120) -> str:
+        """What a command says in the server's environment."""
         done = subprocess.run(
-            ["sh", "-c", '. ./env.sh; exec flwr "$@"', "sh", *words],
-            cwd=self.server, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+            ["sh", "-c", '. ./env.sh; exec "$@"', "sh", *words],
+            cwd=self.server, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise RuntimeError(f"flwr {' '.join(words)}: {done.stdout}{done.stderr}")
+            raise RuntimeError(f"{' '.join(words)}: {done.stdout}{done.stderr}\n{self.logs()}")
         return done.stdout
 
     def start(self, config: str, out: str, app: Path | None = None) -> str:
         """Start a run; its number."""
-        told = self.flwr("run", str(app or "app"), "here", "-c", f'config="{config}" out="{out}"', "--format", "json")
+        settings = f'config="{config}" out="{out}"'
+        told = self.command("flwr", "run", str(app or "app"), "here", "-c", settings, "--format", "json")
         return str(json.loads(told[told.index("{") :])["run-id"])
 
     def finished(self, out: str, seconds: float = 300) -> dict[str, Any]:
