@@ -44,7 +44,13 @@ SITE = "ink"
 COMMON = {"evaluate": "last", "workers": 1, "border": {"sites": list(SITES), "deadline": 300.0}}
 WARMFED = {
     **COMMON,
-    "algorithm": {"name": "warmfed", "rounds": 1, "local": {"epochs": 1}, "synthesis": {"per_class": 6}, "personal": {"epochs": 1}},
+    "algorithm": {
+        "name": "warmfed",
+        "rounds": 1,
+        "local": {"epochs": 1},
+        "synthesis": {"per_class": 6},
+        "personal": {"epochs": 1},
+    },
     "generator": {"steps": 4, "views": 1, "training": {"epochs": 2}},
 }
 TUNED = {
