@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import tomli_w
 
@@ -29,6 +30,17 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def arrays(path: Path, sites: Sequence[str]) -> Path:
+    """An .npz file of a federation that costs nothing to learn: 12 / 3 / 6 images 3×32×32 of three classes at each site."""
+    random, content = np.random.default_rng(0), {}
+    for site in sites:
+        for split, count in (("train", 12), ("validation", 3), ("test", 6)):
+            content[f"{site}_x_{split}"] = random.integers(256, size=(count, 3, 32, 32), dtype=np.uint8)
+            content[f"{site}_y_{split}"] = np.arange(count) % 3
+    np.savez(path, **content)
+    return path
 
 
 @dataclass
@@ -58,10 +70,12 @@ class Deployment:
     def site(self, name: str) -> Path:
         return self.folder / "sites" / name
 
-    def _start(self, name: str, folder: Path, **more: str) -> None:
+    def _start(self, name: str, folder: Path, *, again: bool) -> None:
+        """Start a folder's script, and again ten seconds after it has ended, as its systemd unit does."""
+        script = "while :; do ./start.sh; sleep 10; done" if again else "./start.sh"
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                ["./start.sh"], env={**os.environ, **more}, cwd=folder, stdin=subprocess.DEVNULL,
+                ["sh", "-c", script], cwd=folder, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
@@ -69,14 +83,14 @@ class Deployment:
         """Start the SuperLink, and wait until all whose keys are there may connect."""
         log = self.folder / "superlink.log"
         before = len(_lines(log))
-        self._start("superlink", self.server)
+        self._start("superlink", self.server, again=False)
         if not wait:
             return
         wanted = {f"site {path.stem} may connect" for path in (self.server / "nodes").glob("*.pub")}
         self.wait(lambda: wanted <= set(_lines(log)[before:]), 90, "the sites are let in")
 
-    def supernode(self, name: str, **more: str) -> None:
-        self._start(name, self.site(name), **more)
+    def supernode(self, name: str, *, again: bool = True) -> None:
+        self._start(name, self.site(name), again=again)
 
     def command(self, *words: str, seconds: float = 120) -> str:
         """What a command says in the server's environment."""

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from deployment import Deployment, end, free_port
+from deployment import Deployment, arrays, end, free_port
 
 from warmfed.config import parse
 from warmfed.core import Absent, Round
@@ -38,8 +38,8 @@ from warmfed.runs import HERE, Place, execute, memories_folder, server_side
 from warmfed.transports.inprocess import InProcess
 from warmfed.transports.project import write_project
 
-SITES = ("ink", "paper", "street", "texture")
-SITE = "ink"
+SITES = ("a", "b", "c", "d")
+SITE = "a"
 """Who has the fault."""
 COMMON = {"evaluate": "last", "workers": 1, "border": {"sites": list(SITES), "deadline": 300.0}}
 WARMFED = {
@@ -51,7 +51,7 @@ WARMFED = {
         "synthesis": {"per_class": 6},
         "personal": {"epochs": 1},
     },
-    "generator": {"steps": 4, "views": 1, "training": {"epochs": 2}},
+    "generator": {"steps": 4, "views": 1, "training": {"epochs": 10}},
 }
 TUNED = {
     **COMMON,
@@ -327,7 +327,10 @@ def measure(name: str, folder: Path, whole: dict[str, dict[str, Any]]) -> dict[s
     """One fault, in a deployment of its own."""
     config, fault = FAULTS[name]
     write_whole(folder / "run.toml", tomli_w.dumps(config))
-    with Deployment(folder / "all", folder / "run.toml", SITES, {}) as deployment, Proxy(deployment.port) as proxy:
+    with (
+        Deployment(folder / "all", folder / "run.toml", SITES, {"data": config["data"]}) as deployment,
+        Proxy(deployment.port) as proxy,
+    ):
         script = deployment.site(SITE) / "start.sh"
         script.write_text(script.read_text().replace(f"localhost:{deployment.port}", f"localhost:{proxy.port}"))
         app = write_project(deployment.folder / "app")
@@ -389,6 +392,9 @@ def main() -> None:
     rows = {row["fault"]: row for row in read_json(results, "the results")["rows"]} if results and results.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        data = {"source": str(arrays(folder / "data.npz", SITES))}
+        for config in (WARMFED, TUNED):
+            config["data"] = data
         whole = {config["algorithm"]["name"]: reference(config, folder / str(i)) for i, config in enumerate((WARMFED, TUNED))}
         for i, name in enumerate(name for name in FAULTS if any(part in name for part in args.only)):
             rows[name] = measure(name, folder / f"trial-{i}", whole)

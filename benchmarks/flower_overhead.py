@@ -19,9 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tomli_w
-from deployment import Deployment
+from deployment import Deployment, arrays
 
 from warmfed.files import read_lines, write_json, write_whole
 from warmfed.transports.project import write_project
@@ -75,17 +74,6 @@ def main(grid, context):
 """
 
 
-def data(folder: Path) -> Path:
-    """Twelve images 3×32×32 of three classes at each site, as .npz."""
-    random, content = np.random.default_rng(0), {}
-    for site in SITES:
-        for split, count in (("train", 12), ("validation", 3), ("test", 6)):
-            content[f"{site}_x_{split}"] = random.integers(256, size=(count, 3, 32, 32), dtype=np.uint8)
-            content[f"{site}_y_{split}"] = np.arange(count) % 3
-    np.savez(folder / "data.npz", **content)
-    return folder / "data.npz"
-
-
 def ours(deployment: Deployment, config: dict[str, Any]) -> tuple[list[float], dict[str, tuple[int, int]]]:
     """Seconds of each round beyond the longest training in it, and the bytes down and up of its exchanges."""
     write_whole(deployment.server / "run.toml", tomli_w.dumps(config))
@@ -126,7 +114,7 @@ def main() -> None:
         config = {
             "algorithm": {"name": "fedavg", "rounds": args.rounds, "local": {"steps": 1}},
             "border": {"sites": list(SITES), "deadline": 300.0},
-            "data": {"source": str(data(folder))},
+            "data": {"source": str(arrays(folder / "data.npz", SITES))},
         }
         (folder / "run.toml").write_text(tomli_w.dumps(config))
         with Deployment(folder / "all", folder / "run.toml", SITES, {"data": config["data"]}) as deployment:

@@ -32,7 +32,9 @@ def test_a_run_on_ray_is_the_run_in_process(config: Config, tmp_path: Path) -> N
     here, there, broken = execute(config, tmp_path / "here"), tmp_path / "there", tmp_path / "broken"
     (tmp_path / "run.toml").write_text(config.toml())
     # in a process of its own: Ray leaves files open
-    words = [sys.executable, "-m", "warmfed", "run", "run.toml", "--transport", "flower-simulation", "--quiet", "--out"]
+    # which heeds Ctrl-C also where the tests run in the background
+    code = "import signal, sys; from warmfed.cli import main; signal.signal(2, signal.default_int_handler); sys.exit(main())"
+    words = [sys.executable, "-c", code, "run", "run.toml", "--transport", "flower-simulation", "--quiet", "--out"]
     done = subprocess.run([*words, "there"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "there\n"), done.stderr
     found = read_summary(there)
