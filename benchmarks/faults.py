@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -271,12 +271,12 @@ def disk(trial: Trial) -> str:
             file.write(bytes(2**16))
     log = trial.deployment.folder / "superlink.log"
     trial.deployment.wait(lambda: "No space left" in log.read_text(errors="replace"), 120, "the disk is full")
-    told = next(line for line in log.read_text(errors="replace").splitlines() if "No space left" in line)
+    line = next(line for line in log.read_text(errors="replace").splitlines() if "No space left" in line)
+    told = line[max(line.find("site 'a'"), 0) :].replace(str(trial.deployment.folder), "…")[:200]
     time.sleep(2)
     filler.unlink()
     trial.start()
-    reason = told[told.index("cannot write") :].split(str(trial.deployment.folder))[-1] if "cannot write" in told else told
-    return f"the run stopped at its checkpoint and named the site (…{reason.strip()[:120]}); space freed, `run.sh` again"
+    return f"the run stopped at its checkpoint and named the site ({told.strip()}); space freed, `run.sh` again"
 
 
 def cut(trial: Trial) -> str:
@@ -323,12 +323,12 @@ def reference(config: dict[str, Any], folder: Path, place: Place = HERE) -> dict
     return execute(parse(path), folder, place=place)
 
 
-def measure(name: str, folder: Path, whole: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One fault, in a deployment of its own."""
-    config, fault = FAULTS[name]
-    write_whole(folder / "run.toml", tomli_w.dumps(config))
+@contextmanager
+def running(folder: Path) -> Iterator[tuple[Deployment, Proxy, Path]]:
+    """A deployment with all its SuperNodes, one of which goes through a proxy, and the app of the sites that are not honest."""
+    write_whole(folder / "run.toml", tomli_w.dumps(WARMFED))
     with (
-        Deployment(folder / "all", folder / "run.toml", SITES, {"data": config["data"]}) as deployment,
+        Deployment(folder / "all", folder / "run.toml", SITES, {"data": WARMFED["data"]}) as deployment,
         Proxy(deployment.port) as proxy,
     ):
         script = deployment.site(SITE) / "start.sh"
@@ -338,25 +338,27 @@ def measure(name: str, folder: Path, whole: dict[str, dict[str, Any]]) -> dict[s
         deployment.superlink()
         for site in SITES:
             deployment.supernode(site)
-        trial = Trial(deployment, config, "trial", proxy, app if config is TUNED else None)
-        try:
-            told = fault(trial)
-            struck = trial.hit
-            before = len(trial.records())
-            deployment.wait(
-                lambda: len(trial.records()) > before or (trial.out / "summary.json").exists(), 300, "a next record"
-            )
-            recovered = time.monotonic() - struck
-            found = deployment.finished("runs/trial", 400)
-        finally:
-            work = deployment.site(SITE) / "work"
-            if work.is_mount():
-                deployment.close()
-                subprocess.run(["umount", str(work)], check=False)
-        wanted = trial.reference or whole[config["algorithm"]["name"]]
-        same = {key: found[key] == wanted[key] for key in ("history_sha256", "models_sha256")}
-        absent = {r["step"]: r["absent"] for r in trial.records() if r.get("absent")}
-        lost = "nothing" if not absent else f"the reply of {SITE} to step {', '.join(map(str, absent))}"
+        yield deployment, proxy, app
+
+
+def measure(
+    name: str, run_name: str, there: tuple[Deployment, Proxy, Path], whole: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """One fault, in a run of its own."""
+    (config, fault), (deployment, proxy, app) = FAULTS[name], there
+    trial = Trial(deployment, config, run_name, proxy, app if config is TUNED else None)
+    told = fault(trial)
+    before = len(trial.records())
+    deployment.wait(lambda: len(trial.records()) > before or (trial.out / "summary.json").exists(), 300, "a next record")
+    recovered = time.monotonic() - trial.hit
+    found = deployment.finished(f"runs/{run_name}", 400)
+    work = deployment.site(SITE) / "work"
+    if work.is_mount():  # the full disk's
+        subprocess.run(["umount", "-l", str(work)], check=True)
+    wanted = trial.reference or whole[config["algorithm"]["name"]]
+    same = {key: found[key] == wanted[key] for key in ("history_sha256", "models_sha256")}
+    absent = {r["step"]: r["absent"] for r in trial.records() if r.get("absent")}
+    lost = "nothing" if not absent else f"the reply of {SITE} to step {', '.join(map(str, absent))}"
     return {
         "fault": name,
         "happened": told,
@@ -396,13 +398,14 @@ def main() -> None:
         for config in (WARMFED, TUNED):
             config["data"] = data
         whole = {config["algorithm"]["name"]: reference(config, folder / str(i)) for i, config in enumerate((WARMFED, TUNED))}
-        for i, name in enumerate(name for name in FAULTS if any(part in name for part in args.only)):
-            rows[name] = measure(name, folder / f"trial-{i}", whole)
-            print(rows[name], flush=True)
-            if args.out:
-                ordered = [rows[name] for name in FAULTS if name in rows]
-                write_json(args.out.with_suffix(".json"), {**about, "rows": ordered})
-                write_whole(args.out.with_suffix(".md"), table(ordered, about))
+        with running(folder) as there:
+            for i, name in enumerate(name for name in FAULTS if any(part in name for part in args.only)):
+                rows[name] = measure(name, f"trial-{i}", there, whole)
+                print(rows[name], flush=True)
+                if args.out:
+                    ordered = [rows[name] for name in FAULTS if name in rows]
+                    write_json(args.out.with_suffix(".json"), {**about, "rows": ordered})
+                    write_whole(args.out.with_suffix(".md"), table(ordered, about))
     sys.exit(any("DIFFERS" in row["lost"] for row in rows.values()))
 
 
