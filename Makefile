@@ -14,7 +14,7 @@ test: .venv/ready
 
 # a real SuperLink and SuperNodes as processes; takes minutes
 test-deploy: .venv/flower
-	$(BIN)/pytest -q tests_deploy tests/test_flower.py tests/test_robust.py
+	$(BIN)/pytest -q tests_deploy tests/test_flower.py tests/test_simulation.py tests/test_robust.py
 
 check: lint types imports test
 
@@ -35,7 +35,7 @@ imports: .venv/ready
 	touch $@
 
 .venv/flower: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,flower]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,flower,simulation]'
 	touch $@
 
 clean:

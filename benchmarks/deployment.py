@@ -1,10 +1,8 @@
-"""A real deployment on this machine: a SuperLink and SuperNodes as processes, with TLS and node authentication.
+"""A real deployment on this machine, as `warmfed deploy init` makes it: a SuperLink and SuperNodes, with TLS and node keys.
 
-Used by tests_deploy/ and by the benchmarks of the Flower transport; an operator uses `warmfed deploy init`.
+Used by tests_deploy/ and by the benchmarks of the Flower transport. Everything is started by the project's own scripts.
 """
 
-import datetime
-import ipaddress
 import json
 import os
 import signal
@@ -12,29 +10,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import tomli_w
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
-from warmfed.transports.project import write_project
+from warmfed.deploy.project import init
 
 BIN = Path(sys.executable).parent
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 def free_port() -> int:
@@ -43,117 +32,80 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def authority(folder: Path) -> Path:
-    """A certificate authority and a server certificate for 127.0.0.1; the path of the authority's certificate."""
-    folder.mkdir(parents=True)
-    now = datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a test's authority")])
-    root = ec.generate_private_key(ec.SECP384R1())
-
-    def signed(subject: x509.Name, key: ec.EllipticCurvePrivateKey, ca: bool) -> x509.CertificateBuilder:
-        made = x509.CertificateBuilder().subject_name(subject).issuer_name(name).public_key(key.public_key())
-        made = made.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(hours=1))
-        made = made.not_valid_after(now + datetime.timedelta(days=1))
-        made = made.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(root.public_key())
-        return made.add_extension(signer, critical=False)
-
-    usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
-    ca = signed(name, root, True).add_extension(usage, critical=True).sign(root, hashes.SHA384())
-    server = ec.generate_private_key(ec.SECP384R1())
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    certificate = signed(subject, server, False).add_extension(names, critical=False).sign(root, hashes.SHA384())
-    (folder / "ca.crt").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.key").write_bytes(
-        server.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return folder / "ca.crt"
-
-
-def node_key(folder: Path, name: str) -> Path:
-    """A SuperNode's key pair; the path of the private one, the public one has .pub after it."""
-    key, encoding = ec.generate_private_key(ec.SECP384R1()), serialization.Encoding
-    path = folder / name
-    path.write_bytes(key.private_bytes(encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()))
-    Path(f"{path}.pub").write_bytes(key.public_key().public_bytes(encoding.OpenSSH, serialization.PublicFormat.OpenSSH))
+def arrays(path: Path, sites: Sequence[str]) -> Path:
+    """An .npz file of a federation that costs nothing to learn: 12 / 3 / 6 images 3×32×32 of three classes at each site."""
+    random, content = np.random.default_rng(0), {}
+    for site in sites:
+        for split, count in (("train", 12), ("validation", 3), ("test", 6)):
+            content[f"{site}_x_{split}"] = random.integers(256, size=(count, 3, 32, 32), dtype=np.uint8)
+            content[f"{site}_y_{split}"] = np.arange(count) % 3
+    np.savez(path, **content)
     return path
 
 
 @dataclass
 class Deployment:
-    """A SuperLink and SuperNodes below `folder`, on free ports; use it as a context."""
+    """A project in `folder` with its server and sites, on free ports; use it as a context."""
 
     folder: Path
+    config: Path
+    """The configuration that the project is made for; its data say what classes and prompts are."""
+    sites: tuple[str, ...]
+    table: Mapping[str, Any]
+    """What each site's site.toml says beside what `init` has written."""
     port: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.ca = authority(self.folder / "certificates")
+        init(self.folder, self.sites, "localhost", self.port, self.config)
         self.server = self.folder / "server"
-        self.server.mkdir()
-        self.app = write_project(self.folder / "app")
-        home = self.folder / "home"
-        home.mkdir()
-        connection = {"address": f"127.0.0.1:{self.port}", "root-certificates": str(self.ca)}
-        (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": "here", "here": connection}}))
+        for place in (self.server, *map(self.site, self.sites)):
+            with (place / "environment").open("a") as file:
+                port = self.port if place == self.server else free_port()
+                file.write(f'WARMFED_BIN="{BIN}"\nWARMFED_PORT={port}\n')
+        for name in self.sites:
+            path = self.site(name) / "site.toml"
+            path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | self.table))
 
-    def environment(self, **more: str) -> dict[str, str]:
-        return {
-            **os.environ, **QUIET, "FLWR_HOME": str(self.folder / "home"), "WARMFED_SERVER": str(self.server),
-            "PATH": f"{BIN}:{os.environ['PATH']}", **more,
-        }  # fmt: skip
+    def site(self, name: str) -> Path:
+        return self.folder / "sites" / name
 
-    def _start(self, name: str, *words: str, **more: str) -> None:
+    def _start(self, name: str, folder: Path, *, again: bool) -> None:
+        """Start a folder's script, and again ten seconds after it has ended, as its systemd unit does."""
+        script = "while :; do ./start.sh; sleep 10; done" if again else "./start.sh"
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [str(BIN / words[0]), *words[1:]], env=self.environment(**more), cwd=self.folder,
+                ["sh", "-c", script], cwd=folder, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def superlink(self) -> None:
-        certificates = self.folder / "certificates"
-        self._start(
-            "superlink", "flower-superlink", "--host", "127.0.0.1", "--port", str(self.port),
-            "--ssl-ca-certfile", str(self.ca), "--ssl-certfile", str(certificates / "server.pem"),
-            "--ssl-keyfile", str(certificates / "server.key"), "--enable-supernode-auth",
-            "--disable-runtime-dependency-installation", "--database", str(self.folder / "superlink.db"),
+    def superlink(self, *, wait: bool = True) -> None:
+        """Start the SuperLink, and wait until all whose keys are there may connect."""
+        log = self.folder / "superlink.log"
+        before = len(_lines(log))
+        self._start("superlink", self.server, again=False)
+        if not wait:
+            return
+        wanted = {f"site {path.stem} may connect" for path in (self.server / "nodes").glob("*.pub")}
+        self.wait(lambda: wanted <= set(_lines(log)[before:]), 90, "the sites are let in")
+
+    def supernode(self, name: str, *, again: bool = True) -> None:
+        self._start(name, self.site(name), again=again)
+
+    def command(self, *words: str, seconds: float = 120) -> str:
+        """What a command says in the server's environment."""
+        done = subprocess.run(
+            ["sh", "-c", '. ./env.sh; exec "$@"', "sh", *words],
+            cwd=self.server, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds, check=False,
         )  # fmt: skip
-        self.wait(lambda: self.listens(), 60, "the SuperLink listens")
-
-    def listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def site(self, name: str, config: Mapping[str, Any], *, register: bool = True) -> Path:
-        """A site's folder with its site.toml and node key."""
-        folder = self.folder / "sites" / name
-        folder.mkdir(parents=True)
-        (folder / "site.toml").write_text(tomli_w.dumps({"name": name, **config}))
-        key = node_key(folder, "node")
-        if register:
-            self.flwr("supernode", "register", f"{key}.pub", "here")
-        return folder
-
-    def supernode(self, name: str, ca: Path | None = None, **more: str) -> None:
-        folder = self.folder / "sites" / name
-        self._start(
-            name, "flower-supernode", "--superlink", f"127.0.0.1:{self.port}", "--root-certificates", str(ca or self.ca),
-            "--auth-supernode-private-key", str(folder / "node"), "--host", "127.0.0.1", "--port", str(free_port()),
-            "--node-config", f'site-folder="{folder}"', FLWR_HOME=str(folder / "home"), **more,
-        )  # fmt: skip
-
-    def flwr(self, *words: str) -> str:
-        done = subprocess.run([str(BIN / "flwr"), *words], env=self.environment(), capture_output=True, text=True, timeout=120)
         if done.returncode:
-            raise RuntimeError(f"flwr {' '.join(words)}: {done.stdout}{done.stderr}")
+            raise RuntimeError(f"{' '.join(words)}: {done.stdout}{done.stderr}\n{self.logs()}")
         return done.stdout
 
     def start(self, config: str, out: str, app: Path | None = None) -> str:
         """Start a run; its number."""
-        told = self.flwr("run", str(app or self.app), "here", "-c", f'config="{config}" out="{out}"', "--format", "json")
+        settings = f'config="{config}" out="{out}"'
+        told = self.command("flwr", "run", str(app or "app"), "here", "-c", settings, "--format", "json")
         return str(json.loads(told[told.index("{") :])["run-id"])
 
     def finished(self, out: str, seconds: float = 300) -> dict[str, Any]:
@@ -162,7 +114,7 @@ class Deployment:
         self.wait(path.exists, seconds, f"{out} has finished")
         return dict(json.loads(path.read_text()))
 
-    def wait(self, what: Any, seconds: float, told: str) -> float:
+    def wait(self, what: Callable[[], object], seconds: float, told: str) -> float:
         """Wait until what() is true; the seconds it took."""
         began = time.monotonic()
         while not what():
@@ -172,8 +124,7 @@ class Deployment:
         return time.monotonic() - began
 
     def logs(self, lines: int = 12) -> str:
-        texts = {path.name: path.read_text(errors="replace") for path in sorted(self.folder.glob("*.log"))}
-        return "\n".join(f"--- {name}\n" + "\n".join(text.splitlines()[-lines:]) for name, text in texts.items())
+        return "\n".join(f"--- {path.name}\n" + "\n".join(_lines(path)[-lines:]) for path in sorted(self.folder.glob("*.log")))
 
     def below(self, name: str, words: str = "") -> list[psutil.Process]:
         """The processes below one of ours whose command line has these words."""
@@ -183,19 +134,23 @@ class Deployment:
     def kill(self, name: str) -> None:
         """kill -9 of a process of ours and of all below it."""
         process = self.processes.pop(name)
-        end([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
+        if process.poll() is None:
+            end([psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)])
         process.wait()
 
     def close(self) -> None:
         for name in list(self.processes):
-            if self.processes[name].poll() is None:
-                self.kill(name)
+            self.kill(name)
 
     def __enter__(self) -> "Deployment":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -88,14 +88,15 @@ def spoiled(reply: Reply) -> Reply:
 
 
 def faulty(name: str, faults: Any, least: int) -> list[Any]:
-    algorithm = toy.quick(name)
-    return list(run(algorithm, toy.central(), Faulty(InProcess(toy.workers(algorithm)), faults), border=Border(least=least)))
+    algorithm, task = toy.quick(name), toy.task_of(name)
+    transport = Faulty(InProcess(toy.workers(algorithm, task=task)), faults)
+    return list(run(algorithm, toy.central(task=task), transport, border=Border(least=least), evaluate="never"))
 
 
 def test_a_site_that_fails_is_left_out_and_comes_back() -> None:
     rounds = faulty("fedavg", {(0, "b"): spoiled, (0, "c"): lambda reply: Absent("it hung")}, least=2)
     assert [list(r.train) for r in rounds] == [["a", "d"], ["a", "b", "c", "d"]]
-    assert rounds[0].absent == {"b": "tensor 'model/head.bias' is not finite", "c": "it hung"}
+    assert rounds[0].absent == {"b": "tensor 'model/body.1.bias' is not finite", "c": "it hung"}
     assert rounds[0].results()["absent"] == rounds[0].absent
     assert "absent" not in rounds[1].results()
 
@@ -112,3 +113,42 @@ def test_an_adapter_that_does_not_fit_leaves_its_site_out() -> None:
     rounds = faulty("warmfed", {(0, "d"): bent}, least=3)
     assert "the adapter of site 'd'" in rounds[0].absent["d"]
     assert list(rounds[-1].train) == ["a", "b", "c", "d"]
+
+
+def bent(**changes: Any) -> Callable[[Reply], Reply]:
+    """A reply whose message's fields are made others."""
+
+    def change(reply: Reply) -> Reply:
+        values = {name: made(getattr(reply.message, name)) for name, made in changes.items()}
+        return replace(reply, message=replace(reply.message, **values))
+
+    return change
+
+
+def shorter(tensors: Tensors) -> Tensors:
+    return dict(list(tensors.items())[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "change", "reason"),
+    [
+        ("warmfed", 0, bent(classes=lambda held: (7,)), "one or more of 3 classes by number were expected, [7] came"),
+        ("warmfed", 0, bent(classes=lambda held: ()), "one or more of 3 classes"),
+        ("warmfed", 2, bent(model=shorter), "is missing, expected float32"),
+        ("warmfed", 3, bent(right=shorter), "right answers and losses of 0.0, 0.5, 1.0 were expected"),
+        ("warmfed", 3, bent(right=lambda right: {**right, "1.0": 1e9}), "right answers and losses"),
+        ("warmfed", 3, bent(loss=lambda loss: {**loss, "1.0": float("nan")}), "right answers and losses"),
+        ("fgl", 0, bent(classes=lambda held: (0, 0)), "one or more of 3 classes"),
+        ("fednova", 0, bent(direction=shorter), "is missing, expected float32"),
+        ("fednova", 0, bent(accumulated=lambda count: 0.0), "it accumulated 0.0 gradients"),
+        ("fedbabu", 0, bent(model=shorter), "is missing, expected float32"),
+        ("fedproto", 0, bent(feature=lambda f: {"mean": f["mean"][:, :1]}), "tensor 'mean' is float32 [3, 1], expected"),
+        ("fedproto", 0, bent(count=lambda c: {"images": c["images"] - 99}), "fewer than no images"),
+        ("fedddpm", 0, bent(model=shorter), "is missing, expected float32"),
+        ("fedddpm", 0, bent(labels=lambda labels: (1, 2)), "images of 3 classes were expected, [1, 2] of each came"),
+    ],
+)
+def test_a_reply_that_cannot_be_used_leaves_its_site_out(name: str, step: int, change: Any, reason: str) -> None:
+    rounds = faulty(name, {(step, "b"): change}, least=3)
+    assert reason in rounds[step].absent["b"]
+    assert not any(done.absent for done in rounds if done.step != step)

@@ -1,6 +1,8 @@
 """A run over Flower, on a loop-back Grid: the same bytes as in process, and nothing that is not an answer gets in."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from flwr.common.constant import ErrorCode
 from loopback import Loopback
 
-from warmfed import apps
+from warmfed import clientapp, serverapp
 from warmfed.algorithms import ALGORITHMS
 from warmfed.algorithms.averaging import Model
 from warmfed.config import parse
@@ -72,9 +74,9 @@ class Consortium:
     def serve(
         self, tamper: Callable[[int, Message, Message], Message | None] | None = None, out: str = "run"
     ) -> dict[str, Any]:
-        grid = Loopback(apps.client_app, self.folders, **({"tamper": tamper} if tamper else {}))
+        grid = Loopback(clientapp.app, self.folders, **({"tamper": tamper} if tamper else {}))
         post = GridPost(grid, pause=0.01, look=0.02)
-        apps.serve(post, {"config": str(self.config), "out": str(self.folder / out)})
+        serverapp.serve(post, {"config": str(self.config), "out": str(self.folder / out)})
         return read_summary(self.folder / out)
 
     def records(self, out: str = "run") -> list[dict[str, Any]]:
@@ -101,6 +103,22 @@ def test_a_run_over_flower_is_the_run_in_process(consortium: Consortium, whole: 
     assert read_summary(kept)["models_sha256"]["personal/b"] == whole["models_sha256"]["personal/b"]
     with pytest.raises(InputError, match="is no file"):
         predict(kept, [tmp_path / "nothing.png"], "b")
+
+
+def test_an_answer_starts_without_what_it_does_not_need() -> None:
+    heavy = (
+        "scipy",
+        "sklearn",
+        "matplotlib",
+        "jinja2",
+        "diffusers",
+        "transformers",
+        "torch._dynamo",
+        "warmfed.report",
+        "warmfed.run",
+    )
+    words = f"import sys, warmfed.clientapp; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_the_site_knows_what_has_left_it(consortium: Consortium, tmp_path: Path) -> None:
@@ -242,9 +260,14 @@ def test_a_site_that_does_not_agree_is_refused(
 ) -> None:
     consortium.site("d", data={"source": str(data)}, **config)
     settings(consortium.config, border=SETTINGS["border"] | {"deadline": 0.5})
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError):
         consortium.serve()
-    assert told in str(error.value) + capsys.readouterr().out
+    (heard,) = {line for line in capsys.readouterr().out.splitlines() if line.startswith("the server has refused this site: ")}
+    assert told in heard
+    heard_by = [
+        name for name in SITES if "refused" in (consortium.folder / f"site-{name}" / "work" / "ledger.jsonl").read_text()
+    ]
+    assert heard_by in (["d"], list(SITES))  # the run is not begun; or it is, without one that cannot take part
     assert not (consortium.folder / "run").exists()
 
 

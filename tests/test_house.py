@@ -97,7 +97,7 @@ def test_leaves_are_final_and_every_module_says_what_it_is() -> None:
                 marks = {ast.unparse(mark) for mark in getattr(node, "decorator_list", [])}
                 if isinstance(node, ast.ClassDef) and "final" in marks:
                     assert "dataclass(frozen=True)" in marks
-                    families = ("Averaging", "PartlyShared", "SplitByName", "Personalized", "WarmStarted")
+                    families = ("Rounds", "Averaging", "PartlyShared", "SplitByName", "Personalized", "WarmStarted")
                     assert all(isinstance(base, ast.Name) and base.id in families for base in node.bases)
 
 

@@ -75,6 +75,12 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) ->
         parse(None, {"algorithm.name": "fedavg", **{f"algorithm.robust.{key}": value for key, value in settings.items()}})
 
 
+@pytest.mark.parametrize("name", ["feddyn", "fednova", "scaffold", "fedamp", "fedproto", "dense", "warmfed", "local"])
+def test_a_method_that_does_not_average_has_no_such_setting(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name} has no setting algorithm\.robust; .* fedavg, .*fedper"):
+        parse(None, {"algorithm.name": name, "algorithm.robust.rule": "median"})
+
+
 def test_krum_says_how_many_answers_it_needs() -> None:
     with pytest.raises(InputError, match="needs 5 answers or more, 4 came"):
         Robust("krum", faulty=1).combine(START, dict(list(FIVE.items())[:4]))

@@ -43,10 +43,12 @@ def test_the_guide(groups: list[int], tmp_path: Path) -> None:
         told.append((tmp_path / "told.txt").read_text())
         logs = "".join(f"--- {log}\n{log.read_text()[-2000:]}" for log in tmp_path.rglob("*.log"))
         assert code == 0, f"{block}\n{told[-1]}\n{logs}"
-    assert len(BLOCKS) == 6
-    server, predicted, left = told[1], told[4], told[5]
+    assert len(BLOCKS) == 7
+    server, predicted, left, late = told[1], *told[4:]
     assert "site ink may connect" in server
-    assert re.search(r"digit\.png\s+(zero|one|two|three|four|five|six|seven|eight|nine)\s+\d", predicted)
+    for told_class in (predicted, late):
+        assert re.search(r"digit\.png\s+(zero|one|two|three|four|five|six|seven|eight|nine)\s+\d", told_class)
+    assert "personal model at site street: validation" in late
     assert "averaging.Model" in left
     assert (tmp_path / "consortium/sites/ink/left.html").stat().st_size > 1000
     assert len(list((tmp_path / "consortium/server/runs").glob("*/report.html"))) == 1

@@ -8,6 +8,7 @@ import torch
 from .core import Absent, Central, Reply, Stage
 from .errors import InputError
 from .messages import Message, kind, tensors_of
+from .tensors import misfit
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Border:
             raise InputError(f"its weight is {reply.weight}")
         came, sent = tensors_of(reply.message), tensors_of(down)
         alike = bool(sent) and kind(type(reply.message)) == kind(type(down))
-        if alike and (wrong := sorted(n for n in came.keys() | sent.keys() if not _same(came.get(n), sent.get(n)))):
-            raise InputError(f"tensor {wrong[0]!r} is {_layout(came.get(wrong[0]))}, expected {_layout(sent.get(wrong[0]))}")
+        if wrong := misfit(came, sent) if alike else "":
+            raise InputError(wrong)
         for name, tensor in sorted(came.items()):
             # one sum tells whether any value is not finite; one that overflows is as unusable
             if tensor.is_floating_point() and not math.isfinite(
@@ -69,11 +70,3 @@ class Border:
 
 STRICT = Border()
 """All that were asked must answer; nothing that is not finite is taken."""
-
-
-def _same(came: torch.Tensor | None, sent: torch.Tensor | None) -> bool:
-    return came is not None and sent is not None and came.dtype == sent.dtype and came.shape == sent.shape
-
-
-def _layout(tensor: torch.Tensor | None) -> str:
-    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--rounds", type=int, metavar="R", help="rounds of training; 0: one shot, where the algorithm has it")
     run.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default runs/ALGORITHM-SEED, never overwritten)")
     run.add_argument("--dry-run", action="store_true", help="build and check all, count steps, time and memory; run nothing")
-    run.add_argument("--transport", default="inprocess", choices=("inprocess", "flower"), help="where the sites are")
+    places = ("inprocess", "flower", "flower-simulation")
+    run.add_argument("--transport", default=places[0], choices=places, help="where the sites are: here, elsewhere, or on Ray")
     run.add_argument("--superlink", default="local", metavar="NAME", help="flower: a connection in Flower's config.toml")
     _workers(run, "processes that work at the same time; they cannot change a result")
     _settings(run)
@@ -110,6 +111,14 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     predict.add_argument("--site", default="", metavar="NAME", help="ask this site's personal model, not the global one")
     predict.add_argument("--json", action="store_true", help="JSON, with the probabilities of all classes")
+
+    personalize = _command(
+        commands, "personalize", "make a personal model of a finished run's global one, at a site that comes late"
+    )
+    personalize.add_argument("folder", type=Path, metavar="DIR", help="a run folder, or what of it was released")
+    personalize.add_argument("site", type=Path, metavar="SITE", help="the site's folder, with site.toml")
+    personalize.add_argument("--out", type=Path, metavar="DIR", help="new folder (default work/runs/late-NAME at the site)")
+    personalize.add_argument("--json", action="store_true", help="as JSON")
 
     synthesize = _command(commands, "synthesize", "draw images by a finished run's adapters or diffusion model")
     synthesize.add_argument("folder", type=Path, metavar="DIR", help="a run folder")

@@ -46,6 +46,11 @@ def run(asked: Namespace) -> int:
     if asked.transport == "flower":
         folder = asked.out or claimed(config)
         return _finished(asked, lambda watcher: launch(config, folder, asked.superlink, watcher))
+    if asked.transport == "flower-simulation":
+        from .simulation import simulate_on_ray
+
+        folder = asked.out or claimed(config)
+        return _finished(asked, lambda watcher: simulate_on_ray(config, folder, watcher))
     return _finished(asked, lambda watcher: execute(config, asked.out, watcher))
 
 
@@ -223,6 +228,21 @@ def predict(asked: Namespace) -> int:
     for each in found:
         table.add_row(each["image"], each["class"], f"{100 * each['probability']:.1f} %")
     console().print(table)
+    return 0
+
+
+def personalize(asked: Namespace) -> int:
+    from .personalize import personalize as tune
+    from .site import read_site
+
+    found = tune(asked.folder, read_site(asked.site), asked.out)
+    if asked.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for name in ("global", "personal"):
+        told = ", ".join(f"{split} {metrics['accuracy']:.1f} %" for split, metrics in found[name].items())
+        print(f"{name} model at site {found['site']}: {told}")
+    print(found["folder"])
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tomli_w
 
-from .algorithms import WarmFed, entry
+from .algorithms import ALGORITHMS, WarmFed, entry
 from .border import Border
 from .core import Algorithm
 from .diffusion.denoise import Denoising
@@ -152,6 +152,9 @@ def build(values: dict[str, Any]) -> Config:
         raise InputError(f'algorithm must be a table; write algorithm.name = "{table}"')
     table = dict(table)
     name = str(table.pop("name", "warmfed"))
+    for key in table.keys() - _fields(entry(name).cls):
+        if owners := [other for other, each in ALGORITHMS.items() if key in _fields(each.cls)]:
+            raise InputError(f"{name} has no setting algorithm.{key}; take it out, or choose one that has: {', '.join(owners)}")
     known = {f.name for f in dataclasses.fields(Config)} - {"name"}
     for key in values:
         if key not in known:
@@ -159,6 +162,10 @@ def build(values: dict[str, Any]) -> Config:
     algorithm: Any = construct(entry(name).cls, table, "algorithm")
     rest = construct(Config, {**values, "name": name}, "", skip=("algorithm",))
     return dataclasses.replace(rest, algorithm=algorithm)
+
+
+def _fields(cls: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
 
 
 def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[str, ...] = (), base: T | None = None) -> T:

@@ -1,6 +1,7 @@
 """Start a run over Flower from the command line and follow it: `flwr run` on a named SuperLink of this machine."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def _flwr(*words: str) -> Any:
     program = shutil.which("flwr", path=str(Path(sys.executable).parent)) or shutil.which("flwr")
     if program is None:
         raise InputError("Flower is not installed; pip install 'warmfed[flower]'")
-    done = subprocess.run([program, *words, "--format", "json"], capture_output=True, text=True)
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", **os.environ}
+    done = subprocess.run([program, *words, "--format", "json"], capture_output=True, text=True, env=quiet)
     try:
         found = json.loads(done.stdout[done.stdout.index("{") :])
     except ValueError:

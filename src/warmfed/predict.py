@@ -9,7 +9,7 @@ import torch
 from .core import Task
 from .data.images import UnreadableError, decode
 from .errors import InputError, suggest
-from .runs import read_config, read_summary
+from .runfolder import read_config, read_summary
 from .tasks.classify import Classify, load_model
 from .tensors import Tensors, sha256
 

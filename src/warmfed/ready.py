@@ -10,13 +10,14 @@ import torch
 
 from .algorithms import ALGORITHMS, entry
 from .config import TASKS, Config, Data
-from .core import prompts_of
+from .core import Algorithm, Generator, Task, prompts_of
 from .data import Federation, Roster, Site, load
 from .diffusion import outlines, pipeline, quality
 from .diffusion.denoise import Denoise
 from .errors import InputError, one_of, suggest
 from .files import read_bytes
 from .tasks import Classify
+from .transports.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,27 @@ class Ready:
         text = json.dumps([values, self.federation.fingerprint, self.base, self.start], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def images(self) -> Federation:
+        """The federation, where its images are here."""
+        assert isinstance(self.federation, Federation)
+        return self.federation
+
+    def workers(self) -> dict[str, Worker]:
+        """A worker for each site whose images are here."""
+        config = self.config
+        return workers_of(config.algorithm, self.images, self.task, config.seed, config.generator, config.device)
+
+
+def workers_of(
+    algorithm: Algorithm, federation: Federation, task: Task, seed: int, generator: Generator | None, device: str
+) -> dict[str, Worker]:
+    """A worker for each site of a federation."""
+    return {
+        name: Worker(name, algorithm, task, task.tables(site.splits), seed, federation.prompts, generator, device)
+        for name, site in federation.sites.items()
+    }
+
 
 def load_data(data: Data) -> Federation:
     """The federation that a configuration names; raises `InputError`."""
@@ -54,7 +76,8 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
 
     Args:
         federation: the configuration's with all sites, where it is loaded already.
-        weights: whether the base's weights must be there; without them `Ready.base` is empty.
+        weights: whether the base's and a start's weights must be there, and are digested (gigabytes for Stable Diffusion);
+            without them both count as unused.
     """
     one_of(config, device=("cpu", "cuda"), evaluate=("every", "last", "never"), task=TASKS)
     if config.workers < 1:
@@ -109,7 +132,7 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
         unseen,
         task,
         base=pipeline.fingerprint(config.generator.base) if uses and weights else "",
-        start=hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start else "",
+        start=hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start and weights else "",
     )
 
 

@@ -8,9 +8,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+
 from .config import Config, build
 from .errors import InputError
-from .files import read_bytes, read_json
+from .files import read_bytes, read_json, write_whole
+from .tensors import Tensors
 
 
 def claimed(config: Config) -> Path:
@@ -61,3 +64,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not isinstance(summary, dict):
         raise InputError(f"{path} is damaged (it is no table); restore it or start the run anew")
     return summary
+
+
+def write_model(path: Path, model: Tensors) -> None:
+    write_whole(path, save({name: tensor.clone().contiguous() for name, tensor in model.items()}))

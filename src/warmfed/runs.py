@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from . import __version__, report
 from .border import STRICT, Border
@@ -31,9 +30,9 @@ from .fit import fit
 from .memory import Meter
 from .messages import Message, decode, encode, message
 from .panel import write_panel, write_samples
-from .ready import Ready, prepare
+from .ready import Ready, prepare, workers_of
 from .run import run
-from .runfolder import alone, claimed, read_config, read_summary
+from .runfolder import alone, claimed, read_config, read_summary, write_model
 from .summary import history_sha256, summarize
 from .tasks import Classify
 from .tensors import Tensors, join, sha256
@@ -71,20 +70,6 @@ class Checkpoint:
     server: Message
 
 
-def workers(config: Config, ready: "Ready") -> dict[str, Worker]:
-    """A worker for each site whose images are here."""
-    return _workers(config.algorithm, _images(ready), ready.task, config.seed, config.generator, config.device)
-
-
-def _workers(
-    algorithm: Algorithm, federation: Federation, task: Task, seed: int, generator: Generator | None, device: str
-) -> dict[str, Worker]:
-    return {
-        name: Worker(name, algorithm, task, task.tables(site.splits), seed, federation.prompts, generator, device)
-        for name, site in federation.sites.items()
-    }
-
-
 def simulate(
     algorithm: Algorithm,
     federation: Federation,
@@ -111,8 +96,8 @@ def simulate(
     """
     watcher = watcher or Watcher()
     task = task or Classify(federation.shape, len(federation.classes))
-    sites = _workers(algorithm, federation, task, seed, generator, device)
-    with InProcess(sites, min(workers, len(sites)), _memories(folder) if folder else None, watcher.progress) as transport:
+    sites = workers_of(algorithm, federation, task, seed, generator, device)
+    with InProcess(sites, min(workers, len(sites)), memories_folder(folder) if folder else None, watcher.progress) as transport:
         central = server_side(task, transport, federation.prompts, generator, device, folder, watcher, transport.spread)
         yield from run(algorithm, central, transport, seed, start=start, evaluate=evaluate, border=border)
 
@@ -141,7 +126,8 @@ def server_side(
     )
 
 
-def _memories(folder: Path) -> Path:
+def memories_folder(folder: Path) -> Path:
+    """Where the sites' memories lie in a run folder."""
     return folder / "checkpoint" / "sites"
 
 
@@ -175,7 +161,7 @@ class Here(Place):
         config = ready.config
         return simulate(
             config.algorithm,
-            _images(ready),
+            ready.images,
             ready.task,
             seed=config.seed,
             generator=generator,
@@ -189,10 +175,10 @@ class Here(Place):
         )
 
     def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
-        config, federation, task = ready.config, _images(ready), ready.task
-        memories = Memories(_memories(folder))
+        config, federation, task = ready.config, ready.images, ready.task
+        memories = Memories(memories_folder(folder))
         personal: dict[str, Tensors] = {}
-        for site, worker in workers(config, ready).items():
+        for site, worker in ready.workers().items():
             model = worker.model(config.algorithm.down(server, site), memories.state(site))
             if model is not None:
                 personal[site] = model
@@ -211,11 +197,6 @@ class Here(Place):
 
 
 HERE = Here()
-
-
-def _images(ready: Ready) -> Federation:
-    assert isinstance(ready.federation, Federation)
-    return ready.federation
 
 
 def execute(
@@ -269,6 +250,16 @@ def resume(
         return _go(ready, folder, watcher or Watcher(), records, server, shared, place)
 
 
+def proceed(config: Config, folder: Path, watcher: Watcher | None = None, place: Place = HERE) -> dict[str, Any]:
+    """Run a configuration into `folder`, or finish its run that the folder holds; raises `InputError` where it is another."""
+    if not (folder / "config.toml").exists():
+        return execute(config, folder, watcher, place=place)
+    begun = read_config(folder)
+    if replace(begun, border=config.border, workers=config.workers) != config:
+        raise InputError(f"{folder} holds a run of other settings than the configuration names; choose another out")
+    return resume(folder, watcher, place=place)
+
+
 def _resumed(ready: Ready, folder: Path) -> tuple[list[dict[str, Any]], ServerState]:
     """The records and the server's state of an unfinished run, checked against each other; writes nothing."""
     path = folder / "checkpoint" / "server.safetensors"
@@ -289,7 +280,7 @@ def _resumed(ready: Ready, folder: Path) -> tuple[list[dict[str, Any]], ServerSt
         raise InputError(f"{folder / 'ledger.jsonl'} or rounds.jsonl beside it is damaged; restore it or start the run anew")
     if history_sha256(records) != kept.history:
         raise InputError(f"{folder / 'rounds.jsonl'} differs from what the checkpoint knows; restore it or start the run anew")
-    memories = Memories(_memories(folder))
+    memories = Memories(memories_folder(folder))
     for site in ready.federation.sites:
         memories.recall(site)  # damage shows here, before anything is written
     return records, kept.server
@@ -368,7 +359,3 @@ def _late(ready: Ready, site: Site, model: Tensors) -> dict[str, Any]:
     tuned, _ = fit(worker.local("unseen", 0), model, config.unseen.training, worker.data["train"])
     found = {key: task.metrics(each, worker.data["test"]) for key, each in (("global", model), ("tuned", tuned))}
     return {"site": name, **{key: metrics[task.measure] for key, metrics in found.items()}}
-
-
-def write_model(path: Path, model: Tensors) -> None:
-    write_whole(path, save({name: tensor.clone().contiguous() for name, tensor in model.items()}))

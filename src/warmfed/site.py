@@ -6,27 +6,29 @@ them), and ledger.jsonl, a line for each message that has left.
 
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import __version__
 from .config import Config, Data, Unseen, build, construct, read_toml
-from .core import Reply
+from .core import Nothing, Reply
 from .data import SPLITS, Federation, Roster
 from .data import Site as Tables
 from .errors import InputError, suggest
 from .files import read_lines, write_json, write_lines, write_whole
 from .messages import Message, decode, encode, kind, tensors_of
 from .ready import Ready, load_data, prepare
-from .runs import workers, write_model
+from .runfolder import write_model
 from .tensors import sha256
 from .transports.memories import Memories, unfinished
-from .transports.wire import EVALUATE, FINISH, HELLO, Answer, Card, Kept, Measures, Models, Refusal, Request
-from .transports.worker import exchange
+from .transports.wire import EVALUATE, FINISH, HELLO, REFUSED, Answer, Card, Kept, Measures, Models, Refusal, Request
+from .transports.worker import Worker, exchange
 
 
 @dataclass(frozen=True)
@@ -101,46 +103,64 @@ def answer(folder: Path, letter: bytes) -> bytes:
     site = read_site(folder)
     work = site.path(site.work)
     with _alone(work):
-        try:
-            seconds, body = _answered(site, work, asked)
-        except InputError as error:
-            seconds, body = 0.0, Refusal(str(error))
-        made = Answer(asked.run, site.name, asked.stage, asked.step, asked.number, seconds, body)
-        _record(work, asked, body)
+        made = answered(asked, site.name, lambda: _answered(site, work, asked))
+        _record(work, asked, made.body)
     return encode(made)
 
 
+def answered(asked: Request, site: str, work: Callable[[], tuple[float, Message]]) -> Answer:
+    """The answer of a site to a request: what its work yields, or the refusal that it ends in."""
+    torch.set_num_threads(1)  # sums depend on how many there are
+    try:
+        seconds, body = work()
+    except InputError as error:
+        seconds, body = 0.0, Refusal(str(error))
+    return Answer(asked.run, site, asked.stage, asked.step, asked.number, seconds, body)
+
+
 def _answered(site: SiteConfig, work: Path, asked: Request) -> tuple[float, Message]:
+    if asked.stage == REFUSED and isinstance(asked.body, Refusal):
+        print(f"the server has refused this site: {asked.body.reason}", flush=True)
+        return 0.0, Nothing()
     if asked.stage != HELLO and asked.site != site.name:
         raise InputError(f"the request is for site {asked.site!r}, this is {site.name!r}")
     if asked.run and not (len(asked.run) == 16 and asked.run.isalnum()):
         raise InputError(f"{asked.run!r} is no run's name")
     config = _local(site, asked.config)
-    ready = prepare(config, site.federation())
+    ready = prepare(config, site.federation(), weights=asked.stage == HELLO)
     if asked.stage == HELLO:
         return 0.0, _card(site, ready)
     folder = work / "runs" / asked.run
     memories = Memories(folder)
-    worker = replace(workers(config, ready)[site.name], unfinished=unfinished(folder, site.name))
+    worker = replace(ready.workers()[site.name], unfinished=unfinished(folder, site.name))
+    if asked.stage == FINISH and isinstance(asked.body, Models):
+        return 0.0, _finished(site, folder, ready, asked.body, memories)
+    return perform(asked, worker, memories)
+
+
+def perform(asked: Request, worker: Worker, memories: Memories) -> tuple[float, Message]:
+    """Measure or do a stage's work, or repeat its answer: how long the site worked for it, and the answer's body.
+
+    Raises:
+        InputError: the request makes no sense, or the work cannot be done.
+    """
+    site, plan = worker.site, worker.algorithm.stages()
     match asked.stage, asked.body:
         case (stage, Models()) if stage == EVALUATE:
-            found = worker.evaluate(asked.body.down, memories.state(site.name), asked.body.model)
+            found = worker.evaluate(asked.body.down, memories.state(site), asked.body.model)
             return 0.0, Measures({f"{view}/{name}": value for view, values in found.items() for name, value in values.items()})
-        case (stage, Models()) if stage == FINISH:
-            return 0.0, _finished(site, folder, ready, asked.body, memories)
         case (stage, _) if stage in (EVALUATE, FINISH):
             raise InputError(f"a request to {stage} without models")
         case _:
-            plan = config.algorithm.stages()
             if not (0 <= asked.step < len(plan) and plan[asked.step].name == asked.stage):
-                raise InputError(f"step {asked.step} is not stage {asked.stage!r} in this version of {config.name}")
-            memory = memories.answered(site.name, asked.step)
+                raise InputError(f"step {asked.step} is not stage {asked.stage!r} in this version of the algorithm")
+            memory = memories.answered(site, asked.step)
             if memory is not None:
                 return memory.seconds, replace(memory.reply, state=None)
             began = time.perf_counter()
-            reply = worker.work(asked.stage, asked.number, asked.body, memories.state(site.name))
+            reply = worker.work(asked.stage, asked.number, asked.body, memories.state(site))
             seconds = time.perf_counter() - began
-            memories.keep(site.name, asked.step, seconds, reply)
+            memories.keep(site, asked.step, seconds, reply)
             return seconds, replace(reply, state=None)
 
 
@@ -186,7 +206,7 @@ def _card(site: SiteConfig, ready: Ready) -> Card:
 def _finished(site: SiteConfig, folder: Path, ready: Ready, body: Models, memories: Memories) -> Kept:
     """The run's folder at the site: what `warmfed predict` needs."""
     models = {"global": body.model}
-    models[f"personal/{site.name}"] = workers(ready.config, ready)[site.name].model(body.down, memories.state(site.name))
+    models[f"personal/{site.name}"] = ready.workers()[site.name].model(body.down, memories.state(site.name))
     there = {name: model for name, model in models.items() if model is not None}
     for name, model in there.items():
         write_model(folder / "models" / f"{name}.safetensors", model)

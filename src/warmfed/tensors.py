@@ -82,6 +82,21 @@ def mean(items: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
     }
 
 
+def misfit(came: Tensors, wanted: Tensors) -> str:
+    """The first tensor by name that has not the wanted type and shape, or is missing or too many; empty: all fit."""
+    names = came.keys() | wanted.keys()
+    name = min((name for name in names if not _same(came.get(name), wanted.get(name))), default=None)
+    return "" if name is None else f"tensor {name!r} is {_layout(came.get(name))}, expected {_layout(wanted.get(name))}"
+
+
+def _same(came: Tensor | None, wanted: Tensor | None) -> bool:
+    return came is not None and wanted is not None and came.dtype == wanted.dtype and came.shape == wanted.shape
+
+
+def _layout(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
 def to(a: Tensors, device: str | torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in a.items()}
 

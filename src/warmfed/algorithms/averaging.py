@@ -1,13 +1,16 @@
-"""The abstract family "average what comes back": defaults for everything except `train`."""
+"""The abstract families "rounds of training" and "average what comes back": defaults for everything except `train`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State, Task
+from ..errors import InputError
 from ..fit import Training, fit
 from ..messages import Message, message
-from ..tensors import Tensors, mean, only, rows
+from ..tensors import Tensors, mean, misfit, only, rows
 from .robust import Robust
 
 
@@ -35,9 +38,17 @@ def average(replies: Replies) -> Tensors:
     return mean((reply.message.model, reply.weight) for reply in replies.values())
 
 
+def expect(model: Tensors, ctx: Central, keep: Callable[[str], bool] = lambda name: True) -> None:
+    """Raise `InputError` where a model that a site sent is not of the task's layout, or of that of the part to `keep`."""
+    with torch.device("meta"):  # only shapes are needed: no weights, and nothing drawn for them
+        like = only(ctx.task.build().state_dict(), keep)
+    if wrong := misfit(model, like):
+        raise InputError(f"{wrong}; do all run one version of warmfed?")
+
+
 @dataclass(frozen=True)
-class Averaging(ABC):
-    """Rounds of local training and weighted averaging."""
+class Rounds(ABC):
+    """Abstract: rounds of local training, whose results the server combines in a way of the method's own."""
 
     rounds: int = 5
     """Rounds of training."""
@@ -45,11 +56,12 @@ class Averaging(ABC):
     """Share of the sites asked in each round."""
     local: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """A site's training in one round."""
-    robust: Robust = Robust()
-    """How the models that come back are combined; the default is the weighted mean."""
 
     @abstractmethod
     def train(self, down: Message, state: State, ctx: Local) -> Reply: ...
+
+    @abstractmethod
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]: ...
 
     def init(self, ctx: Central) -> ServerState:
         return Model(ctx.task.init(ctx.rng))
@@ -66,14 +78,22 @@ class Averaging(ABC):
     def check(self, reply: Reply, site: str, ctx: Central) -> None:  # noqa: B027 - most methods have nothing to add
         """Raise `InputError` where a reply cannot be used for what the border does not know."""
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        return Model({**server.model, **self.robust.combine(server.model, replies)}), {}
-
     def global_model(self, server: ServerState) -> Tensors | None:
         return server.model
 
     def client_model(self, down: Message, state: State) -> Tensors | None:
         return down.model
+
+
+@dataclass(frozen=True)
+class Averaging(Rounds):
+    """Abstract: rounds of local training and weighted averaging."""
+
+    robust: Robust = Robust()
+    """How the models that come back are combined; the default is the weighted mean."""
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        return Model({**server.model, **self.robust.combine(server.model, replies)}), {}
 
 
 @dataclass(frozen=True)
@@ -134,7 +154,7 @@ class Personalized(Averaging):
         """A site's own model, from the last global one."""
 
     def stages(self) -> tuple[Stage, ...]:
-        train = Stage("train", self.merge, self.train, sample=self.sample)
+        train = Stage("train", self.merge, self.train, sample=self.sample, check=self.check)
         return (train,) * self.rounds + (Stage("personalize", self.done, self.personalize),)
 
     def personalize(self, down: Message, state: State, ctx: Local) -> Reply:

@@ -23,7 +23,7 @@ from ..messages import Message
 from ..models import initial
 from ..randomness import child, seeded
 from ..tensors import Table, Tensors, join
-from .averaging import Averaging, Model, upload
+from .averaging import Model, Rounds, average, upload
 from .distillation import divergence, frozen
 
 
@@ -92,7 +92,7 @@ class _Drawing:
 
 @final
 @dataclass(frozen=True)
-class DENSE(Averaging):
+class DENSE(Rounds):
     """One-shot: the sites' models are distilled into one on images that a generator makes up from them."""
 
     rounds: int = 1
@@ -127,7 +127,7 @@ class DENSE(Averaging):
         return upload(model, state, ctx, metrics)
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        student = self.robust.combine(server.model, replies) if self.student == "average" else server.model
+        student = average(replies) if self.student == "average" else server.model
         ensemble = Ensemble([frozen(ctx, reply.message.model) for reply in replies.values()])
         with seeded(ctx.rng):
             generator: Tensors = initial(Imagination(ctx.task.shape, ctx.task.classes, self.noise))

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..fit import fit, proximal
 from ..messages import Message, message
 from ..tensors import Tensors, mean
-from .averaging import Averaging, Model, upload
+from .averaging import Model, Rounds, upload
 
 
 @message
@@ -33,7 +33,7 @@ class Server:
 
 @final
 @dataclass(frozen=True)
-class FedAMP(Averaging):
+class FedAMP(Rounds):
     """Each site trains near its own mixture of all sites' models; there is no global model."""
 
     attention: str = "cosine"

@@ -7,14 +7,11 @@ whole model, which the paper found best.
 from dataclasses import dataclass
 from typing import final
 
-import torch
-
 from ..core import Central, Local, Metrics, Reply, State
-from ..errors import InputError
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..tensors import Tensors, only, rows
-from .averaging import Personalized
+from .averaging import Personalized, expect
 
 
 @message
@@ -39,10 +36,7 @@ class FedBABU(Personalized):
         return Reply(Body(only(model, self.body)), state, float(rows(ctx.data["train"])), metrics)
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
-        with torch.device("meta"):  # only shapes are needed: no weights, and nothing drawn for them
-            like = only(ctx.task.build().state_dict(), self.body)
-        if {n: t.shape for n, t in reply.message.model.items()} != {n: t.shape for n, t in like.items()}:
-            raise InputError(f"the body that site {site!r} sent is not this model's; do all run one version of warmfed?")
+        expect(reply.message.model, ctx, self.body)
 
     def body(self, name: str) -> bool:
         return not name.startswith(self.head)

@@ -23,7 +23,7 @@ from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child
 from ..tensors import Tensors, dealt, flat, rows, select, sub
-from .averaging import Averaging, Model, upload
+from .averaging import Averaging, Model, expect, upload
 from .synthetic import keep_samples
 
 SIGNALS = ("progress", "update", "dispersion")
@@ -89,7 +89,7 @@ class FedDDPM(Averaging):
             raise InputError("share must be above 0, window at least 1 and corrections at least 0; check [algorithm]")
 
     def stages(self) -> tuple[Stage, ...]:
-        local = Stage("local", self.collect, self.draw, down=lambda server, site: Nothing(), evaluated=False)
+        local = Stage("local", self.collect, self.draw, down=lambda server, site: Nothing(), evaluated=False, check=self.check)
         auxiliary = Stage("auxiliary", self.auxiliary, evaluated=False)
         train = Stage("train", self.merge, self.train, sample=self.sample)
         return (local, auxiliary, *(train,) * self.rounds)
@@ -107,6 +107,12 @@ class FedDDPM(Averaging):
         model, metrics = fit(ctx, ctx.task.init(child(ctx.rng)), self.first, data)  # v_k
         counts = tuple(data["label"].bincount(minlength=ctx.task.classes).tolist())
         return Reply(Drawing(model, counts), None, float(rows(data)), metrics)
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        expect(reply.message.model, ctx)
+        counts = reply.message.labels
+        if len(counts) != ctx.task.classes or min(counts) < 0 or not sum(counts):
+            raise InputError(f"images of {ctx.task.classes} classes were expected, {list(counts)} of each came")
 
     def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         labels = {site: torch.tensor(reply.message.labels) for site, reply in replies.items()}

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..fit import fit, proximal
 from ..messages import Message, message
 from ..tensors import Tensors, mean, scale, sub, to, zeros
-from .averaging import Averaging, Model, upload
+from .averaging import Model, Rounds, upload
 
 
 @message
@@ -31,7 +31,7 @@ class Gradient:
 
 @final
 @dataclass(frozen=True)
-class FedDyn(Averaging):
+class FedDyn(Rounds):
     """Local losses regularised anew each round, so that their minima move towards the minimum of the sum."""
 
     alpha: float = 0.01

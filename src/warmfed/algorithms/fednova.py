@@ -5,14 +5,16 @@ goes the mean length in their mean direction.
 Departures: none; with momentum ‖a_i‖₁ is the paper's (section 4), without it the number of steps. No server momentum.
 """
 
+import math
 from dataclasses import dataclass
 from typing import final
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..errors import InputError
 from ..fit import fit
 from ..messages import Message, message
 from ..tensors import Tensors, add, mean, rows, scale, sub
-from .averaging import Averaging, Model
+from .averaging import Model, Rounds, expect
 
 
 @message
@@ -25,7 +27,7 @@ class Normalized:
 
 @final
 @dataclass(frozen=True)
-class FedNova(Averaging):
+class FedNova(Rounds):
     """FedAvg of normalized changes: how many steps a site takes no longer decides how much it counts."""
 
     def __post_init__(self) -> None:
@@ -37,6 +39,11 @@ class FedNova(Averaging):
         accumulated = self.local.accumulated(rows(data))
         direction = scale(sub(model, down.model), 1 / accumulated)
         return Reply(Normalized(direction, accumulated), state, float(rows(data)), metrics)
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        expect(reply.message.direction, ctx)
+        if not 0 < reply.message.accumulated < math.inf:
+            raise InputError(f"it accumulated {reply.message.accumulated} gradients")
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         direction = mean((reply.message.direction, reply.weight) for reply in replies.values())

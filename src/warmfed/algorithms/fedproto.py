@@ -16,8 +16,8 @@ from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
 from ..errors import InputError
 from ..fit import Loss, fit
 from ..messages import Message, message
-from ..tensors import Table, Tensors, rows
-from .averaging import Averaging, Model
+from ..tensors import Table, Tensors, misfit, rows
+from .averaging import Model, Rounds
 
 
 @message
@@ -44,7 +44,7 @@ def nearest(prototypes: Message) -> Tensors:
 
 @final
 @dataclass(frozen=True)
-class FedProto(Averaging):
+class FedProto(Rounds):
     """Each site trains its own model, its features drawn to the classes' global prototypes; there is no global model."""
 
     lam: float = 1.0
@@ -79,6 +79,14 @@ class FedProto(Averaging):
             return F.cross_entropy(model.head(features), label) + self.lam * (far * known[label]).mean()
 
         return loss
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        with torch.device("meta"):  # only shapes are needed
+            mean = torch.empty_like(ctx.task.build().head.weight)
+            count = torch.empty(ctx.task.classes, dtype=torch.int64)
+        wrong = misfit(reply.message.feature, {"mean": mean}) or misfit(reply.message.count, {"images": count})
+        if wrong or reply.message.count["images"].min() < 0:
+            raise InputError(wrong or "it counts fewer than no images")
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         sent = [reply.message for reply in replies.values()]

@@ -13,7 +13,7 @@ import torch
 from ..core import Central, Generator, Local, Metrics, Replies, Reply, ServerState, State
 from ..messages import Message, message
 from ..tensors import rows
-from .synthetic import WarmStarted, generator_of
+from .synthetic import WarmStarted, generator_of, held, known
 
 
 @message
@@ -32,11 +32,10 @@ class FGL(WarmStarted):
         return generator_of(ctx)
 
     def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
-        held = tuple(ctx.data["train"]["label"].unique().tolist())
-        return Reply(Classes(held), None, float(rows(ctx.data["train"])), {})
+        return Reply(Classes(held(ctx)), None, float(rows(ctx.data["train"])), {})
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
-        """Class names are all that there is."""
+        known(reply.message.classes, ctx)  # class names are all that there is
 
     def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         return replace(server, classes={site: torch.tensor(r.message.classes) for site, r in replies.items()}), {}

@@ -12,7 +12,7 @@ from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
 from ..fit import fit
 from ..messages import Message, message
 from ..tensors import Tensors, add, mean, rows, scale, sub, to, zeros
-from .averaging import Averaging
+from .averaging import Rounds
 
 
 @message
@@ -40,7 +40,7 @@ class Change:
 
 @final
 @dataclass(frozen=True)
-class Scaffold(Averaging):
+class Scaffold(Rounds):
     """Local steps corrected by c - c_i, which is how far the site's gradients are from everyone's."""
 
     server_lr: float = 1.0

@@ -198,8 +198,20 @@ def generator_of(ctx: Local | Central) -> Prompted:
     return ctx.generator
 
 
+def held(ctx: Local) -> tuple[int, ...]:
+    """Which classes a site trains on."""
+    return tuple(ctx.data["train"]["label"].unique().tolist())
+
+
+def known(classes: tuple[int, ...], ctx: Central) -> None:
+    """Raise `InputError` where these are not one or more of the classes, each once."""
+    if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(len(ctx.prompts))):
+        raise InputError(f"one or more of {len(ctx.prompts)} classes by number were expected, {list(classes)} came")
+
+
 def fits(generator: Generator, reply: Reply, site: str, ctx: Central) -> None:
-    """Raise `InputError` where an adapter cannot be sampled from."""
+    """Raise `InputError` where an adapter cannot be sampled from, or a class that the site says it holds is none."""
+    known(reply.message.classes, ctx)
     generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}")
 
 
@@ -258,8 +270,7 @@ class WarmStarted(Averaging):
 
     def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
         tensors, metrics = self.generator(ctx).adapt(ctx)
-        held = tuple(ctx.data["train"]["label"].unique().tolist())
-        return Reply(Offer(tensors, held), None, float(rows(ctx.data["train"])), metrics)
+        return Reply(Offer(tensors, held(ctx)), None, float(rows(ctx.data["train"])), metrics)
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
         """Raise `InputError` where what a site offers cannot be sampled from."""

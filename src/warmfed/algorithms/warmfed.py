@@ -8,21 +8,24 @@ Departures: samples are filtered (`synthesis.filter`), and a do-no-harm gate kee
 sites' validation accuracy does not fall (`gate`). One more local step from the last global model (`personalize`) ends the
 run, is the whole of the personal branch in one-shot mode (`rounds` 0), and is kept as far as the site's own validation says
 (`personal_gate`). With all three off it is the paper's. The selector's loss and the schedule of τ_t are ours. Where the
-paper's sentences disagree on who fine-tunes before the aggregation, `before` offers both readings.
+paper's sentences disagree on who fine-tunes before the aggregation, `before` offers both readings. A site that comes late
+sends its adapter with its first model, and S_sub grows by samples of it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
-from ..errors import one_of
+from ..errors import InputError, one_of
 from ..fit import Training, fit
 from ..messages import Message, message
-from ..tensors import Tensors, mean, mix, rows
-from .averaging import average, upload
+from ..randomness import child
+from ..tensors import Tensors, join, mean, mix, rows
+from .averaging import Model, average, expect, upload
 from .distillation import Distillation, distilled, dynamic
-from .synthetic import Synthesis, fits, gather, generator_of, warm_start
+from .synthetic import Synthesis, draw, fits, gather, generator_of, held, warm_start
 
 
 @message
@@ -51,6 +54,23 @@ class Down:
 
     model: Tensors
     subset: Tensors | None
+
+
+@message
+class Late:
+    """What a site is sent that has sent no adapter yet: to train as the others do, and to send one too."""
+
+    model: Tensors
+    subset: Tensors | None
+
+
+@message
+class Joined:
+    """A late site's model, with all that the others have sent before the warm start."""
+
+    model: Tensors
+    adapter: Tensors
+    classes: tuple[int, ...]
 
 
 @message
@@ -127,8 +147,9 @@ class WarmFed:
     def stages(self) -> tuple[Stage, ...]:
         adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=self.check)
         warm = Stage("warm", self.start)
-        train = Stage("train", self.merge, self.train, sample=self.sample, evaluated=not (self.tunes and self.gate))
-        gate = Stage("gate", self.decide, self.judge, down=self.candidates)
+        evaluated = not (self.tunes and self.gate)
+        train = Stage("train", self.merge, self.train, self.invite, sample=self.sample, evaluated=evaluated, check=self.check)
+        gate = Stage("gate", self.decide, self.judge, down=self.candidates, check=self.judged)
         personalize = Stage("personalize", self.done, self.personalize)
         one_round = (train, gate) if self.tunes and self.gate else (train,)
         return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
@@ -153,12 +174,14 @@ class WarmFed:
 
     def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
         tensors, metrics = generator_of(ctx).adapt(ctx)
-        held = tuple(ctx.data["train"]["label"].unique().tolist())
         # no state: a site enters anew after the warm start
-        return Reply(Adapter(tensors, held), None, float(rows(ctx.data["train"])), metrics)
+        return Reply(Adapter(tensors, held(ctx)), None, float(rows(ctx.data["train"])), metrics)
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
-        fits(ctx.generator, reply, site, ctx)
+        if isinstance(reply.message, Adapter | Joined):
+            fits(ctx.generator, reply, site, ctx)
+        if isinstance(reply.message, Model | Joined):
+            expect(reply.message.model, ctx)
 
     def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         adapters, classes = gather(ctx, ctx.generator, replies)
@@ -173,6 +196,11 @@ class WarmFed:
 
     # train: rounds t = 1..R
 
+    def invite(self, server: ServerState, site: str) -> Message:
+        down = self.down(server, site)
+        late = self.warm and (self.tune or self.before == "server") and site not in server.classes
+        return Late(down.model, down.subset) if late else down
+
     def train(self, down: Message, state: State, ctx: Local) -> Reply:
         if down.subset is not None:
             state = replace(state, subset=down.subset)
@@ -183,7 +211,11 @@ class WarmFed:
         if self.upload == "local":
             model, metrics = fit(ctx, start, self.local, ctx.data["train"])  # θ_n^t
         state, info = self.personal_step(start, state, ctx)  # θ_{p,n}^t
-        return upload(state.personal if self.upload == "personal" else model, state, ctx, {**metrics, **info})
+        reply = upload(state.personal if self.upload == "personal" else model, state, ctx, {**metrics, **info})
+        if isinstance(down, Late):
+            adapter, _ = generator_of(ctx).adapt(replace(ctx, rng=child(ctx.rng)))
+            return replace(reply, message=Joined(reply.message.model, adapter, held(ctx)))
+        return reply
 
     def personal_step(self, start: Tensors, state: State, ctx: Local) -> tuple[State, dict[str, float]]:
         """One round of the personal branch: from the global model, taught by the site's own last two models."""
@@ -204,6 +236,8 @@ class WarmFed:
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         server = replace(server, holders=tuple(sorted({*server.holders, *replies})))
+        late = {site: reply for site, reply in replies.items() if isinstance(reply.message, Joined)}
+        server, added = self.welcome(server, late, ctx) if late else (server, {})
         if self.before == "server" and self.warm:
             # reading R1: each uploaded model, before they are averaged
             models = ((fit(ctx, r.message.model, self.before_training, server.subset)[0], r.weight) for r in replies.values())
@@ -211,11 +245,24 @@ class WarmFed:
         else:
             merged = dict(average(replies))
         if not self.tunes:
-            return replace(server, model=merged), {}
+            return replace(server, model=merged), added
         tuned, info = fit(ctx, merged, self.tune_training, server.subset)  # e_f epochs
+        metrics = {"tune_loss": info["loss"], **added}
         if self.gate:
-            return replace(server, model=merged, tuned=tuned), {"tune_loss": info["loss"]}
-        return replace(server, model=tuned), {"tune_loss": info["loss"], "gate_kept": 1.0, "gate_strength": 1.0}
+            return replace(server, model=merged, tuned=tuned), metrics
+        return replace(server, model=tuned), {**metrics, "gate_kept": 1.0, "gate_strength": 1.0}
+
+    def welcome(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        """Draw from the adapters that came late, and add to S_sub as much of each as the others have in it."""
+        adapters, classes = gather(ctx, ctx.generator, replies)
+        share = round(rows(server.subset) / max(sum(len(held) for held in server.classes.values()), 1))
+        samples = draw(ctx, adapters, {site: tuple(held.tolist()) for site, held in classes.items()}, max(share, 1))
+        image, label = samples["image"], samples["label"]
+        if self.synthesis.filter == "cross":  # the model that there is by now does what the two halves of S did for each other
+            likely = ctx.task.predict(server.model, samples).softmax(-1).gather(1, label[:, None])[:, 0]
+            image, label = image[likely >= self.synthesis.least], label[likely >= self.synthesis.least]
+        subset = join([server.subset, {"image": image, "label": label}])
+        return replace(server, subset=subset, classes={**server.classes, **classes}), {"joined_samples": float(len(label))}
 
     # gate: the sites judge the fine-tuning
 
@@ -225,6 +272,13 @@ class WarmFed:
     def judge(self, down: Message, state: State, ctx: Local) -> Reply:
         verdict = _verdict(ctx, down.average, down.tuned)
         return Reply(verdict, state, float(verdict.count), {})
+
+    def judged(self, reply: Reply, site: str, ctx: Central) -> None:
+        """Raise `InputError` where a verdict lacks a share of the fine-tuning, or holds numbers that cannot be."""
+        right, loss, count = reply.message.right, reply.message.loss, reply.message.count
+        known = right.keys() == loss.keys() == set(_SHARES)
+        if not known or count < 0 or not all(0 <= right[s] < count + 0.5 and math.isfinite(loss[s]) for s in _SHARES):
+            raise InputError(f"right answers and losses of {', '.join(_SHARES)} were expected, {reply.message} came")
 
     def decide(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         """Keep the share of the fine-tuning with most right answers; of equal ones the lower loss."""

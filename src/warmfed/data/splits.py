@@ -5,8 +5,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from .partition import stream
 from .pool import WHOLE, Pool, Texts
@@ -49,6 +47,10 @@ def units(pool: Pool) -> Ints:
     _, same = np.unique(np.ascontiguousarray(pool.digest).view("V32").ravel(), return_inverse=True)
     if pool.group is None:
         return same.astype(np.int64)
+    # a quarter of a light import of this package, and only groups need it
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     names, group = np.unique(pool.group, return_inverse=True)
     held = pool.group != ""
     size = int(same.max()) + 1

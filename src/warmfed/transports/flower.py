@@ -5,10 +5,13 @@ kind, size and digest. So there is one codec and one validation on the wire, on 
 it is; and neither Flower's serialization of arrays nor NumPy's touches a tensor.
 """
 
+import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from logging import INFO, WARNING
+from importlib.util import find_spec
+from logging import ERROR, INFO, WARNING
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
@@ -20,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from ..core import Absent
 from ..errors import InputError
 from ..messages import KINDS, digest, kind_of
-from .wire import FINISH, HELLO
+from .wire import FINISH, HELLO, REFUSED
 
 _BYTES, _SEAL, _STYPE = "message", "seal", "warmfed.message"
 _PASSING = {
@@ -74,8 +77,8 @@ def client_app(stages: Iterable[str], answer: Callable[[Mapping[str, Any], bytes
     for stage in sorted(set(stages)):
         app.train(stage)(handle)
     app.evaluate()(handle)
-    app.query(HELLO)(handle)
-    app.query(FINISH)(handle)
+    for what in (HELLO, FINISH, REFUSED):
+        app.query(what)(handle)
     return app
 
 
@@ -95,10 +98,12 @@ class GridPost:
     """A `Post` over Flower's Grid. Nodes have random numbers; a site's name is what it says of itself in `hello`."""
 
     grid: Grid
-    introduce: Callable[[bytes], str | None] = field(default=lambda data: None)
-    """introduce(answer to hello) is the site's name; None: it does not take part."""
+    introduce: Callable[[bytes], str] = field(default=lambda data: "")
+    """introduce(answer to hello) is the site's name; raises `InputError` where it does not take part."""
     hello: bytes = b""
     """The letter that asks a node for its name."""
+    refusal: Callable[[str], bytes] = field(default=str.encode)
+    """refusal(reason) is the letter that tells a node why it does not take part."""
     pause: float = 0.5
     """Seconds between two looks for answers."""
     look: float = 3.0
@@ -161,8 +166,7 @@ class GridPost:
         for reply in self._pull(self._asked):
             node, answer = self._asked.pop(reply.metadata.reply_to_message_id), _content(reply)
             if answer is not None:  # else it is asked again
-                self._names[node] = None if isinstance(answer, Absent) else self.introduce(answer)
-                log(INFO, "node %s is %s", node[0], self._names[node] or "refused")
+                self._names[node] = self._named(node, answer)
         for node in sorted(nodes - self._names.keys() - set(self._asked.values())):
             asked = self._push(Message(pack(self.hello), node[0], f"query.{HELLO}", ttl=600))
             if asked is not None:
@@ -176,12 +180,96 @@ class GridPost:
                 sites[name] = node
         return sites
 
+    def _named(self, node: "Node", answer: bytes | Absent) -> str | None:
+        """The name of the site that a node says it is, or None, and a line in the log of both sides why it is refused."""
+        try:
+            if isinstance(answer, Absent):
+                raise InputError(answer.reason)
+            name = self.introduce(answer)
+        except InputError as error:
+            log(WARNING, "node %s is refused: %s", node[0], error)
+            if not isinstance(answer, Absent):
+                self._push(Message(pack(self.refusal(str(error))), node[0], f"query.{REFUSED}", ttl=600))
+            return None
+        log(INFO, "node %s is site %s", node[0], name)
+        return name
+
+    def tell(self, reason: str, seconds: float = 30.0) -> None:
+        """Tell all sites that are there why the run is not begun, and wait until they have heard it."""
+        letter, end = self.refusal(reason), time.monotonic() + seconds
+        nodes = [node for (node, _), name in self._names.items() if name is not None]
+        sent = [self._push(Message(pack(letter), node, f"query.{REFUSED}", ttl=600)) for node in nodes]
+        pending = dict.fromkeys(filter(None, sent))
+        while pending and time.monotonic() < end:
+            for reply in self._pull(pending):
+                del pending[reply.metadata.reply_to_message_id]
+            time.sleep(self.pause)
+
     def _push(self, message: Message) -> str | None:
         return next(iter(self.grid.push_messages([message])), None)
 
     def _pull(self, pending: Mapping[str, Any]) -> list[Message]:
         replies = self.grid.pull_messages(list(pending)) if pending else []
         return [reply for reply in replies if reply.metadata.reply_to_message_id in pending]
+
+
+@dataclass
+class Nodes:
+    """A `Post` over the nodes of Flower's simulation, each of which can do any site's work: the request says whose."""
+
+    grid: Grid
+    pause: float = 0.02
+    """Seconds between two looks for answers."""
+    stopped: bool = False
+
+    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Absent]]:
+        end = time.monotonic() + seconds
+        nodes = sorted(self.grid.get_node_ids())
+        messages = [Message(pack(data), nodes[i % len(nodes)], action) for i, data in enumerate(letters.values())]
+        pending = dict(zip(self.grid.push_messages(messages), letters, strict=True))
+        while pending and time.monotonic() < end and not self.stopped:
+            for reply in self.grid.pull_messages(list(pending)):
+                answer = _content(reply)
+                yield (
+                    pending.pop(reply.metadata.reply_to_message_id),
+                    Absent(f"it was lost ({_first(reply.error)})") if answer is None else answer,
+                )
+            time.sleep(self.pause)
+        for site in pending.values():
+            yield site, Absent("the simulation was stopped" if self.stopped else f"it has not answered in time ({seconds:g} s)")
+
+
+def simulate(serve: Callable[[Nodes], None], app: ClientApp, nodes: int, workers: int, cards: bool) -> None:
+    """Run serve(post) beside Flower's simulation of so many nodes, on Ray: here, or on the cluster of $RAY_ADDRESS.
+
+    Args:
+        workers: processes at work at the same time on this machine; a cluster has as many as it has processors or cards.
+        cards: whether each process needs a graphics card of its own.
+
+    Raises:
+        InputError: Ray is not installed, or what serve raises.
+    """
+    if find_spec("ray") is None:
+        raise InputError("Flower simulates on Ray, which is not installed; pip install 'warmfed[simulation]'")
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "FLWR_TELEMETRY_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    logging.getLogger("flwr").setLevel(ERROR)
+    from flwr.simulation import run_simulation
+
+    posts: list[Nodes] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        posts.append(Nodes(grid))
+        serve(posts[0])
+
+    begin = {"log_to_driver": False, "logging_level": ERROR} | ({} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers})
+    resources = {"num_cpus": 1, "num_gpus": 1.0 if cards else 0.0}
+    try:
+        run_simulation(server, app, nodes, backend_config={"init_args": begin, "client_resources": resources})
+    finally:
+        for post in posts:
+            post.stopped = True
 
 
 def _content(reply: Message) -> bytes | Absent | None:

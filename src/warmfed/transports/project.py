@@ -7,7 +7,7 @@ from ..files import write_whole
 _APP = """\
 \"\"\"One of warmfed's two apps, as Flower looks for it.\"\"\"
 
-from warmfed.apps import {} as app
+from warmfed.{} import app
 
 __all__ = ["app"]
 """
@@ -36,8 +36,8 @@ config = ""
 out = ""
 """,
     "warmfed_app/__init__.py": '"""warmfed over Flower."""\n',
-    "warmfed_app/server_app.py": _APP.format("server_app"),
-    "warmfed_app/client_app.py": _APP.format("client_app"),
+    "warmfed_app/server_app.py": _APP.format("serverapp"),
+    "warmfed_app/client_app.py": _APP.format("clientapp"),
 }
 
 

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..messages import Message, decode, message
 from ..tensors import Tensors
 
-HELLO, EVALUATE, FINISH = "hello", "evaluate", "finish"
+HELLO, EVALUATE, FINISH, REFUSED = "hello", "evaluate", "finish", "refused"
 """What is asked beside the algorithm's own stages."""
 
 

@@ -1,7 +1,7 @@
-"""The two Flower apps: `server_app` runs a configuration over the sites, `client_app` answers for one site.
+"""The Flower app of the server: it runs a configuration over the sites, which are Flower's nodes.
 
 Run configuration: `config`, the configuration's file; `out`, the run folder; both absolute or below the server's folder
-($WARMFED_SERVER, else the working directory). Node configuration: `site-folder`, the folder with site.toml.
+($WARMFED_SERVER, else the working directory).
 """
 
 import os
@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .algorithms import ALGORITHMS
+import torch
+
 from .config import Config, parse
 from .console import Lines
 from .core import Algorithm, Generator, Round, ServerState
@@ -22,11 +23,11 @@ from .files import read_json, write_json
 from .messages import encode
 from .ready import Ready, prepare
 from .run import run
-from .runs import SITES, Place, Watcher, execute, read_config, resume, server_side
-from .site import agree, answer, roster
+from .runs import SITES, Place, Watcher, proceed, server_side
+from .site import agree, roster
 from .transports import flower
 from .transports.remote import Remote
-from .transports.wire import HELLO, Card, Request, opened
+from .transports.wire import HELLO, REFUSED, Card, Refusal, Request, opened
 
 
 @dataclass
@@ -45,11 +46,19 @@ class There(Place):
         self._run = begun["run"] if begun else secrets.token_hex(8)
         asked = Request(self._run, "", config.toml(), HELLO, 0, 0, None)
         self.post.hello, self.post.introduce = encode(asked), lambda data: self._introduced(asked, data)
+        self.post.refusal = lambda reason: encode(replace(asked, stage=REFUSED, body=Refusal(reason)))
         names = begun["sites"] if begun else config.border.sites
         needed = config.border.needed(len(names)) if names else config.border.least
         found = self.post.present(names, needed, config.border.deadline)
         self._sites = tuple(sorted({*names, *found}))
-        known = _roster(begun["roster"]) if begun else roster(self._cards, self._sites)
+        try:
+            return self._agreed(config, _roster(begun["roster"]) if begun else roster(self._cards, self._sites))
+        except InputError as error:
+            self.post.tell(f"the run is not begun: {error}")
+            raise
+
+    def _agreed(self, config: Config, known: Roster) -> Ready:
+        """What the configuration stands for, where server and sites have the same base and start; raises `InputError`."""
         ready = prepare(config, known)
         site, card = next(iter(sorted(self._cards.items())))
         for what, here, there in (("base", ready.base, card.base), ("start", ready.start, card.start)):
@@ -57,18 +66,14 @@ class There(Place):
                 raise InputError(f"the server's {what} is {here!r}, that of site {site!r} {there!r}; they must be equal")
         return ready
 
-    def _introduced(self, asked: Request, data: bytes) -> str | None:
-        """The name of who has answered hello; None, and a line in the log: it does not take part."""
-        try:
-            site, card = opened_card(asked, data)
-            if self._sites and site not in self._sites:
-                raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
-            if self._cards and self._sites:
-                first = min(self._cards)
-                agree(card, site, self._cards[first], first)
-        except InputError as error:
-            print(f"a node is refused: {error}", flush=True)
-            return None
+    def _introduced(self, asked: Request, data: bytes) -> str:
+        """The name of who has answered hello; raises `InputError` where it does not take part."""
+        site, card = opened_card(asked, data)
+        if self._sites and site not in self._sites:
+            raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
+        if self._cards and self._sites:
+            first = min(self._cards)
+            agree(card, site, self._cards[first], first)
         self._cards[site] = card
         return site
 
@@ -110,31 +115,9 @@ def serve(post: flower.GridPost, settings: Mapping[str, Any]) -> None:
     home = Path(os.environ.get("WARMFED_SERVER", "."))
     config = parse(home / str(settings["config"])) if settings.get("config") else parse()
     folder = home / (str(settings.get("out") or "") or f"runs/{config.name}-{config.seed}")
-    place = There(post, folder)
+    torch.set_num_threads(1)  # sums depend on how many there are
     with Lines() as watcher:
-        if (folder / "config.toml").exists():
-            _same(read_config(folder), config, folder)
-            resume(folder, watcher, place=place)
-        else:
-            execute(config, folder, watcher, place=place)
+        proceed(config, folder, watcher, There(post, folder))
 
 
-def _same(begun: Config, asked: Config, folder: Path) -> None:
-    """Raise `InputError` where the folder's run was begun with other settings than are asked for now."""
-    if replace(begun, border=asked.border, workers=asked.workers) != asked:
-        raise InputError(f"{folder} holds a run of other settings than the configuration names; choose another out")
-
-
-def _here(node: Mapping[str, Any], letter: bytes) -> bytes:
-    folder = str(node.get("site-folder", ""))
-    if not folder:
-        raise InputError(
-            "the node's configuration has no site-folder; start the SuperNode with --node-config 'site-folder=\"…\"'"
-        )
-    return answer(Path(folder), letter)
-
-
-server_app = flower.server_app(serve)
-client_app = flower.client_app(
-    (stage.name for entry in ALGORITHMS.values() for stage in entry.cls().stages() if stage.client is not None), _here
-)
+app = flower.server_app(serve)

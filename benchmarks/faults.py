@@ -1,0 +1,413 @@
+"""Faults in a real deployment on this machine (SuperLink and four SuperNodes, TLS and node keys), one run for each.
+
+A fault where recovery is claimed must leave the history and the models of the run in process, which nothing disturbed. A reply
+that is refused must leave those of a run in process in which that site gave none in that round.
+
+The full disk needs root, for a small tmpfs.
+
+    python benchmarks/faults.py [--only NAME …] [--out benchmarks/results/faults]
+"""
+
+import argparse
+import fcntl
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from deployment import Deployment, arrays, end, free_port
+
+from warmfed.config import parse
+from warmfed.core import Absent, Round
+from warmfed.files import read_json, read_lines, write_json, write_whole
+from warmfed.ready import Ready
+from warmfed.run import run
+from warmfed.runs import HERE, Place, execute, memories_folder, server_side
+from warmfed.transports.inprocess import InProcess
+from warmfed.transports.project import write_project
+
+SITES = ("a", "b", "c", "d")
+SITE = "a"
+"""Who has the fault."""
+COMMON = {"evaluate": "last", "workers": 1, "border": {"sites": list(SITES), "deadline": 300.0}}
+WARMFED = {
+    **COMMON,
+    "algorithm": {
+        "name": "warmfed",
+        "rounds": 1,
+        "local": {"epochs": 1},
+        "synthesis": {"per_class": 6},
+        "personal": {"epochs": 1},
+    },
+    "generator": {"steps": 4, "views": 1, "training": {"epochs": 10}},
+}
+TUNED = {
+    **COMMON,
+    "algorithm": {"name": "fedavg-finetune", "rounds": 2, "local": {"epochs": 1}, "personal": {"epochs": 1}},
+    "border": {**COMMON["border"], "least": 3, "bytes": 5_000_000},
+}
+SPOILT = 1
+"""The step whose reply is spoilt: the second round of training."""
+_CLIENT = """\
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from flwr.app import Message
+from warmfed.clientapp import app as honest
+from warmfed.messages import decode, encode
+from warmfed.transports.flower import pack, unpack
+from warmfed.transports.wire import Answer
+
+
+def app(message, context):
+    reply = honest(message, context)
+    folder = Path(context.node_config["site-folder"])
+    how = json.loads((folder / "fault.json").read_text()) if (folder / "fault.json").exists() else {}
+    answer = decode(unpack(reply.content), Answer)
+    if answer.stage != "train" or not how:
+        return reply
+    kept = folder / "earlier.safetensors"
+    if answer.step != how["step"]:
+        kept.write_bytes(encode(answer))
+        return reply
+    model = dict(answer.body.message.model)
+    match how["kind"]:
+        case "nan":
+            model = {name: tensor * float("nan") for name, tensor in model.items()}
+        case "shape":
+            model = {name: tensor[:1] for name, tensor in model.items()}
+        case "oversized":
+            model["more"] = torch.zeros(2_000_000)
+        case "replayed":
+            return Message(pack(kept.read_bytes()), reply_to=message)
+    message_ = type(answer.body.message)(model)
+    return Message(pack(encode(replace(answer, body=replace(answer.body, message=message_)))), reply_to=message)
+"""
+"""The client app of sites one of which is not honest: it is what a consortium cannot rule out."""
+
+
+class Without(Place):
+    """All sites in process, one of which gives no usable reply in one step."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        self.step, self.reason = step, reason
+
+    def prepare(self, config: Any) -> Ready:
+        return HERE.prepare(config)
+
+    def finish(self, ready: Ready, folder: Path, server: Any) -> Any:
+        return HERE.finish(ready, folder, server)
+
+    def rounds(self, ready: Ready, folder: Path, start: Any, generator: Any, watcher: Any) -> Generator[Round, None, None]:
+        config = ready.config
+        with InProcess(ready.workers(), folder=memories_folder(folder)) as transport:
+            send = transport.send
+
+            def sent(step: int, *rest: Any) -> Iterator[Any]:
+                for site, answer, crossed in send(step, *rest):
+                    yield (site, Absent(self.reason), ()) if (site, step) == (SITE, self.step) else (site, answer, crossed)
+
+            transport.send = sent  # type: ignore[method-assign]
+            central = server_side(ready.task, transport, ready.images.prompts, generator, "cpu", folder, watcher)
+            yield from run(config.algorithm, central, transport, config.seed, evaluate=config.evaluate, border=config.border)
+
+
+@dataclass
+class Proxy:
+    """Carries bytes between a site and the server, in a process of its own that can be stopped: a network that is cut."""
+
+    to: int
+    port: int = field(default_factory=free_port)
+
+    def __enter__(self) -> "Proxy":
+        words = [sys.executable, __file__, "--proxy", str(self.port), str(self.to)]
+        self.process = subprocess.Popen(words)
+        return self
+
+    def cut(self, seconds: float) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.process.send_signal(signal.SIGCONT)
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def carry(here: int, there: int) -> None:
+    """The proxy's own process."""
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end_ in (source, target):
+            with suppress(OSError):
+                end_.shutdown(socket.SHUT_RDWR)
+
+    with socket.create_server(("127.0.0.1", here)) as server:
+        while True:
+            near, _ = server.accept()
+            far = socket.create_connection(("127.0.0.1", there))
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=pump, args=pair, daemon=True).start()
+
+
+@dataclass
+class Trial:
+    """A run in the deployment, and what a fault needs to know of it."""
+
+    deployment: Deployment
+    config: dict[str, Any]
+    name: str
+    proxy: Proxy
+    app: Path | None = None
+    reference: dict[str, Any] = field(default_factory=dict)
+    hit: float = 0.0
+    """When the fault struck."""
+
+    @property
+    def out(self) -> Path:
+        return self.deployment.server / "runs" / self.name
+
+    def start(self) -> None:
+        write_whole(self.deployment.server / f"{self.name}.toml", tomli_w.dumps(self.config))
+        self.deployment.start(f"{self.name}.toml", f"runs/{self.name}", self.app)
+
+    def records(self) -> list[dict[str, Any]]:
+        path = self.out / "rounds.jsonl"
+        return read_lines(path, "records") if path.exists() else []
+
+    def wait_records(self, count: int) -> None:
+        self.deployment.wait(lambda: len(self.records()) >= count, 300, f"{count} records")
+
+    def wait_work(self, step: int) -> None:
+        """Wait until the site is at work on a step."""
+        self.wait_records(step)
+        self.deployment.wait((self.out / "checkpoint" / "sites.json").exists, 120, "the run has begun")
+        lock = self.deployment.site(SITE) / "work" / ".lock"
+
+        def held() -> bool:
+            with lock.open("w") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+            return False
+
+        self.deployment.wait(held, 120, "the site is at work")
+        time.sleep(0.5)
+
+    def strike(self) -> None:
+        self.hit = time.monotonic()
+
+
+def node(moment: Callable[[Trial], None]) -> Callable[[Trial], str]:
+    """kill -9 of a site's SuperNode and all below it at a moment; it is started again after five seconds."""
+
+    def fault(trial: Trial) -> str:
+        trial.start()
+        moment(trial)
+        trial.strike()
+        trial.deployment.kill(SITE)
+        before = len(trial.records())
+        time.sleep(5)
+        trial.deployment.supernode(SITE)
+        return f"killed after stage {before}, started again 5 s later; the server asked it again"
+
+    return fault
+
+
+def server_app(trial: Trial) -> str:
+    trial.start()
+    trial.wait_work(2)
+    trial.strike()
+    found = trial.deployment.below("superlink", "flwr-serverapp")
+    end(found)
+    time.sleep(5)
+    trial.start()
+    return "killed in the middle of a round; the same `run.sh` again went on from the last checkpoint"
+
+
+def superlink(trial: Trial) -> str:
+    trial.start()
+    trial.wait_work(2)
+    trial.strike()
+    trial.deployment.kill("superlink")
+    time.sleep(5)
+    trial.deployment.superlink()
+    trial.start()
+    return (
+        "killed with the ServerApp in the middle of a round; `start.sh` and `run.sh` again, the sites came back by themselves"
+    )
+
+
+def disk(trial: Trial) -> str:
+    """A full disk at a site: its work folder is a small tmpfs with a file that fills it."""
+    work = trial.deployment.site(SITE) / "work"
+    work.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(work)], check=True)
+    filler = work / "filler"
+    trial.start()
+    trial.deployment.wait((work / "ledger.jsonl").exists, 120, "the site has said who it is")
+    trial.wait_records(2)
+    trial.strike()
+    with suppress(OSError), filler.open("wb") as file:
+        while True:
+            file.write(bytes(2**16))
+    log = trial.deployment.folder / "superlink.log"
+    trial.deployment.wait(lambda: "No space left" in log.read_text(errors="replace"), 120, "the disk is full")
+    line = next(line for line in log.read_text(errors="replace").splitlines() if "No space left" in line)
+    told = line[max(line.find("site 'a'"), 0) :].replace(str(trial.deployment.folder), "…")[:200]
+    time.sleep(2)
+    filler.unlink()
+    trial.start()
+    return f"the run stopped at its checkpoint and named the site ({told.strip()}); space freed, `run.sh` again"
+
+
+def cut(trial: Trial) -> str:
+    trial.start()
+    trial.wait_work(2)
+    trial.strike()
+    trial.proxy.cut(30)
+    return "no byte between the site and the server for 30 s in the middle of a round; both waited, and went on"
+
+
+def spoilt(kind: str) -> Callable[[Trial], str]:
+    def fault(trial: Trial) -> str:
+        write_json(trial.deployment.site(SITE) / "fault.json", {"step": SPOILT, "kind": kind})
+        trial.start()
+        trial.wait_records(SPOILT)
+        trial.strike()
+        trial.wait_records(SPOILT + 1)
+        reason = str(trial.records()[SPOILT]["absent"][SITE])
+        trial.reference = reference(trial.config, trial.deployment.folder / f"here-{kind}", Without(SPOILT, reason))
+        return f"left out of that round ({reason}), there again in the next"
+
+    return fault
+
+
+FAULTS: dict[str, tuple[dict[str, Any], Callable[[Trial], str]]] = {
+    "kill -9 of a SuperNode while its site adapts": (WARMFED, node(lambda trial: trial.wait_work(0))),
+    "kill -9 of a SuperNode in the middle of a round": (WARMFED, node(lambda trial: trial.wait_work(2))),
+    "kill -9 of a SuperNode between rounds": (WARMFED, node(lambda trial: trial.wait_records(2))),
+    "kill -9 of the ServerApp": (WARMFED, server_app),
+    "kill -9 of the SuperLink": (WARMFED, superlink),
+    "network of a site cut for 30 s": (WARMFED, cut),
+    "full disk at a site": (WARMFED, disk),
+    "a reply with NaN": (TUNED, spoilt("nan")),
+    "a reply of a wrong shape": (TUNED, spoilt("shape")),
+    "an oversized reply": (TUNED, spoilt("oversized")),
+    "a reply replayed from an earlier round": (TUNED, spoilt("replayed")),
+}
+
+
+def reference(config: dict[str, Any], folder: Path, place: Place = HERE) -> dict[str, Any]:
+    """The summary of the run in process."""
+    path = folder.with_suffix(".toml")
+    write_whole(path, tomli_w.dumps(config))
+    return execute(parse(path), folder, place=place)
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[tuple[Deployment, Proxy, Path]]:
+    """A deployment with all its SuperNodes, one of which goes through a proxy, and the app of the sites that are not honest."""
+    write_whole(folder / "run.toml", tomli_w.dumps(WARMFED))
+    with (
+        Deployment(folder / "all", folder / "run.toml", SITES, {"data": WARMFED["data"]}) as deployment,
+        Proxy(deployment.port) as proxy,
+    ):
+        script = deployment.site(SITE) / "start.sh"
+        script.write_text(script.read_text().replace(f"localhost:{deployment.port}", f"localhost:{proxy.port}"))
+        app = write_project(deployment.folder / "app")
+        (app / "warmfed_app" / "client_app.py").write_text(_CLIENT)
+        deployment.superlink()
+        for site in SITES:
+            deployment.supernode(site)
+        yield deployment, proxy, app
+
+
+def measure(
+    name: str, run_name: str, there: tuple[Deployment, Proxy, Path], whole: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """One fault, in a run of its own."""
+    (config, fault), (deployment, proxy, app) = FAULTS[name], there
+    trial = Trial(deployment, config, run_name, proxy, app if config is TUNED else None)
+    told = fault(trial)
+    before = len(trial.records())
+    deployment.wait(lambda: len(trial.records()) > before or (trial.out / "summary.json").exists(), 300, "a next record")
+    recovered = time.monotonic() - trial.hit
+    found = deployment.finished(f"runs/{run_name}", 400)
+    work = deployment.site(SITE) / "work"
+    if work.is_mount():  # the full disk's
+        subprocess.run(["umount", "-l", str(work)], check=True)
+    wanted = trial.reference or whole[config["algorithm"]["name"]]
+    same = {key: found[key] == wanted[key] for key in ("history_sha256", "models_sha256")}
+    absent = {r["step"]: r["absent"] for r in trial.records() if r.get("absent")}
+    lost = "nothing" if not absent else f"the reply of {SITE} to step {', '.join(map(str, absent))}"
+    return {
+        "fault": name,
+        "happened": told,
+        "lost": lost if all(same.values()) else f"DIFFERS {same}",
+        "seconds": round(recovered, 1),
+    }
+
+
+def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    lines = [
+        "# Faults in a deployment", "",
+        "`python benchmarks/faults.py` on " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".", "",
+        "Lost: beside the run in process that nothing disturbed (`history_sha256` and the bytes of all models), or, where",
+        "a reply was refused, beside one in which that site gave none in that round: equal but for what is named. Seconds:",
+        "from the fault to the next stage that was done, with the pause before the restart (5 s; the cut: 30 s).", "",
+        "| fault | what happened | lost | seconds |", "|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [f"| {row['fault']} | {row['happened']} | {row['lost']} | {row['seconds']} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=list(FAULTS), metavar="NAME", help="some of the faults")
+    parser.add_argument("--out", type=Path, help="writes .json and .md; rows that are there already are kept")
+    parser.add_argument("--proxy", nargs=2, type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.proxy:
+        carry(*args.proxy)
+    about = {"machine": f"{platform.machine()} ({os.cpu_count()} processors)", "date": time.strftime("%Y-%m-%d")}
+    about |= {name: version(name) for name in ("warmfed", "flwr", "torch")}
+    results = args.out.with_suffix(".json") if args.out else None
+    rows = {row["fault"]: row for row in read_json(results, "the results")["rows"]} if results and results.exists() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = {"source": str(arrays(folder / "data.npz", SITES))}
+        for config in (WARMFED, TUNED):
+            config["data"] = data
+        whole = {config["algorithm"]["name"]: reference(config, folder / str(i)) for i, config in enumerate((WARMFED, TUNED))}
+        with running(folder) as there:
+            for i, name in enumerate(name for name in FAULTS if any(part in name for part in args.only)):
+                rows[name] = measure(name, f"trial-{i}", there, whole)
+                print(rows[name], flush=True)
+                if args.out:
+                    ordered = [rows[name] for name in FAULTS if name in rows]
+                    write_json(args.out.with_suffix(".json"), {**about, "rows": ordered})
+                    write_whole(args.out.with_suffix(".md"), table(ordered, about))
+    sys.exit(any("DIFFERS" in row["lost"] for row in rows.values()))
+
+
+if __name__ == "__main__":
+    main()
