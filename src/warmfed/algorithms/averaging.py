@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State, Task
+from ..errors import InputError
 from ..fit import Training, fit
 from ..messages import Message, message
+from ..randomness import named
 from ..tensors import Tensors, mean, only, rows
 from .robust import Robust
 
@@ -33,6 +35,16 @@ def upload(model: Tensors, state: State, ctx: Local, metrics: Metrics) -> Reply:
 def average(replies: Replies) -> Tensors:
     """Σ_k n_k/n·w_k, over the replies."""
     return mean((reply.message.model, reply.weight) for reply in replies.values())
+
+
+def fits(tensors: Tensors, ctx: Central, complete: Callable[[str], bool]) -> None:
+    """Raise `InputError` where one of these is not of the task's model, or one of which complete(name) holds is missing."""
+    model = ctx.task.init(named("layout"))
+    if missing := sorted(name for name in model.keys() - tensors.keys() if complete(name)):
+        raise InputError(f"tensor {missing[0]!r} is missing; it is refused")
+    for name, tensor in sorted(tensors.items()):
+        if name not in model or (tensor.shape, tensor.dtype) != (model[name].shape, model[name].dtype):
+            raise InputError(f"tensor {name!r} of shape {list(tensor.shape)} is none of the model's; it is refused")
 
 
 @dataclass(frozen=True)
