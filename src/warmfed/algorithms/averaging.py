@@ -12,6 +12,9 @@ from ..randomness import named
 from ..tensors import Tensors, mean, only, rows
 from .robust import Robust
 
+DRAWING = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
+"""A site's training in one round where a diffusion model is learned."""
+
 
 @message
 class Model:
@@ -37,7 +40,7 @@ def average(replies: Replies) -> Tensors:
     return mean((reply.message.model, reply.weight) for reply in replies.values())
 
 
-def fits(tensors: Tensors, ctx: Central, complete: Callable[[str], bool]) -> None:
+def match(tensors: Tensors, ctx: Central, complete: Callable[[str], bool]) -> None:
     """Raise `InputError` where one of these is not of the task's model, or one of which complete(name) holds is missing."""
     model = ctx.task.init(named("layout"))
     if missing := sorted(name for name in model.keys() - tensors.keys() if complete(name)):

@@ -23,7 +23,7 @@ from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child
 from ..tensors import Tensors, dealt, flat, rows, select, sub
-from .averaging import Averaging, Model, upload
+from .averaging import DRAWING, Averaging, Model, upload
 from .synthetic import keep_samples
 
 SIGNALS = ("progress", "update", "dispersion")
@@ -57,7 +57,7 @@ class FedDDPM(Averaging):
 
     rounds: int = 10
     """R, rounds of training."""
-    local: Training = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
+    local: Training = DRAWING
     """A site's training in one round."""
     first: Training = Training(optimizer="adam", lr=1e-3, epochs=60, batch=32, schedule="cosine", warmup=20, clip=1.0, ema=0.99)
     """A site's training of its own model, before the rounds (E_0)."""

@@ -16,10 +16,10 @@ import torch
 
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
 from ..errors import one_of
-from ..fit import fit
+from ..fit import Training, fit
 from ..messages import Message, message
 from ..tensors import Tensors, only, rows
-from .averaging import Averaging, Model, fits
+from .averaging import DRAWING, Averaging, Model, match
 
 PARTS = ("encoder", "bottleneck", "decoder")
 TRAVELS = {"full": PARTS, "usplit": PARTS, "ulatdec": PARTS[1:], "udec": PARTS[2:]}
@@ -55,6 +55,8 @@ class Returned:
 class FedDiffuse(Averaging):
     """FedAvg of a part of the network."""
 
+    local: Training = DRAWING
+    """A site's training in one round."""
     exchange: str = "full"
     """full: the whole network both ways; usplit: all of it down, and of each pair of sites one returns the decoder, the other
     the encoder; ulatdec: bottleneck and decoder; udec: the decoder."""
@@ -115,7 +117,7 @@ class FedDiffuse(Averaging):
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
         parts = {ctx.task.part(name) for name in reply.message.model}
-        fits(reply.message.model, ctx, lambda name: ctx.task.part(name) in parts)
+        match(reply.message.model, ctx, lambda name: ctx.task.part(name) in parts)
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         model = dict(server.model)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
 from ..errors import InputError
-from ..fit import fit
+from ..fit import Training, fit
 from ..messages import Message, message
 from ..tensors import Tensors, mean, rows
-from .averaging import Averaging, Model, upload
+from .averaging import DRAWING, Averaging, Model, upload
 
 
 @message
@@ -65,6 +65,8 @@ def gain(counts: Tensor, there: Collection[Tensor]) -> float:
 class FedPhD(Averaging):
     """Edges of sites that together have all classes, averaged by how even they are, and a network that becomes smaller."""
 
+    local: Training = DRAWING
+    """A site's training in one round."""
     edges: int = 2
     """Edge servers."""
     period: int = 2

@@ -16,11 +16,11 @@ from typing import final
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
 from ..errors import InputError
-from ..fit import fit
+from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import aside, child
 from ..tensors import Tensors, rows
-from .averaging import Averaging, Personal, fits
+from .averaging import DRAWING, Averaging, Personal, match
 
 
 @message
@@ -45,6 +45,8 @@ class Submission:
 class PDFed(Averaging):
     """Each site goes on from whichever site's model draws best by its own images."""
 
+    local: Training = DRAWING
+    """A site's training in one round."""
     samples: int = 100
     """Images that a site draws from each model to score it; the paper has 1,000."""
     novelty: float = 1.0
@@ -78,7 +80,7 @@ class PDFed(Averaging):
         return found
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
-        fits(reply.message.model, ctx, lambda name: True)
+        match(reply.message.model, ctx, lambda name: True)
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         votes = Counter(reply.message.vote for reply in replies.values() if reply.message.vote in server.models)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
 from ..errors import InputError
-from ..fit import fit
+from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import aside, named
 from ..tensors import Tensors, add, rows, sub
-from .averaging import Averaging, Model, upload
+from .averaging import DRAWING, Averaging, Model, upload
 
 BITS = (0, 1, 2, 4, 8)
 
@@ -59,6 +59,8 @@ def restore(codes: Tensor, grid: Tensor, bits: int, like: Tensor) -> Tensor:
 class FedDMQuant(Averaging):
     """FedAvg whose sites send their changes in a few bits."""
 
+    local: Training = DRAWING
+    """A site's training in one round."""
     bits: int = 8
     """Bits of a number: 8, 4, 2 or 1; 0: changes are not quantized, and this is FedAvg."""
 
