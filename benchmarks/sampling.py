@@ -3,6 +3,7 @@
 For each denoiser a batch is drawn with as many steps as its settings say. `bare` are the same forward passes and nothing
 else, `sampler` is `Denoise.sample` (building the network, loading its weights, noise, scheduler). The shares of scheduler and
 decoder are of sampler and decoder together. An average of the weights costs nothing in drawing; its share is of training.
+Seconds are the processor's, of one thread: what else the machine does counts little.
 
     python benchmarks/sampling.py [--repeats 5] [--images 250] [--out benchmarks/results/sampling.json]
 """
@@ -32,9 +33,10 @@ DENOISERS = {
 
 
 def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    """Of the processor."""
+    began = time.process_time()
     work()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def measured(task: Denoise, images: int, repeats: int) -> dict[str, float]:
