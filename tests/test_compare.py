@@ -92,6 +92,14 @@ def test_arms_of_a_file(tmp_path: Path) -> None:
     assert [cell.name for cell in plan(file, {}, ["ungated"], [0], [1])] == ["ungated-rounds1-seed0"]
 
 
+def test_what_one_arm_sets_is_not_the_next_one_s(tmp_path: Path) -> None:
+    """Tables within tables, too: the second arm's learning rate stays what all share."""
+    file = tmp_path / "arms.toml"
+    file.write_text("algorithm.local.lr = 0.1\n[arms.fedprox.algorithm.local]\nlr = 0.5\n[arms.fedavg]\n")
+    found = {cell.arm: cell.config.algorithm.local.lr for cell in plan(file, seeds=[0])}
+    assert found == {"fedprox": 0.5, "fedavg": 0.1}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -48,6 +48,19 @@ def test_another_worker_count_gives_the_same_bytes(folder: Path, capsys: Any) ->
     assert "identical" in capsys.readouterr().out
 
 
+def test_sites_that_share_no_generator_are_measured_by_their_own(data: Path, folder: Path, tmp_path: Path) -> None:
+    """Each of the two sites draws half of the samples; the whole network averaged over rounds is one model again."""
+    eyes = folder.parent / "eyes.npz"
+    models = {}
+    for name, more in (("feddiffuse-udec", []), ("fedavg", ["smooth=0.5"])):
+        out = tmp_path / name
+        arguments = ["run", "--algorithm", name, "--rounds", "1", "--workers", "1", "--out", str(out), "--quiet", "--set"]
+        assert main([*arguments, "task=denoise", f"data.source={data}", f"measuring.features={eyes}", *QUICK[:-1], *more]) == 0
+        models[name] = json.loads((out / "summary.json").read_text())["quality"]["models"]
+        assert main(["verify", str(out), "--workers", "2"]) == 0
+    assert models == {"feddiffuse-udec": 2, "fedavg": 1}
+
+
 def test_synthesize(folder: Path, tmp_path: Path, capsys: Any) -> None:
     classes = json.loads((folder / "summary.json").read_text())["classes"]
     both = ["--grid", str(tmp_path / "a.png"), "--out", str(tmp_path / "a.safetensors"), "--count", "3"]

@@ -244,6 +244,27 @@ def test_arrays_may_bring_their_splits_and_names() -> None:
     assert federation.shape == (3, 12, 12)
 
 
+def test_a_limit_takes_so_many_of_each_site_class_and_split() -> None:
+    rng = np.random.default_rng(0)
+
+    def some(labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        return rng.integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8), np.array(labels)
+
+    sites = {"a": {"train": some([0] * 9 + [1] * 3), "test": some([0] * 5 + [1] * 5)}, "b": {"train": some([0, 1] * 8)}}
+    whole, part = arrays(sites), arrays(sites, limit=4)
+    rows = {
+        site: sorted(label for table in (each.train, each.validation) for label in table["label"].tolist())
+        for site, each in part.sites.items()
+    }
+    assert rows["a"] == [0] * 4 + [1] * 3
+    assert sorted(part.sites["a"].test["label"].tolist()) == [0] * 4 + [1] * 4
+    assert len(rows["b"]) + len(part.sites["b"].test["label"]) == 8
+    assert arrays(sites, limit=4).fingerprint == part.fingerprint != arrays(sites, limit=4, seed=1).fingerprint
+    assert arrays(sites, limit=100).fingerprint == whole.fingerprint
+    with pytest.raises(InputError, match="limit of 0"):
+        arrays(sites, limit=-1)
+
+
 def test_given_splits_lose_the_copies_outside_of_test() -> None:
     given = {
         "train": (IMAGES[:12], LABELS[:12]),

@@ -136,10 +136,14 @@ def quick(name: str, **changes: Any) -> Any:
     values = {f.name: settings[type(f.default)] for f in fields(found.cls) if type(f.default) in settings}
     for key, value in found.settings.items():
         match key.split("."):
+            case ["algorithm", "local", _]:
+                pass  # it has a quick one
             case ["algorithm", field, part]:
                 values[field] = replace(values.get(field, getattr(found.cls, field)), **{part: value})
             case ["algorithm", "correct"]:
                 values |= {"correct": value, "slow": 1.0, "window": 1}
+            case ["algorithm", field]:
+                values[field] = value
     return found.cls(**{"rounds": 2, **values, **changes})
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tomli_w
 
-from .algorithms import ALGORITHMS, WarmFed, entry
+from .algorithms import ALGORITHMS, Smoothed, WarmFed, entry
 from .border import Border
 from .core import Algorithm
 from .diffusion.denoise import Denoising
@@ -67,6 +67,8 @@ class Config:
     """The algorithm, by its name on the command line."""
     algorithm: Algorithm = field(default_factory=WarmFed)
     """Its hyper-parameters."""
+    smooth: float = 0.0
+    """Decay of a moving average of the global model over the rounds, which is released in its place; 0: none."""
     seed: int = 0
     """Names every random number of the run."""
     data: Data = Data()
@@ -87,6 +89,15 @@ class Config:
     """cpu, or cuda for one process with a graphics card."""
     evaluate: str = "every"
     """When the models are measured: every (stage), last or never."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smooth < 1:
+            raise InputError(f"smooth must be from 0 to below 1; got {self.smooth}")
+
+    @property
+    def method(self) -> Algorithm:
+        """The algorithm as the server runs it."""
+        return Smoothed(self.algorithm, self.smooth) if self.smooth else self.algorithm
 
     def toml(self) -> str:
         algorithm = {"name": self.name, **_plain(self.algorithm)}
@@ -236,7 +247,9 @@ def _chain(keys: list[str], value: Any) -> dict[str, Any]:
 
 def _overlay(under: dict[str, Any], over: Mapping[str, Any]) -> None:
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(under.get(key), dict):
-            _overlay(under[key], value)
+        if isinstance(value, Mapping):
+            if not isinstance(under.get(key), dict):
+                under[key] = {}
+            _overlay(under[key], value)  # never a table of `over` itself: what is laid on it later would change that, too
         else:
-            under[key] = dict(value) if isinstance(value, Mapping) else value
+            under[key] = value

@@ -254,16 +254,18 @@ def percent(clock: Clock) -> str:
 
 def line(record: Mapping[str, Any]) -> str:
     """One line on a finished stage: its name, test accuracies, seconds."""
-    name = f"{record['stage']} {record['number'] + 1}" if record["stage"] in ("train", "gate") else record["stage"]
+    name = f"{record['stage']} {record['number'] + 1}" if record["stage"] in ("train", "alone", "gate") else record["stage"]
     shown = []
     union = (record["union"] or {}).get("global")
     if union and "accuracy" in union:
         shown.append(f"global {union['accuracy']:5.1f} %")
     elif union:
         shown.append(f"loss {union['loss']:.4f}")
-    if record["personal"] and (not union or "accuracy" in union):
-        own = [views["test"]["accuracy"] for views in record["personal"].values()]
-        shown.append(f"personal {sum(own) / len(own):5.1f} %")
+    own = [views["test"] for views in record["personal"].values()]
+    if own and "accuracy" in own[0]:
+        shown.append(f"personal {sum(view['accuracy'] for view in own) / len(own):5.1f} %")
+    elif own and not union:
+        shown.append(f"personal loss {sum(view['loss'] for view in own) / len(own):.4f}")
     if "quality" in record:
         shown.append(f"FID {record['quality']['fid']:.2f}")
     if record["aggregate"].get("corrected"):

@@ -32,7 +32,7 @@ def released(folder: Path, summary: Mapping[str, Any], site: str, task: Task) ->
             raise InputError(f"the run has no personal model of site {site!r}{suggest(site, sites)}")
         raise InputError(f"{summary.get('algorithm')} has no global model; name a site by --site: {', '.join(sites)}")
     path, what = folder / "models" / f"{name}.safetensors", f"the model {name!r}"
-    model = load_model(path, task.init(torch.Generator()), what, datastore=True)
+    model = load_model(path, lambda found: task.fitting(found).init(torch.Generator()), what, datastore=True)
     if sha256(model) != digests[name]:
         raise InputError(f"{what} at {path} is not the one that the run made; restore it or start the run anew")
     return model

@@ -144,6 +144,10 @@ class Place(ABC):
     ) -> abc.Generator[Round, None, None]:
         """The run, round by round; see `simulate`."""
 
+    def personal(self, ready: Ready, folder: Path, server: ServerState) -> dict[str, Tensors]:
+        """The sites' own models, where they can be had."""
+        return {}
+
     @abstractmethod
     def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
         """Make the personal models: their digests by site, and their mean accuracy (or loss) on all test sets if known."""
@@ -160,7 +164,7 @@ class Here(Place):
     ) -> abc.Generator[Round, None, None]:
         config = ready.config
         return simulate(
-            config.algorithm,
+            config.method,
             ready.images,
             ready.task,
             seed=config.seed,
@@ -174,16 +178,20 @@ class Here(Place):
             watcher=watcher,
         )
 
+    def personal(self, ready: Ready, folder: Path, server: ServerState) -> dict[str, Tensors]:
+        memories, config = Memories(memories_folder(folder)), ready.config
+        found = {
+            site: worker.model(config.method.down(server, site), memories.state(site))
+            for site, worker in ready.workers().items()
+        }
+        return {site: model for site, model in found.items() if model is not None}
+
     def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
         config, federation, task = ready.config, ready.images, ready.task
-        memories = Memories(memories_folder(folder))
-        personal: dict[str, Tensors] = {}
-        for site, worker in ready.workers().items():
-            model = worker.model(config.algorithm.down(server, site), memories.state(site))
-            if model is not None:
-                personal[site] = model
-                write_model(folder / "models" / "personal" / f"{site}.safetensors", model)
-        everywhere = config.algorithm.global_model(server)
+        personal = self.personal(ready, folder, server)
+        for site, model in personal.items():
+            write_model(folder / "models" / "personal" / f"{site}.safetensors", model)
+        everywhere = config.method.global_model(server)
         shown = everywhere if everywhere is not None else next(iter(personal.values()), None)
         if shown is not None and isinstance(task, Denoise):
             write_samples(folder, federation, task, shown, config.seed)
@@ -309,10 +317,11 @@ def _go(
         for done in rounds:
             server, seconds, peak = done.server, round(done.seconds, 3), round(meter.lap(), 1)
             records.append({**done.results(), "seconds": seconds, "peak_memory_mb": peak})
-            model = config.algorithm.global_model(server) if gauge is not None else None
-            if gauge is not None and model is not None and gauge.due(done, last=len(records) == steps):
+            if gauge is not None and gauge.due(done, last=len(records) == steps):
                 watcher.progress("", "measure", 0, 1)
-                records[-1]["quality"] = gauge.measure(model, len(records))
+                model = config.method.global_model(server) or place.personal(ready, folder, server)
+                if model:
+                    records[-1]["quality"] = gauge.measure(model, len(records))
                 meter.lap()
             where = {"step": done.step, "stage": done.stage, "number": done.number}
             for exchange in done.exchanges:
@@ -334,7 +343,7 @@ def _keep(ready: Ready, folder: Path, records: list[dict[str, Any]], server: Ser
 
 def _finish(ready: Ready, folder: Path, records: list[dict[str, Any]], server: ServerState, place: Place) -> dict[str, Any]:
     """All that is made once at the end, from the checkpoint alone: a kill on the way leaves what it takes to do it again."""
-    everywhere = ready.config.algorithm.global_model(server)
+    everywhere = ready.config.method.global_model(server)
     personal, union = place.finish(ready, folder, server)
     models = {f"personal/{site}": digest for site, digest in personal.items()}
     if everywhere is not None:

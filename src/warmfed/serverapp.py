@@ -16,7 +16,7 @@ import torch
 
 from .config import Config, parse
 from .console import Lines
-from .core import Algorithm, Generator, Round, ServerState
+from .core import Generator, Round, ServerState
 from .data import Roster
 from .errors import InputError
 from .files import read_json, write_json
@@ -87,11 +87,11 @@ class There(Place):
         transport = self._transport(config)
         central = server_side(ready.task, transport, ready.federation.prompts, generator, config.device, folder, watcher)
         yield from run(
-            config.algorithm, central, transport, config.seed, start=start, evaluate=config.evaluate, border=config.border
+            config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, border=config.border
         )
 
     def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
-        algorithm: Algorithm = ready.config.algorithm
+        algorithm = ready.config.method
         down = {site: algorithm.down(server, site) for site in self._sites}
         return self._transport(ready.config).finish(down, algorithm.global_model(server)), None
 

@@ -41,7 +41,7 @@ class OnRay(Place):
         transport = Remote(self.post, tuple(sorted(ready.images.sites)), "", config.toml(), config.border)
         central = server_side(ready.task, transport, ready.images.prompts, generator, config.device, folder, watcher)
         yield from run(
-            config.algorithm, central, transport, config.seed, start=start, evaluate=config.evaluate, border=config.border
+            config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, border=config.border
         )
 
     def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:

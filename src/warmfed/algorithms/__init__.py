@@ -17,9 +17,11 @@ from .fedbn import FedBN
 from .fedbsd import FedBSD
 from .fedddpm import FedDDPM
 from .feddeo import FedDEO
+from .feddiffuse import FedDiffuse
 from .feddyn import FedDyn
 from .fednova import FedNova
 from .fedper import FedPer
+from .fedphd import FedPhD
 from .fedproto import FedProto
 from .fedprox import FedProx
 from .fedrep import FedRep
@@ -29,12 +31,15 @@ from .finetune import FedAvgFineTune
 from .knnper import KNNPer
 from .lgfedavg import LGFedAvg
 from .moon import MOON
+from .pdfed import PDFed
 from .perfedavg import PerFedAvg
 from .pfedme import PFedMe
 from .pfedsd import PFedSD
+from .quantized import FedDMQuant
 from .references import Centralized, LocalOnly
 from .scaffold import Scaffold
 from .server_optimizer import FedOpt
+from .smoothed import Smoothed as Smoothed
 from .warmfed import WarmFed
 
 
@@ -65,12 +70,27 @@ PUBLIC = {"model.start": "public"}
 ADAM = {"algorithm.server.name": "adam", "algorithm.server.lr": 0.03}
 YOGI = {"algorithm.server.name": "yogi", "algorithm.server.lr": 0.03}
 SLOW = {**DENOISE, "algorithm.correct": "slow"}
+ONLY = {**DENOISE, "algorithm.correct": "only"}
+USPLIT, ULATDEC, UDEC = ({**DENOISE, "algorithm.exchange": word} for word in ("usplit", "ulatdec", "udec"))
+TUN = {
+    **DENOISE,
+    "algorithm.local.optimizer": "adam",
+    "algorithm.local.lr": 2e-4,
+    "denoising.conditional": True,
+    "denoising.dropout": 0.1,
+    "denoising.prediction": "v_prediction",
+    "denoising.schedule": "exponential",
+    "denoising.weighting": "signal",
+    "denoising.sampler": "ddpm",
+    "denoising.steps": 300,
+}
 
 _ALONE = (LocalOnly, "reference")
 _TOGETHER = (Centralized, "reference")
 _FEDAVG = (FedAvg, "McMahan et al. 2017")
 _FEDOPT = (FedOpt, "Reddi et al. 2021")
 _FEDDDPM = (FedDDPM, "Peng et al. 2025")
+_FEDDIFFUSE = (FedDiffuse, "de Goede et al. 2024")
 
 ALGORITHMS: dict[str, Entry] = {
     "warmfed": Entry(
@@ -142,6 +162,35 @@ ALGORITHMS: dict[str, Entry] = {
     ),
     "fedddpm-plus": Entry(
         *_FEDDDPM, "the same, corrected only where learning is slow", "a model of its own once, model", "", SLOW, DRAWS
+    ),
+    "feddiffuse": Entry(*_FEDDIFFUSE, "FULL: a diffusion network both ways", "model", "", DENOISE, DRAWS),
+    "feddiffuse-usplit": Entry(
+        *_FEDDIFFUSE, "USPLIT: of two sites one returns the decoder, one the encoder", "half of the model", "", USPLIT, DRAWS
+    ),
+    "feddiffuse-ulatdec": Entry(*_FEDDIFFUSE, "ULATDEC: private encoders", "bottleneck, decoder", "encoder", ULATDEC, DRAWS),
+    "feddiffuse-udec": Entry(
+        *_FEDDIFFUSE, "UDEC: private encoders and bottlenecks", "decoder", "encoder, bottleneck", UDEC, DRAWS
+    ),
+    "feddm-quant": Entry(
+        FedDMQuant, "Vora et al. 2024", "FedAvg of updates in eight bits or fewer", "change in few bits", "", DENOISE, DRAWS
+    ),
+    "fedphd": Entry(
+        FedPhD,
+        "Long et al. 2025",
+        "edges whose sites together have all classes, and pruning",
+        "counts of classes once, model",
+        "",
+        DENOISE,
+        DRAWS,
+    ),
+    "pdfed": Entry(
+        PDFed, "Balan et al. 2024", "sites go on from the peer's model that draws best", "model, vote", "model", DENOISE, DRAWS
+    ),
+    "fedavg-tun": Entry(
+        FedAvg, "Tun et al. 2023", "FedAvg of a class-conditional network that predicts v", "model", "", TUN, DRAWS
+    ),
+    "auxiliary-only": Entry(
+        *_FEDDDPM, "its control: the auxiliary set alone, no site trains", "a model of its own once", "", ONLY, DRAWS
     ),
 }
 

@@ -13,6 +13,9 @@ from ..messages import Message, message
 from ..tensors import Tensors, mean, misfit, only, rows
 from .robust import Robust
 
+DRAWING = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
+"""A site's training in one round where a diffusion model is learned."""
+
 
 @message
 class Model:

@@ -23,7 +23,7 @@ from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child
 from ..tensors import Tensors, dealt, flat, rows, select, sub
-from .averaging import Averaging, Model, expect, upload
+from .averaging import DRAWING, Averaging, Model, expect, upload
 from .synthetic import keep_samples
 
 SIGNALS = ("progress", "update", "dispersion")
@@ -57,7 +57,7 @@ class FedDDPM(Averaging):
 
     rounds: int = 10
     """R, rounds of training."""
-    local: Training = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
+    local: Training = DRAWING
     """A site's training in one round."""
     first: Training = Training(optimizer="adam", lr=1e-3, epochs=60, batch=32, schedule="cosine", warmup=20, clip=1.0, ema=0.99)
     """A site's training of its own model, before the rounds (E_0)."""
@@ -66,7 +66,8 @@ class FedDDPM(Averaging):
     server: Training = Training(optimizer="adam", lr=2e-4, epochs=1, batch=32, clip=1.0)
     """The server's training on the auxiliary set after an aggregation (E_s)."""
     correct: str = "every"
-    """When it takes place: every (FedDDPM: after every aggregation), slow (FedDDPM+: where learning is slow), or never."""
+    """When it takes place: every (FedDDPM: after every aggregation), slow (FedDDPM+: where learning is slow), never, or only:
+    the control in which no site trains, and in each round the server gives `local` to the auxiliary set."""
     correction: Training = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
     """The server's training where learning was slow (E_c)."""
     signal: str = "progress"
@@ -82,9 +83,7 @@ class FedDDPM(Averaging):
     """Rounds after a correction in which none follows."""
 
     def __post_init__(self) -> None:
-        if self.correct not in ("every", "slow", "never"):
-            raise InputError(f"correct must be every, slow or never; got {self.correct!r}")
-        one_of(self, signal=SIGNALS)
+        one_of(self, correct=("every", "slow", "never", "only"), signal=SIGNALS)
         if not self.share > 0 or self.window < 1 or self.corrections < 0:
             raise InputError("share must be above 0, window at least 1 and corrections at least 0; check [algorithm]")
 
@@ -92,7 +91,8 @@ class FedDDPM(Averaging):
         local = Stage("local", self.collect, self.draw, down=lambda server, site: Nothing(), evaluated=False, check=self.check)
         auxiliary = Stage("auxiliary", self.auxiliary, evaluated=False)
         train = Stage("train", self.merge, self.train, sample=self.sample)
-        return (local, auxiliary, *(train,) * self.rounds)
+        alone = Stage("alone", self.alone)
+        return (local, auxiliary, *(alone if self.correct == "only" else train,) * self.rounds)
 
     def init(self, ctx: Central) -> ServerState:
         return Server(ctx.task.init(ctx.rng), {}, {}, {}, {}, (), ())
@@ -160,6 +160,10 @@ class FedDDPM(Averaging):
         model, info = fit(ctx, merged, training, server.auxiliary)
         server = replace(server, model=model, corrected=(*server.corrected, len(signals) - 1))
         return server, {**metrics, "corrected": 1.0, "correction_loss": info["loss"], "correction_steps": info["steps"]}
+
+    def alone(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        model, metrics = fit(ctx, server.model, self.local, server.auxiliary)
+        return replace(server, model=model), metrics
 
     def _signal(self, server: ServerState, replies: Replies, merged: Tensors, held: float) -> float:
         match self.signal:

@@ -17,7 +17,7 @@ from ..files import read_json, write_json
 from ..tensors import rows
 from .cache import Cache, Mapped
 from .federation import SPLITS, Federation, Site
-from .partition import Deal
+from .partition import Deal, stream
 from .pool import WHOLE, Common, Pool, digests, refuse, texts
 from .splits import DROPPED, remarks, split
 
@@ -47,6 +47,8 @@ def assemble(
     sound = _checked(pool, classes, dealt=deal is not None, faults=faults, notes=notes)
     if not len(pool.label) and not faults:
         faults.append("at least one site was expected, none came")
+    if options.limit:
+        pool = _limited(pool, options.limit, options.seed)
     if deal is not None:
         refuse(name, faults)
         if deal.rule == "file":
@@ -78,6 +80,16 @@ def _only(pool: Pool, mask: NDArray[np.bool_]) -> Pool:
     at = pool.at if pool.at is not None else np.arange(len(pool.label))
     group = None if pool.group is None else pool.group[mask]
     return replace(pool, **pool.take(mask), digest=pool.digest[mask], group=group, at=at[mask])
+
+
+def _limited(pool: Pool, limit: int, seed: int) -> Pool:
+    """At most so many images of each site, class and split, in the pool's order."""
+    order = stream("limit", seed).permutation(len(pool.label))
+    kinds = np.unique(np.stack([pool.site, pool.split, pool.label.astype(np.str_)]), axis=1, return_inverse=True)[1]
+    chosen = np.zeros(len(order), dtype=np.bool_)
+    for kind in np.unique(kinds):
+        chosen[order[kinds[order] == kind][:limit]] = True
+    return _only(pool, chosen)
 
 
 def _checked(pool: Pool, classes: Sequence[str], dealt: bool, faults: list[str], notes: list[str]) -> list[str]:

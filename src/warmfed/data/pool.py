@@ -53,8 +53,10 @@ class Common:
     """Of folders: these classes, in this order. Of arrays: the names of labels 0, 1, …"""
     sites: Sequence[str] | None = None
     """These sites only."""
+    limit: int = 0
+    """Images of each site, class and split at the most, drawn before any deal; 0: all."""
     seed: int = 0
-    """Names the draw of the splits; not the seed of a training."""
+    """Names the draws of that and of the splits; not the seed of a training."""
     deal: Mapping[str, Any] | None = None
     """How the images are dealt to other sites (`partition.Deal`); none: they stay where they are."""
     cache: str | Path | None = None
@@ -68,6 +70,8 @@ class Common:
             )
         if self.image_size is not None and self.image_size < 1:
             raise InputError(f"an image_size of 1 pixel or more was expected, {self.image_size} came")
+        if self.limit < 0:
+            raise InputError(f"a limit of 0 images (all) or more was expected, {self.limit} came")
         if self.channels not in (1, 3):
             raise InputError(f"channels must be 3 (colour) or 1 (grey); got {self.channels}")
 

@@ -5,7 +5,7 @@ It lies here and not under tasks/, because its networks and samplers are diffuse
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from .. import models
 from ..errors import InputError, one_of
 from ..randomness import child, named, seeded
 from ..tasks.classify import load_model, pixels
-from ..tensors import Table, Tensors, rows, select
-from . import pipeline
+from ..tensors import Table, Tensors, dealt, rows, select
+from . import pipeline, pruning
 from .objective import denoising_loss
 
-SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "exponential": ""}
 SAMPLERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -46,11 +46,14 @@ class Denoising:
     prediction: str = "v_prediction"
     """What it predicts: epsilon or v_prediction."""
     schedule: str = "cosine"
-    """Noise over the times: linear (Ho et al.) or cosine (Nichol and Dhariwal, ICML 2021)."""
+    """Noise over the times: linear (Ho et al.), cosine (Nichol and Dhariwal, ICML 2021), or exponential, with a log-SNR of
+    -log(expm1(1e-4 + 10·t²)) for t from 0 to 1 (Tun et al., 2023)."""
     times: int = 1000
     """T, the times of the forward process."""
     gamma: float = 5.0
     """Largest weight of a time (min-SNR-γ); 0: none."""
+    weighting: str = "min-snr"
+    """min-snr, or signal: a time weighs SNR/(SNR + 1), and `gamma` does not count (Tun et al.)."""
     sampler: str = "dpm++"
     """ddpm, ddim or dpm++."""
     steps: int = 20
@@ -62,6 +65,7 @@ class Denoising:
 
     def __post_init__(self) -> None:
         one_of(self, denoiser=tuple(_NETWORKS), prediction=PREDICTIONS, schedule=tuple(SCHEDULES), sampler=tuple(SAMPLERS))
+        one_of(self, weighting=("min-snr", "signal"))
         if min(self.width, self.depth, self.patch, self.times, self.steps, self.batch) < 1 or self.width % 32:
             raise InputError("width must be a multiple of 32, and depth, patch, times, steps and batch at least 1")
         if not self.conditional and self.guidance != 1:
@@ -129,7 +133,13 @@ _NETWORKS: Mapping[str, Callable[..., Denoiser]] = {"unet": _unet, "dit": _dit}
 def _scheduler(settings: Denoising) -> Any:
     import diffusers
 
-    options: dict[str, Any] = {"num_train_timesteps": settings.times, "beta_schedule": SCHEDULES[settings.schedule]}
+    options: dict[str, Any] = {"num_train_timesteps": settings.times}
+    if settings.schedule == "exponential":
+        # ᾱ = SNR/(SNR + 1) = exp(-(1e-4 + 10·t²)), and 1 - β_t = ᾱ_t/ᾱ_{t-1}
+        times = torch.arange(settings.times + 1, dtype=torch.float64) / settings.times
+        options["trained_betas"] = (-torch.expm1(-(10 * times.square()).diff())).float().tolist()
+    else:
+        options["beta_schedule"] = SCHEDULES[settings.schedule]
     if settings.sampler != "dpm++":
         options["clip_sample"] = not settings.latent
     else:
@@ -154,6 +164,8 @@ class Denoise:
     settings: Denoising = Denoising()
     start: str = ""
     """A safetensors file that the denoiser starts from; empty: random weights."""
+    widths: tuple[tuple[str, int], ...] = ()
+    """Hidden units of the blocks that are not as wide as the settings make them, by the prefix of their tensors' names."""
 
     @functools.cached_property
     def space(self) -> tuple[int, int, int]:
@@ -195,7 +207,34 @@ class Denoise:
         channels, height, width = self.space
         if height != width:
             raise InputError(f"square images were expected, {self.shape[1:]} came; set data.options.image_size")
-        return _NETWORKS[self.settings.denoiser](self.settings, channels, height, self.classes)
+        net = _NETWORKS[self.settings.denoiser](self.settings, channels, height, self.classes)
+        pruning.narrow(net, dict(self.widths))
+        return net
+
+    @functools.cached_property
+    def _hidden(self) -> dict[str, int]:
+        with seeded(named("hidden")):
+            return dict(pruning.widths(self.build().state_dict()))
+
+    def fitting(self, model: Tensors) -> "Denoise":
+        """The task whose network is as wide as this model, which may have been pruned."""
+        found = {prefix: units for prefix, units in pruning.widths(model) if prefix in self._hidden and units}
+        return self if found.items() <= self._hidden.items() else replace(self, widths=tuple(sorted(found.items())))
+
+    def pruned(self, model: Tensors, share: float) -> Tensors:
+        """The model without that share of its blocks' hidden units; see `pruning.prune`."""
+        return pruning.prune(model, share)
+
+    def part(self, name: str) -> str:
+        """Where the tensor of this name lies: encoder (with what embeds time and class), bottleneck, or decoder.
+
+        A transformer's bottleneck is its one or two middle blocks.
+        """
+        kind, _, rest = name.removeprefix("net.").partition(".")
+        if kind == "transformer_blocks":
+            outer, block = (self.settings.depth - 1) // 2, int(rest.partition(".")[0])
+            return "encoder" if block < outer else "bottleneck" if block < self.settings.depth - outer else "decoder"
+        return {"mid_block": "bottleneck", "up_blocks": "decoder"}.get(kind, "decoder" if "out" in kind else "encoder")
 
     def init(self, rng: torch.Generator) -> Tensors:
         with seeded(rng):
@@ -212,7 +251,7 @@ class Denoise:
             batch["latent"],
             _scheduler(self.settings).alphas_cumprod,
             self.settings.prediction,
-            self.settings.gamma,
+            self.settings.gamma if self.settings.weighting == "min-snr" else None,
         )
 
     def metrics(self, model: Tensors, data: Table) -> dict[str, float]:
@@ -225,7 +264,7 @@ class Denoise:
         return {"loss": total / count, "count": float(count)}
 
     def _loaded(self, model: Tensors) -> nn.Module:
-        net = self.build().eval()
+        net = self.fitting(model).build().eval()
         net.load_state_dict(dict(model))
         return net
 
@@ -243,6 +282,19 @@ class Denoise:
             if progress is not None:
                 progress(int(part[-1]) + 1, len(label))
         return torch.cat(drawn) if drawn else noise
+
+    def likeness(self, model: Tensors, data: Mapping[str, Table], count: int, rng: torch.Generator) -> dict[str, float]:
+        """How like a site's own images a model draws, classes as frequent as there: by latents, since they need no network.
+
+        Returns:
+            fid and kid of `count` samples against the training rows, and in percent copies: see `quality.copies`.
+        """
+        from .quality import copies, distances
+
+        seen, unseen = (data[split]["latent"].flatten(1) for split in ("train", "validation"))
+        label = dealt(data["train"]["label"].bincount(minlength=self.classes), count)
+        drawn = self.sample(model, label, rng).flatten(1)
+        return distances(seen, drawn) | copies(seen, unseen, drawn)
 
     @torch.inference_mode()
     def _sample(self, net: nn.Module, latent: Tensor, label: Tensor) -> Tensor:

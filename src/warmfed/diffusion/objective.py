@@ -31,7 +31,7 @@ def denoising_loss(
     latent: Tensor,
     alphas: Tensor,
     prediction: str,
-    gamma: float,
+    gamma: float | None,
     at: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Mean squared error of a denoiser at random times, its weight on a clean image held between 1 and γ.
@@ -46,7 +46,7 @@ def denoising_loss(
         latent: clean latents, float [n, c, h, w].
         alphas: ᾱ_t, float [T].
         prediction: what the model predicts, "epsilon" or "v_prediction".
-        gamma: the largest weight; 0: no cap.
+        gamma: the largest weight; 0: no cap; none: a time weighs ᾱ_t.
         at: what `drawn` has drawn; none: it is drawn here.
     """
     place, noise = at or drawn(latent)
@@ -54,14 +54,17 @@ def denoising_loss(
     signal = alphas.to(latent)[time].view(-1, 1, 1, 1)
     noisy = signal.sqrt() * latent + (1 - signal).sqrt() * noise
     ratio = signal / (1 - signal)
+    cap = gamma or 0.0
     match prediction:
         case "epsilon":
-            target, weight = noise, ratio.clamp_max(gamma) / ratio
+            target, weight = noise, ratio.clamp_max(cap) / ratio
         case "v_prediction":
-            target, weight = signal.sqrt() * noise - (1 - signal).sqrt() * latent, (ratio + 1).clamp_max(gamma) / (ratio + 1)
+            target, weight = signal.sqrt() * noise - (1 - signal).sqrt() * latent, (ratio + 1).clamp_max(cap) / (ratio + 1)
         case _:
             raise InputError(f"the scheduler predicts {prediction!r}; epsilon and v_prediction are supported")
     error = (predict(noisy, time) - target).square()
+    if gamma is None:
+        return (signal * error).mean()
     return (weight * error).mean() if gamma else error.mean()
 
 

@@ -7,7 +7,7 @@ within one choice of features and one number of samples, which are told with the
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,8 +254,23 @@ class Gauge:
         look, digest = extractor(self.settings.features, self.base, self.federation.shape, len(self.federation.classes))
         return look, digest, train, test, look(train["image"]), look(test["image"])
 
-    def measure(self, model: Tensors, step: int) -> dict[str, Any]:
+    def _drawing(self, model: Any, train: Table, classes: int) -> list[tuple[Tensors, Tensor, tuple[str, ...]]]:
+        """Which model draws which labels, and what names its noise."""
+        if not isinstance(next(iter(model.values())), Mapping):
+            return [(model, dealt(train["label"].bincount(minlength=classes), self.settings.samples), ())]
+        sizes = torch.tensor([len(site.train["label"]) for site in self.federation.sites.values()])
+        shares = dealt(sizes, self.settings.samples).bincount(minlength=len(sizes)).tolist()
+        counts = {name: site.train["label"].bincount(minlength=classes) for name, site in self.federation.sites.items()}
+        return [
+            (model[name], dealt(counts[name], share), (name,))
+            for name, share in zip(counts, shares, strict=True) if share and name in model
+        ]  # fmt: skip
+
+    def measure(self, model: Tensors | Mapping[str, Tensors], step: int) -> dict[str, Any]:
         """Samples against training images; `floor_…` is test against training images, the best that can be hoped for.
+
+        Args:
+            model: the global one; or by site each one's own: then each draws its site's share, classes as frequent as there.
 
         Returns:
             fid, kid, precision, recall, density, coverage, copies (shares in percent); of conditional models `taught`, the
@@ -264,9 +279,11 @@ class Gauge:
         """
         look, digest, train, test, seen, unseen = self._real
         classes = len(self.federation.classes)
-        label = dealt(train["label"].bincount(minlength=classes), self.settings.samples)
-        fake = self.task.decoded(self.task.sample(model, label, named(self.seed, "measure", step)))
-        found: dict[str, Any] = {"features": digest, "samples": len(fake)}
+        drawing = self._drawing(model, train, classes)
+        label = torch.cat([each for _, each, _ in drawing])
+        drawn_by = [self.task.sample(one, each, named(self.seed, "measure", step, *who)) for one, each, who in drawing]
+        fake = self.task.decoded(torch.cat(drawn_by))
+        found: dict[str, Any] = {"features": digest, "samples": len(fake), "models": len(drawing)}
         drawn, k = look(fake), self.settings.neighbours
         found |= distances(seen, drawn) | neighbourhoods(seen, drawn, k) | copies(seen, unseen, drawn)
         found |= {f"floor_{name}": value for name, value in distances(seen, unseen).items()}

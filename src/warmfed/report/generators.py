@@ -24,12 +24,17 @@ SCORES = (
 )
 
 
+def _samples(quality: Mapping[str, Any]) -> str:
+    own = quality.get("models", 1)
+    return f"{quality['samples']:,} samples" + (f" of {own} sites' own models" if own > 1 else "")
+
+
 def quality_table(quality: Mapping[str, Any]) -> Table:
     """Every score with what it means."""
     rows = [cells(name, number(quality[key], digits), what) for key, name, digits, what in SCORES if key in quality]
     if "floor_fid" in quality:
         rows.insert(1, cells("floor of it", number(quality["floor_fid"], 2), "test against training images"))
-    title = f"quality of {quality['samples']:,} samples" if quality else "no samples were measured"
+    title = f"quality of {_samples(quality)}" if quality else "no samples were measured"
     return Table(title, ("score", "value", "what it is"), tuple(rows), words=("what it is",))
 
 
@@ -38,7 +43,7 @@ def tiles(run: Run) -> list[dict[str, Any]]:
     quality = run.summary.get("quality")
     if not quality:
         return []
-    what = f"{quality['samples']:,} samples against all training images, last round"
+    what = f"{_samples(quality)} against all training images, last round"
     facts = [("floor (test images)", number(quality["floor_fid"], 2)), ("kernel distance", number(quality["kid"], 4))]
     shown = [
         {

@@ -36,6 +36,7 @@ QUALITY = {
     "samples": int,
     **dict.fromkeys(("fid", "kid", "precision", "recall", "density", "coverage", "copies", "floor_fid", "floor_kid"), float),
     "taught?": float,
+    "models?": int,
 }
 EVALUATION = Each({"validation?": MEASURE, "test": MEASURE})
 ROUND = {

@@ -1,6 +1,6 @@
 """Image classification: cross-entropy, and the figures that reports show."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,18 @@ def pixels(image: Tensor) -> Tensor:
     return image.contiguous().float().div_(127.5).sub_(1)
 
 
-def load_model(path: Path, like: Tensors, what: str, *, datastore: bool = False) -> Tensors:
+def load_model(path: Path, like: Tensors | Callable[[Tensors], Tensors], what: str, *, datastore: bool = False) -> Tensors:
     """The weights in a safetensors file, checked against a model's names and shapes; raises `InputError`.
 
     Args:
+        like: that model, or what gives it for the weights that were found (they may be of a pruned network).
         datastore: whether there may be one beside the weights (`models.Remembering`).
     """
     try:
         found = load(read_bytes(path, what))
     except SafetensorError as error:
         raise InputError(f"{what} at {path} is damaged or no safetensors file ({error}); restore it") from error
+    like = like(found) if callable(like) else like
     weights = {name for name in found if not (datastore and name.startswith(models.DATASTORE))}
     for name in sorted(like.keys() | weights):
         if name not in found or name not in like or found[name].shape != like[name].shape:
@@ -60,6 +62,10 @@ class Classify:
     def tables(self, splits: Mapping[str, Table]) -> Mapping[str, Table]:
         """A site's tables as this task takes them: as they are."""
         return splits
+
+    def fitting(self, model: Tensors) -> "Classify":
+        """This task: its networks have one width."""
+        return self
 
     def probe(self, image: Tensor) -> None:
         """Raise RuntimeError where the model does not take such images."""

@@ -1,0 +1,140 @@
+"""FedDiffuse. De Goede, Cox, Decouchant, 2024, arXiv:2406.12575: FULL, USPLIT, ULATDEC and UDEC.
+
+FedAvg of a diffusion model of which only a part travels. The network has three parts: encoder, bottleneck, decoder. Each part
+that came back is averaged over the sites that returned it; what does not travel is a site's own.
+All sites begin with one model: the first message holds all of it.
+
+Departures: the pairs of USPLIT are drawn among all sites, before a round's cohort is; where nobody returns a part, it stays as
+it was. What embeds time and class belongs to the encoder, what makes the output to the decoder (the paper does not say).
+A transformer has no bottleneck by itself: its one or two middle blocks count as one.
+"""
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+
+from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..errors import one_of
+from ..fit import Training, fit
+from ..messages import Message, message
+from ..tensors import Tensors, only, rows
+from .averaging import DRAWING, Averaging, Model, expect
+
+PARTS = ("encoder", "bottleneck", "decoder")
+TRAVELS = {"full": PARTS, "usplit": PARTS, "ulatdec": PARTS[1:], "udec": PARTS[2:]}
+
+
+@message
+class Server:
+    """What travels (at first the whole model), and who returns which part in the next round."""
+
+    model: Tensors
+    encoder: tuple[str, ...]
+    bottleneck: tuple[str, ...]
+    decoder: tuple[str, ...]
+
+
+@message
+class Asked:
+    """What a site trains from, and the parts that it is to return."""
+
+    model: Tensors
+    parts: tuple[str, ...]
+
+
+@message
+class Returned:
+    """The parts that a site was asked for."""
+
+    model: Tensors
+
+
+@final
+@dataclass(frozen=True)
+class FedDiffuse(Averaging):
+    """FedAvg of a part of the network."""
+
+    local: Training = DRAWING
+    """A site's training in one round."""
+    exchange: str = "full"
+    """full: the whole network both ways; usplit: all of it down, and of each pair of sites one returns the decoder, the other
+    the encoder; ulatdec: bottleneck and decoder; udec: the decoder."""
+
+    def __post_init__(self) -> None:
+        one_of(self, exchange=tuple(TRAVELS))
+
+    def stages(self) -> tuple[Stage, ...]:
+        train = Stage("train", self.merge, self.train, sample=self.sample, check=self.check)
+        start = Stage("start", self.started, self.keep, evaluated=False)
+        return ((start,) if self.private else ()) + (train,) * self.rounds
+
+    @property
+    def private(self) -> tuple[str, ...]:
+        """The parts that stay with the sites."""
+        return tuple(part for part in PARTS if part not in TRAVELS[self.exchange])
+
+    def init(self, ctx: Central) -> ServerState:
+        return self.turn(ctx.task.init(ctx.rng), ctx)
+
+    def turn(self, model: Tensors, ctx: Central) -> Server:
+        """The model, and who returns what of it."""
+        if self.exchange != "usplit":
+            return Server(model, *(ctx.sites if part in TRAVELS[self.exchange] else () for part in PARTS))
+        if len(ctx.sites) == 1:
+            return Server(model, ctx.sites, ctx.sites, ctx.sites)
+        order = [ctx.sites[i] for i in torch.randperm(len(ctx.sites), generator=ctx.rng).tolist()]
+        halves: tuple[list[str], ...] = ([], [], [])
+        for pair in (order[i : i + 2] for i in range(0, len(order), 2)):
+            coin, turned = torch.randint(2, (2,), generator=ctx.rng).tolist()
+            # who has no partner returns up or down, and the bottleneck
+            for site, end in zip(pair, (2, 0) if turned else (0, 2), strict=False):
+                halves[end].append(site)
+            halves[1].append(pair[coin % len(pair)])
+        return Server(model, *(tuple(sorted(half)) for half in halves))
+
+    def down(self, server: ServerState, site: str) -> Message:
+        return Asked(server.model, tuple(part for part in PARTS if site in getattr(server, part)))
+
+    # start: the sites keep what will not travel
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Model(only(down.model, lambda name: ctx.task.part(name) in self.private)) if self.private else None
+
+    def keep(self, down: Message, state: State, ctx: Local) -> Reply:
+        return Reply(Nothing(), state, float(rows(ctx.data["train"])), {})
+
+    def started(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        return replace(server, model=only(server.model, lambda name: ctx.task.part(name) not in self.private)), {}
+
+    # train
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        model, metrics = fit(ctx, self.client_model(down, state), self.local, ctx.data["train"])
+        kept = Model(only(model, lambda name: ctx.task.part(name) in self.private)) if self.private else None
+        back = only(model, lambda name: ctx.task.part(name) in down.parts)
+        return Reply(Returned(back), kept, float(rows(ctx.data["train"])), metrics)
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        parts = {ctx.task.part(name) for name in reply.message.model}
+        expect(reply.message.model, ctx, lambda name: ctx.task.part(name) in parts)
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        model = dict(server.model)
+        for part in PARTS:
+            asked = {site: reply for site, reply in replies.items() if site in getattr(server, part)}
+            returned = {site: self.of(part, reply, ctx) for site, reply in asked.items()}
+            returned = {site: reply for site, reply in returned.items() if reply.message.model}
+            if returned:
+                model |= self.robust.combine(server.model, returned)
+        return self.turn(model, ctx), {}
+
+    def of(self, part: str, reply: Reply, ctx: Central) -> Reply:
+        """The reply, of whose model there is one part."""
+        return replace(reply, message=Model(only(reply.message.model, lambda name: ctx.task.part(name) == part)))
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return None if self.private else server.model
+
+    def client_model(self, down: Message, state: State) -> Tensors:
+        return {**down.model, **(state.model if state is not None else {})}

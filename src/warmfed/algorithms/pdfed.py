@@ -1,0 +1,102 @@
+"""PDFed. Balan, Gilbert, Collomosse, CVMP 2024, arXiv:2409.18245: sites choose among each other's diffusion models.
+
+No model is averaged. In each round a site draws from every model on the board, scores the images by its own private ones, votes
+for the best, trains that one further on its own images and submits it.
+
+Departures: the board is the server's memory, not a chain, and rounds are synchronous. The paper's score adds the Fréchet
+distance of DINOv2 features and the share of samples that a fingerprint finds among the private images (Q-N); without these
+networks ours adds the Fréchet distance of latents and the share of samples nearer to a training image than held-out ones are.
+The paper releases no model; ours is the last submission of the site that won most votes.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import final
+
+from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..errors import InputError
+from ..fit import Training, fit
+from ..messages import Message, message
+from ..randomness import aside, child
+from ..tensors import Tensors, rows
+from .averaging import DRAWING, Averaging, Personal, expect
+
+
+@message
+class Board:
+    """The last submission of each site, and what a site begins with where there is none; what a site is sent."""
+
+    models: Mapping[str, Tensors]
+    start: Tensors | None
+    votes: Mapping[str, float]
+
+
+@message
+class Submission:
+    """A site's model, and the site whose last one it voted for (empty: there was none)."""
+
+    model: Tensors
+    vote: str
+
+
+@final
+@dataclass(frozen=True)
+class PDFed(Averaging):
+    """Each site goes on from whichever site's model draws best by its own images."""
+
+    local: Training = DRAWING
+    """A site's training in one round."""
+    samples: int = 100
+    """Images that a site draws from each model to score it; the paper has 1,000."""
+    novelty: float = 1.0
+    """Weight of the share of copies (in percent) in the score, beside the Fréchet distance."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 or self.novelty < 0:
+            raise InputError("samples must be at least 2 and novelty at least 0; check [algorithm]")
+
+    def init(self, ctx: Central) -> ServerState:
+        return Board({}, ctx.task.init(ctx.rng), {})
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Personal(None)
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        scores = self.scores(down, ctx)
+        best = min(sorted(scores), key=lambda site: scores[site], default="")
+        start = down.models[best] if best else down.start
+        model, metrics = fit(ctx, start, self.local, ctx.data["train"])
+        chosen = {"score": scores[best], "own": float(best == ctx.site)} if best else {}
+        return Reply(Submission(model, best), Personal(model), float(rows(ctx.data["train"])), {**metrics, **chosen})
+
+    def scores(self, down: Message, ctx: Local) -> dict[str, float]:
+        """By site, how far its model's images are from the private ones; lower is better. All models get the same noise."""
+        rng, found = aside(ctx.rng, "scores"), {}
+        key = rng.get_state()
+        for site, model in sorted(down.models.items()):
+            like = ctx.task.likeness(model, ctx.data, self.samples, child(rng.set_state(key)))
+            found[site] = (like["fid"] + self.novelty * like["copies"]) / 2
+        return found
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        expect(reply.message.model, ctx)
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        votes = Counter(reply.message.vote for reply in replies.values() if reply.message.vote in server.models)
+        models = {**server.models, **{site: reply.message.model for site, reply in replies.items()}}
+        board = replace(
+            server, models=dict(sorted(models.items())), votes={site: float(n) for site, n in sorted(votes.items())}
+        )
+        return board, {f"votes/{site}": float(n) for site, n in sorted(votes.items())}
+
+    def down(self, server: ServerState, site: str) -> Message:
+        return Board(server.models, None if server.models else server.start, server.votes)
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        if not server.votes:
+            return None
+        return server.models[max(sorted(server.votes), key=lambda site: server.votes[site])]
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return state.model if state.model is not None else down.start
