@@ -23,10 +23,13 @@ def _folder(node: Mapping[str, Any]) -> Path:
 def _app() -> Any:
     gc.set_threshold(50_000)  # what is imported is there to stay: to look for garbage in it takes a sixth of the time
     from .algorithms import ALGORITHMS
+    from .config import resolve
     from .site import answer
     from .transports import flower
 
-    stages = (stage.name for entry in ALGORITHMS.values() for stage in entry.cls().stages() if stage.client is not None)
+    # every stage that a site may be asked for is one of theirs: some depend on an algorithm's settings
+    presets = (resolve({"algorithm": {"name": name}}).algorithm for name in ALGORITHMS)
+    stages = (stage.name for algorithm in presets for stage in algorithm.stages() if stage.client is not None)
     return flower.client_app(stages, lambda node, letter: answer(_folder(node), letter))
 
 
