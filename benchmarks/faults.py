@@ -227,7 +227,7 @@ def node(moment: Callable[[Trial], None]) -> Callable[[Trial], str]:
         before = len(trial.records())
         time.sleep(5)
         trial.deployment.supernode(SITE)
-        return f"killed after stage {before}, started again 5 s later; the server asked it again"
+        return f"killed with {before} stages done, started again 5 s later; the server asked it again"
 
     return fault
 
@@ -373,7 +373,8 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "`python benchmarks/faults.py` on " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".", "",
         "Lost: beside the run in process that nothing disturbed (`history_sha256` and the bytes of all models), or, where",
         "a reply was refused, beside one in which that site gave none in that round: equal but for what is named. Seconds:",
-        "from the fault to the next stage that was done, with the pause before the restart (5 s; the cut: 30 s).", "",
+        "from the fault to the next stage that was done, with the pause before the restart (5 s; the cut: 30 s). Flower takes",
+        "a killed node back when it has missed its sign of life (up to a minute); the restart is tried every ten seconds.", "",
         "| fault | what happened | lost | seconds |", "|---|---|---|---|",
     ]  # fmt: skip
     lines += [f"| {row['fault']} | {row['happened']} | {row['lost']} | {row['seconds']} |" for row in rows]
