@@ -200,7 +200,7 @@ def pictures(folder: Path, sites: list[str], classes: list[str], each: int = 4) 
 
 def domainnet(folder: Path) -> Path:
     config = parse(EXAMPLES / "domainnet_sd15.toml")
-    sites, classes = config.data.options["sites"], config.data.options["classes"]
+    sites, classes = config.data.options["sites"], config.data.options["classes"][:3]
     pictures(folder, sites, classes)
     for site in sites:
         lines = [f"{site}/{name}/{number}.jpg {label}" for label, name in enumerate(classes) for number in range(4)]
@@ -232,7 +232,7 @@ def camelyon(folder: Path) -> Path:
 
 
 REAL = {
-    "domainnet_sd15.toml": (domainnet, 6, 10, 512),
+    "domainnet_sd15.toml": (domainnet, 6, 3, 512),
     "office_caltech10_sd15.toml": (office, 4, 3, 224),
     "camelyon17_sd21.toml": (camelyon, 3, 2, 224),
 }
@@ -243,7 +243,8 @@ def test_the_configurations_for_the_real_thing(name: str, tmp_path: Path, monkey
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     make, sites, classes, side = REAL[name]
     data = make(tmp_path / "data")
-    config = parse(EXAMPLES / name, {"data.path": str(data)})
+    fewer = {"data.options.classes": ["bird", "feather", "headphones"]} if make is domainnet else {}  # pictures of 512 pixels
+    config = parse(EXAMPLES / name, {"data.path": str(data)} | fewer)
     assert config.generator.size in (0, side)
     assert config.data.options["image_size"] == side
     found = rehearse(config)
