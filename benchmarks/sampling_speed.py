@@ -25,11 +25,11 @@ from warmfed.core import Central
 from warmfed.data.rendered import rendered
 from warmfed.diffusion import adapter as lora
 from warmfed.diffusion import pipeline
+from warmfed.diffusion.estimate import plan
 from warmfed.diffusion.families import stacked
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.pretrain import tokenizer
 from warmfed.fit import Training, fit
-from warmfed.memory import Meter, now
 from warmfed.randomness import named, seeded
 from warmfed.tasks import Classify
 
@@ -147,14 +147,10 @@ def options(base: str, batch: int, compiled: bool = False) -> dict[str, LatentDi
 
 
 def timed(rows: dict[str, Draw], labels: Tensor, repeats: int) -> dict[str, dict[str, Any]]:
-    """Images for each second of this process (best of the turns), memory beside what was there before, and the last images."""
+    """Images for each second of this process (best of the turns), and the last images."""
     found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in rows}
-    for name, draw in rows.items():
+    for draw in rows.values():
         draw(labels[:2])  # load, compile
-        before = now()
-        with Meter() as meter:
-            draw(labels[: len(labels) // 2])
-            found[name]["memory_mb"] = round(meter.lap() - before, 1)
     for _ in range(repeats):
         for name, draw in rows.items():
             begun = time.process_time()
@@ -163,6 +159,12 @@ def timed(rows: dict[str, Draw], labels: Tensor, repeats: int) -> dict[str, dict
     for row in found.values():
         row["images_per_second"] = round(len(labels) / min(row["seconds"]), 2)
     return found
+
+
+def memory(generator: LatentDiffusion) -> float:
+    """MB of the base and of what a sampler's batch holds at once, by count: an allocator keeps what it once had."""
+    counts = plan(generator, 10)
+    return round((counts.weights + max(counts.sample.peak, counts.decode.peak)) / 1e6, 1)
 
 
 def compared(rows: dict[str, Draw], labels: Tensor, repeats: int) -> dict[str, Any]:
@@ -214,10 +216,11 @@ def main() -> None:
         del record["random weights, Stable Diffusion's kind"]["drawn"]
     keep()
 
-    table = timed({name: ours(each) for name, each in options("digits", 100, asked.compile).items()}, labels, asked.repeats)
+    chosen = options("digits", 100, asked.compile)
+    table = timed({name: ours(each) for name, each in chosen.items()}, labels, asked.repeats)
     record["options"] = {
         name: {key: value for key, value in row.items() if key != "images"}
-        | {"recognised": round(share(row["images"], labels), 1)}
+        | {"recognised": round(share(row["images"], labels), 1), "memory_mb": memory(chosen[name])}
         for name, row in table.items()
     }
     keep()
