@@ -171,14 +171,12 @@ def test_every_process_of_warmfed_is_killed(warm: Config, tmp_path: Path) -> Non
 def test_the_samples_of_each_adapter_are_measured(warm: Config, tmp_path: Path) -> None:
     measured = replace(warm, measuring=replace(warm.measuring, adapters=True, features="global"))
     summary = execute(measured, tmp_path / "run")
-    assert summary["history_sha256"] == execute(warm, tmp_path / "plain")["history_sha256"]
     panel = json.loads((tmp_path / "run" / "panel" / "panel.json").read_text())
     assert panel["eyes"] == summary["models_sha256"]["global"]
     assert {"fid", "kid", "precision", "recall", "copies", "diversity", "nearest", "kept"} <= panel["adapters"]["a"].keys()
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Quality of the adapters" in page
     assert panel["eyes"][:12] in page
-    assert "Quality of the adapters" not in (tmp_path / "plain" / "report.html").read_text()
     with pytest.raises(InputError, match=r"classifier\.safetensors is not there; set features to global"):
         prepare(replace(warm, measuring=replace(warm.measuring, adapters=True)))
 
