@@ -162,7 +162,11 @@ def carry(here: int, there: int) -> None:
     with socket.create_server(("127.0.0.1", here)) as server:
         while True:
             near, _ = server.accept()
-            far = socket.create_connection(("127.0.0.1", there))
+            try:
+                far = socket.create_connection(("127.0.0.1", there))
+            except OSError:  # the server is down
+                near.close()
+                continue
             for pair in ((near, far), (far, near)):
                 threading.Thread(target=pump, args=pair, daemon=True).start()
 
