@@ -134,7 +134,7 @@ def test_a_reply_without_a_tensor_is_refused() -> None:
     missing = {name: value for name, value in START.items() if name != "net.proj_out_1.bias"}
     with pytest.raises(InputError, match=r"tensor 'net\.proj_out_1\.bias' is missing"):
         algorithm.check(Reply(Model(missing), None, 1.0, {}), "a", ctx)
-    with pytest.raises(InputError, match="none of the model's"):
+    with pytest.raises(InputError, match=r"is float32 \[3\], expected float32 \[64\]"):
         algorithm.check(Reply(Model({**START, "net.proj_out_1.bias": torch.zeros(3)}), None, 1.0, {}), "a", ctx)
 
 

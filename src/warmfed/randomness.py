@@ -29,7 +29,7 @@ def numpy_named(*key: object) -> np.random.Generator:
 
 def child(parent: torch.Generator) -> torch.Generator:
     """A stream of its own, drawn from `parent`: two users of it cannot disturb each other."""
-    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=parent)))
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=parent, device="cpu")))
 
 
 def aside(parent: torch.Generator, purpose: str) -> torch.Generator:
@@ -40,7 +40,7 @@ def aside(parent: torch.Generator, purpose: str) -> torch.Generator:
 @contextmanager
 def seeded(parent: torch.Generator) -> Iterator[None]:
     """Inside, torch's global stream (dropout, module initialisation) is a child of `parent`; outside, it is as it was."""
-    seed = int(torch.randint(2**62, (), generator=parent))
+    seed = int(torch.randint(2**62, (), generator=parent, device="cpu"))
     # torch.manual_seed would note a stack trace for every graphics card to come, which costs more than a small fit
     cards = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cards):
