@@ -183,6 +183,8 @@ class Trial:
     reference: dict[str, Any] = field(default_factory=dict)
     hit: float = 0.0
     """When the fault struck."""
+    number: str = ""
+    """Flower's number of the run."""
 
     @property
     def out(self) -> Path:
@@ -190,7 +192,7 @@ class Trial:
 
     def start(self) -> None:
         write_whole(self.deployment.server / f"{self.name}.toml", tomli_w.dumps(self.config))
-        self.deployment.start(f"{self.name}.toml", f"runs/{self.name}", self.app)
+        self.number = self.deployment.start(f"{self.name}.toml", f"runs/{self.name}", self.app)
 
     def records(self) -> list[dict[str, Any]]:
         path = self.out / "rounds.jsonl"
@@ -273,10 +275,12 @@ def disk(trial: Trial) -> str:
     with suppress(OSError), filler.open("wb") as file:
         while True:
             file.write(bytes(2**16))
-    log = trial.deployment.folder / "superlink.log"
-    trial.deployment.wait(lambda: "No space left" in log.read_text(errors="replace"), 120, "the disk is full")
-    line = next(line for line in log.read_text(errors="replace").splitlines() if "No space left" in line)
-    told = line[max(line.find("site 'a'"), 0) :].replace(str(trial.deployment.folder), "…")[:200]
+    log = ""
+    while "No space left" not in log:
+        time.sleep(5)
+        log = trial.deployment.command("flwr", "log", trial.number, "here", "--show")
+    line = next(line for line in log.splitlines() if "No space left" in line)
+    told = line[max(line.find(f"site '{SITE}'"), 0) :].replace(str(trial.deployment.folder), "…")[:200]
     time.sleep(2)
     filler.unlink()
     trial.start()
@@ -342,7 +346,11 @@ def running(folder: Path) -> Iterator[tuple[Deployment, Proxy, Path]]:
         deployment.superlink()
         for site in SITES:
             deployment.supernode(site)
-        yield deployment, proxy, app
+        try:
+            yield deployment, proxy, app
+        finally:
+            if (work := deployment.site(SITE) / "work").is_mount():  # the full disk's
+                subprocess.run(["umount", "-l", str(work)], check=True)
 
 
 def measure(
@@ -356,9 +364,6 @@ def measure(
     deployment.wait(lambda: len(trial.records()) > before or (trial.out / "summary.json").exists(), 300, "a next record")
     recovered = time.monotonic() - trial.hit
     found = deployment.finished(f"runs/{run_name}", 400)
-    work = deployment.site(SITE) / "work"
-    if work.is_mount():  # the full disk's
-        subprocess.run(["umount", "-l", str(work)], check=True)
     wanted = trial.reference or whole[config["algorithm"]["name"]]
     same = {key: found[key] == wanted[key] for key in ("history_sha256", "models_sha256")}
     absent = {r["step"]: r["absent"] for r in trial.records() if r.get("absent")}
