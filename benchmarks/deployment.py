@@ -106,7 +106,10 @@ class Deployment:
         """Start a run; its number."""
         settings = f'config="{config}" out="{out}"'
         told = self.command("flwr", "run", str(app or "app"), "here", "-c", settings, "--format", "json")
-        return str(json.loads(told[told.index("{") :])["run-id"])
+        found = json.loads(told[told.index("{") :])
+        if not found.get("success", True):
+            raise RuntimeError(f"flwr run: {found}")
+        return str(found["run-id"])
 
     def finished(self, out: str, seconds: float = 300) -> dict[str, Any]:
         """The summary of a run, when it has finished."""

@@ -66,25 +66,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from flwr.app import Message
-from warmfed.clientapp import app as honest
+from warmfed.algorithms import ALGORITHMS
 from warmfed.messages import decode, encode
-from warmfed.transports.flower import pack, unpack
+from warmfed.site import answer
+from warmfed.transports import flower
 from warmfed.transports.wire import Answer
 
 
-def app(message, context):
-    reply = honest(message, context)
-    folder = Path(context.node_config["site-folder"])
+def spoilt(node, letter):
+    folder = Path(node["site-folder"])
+    data = answer(folder, letter)
     how = json.loads((folder / "fault.json").read_text()) if (folder / "fault.json").exists() else {}
-    answer = decode(unpack(reply.content), Answer)
-    if answer.stage != "train" or not how:
-        return reply
+    made = decode(data, Answer)
+    if made.stage != "train" or not how:
+        return data
     kept = folder / "earlier.safetensors"
-    if answer.step != how["step"]:
-        kept.write_bytes(encode(answer))
-        return reply
-    model = dict(answer.body.message.model)
+    if made.step != how["step"]:
+        kept.write_bytes(data)
+        return data
+    model = dict(made.body.message.model)
     match how["kind"]:
         case "nan":
             model = {name: tensor * float("nan") for name, tensor in model.items()}
@@ -93,9 +93,14 @@ def app(message, context):
         case "oversized":
             model["more"] = torch.zeros(2_000_000)
         case "replayed":
-            return Message(pack(kept.read_bytes()), reply_to=message)
-    message_ = type(answer.body.message)(model)
-    return Message(pack(encode(replace(answer, body=replace(answer.body, message=message_)))), reply_to=message)
+            return kept.read_bytes()
+    message = type(made.body.message)(model)
+    return encode(replace(made, body=replace(made.body, message=message)))
+
+
+app = flower.client_app(
+    {stage.name for entry in ALGORITHMS.values() for stage in entry.cls().stages() if stage.client is not None}, spoilt
+)
 """
 """The client app of sites one of which is not honest: it is what a consortium cannot rule out."""
 
@@ -183,6 +188,8 @@ class Trial:
     reference: dict[str, Any] = field(default_factory=dict)
     hit: float = 0.0
     """When the fault struck."""
+    number: str = ""
+    """Flower's number of the run."""
 
     @property
     def out(self) -> Path:
@@ -190,7 +197,7 @@ class Trial:
 
     def start(self) -> None:
         write_whole(self.deployment.server / f"{self.name}.toml", tomli_w.dumps(self.config))
-        self.deployment.start(f"{self.name}.toml", f"runs/{self.name}", self.app)
+        self.number = self.deployment.start(f"{self.name}.toml", f"runs/{self.name}", self.app)
 
     def records(self) -> list[dict[str, Any]]:
         path = self.out / "rounds.jsonl"
@@ -273,14 +280,16 @@ def disk(trial: Trial) -> str:
     with suppress(OSError), filler.open("wb") as file:
         while True:
             file.write(bytes(2**16))
-    log = trial.deployment.folder / "superlink.log"
-    trial.deployment.wait(lambda: "No space left" in log.read_text(errors="replace"), 120, "the disk is full")
-    line = next(line for line in log.read_text(errors="replace").splitlines() if "No space left" in line)
-    told = line[max(line.find("site 'a'"), 0) :].replace(str(trial.deployment.folder), "…")[:200]
+    log = ""
+    while "No space left" not in log:
+        time.sleep(5)
+        log = trial.deployment.command("flwr", "log", trial.number, "here", "--show")
+    line = next(line for line in log.splitlines() if "No space left" in line)
+    told = line[line.index("cannot write") : line.index(" on device")].replace(str(trial.deployment.folder), "…")
     time.sleep(2)
     filler.unlink()
     trial.start()
-    return f"the run stopped at its checkpoint and named the site ({told.strip()}); space freed, `run.sh` again"
+    return f"the run stopped at its checkpoint and named the site ({told}); space freed, `run.sh` again"
 
 
 def cut(trial: Trial) -> str:
@@ -342,7 +351,11 @@ def running(folder: Path) -> Iterator[tuple[Deployment, Proxy, Path]]:
         deployment.superlink()
         for site in SITES:
             deployment.supernode(site)
-        yield deployment, proxy, app
+        try:
+            yield deployment, proxy, app
+        finally:
+            if (work := deployment.site(SITE) / "work").is_mount():  # the full disk's
+                subprocess.run(["umount", "-l", str(work)], check=True)
 
 
 def measure(
@@ -356,9 +369,6 @@ def measure(
     deployment.wait(lambda: len(trial.records()) > before or (trial.out / "summary.json").exists(), 300, "a next record")
     recovered = time.monotonic() - trial.hit
     found = deployment.finished(f"runs/{run_name}", 400)
-    work = deployment.site(SITE) / "work"
-    if work.is_mount():  # the full disk's
-        subprocess.run(["umount", "-l", str(work)], check=True)
     wanted = trial.reference or whole[config["algorithm"]["name"]]
     same = {key: found[key] == wanted[key] for key in ("history_sha256", "models_sha256")}
     absent = {r["step"]: r["absent"] for r in trial.records() if r.get("absent")}
