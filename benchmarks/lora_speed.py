@@ -15,19 +15,18 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import psutil
 import torch
 import torch.nn.functional as F
 import transformers
@@ -40,6 +39,7 @@ from warmfed.diffusion.estimate import plan
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.files import write_json
 from warmfed.fit import Training
+from warmfed.memory import Meter, now
 from warmfed.randomness import named, seeded
 from warmfed.tensors import rows
 
@@ -144,9 +144,10 @@ def ours(base: str, table: dict[str, torch.Tensor], batch: int, steps: int) -> d
 def measured(arm: str, base: str, side: int, batch: int, steps: int, images: int) -> dict[str, float]:
     """One arm in this process; its peak memory is told beside what it had after its imports."""
     table = pictures(images, side)
-    before = psutil.Process().memory_info().rss  # the libraries, which both import alike
-    result = ours(base, table, batch, steps) if arm == "ours" else {"step": script(base, table, batch, steps)}
-    return {**result, "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6}
+    before = now()  # the libraries, which both import alike
+    with Meter() as meter:
+        result = ours(base, table, batch, steps) if arm == "ours" else {"step": script(base, table, batch, steps)}
+        return {**result, "peak_mb": meter.lap() - before}
 
 
 def compared(base: str, side: int, batch: int, steps: int, images: int, repeats: int) -> dict[str, Any]:
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--arm", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     pipeline.quiet()
+    warnings.simplefilter("ignore")  # diffusers and transformers tell of modules and settings of their own
     torch.set_num_threads(1)
     if args.arm:
         arm, base, *numbers = args.arm
