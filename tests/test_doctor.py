@@ -127,7 +127,7 @@ def test_checkpoints_trade_memory_for_work(tmp_path: Path) -> None:
     generator = LatentDiffusion(pipelines.write("sd15", tmp_path / "sd15"), size=64, training=Training(batch=8))
     kept, again = plan(generator, 3), plan(replace(generator, lora=Lora(checkpointing=True)), 3)
     assert again.train.flops > 1.2 * kept.train.flops  # what is not kept is computed again
-    assert again.train.peak < 0.9 * kept.train.peak
+    assert again.train.peak < 0.95 * kept.train.peak
     assert again.sample == kept.sample
 
 

@@ -5,6 +5,7 @@ three speeds of this machine (matrix products, copies, calls), so it is right to
 """
 
 import functools
+import gc
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -49,6 +50,10 @@ class Cost:
         )  # fmt: skip
 
 
+_EVERY = 20
+"""Operations after which cycles of dead objects are looked for."""
+
+
 class _Alive(TorchDispatchMode):
     """Counts operations, the bytes that they touch, and the most bytes of new storages alive at once."""
 
@@ -61,6 +66,8 @@ class _Alive(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
             self.calls += 1
+            if not self.calls % _EVERY:
+                gc.collect(1)
             touched = (*tree_leaves(args), *tree_leaves(result))
             self.moved += sum(each.numel() * each.element_size() for each in touched if isinstance(each, Tensor))
         for each in tree_leaves(result):
@@ -106,9 +113,15 @@ def _fused() -> Iterator[None]:
 
 def counted(work: Callable[[], object]) -> Cost:
     """What a piece of work costs; its tensors should be on the meta device."""
-    flops, alive = FlopCounterMode(display=False), _Alive()
-    with _fused(), flops, alive:
-        work()
+    flops, alive, automatic = FlopCounterMode(display=False), _Alive(), gc.isenabled()
+    gc.collect()
+    gc.disable()  # checkpoints hold tensors in cycles: they are to go at the same places in every count
+    try:
+        with _fused(), flops, alive:
+            work()
+    finally:
+        if automatic:
+            gc.enable()
     return Cost(float(flops.get_total_flops()), alive.moved, float(alive.calls), float(alive.peak))
 
 
