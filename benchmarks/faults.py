@@ -188,6 +188,8 @@ class Trial:
     reference: dict[str, Any] = field(default_factory=dict)
     hit: float = 0.0
     """When the fault struck."""
+    expected: list[dict[str, Any]] = field(default_factory=list)
+    """The records of `reference`."""
     number: str = ""
     """Flower's number of the run."""
 
@@ -308,7 +310,9 @@ def spoilt(kind: str) -> Callable[[Trial], str]:
         trial.strike()
         trial.wait_records(SPOILT + 1)
         reason = str(trial.records()[SPOILT]["absent"][SITE])
-        trial.reference = reference(trial.config, trial.deployment.folder / f"here-{kind}", Without(SPOILT, reason))
+        here = trial.deployment.folder / f"here-{kind}"
+        trial.reference = reference(trial.config, here, Without(SPOILT, reason))
+        trial.expected = read_lines(here / "rounds.jsonl", "records")
         return f"left out of that round ({reason}), there again in the next"
 
     return fault
@@ -370,7 +374,11 @@ def measure(
     recovered = time.monotonic() - trial.hit
     found = deployment.finished(f"runs/{run_name}", 400)
     wanted = trial.reference or whole[config["algorithm"]["name"]]
-    same = {key: found[key] == wanted[key] for key in ("history_sha256", "models_sha256")}
+    same = {"models_sha256": found["models_sha256"] == wanted["models_sha256"]}
+    if trial.reference:  # the refused bytes crossed the wire here, and none did there
+        same["records"] = told_of(trial.records()) == told_of(trial.expected)
+    else:
+        same["history_sha256"] = found["history_sha256"] == wanted["history_sha256"]
     absent = {r["step"]: r["absent"] for r in trial.records() if r.get("absent")}
     lost = "nothing" if not absent else f"the reply of {SITE} to step {', '.join(map(str, absent))}"
     return {
@@ -381,14 +389,21 @@ def measure(
     }
 
 
+def told_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without times and traffic."""
+    dropped = ("seconds", "peak_memory_mb", "bytes_up", "bytes_down")
+    return [{key: value for key, value in record.items() if key not in dropped} for record in records]
+
+
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     lines = [
         "# Faults in a deployment", "",
         "`python benchmarks/faults.py` on " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".", "",
-        "Lost: beside the run in process that nothing disturbed (`history_sha256` and the bytes of all models), or, where",
-        "a reply was refused, beside one in which that site gave none in that round: equal but for what is named. Seconds:",
-        "from the fault to the next stage that was done, with the pause before the restart (5 s; the cut: 30 s). Flower takes",
-        "a killed node back when it has missed its sign of life (up to a minute); the restart is tried every ten seconds.", "",
+        "Lost: beside the run in process that nothing disturbed (`history_sha256` and the bytes of all models), or, where a",
+        "reply was refused, beside one in which that site gave none in that round (all records but for their traffic, and the",
+        "bytes of all models): equal but for what is named. Seconds: from the fault to the next stage that was done, with the",
+        "pause before the restart (5 s; the cut: 30 s). Flower takes a killed node back when it has missed its sign of life",
+        "(up to a minute); the restart is tried every ten seconds.", "",
         "| fault | what happened | lost | seconds |", "|---|---|---|---|",
     ]  # fmt: skip
     lines += [f"| {row['fault']} | {row['happened']} | {row['lost']} | {row['seconds']} |" for row in rows]
