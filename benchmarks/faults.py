@@ -148,13 +148,29 @@ class Proxy:
         time.sleep(seconds)
         self.process.send_signal(signal.SIGCONT)
 
+    def break_off(self, seconds: float) -> None:
+        self.process.send_signal(signal.SIGUSR1)
+        time.sleep(seconds)
+        self.process.send_signal(signal.SIGUSR1)
+
     def __exit__(self, *error: object) -> None:
         self.process.kill()
         self.process.wait()
 
 
 def carry(here: int, there: int) -> None:
-    """The proxy's own process."""
+    """The proxy's own process; SIGUSR1 makes it break off all connections, and the next one carry them again."""
+    broken, open_ = threading.Event(), list[socket.socket]()
+
+    def turn(*_: object) -> None:
+        if broken.is_set():
+            return broken.clear()
+        broken.set()
+        while open_:
+            with suppress(OSError):
+                open_.pop().shutdown(socket.SHUT_RDWR)
+
+    signal.signal(signal.SIGUSR1, turn)
 
     def pump(source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
@@ -167,11 +183,16 @@ def carry(here: int, there: int) -> None:
     with socket.create_server(("127.0.0.1", here)) as server:
         while True:
             near, _ = server.accept()
+            if broken.is_set():
+                near.recv(65536)  # the client's greeting, which gets no answer
+                near.close()
+                continue
             try:
                 far = socket.create_connection(("127.0.0.1", there))
             except OSError:  # the server is down
                 near.close()
                 continue
+            open_ += [near, far]
             for pair in ((near, far), (far, near)):
                 threading.Thread(target=pump, args=pair, daemon=True).start()
 
@@ -302,6 +323,14 @@ def cut(trial: Trial) -> str:
     return "no byte between the site and the server for 30 s in the middle of a round; both waited, and went on"
 
 
+def broken_off(trial: Trial) -> str:
+    trial.start()
+    trial.wait_work(2)
+    trial.strike()
+    trial.proxy.break_off(15)
+    return "every TLS connection broken off for 15 s; the SuperNode, which gives up on that, ended and was started again"
+
+
 def spoilt(kind: str) -> Callable[[Trial], str]:
     def fault(trial: Trial) -> str:
         write_json(trial.deployment.site(SITE) / "fault.json", {"step": SPOILT, "kind": kind})
@@ -325,6 +354,7 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Trial], str]]] = {
     "kill -9 of the ServerApp": (WARMFED, server_app),
     "kill -9 of the SuperLink": (WARMFED, superlink),
     "network of a site cut for 30 s": (WARMFED, cut),
+    "TLS connections of a site broken off for 15 s": (WARMFED, broken_off),
     "full disk at a site": (WARMFED, disk),
     "a reply with NaN": (TUNED, spoilt("nan")),
     "a reply of a wrong shape": (TUNED, spoilt("shape")),

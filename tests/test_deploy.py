@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(pictures, folder / "project" / "sites" / site / "data")
     commands = folder / "project" / "bin"
     commands.mkdir()
-    for name in ("flower-superlink", "flower-supernode", "flwr"):
+    for name in ("flower-superlink", "flower-superexec", "warmfed-supernode", "flwr"):
         (commands / name).touch(0o755)
     for place in ("server", "sites/ink", "sites/paper"):
         change(folder / "project" / place / "environment", 'WARMFED_BIN=""', f"WARMFED_BIN={commands}")

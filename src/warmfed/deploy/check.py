@@ -104,7 +104,7 @@ def _server(folder: Path) -> Checks:
 
 def _site(folder: Path) -> Checks:
     project, site, values = read_project(folder), read_site(folder), environment(folder)
-    yield from _common(folder, project, ("flower-supernode",), values)
+    yield from _common(folder, project, ("warmfed-supernode", "flower-superexec"), values)
     loaded: list[Federation] = []
 
     def data() -> str:
@@ -127,7 +127,7 @@ def _site(folder: Path) -> Checks:
 
     yield "node key", lambda: keys.pair(_bytes(folder / "node"), _bytes(folder / "node.pub"))
     yield "node", lambda: _private(folder / "node")
-    yield "port", lambda: _port("127.0.0.1", int(values["WARMFED_PORT"]), "flower-supernode")
+    yield "port", lambda: _port("127.0.0.1", int(values["WARMFED_PORT"]), "warmfed-supernode")
     yield from _reached(folder, project)
     yield "data", data
     yield "images", images

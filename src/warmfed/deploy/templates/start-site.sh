@@ -8,7 +8,7 @@ set +a
 PATH="${WARMFED_BIN:+$WARMFED_BIN:}$PATH"
 FLWR_HOME="$PWD/flwr"
 export PATH FLWR_HOME
-flower-supernode --superlink '{{ address }}' --root-certificates ca.crt --auth-supernode-private-key node \
+warmfed-supernode --superlink '{{ address }}' --root-certificates ca.crt --auth-supernode-private-key node \
   --host 127.0.0.1 --port "$WARMFED_PORT" --node-config "site-folder=\"$PWD\"" || {
   code=$?
   warmfed deploy check . # why it could not connect, if that is why it has ended
