@@ -28,7 +28,7 @@ from warmfed.diffusion import pipeline
 from warmfed.diffusion.estimate import plan
 from warmfed.diffusion.families import stacked
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.pretrain import tokenizer
+from warmfed.diffusion.lessons import digits, tokenizer
 from warmfed.fit import Training, fit
 from warmfed.randomness import named, seeded
 from warmfed.tasks import Classify
@@ -44,7 +44,7 @@ def small(folder: Path) -> str:
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    words = tokenizer()
+    words = tokenizer(digits("0123456789"))
     with seeded(named("sampling", "base")):
         unet = UNet2DConditionModel(
             sample_size=8, block_out_channels=(64, 128, 128), layers_per_block=2, norm_num_groups=16, cross_attention_dim=64,

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from warmfed.data.rendered import rendered
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.families import STABLE
-from warmfed.diffusion.pretrain import Pretraining, build, captions, pretrain, principal_patches, tokenizer
+from warmfed.diffusion.lessons import digits, tokenizer
+from warmfed.diffusion.pretrain import Pretraining, build, pretrain, principal_patches
 from warmfed.errors import InputError
 from warmfed.randomness import named, seeded
 
@@ -92,10 +93,10 @@ def test_latents_are_uncorrelated_and_the_coarsest_come_first() -> None:
 
 
 def test_the_tokenizer_reads_captions_as_words_and_any_text_at_all() -> None:
-    words = tokenizer()
+    words = tokenizer(digits("0123456789"))
     assert words.tokenize("A photo of the digit three") == ["a</w>", "photo</w>", "of</w>", "the</w>", "digit</w>", "three</w>"]
     assert words.tokenize("xy") == ["x", "y</w>"]
-    longest = max(len(words(text).input_ids) for texts in captions("0123456789") for text in texts)
+    longest = max(len(words(text).input_ids) for texts in digits("0123456789") for text in texts)
     assert longest <= words.model_max_length == 16
 
 

@@ -340,14 +340,14 @@ def test_nothing_that_belongs_together_is_parted(rows: list[tuple[int, int, int,
     names = texts(f"g{g}" if g else "" for g in group.tolist())
     pool = Pool(np.zeros((len(rows), 1, 1, 1), np.uint8), label, texts(f"s{s}" for s in site.tolist()),
                 texts(["all"] * len(rows)), texts("x" for _ in rows), digest, names)  # fmt: skip
-    found = split(pool, {"validation": 0.2, "test": 0.2}, seed)
-    assert set(found.tolist()) <= {"train", "validation", "test"}
+    found = split(pool, {"test": 0.2, "validation": 0.2, "public": 0.1}, seed)
+    assert set(found.tolist()) <= {"train", "validation", "test", "public"}
     for key in (image.tolist(), [name or i for i, name in enumerate(names.tolist())]):
         held: dict[object, set[str]] = {}
         for each, part in zip(key, found.tolist(), strict=True):
             held.setdefault(each, set()).add(part)
         assert all(len(parts) == 1 for parts in held.values())
-    assert (split(pool, {"validation": 0.2, "test": 0.2}, seed) == found).all()
+    assert (split(pool, {"test": 0.2, "validation": 0.2, "public": 0.1}, seed) == found).all()
     assert len(units(pool)) == len(rows)
 
 

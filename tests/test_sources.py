@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from warmfed.data import Federation, arrays, folder, load, npz
+from warmfed.data import Federation, arrays, folder, load, npz, save_partition
 from warmfed.errors import InputError
 
 
@@ -183,6 +183,35 @@ def test_every_fault_of_a_folder_is_told_at_once(tmp_path: Path) -> None:
         "site 'empty' is empty",
         "site 'lonely' has one class only, 'cat'",
     )
+
+
+def test_a_public_share_comes_out_of_train_and_is_at_no_site(tmp_path: Path) -> None:
+    root = pets(tmp_path / "pets")
+    plain, shared = folder(root, image_size=8), folder(root, image_size=8, public=0.3)
+    assert sizes(shared) == {"home": (6, 4, 4), "shelter": (6, 4, 4)}
+    assert plain.public is None
+    assert shared.public is not None
+    assert shared.public["label"].bincount().tolist() == [6, 6]
+    for part in ("validation", "test"):  # the figures stay comparable
+        assert all(plain.digests[site][part] == shared.digests[site][part] for site in plain.sites)
+    held = {image.numpy().tobytes() for s in shared.sites.values() for t in s.splits.values() for image in t["image"]}
+    given = {image.numpy().tobytes() for image in shared.public["image"]}
+    assert len(held) == 28
+    assert len(given) == 12
+    assert not held & given
+    assert any("12 images are public" in note for note in shared.notes)
+    refused(lambda: folder(root, public=-0.1), "public")
+    refused(lambda: folder(root, public=0.7), "below 1")
+
+
+def test_a_public_share_of_what_brings_its_splits(tmp_path: Path) -> None:
+    pets(tmp_path / "home", ("train", "val", "test"))
+    federation = folder(tmp_path, image_size=8, public=0.25)
+    assert sizes(federation) == {"home": (16, 20, 20)}  # of each class 2.5 images, and a half is rounded to the even one
+    assert federation.public is not None
+    assert len(federation.public["label"]) == 4
+    save_partition(federation, tmp_path / "partition.json")
+    refused(lambda: folder(tmp_path, public=0.25, deal={"rule": "file", "path": str(tmp_path / "partition.json")}), "public")
 
 
 def test_what_is_no_image_folder_is_refused(tmp_path: Path) -> None:

@@ -132,7 +132,10 @@ def parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--out", type=Path, metavar="FILE.safetensors", help="the images with their labels")
     _voices(synthesize)
 
-    pretrain = _command(commands, "pretrain", "pre-train a generator's base on rendered digits")
+    pretrain = _command(commands, "pretrain", "pre-train a generator's base on public images: rendered digits, or your own")
+    pretrain.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings of pre-training, and [data]; none: digits"
+    )
     pretrain.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the base, in diffusers' layout")
     pretrain.add_argument("--work", type=Path, metavar="DIR", help="keeps finished phases, so that a later call goes on")
     pretrain.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")

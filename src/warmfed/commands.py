@@ -16,7 +16,7 @@ from .algorithms import ALGORITHMS
 from .compare import Cell, Cells
 from .compare import compare as compare_cells
 from .compare import plan as plan_cells
-from .config import Config, choices, construct, data_table, nested, parse, setting
+from .config import Config, choices, construct, data_table, parse, pretraining_tables, setting
 from .console import Events, Quiet, Teller, console, data_counts, data_facts, emit, rich_table, run_facts, run_table, teller
 from .data import DataError, save_partition
 from .errors import InputError
@@ -268,15 +268,19 @@ def synthesize(asked: Namespace) -> int:
 
 
 def pretrain(asked: Namespace) -> int:
+    from .diffusion.lessons import pictures
     from .diffusion.pretrain import Pretraining
     from .diffusion.pretrain import pretrain as make
+    from .ready import load_data
 
-    settings = construct(Pretraining, nested(dict(setting(text) for text in asked.settings)), "")
+    data, made = pretraining_tables(asked.config, dict(setting(text) for text in asked.settings))
+    settings = construct(Pretraining, made, "pretraining")
     if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
         raise InputError(f"{asked.out} is there already; choose another --out")
+    images = pictures(load_data(data), settings.side) if data else None
     with teller(quiet=asked.quiet, events=asked.json) as watcher:
         try:
-            record = make(settings, asked.out, watcher.phase, asked.work, asked.device)
+            record = make(settings, asked.out, watcher.phase, asked.work, asked.device, images)
         except KeyboardInterrupt:
             kept = f"the same command goes on from the phases in {asked.work}, with another --out" if asked.work else ""
             raise _stopped(kept) from None

@@ -76,7 +76,7 @@ def plan(
         grid: dotted keys and the values to try; none: the file's.
     """
     tables = read_toml(file) if file is not None else {}
-    arms, asked, swept = tables.pop("arms", {}), tables.pop("compare", {}), tables.pop("sweep", {})
+    arms, asked, swept, _ = (tables.pop(each, {}) for each in ("arms", "compare", "sweep", "pretraining"))
     if not all(isinstance(table, dict) for table in (arms, asked, swept, *dict(arms).values())):
         raise InputError(f"{file}: [compare], [sweep] and [arms.NAME] must be tables")
     for key in asked:

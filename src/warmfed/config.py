@@ -23,6 +23,8 @@ from .fit import Training
 
 T = TypeVar("T")
 TASKS = ("classify", "denoise")
+STUDIES = ("compare", "arms", "sweep", "pretraining")
+"""Tables of a file that are not of a run."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,13 @@ def _plain(value: Any) -> Any:
 def parse(file: Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:
     """A configuration from a TOML file (or none) under `settings`, whose keys are dotted: {"algorithm.rounds": 1}.
 
-    What the file says of comparisons and sweeps ([compare], [arms], [sweep]) is left to those.
+    What the file says of comparisons, sweeps and pre-training (`STUDIES`) is left to those.
 
     Raises:
         InputError: an unknown key (with the nearest known one), a wrong type, a value out of range.
     """
     tables = read_toml(file) if file is not None else {}
-    shared = {key: value for key, value in tables.items() if key not in ("compare", "arms", "sweep")}
+    shared = {key: value for key, value in tables.items() if key not in STUDIES}
     return resolve(shared, nested(settings or {}))
 
 
@@ -128,10 +130,28 @@ def data_table(file: Path | None = None, settings: Mapping[str, Any] | None = No
     """The table `data` of a configuration alone: `warmfed data` needs no other. Raises as `parse` does."""
     tables = read_toml(file) if file is not None else {}
     _overlay(tables, nested(settings or {}))
-    values = tables.get("data", {})
+    return construct(Data, _table(tables, "data"), "data")
+
+
+def pretraining_tables(file: Path | None, settings: Mapping[str, Any]) -> tuple[Data | None, dict[str, Any]]:
+    """What `warmfed pretrain` needs of a file: its table `data` (None: there is none) and its table `pretraining`.
+
+    Args:
+        settings: of pre-training by their plain names, and those of the data ("data.path").
+    """
+    tables = read_toml(file) if file is not None else {}
+    asked = nested(settings)
+    data, made = _table(tables, "data"), _table(tables, "pretraining")
+    _overlay(data, _table(asked, "data"))
+    _overlay(made, {key: value for key, value in asked.items() if key != "data"})
+    return construct(Data, data, "data") if data else None, made
+
+
+def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
+    values = tables.get(name, {})
     if not isinstance(values, Mapping):
-        raise InputError(f"data must be a table of settings; got {values!r}")
-    return construct(Data, values, "data")
+        raise InputError(f"{name} must be a table of settings; got {values!r}")
+    return dict(values)
 
 
 def read_toml(file: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from ..tensors import rows
+from ..tensors import Table, rows
 from .cache import Cache, Mapped
 from .federation import SPLITS, Federation, Site
 from .partition import Deal, stream
 from .pool import WHOLE, Common, Pool, digests, refuse, texts
-from .splits import DROPPED, remarks, split
+from .splits import DROPPED, PUBLIC, remarks, split
 
 HELD = 256 * 2**20
 """Bytes of images that are held in memory; more of them are laid out in a file of the cache, and mapped."""
@@ -52,6 +51,8 @@ def assemble(
     if deal is not None:
         refuse(name, faults)
         if deal.rule == "file":
+            if options.public:
+                raise InputError("a saved partition holds what the sites have and nothing public; take the option public out")
             pool = _redealt(pool, Path(deal.path).expanduser())
         else:
             parts = deal.parts(pool.label, {"site": pool.site, "name": pool.name})
@@ -63,14 +64,17 @@ def assemble(
         name = f"{name} dealt to {len(np.unique(pool.site))} by {deal.rule}"
 
     good = _only(pool, np.isin(pool.site, sound))
-    splits = split(good, {"validation": options.validation, "test": options.test}, options.seed)
+    splits = split(good, {"test": options.test, "validation": options.validation, PUBLIC: options.public}, options.seed)
     faults += [
         f"site {site!r} has no {part} images; give it more images or change the shares"
         for site in sound for part in SPLITS if not ((good.site == site) & (splits == part)).any()
     ]  # fmt: skip
     refuse(name, faults)
-    sites, origin = _laid_out(replace(good, split=splits), options.store)
-    return Federation(name, tuple(classes), options.template, sites, (*notes, *remarks(good, splits)), origin, pool.sides)
+    sites, origin, public = _laid_out(replace(good, split=splits), options.store)
+    if public:
+        notes.append(f"{rows(public)} images are public: no site has them, and a base may be pre-trained on them")
+    notes += remarks(good, splits)
+    return Federation(name, tuple(classes), options.template, sites, tuple(notes), origin, pool.sides, public)
 
 
 def _only(pool: Pool, mask: NDArray[np.bool_]) -> Pool:
@@ -112,10 +116,11 @@ def _some(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more classes" if len(names) > most else "")
 
 
-def _laid_out(pool: Pool, cache: Cache) -> tuple[dict[str, Site], dict[str, dict[str, tuple[str, ...]]]]:
-    """The sites, their tables one after another by split and site: all of one split are one piece, too."""
-    rank = np.array([SPLITS.index(part) if part != DROPPED else len(SPLITS) for part in pool.split.tolist()])
-    order = np.lexsort((pool.site, rank))[: int((rank < len(SPLITS)).sum())]
+def _laid_out(pool: Pool, cache: Cache) -> tuple[dict[str, Site], dict[str, dict[str, tuple[str, ...]]], Table | None]:
+    """The sites, their tables one after another by split and site: all of one split are one piece, too. And what is public."""
+    parts = (*SPLITS, PUBLIC, DROPPED)
+    rank = np.array([parts.index(part) for part in pool.split.tolist()])
+    order = np.lexsort((pool.site, rank))[: int((rank < len(parts) - 1).sum())]
     kept, at = pool.take(order), order if pool.at is None else pool.at[order]
     shape = (len(order), *pool.images.shape[1:])
 
@@ -131,16 +136,24 @@ def _laid_out(pool: Pool, cache: Cache) -> tuple[dict[str, Site], dict[str, dict
         images = np.empty(shape, np.uint8)
         fill(images)
     whole, label = torch.from_numpy(images), torch.from_numpy(kept["label"])
-    tables: dict[str, dict[str, Mapping[str, Tensor]]] = {}
+
+    def table(found: NDArray[np.bool_]) -> tuple[Table, tuple[str, ...]]:
+        """These rows, which lie one after another, and what their source calls them."""
+        at = np.flatnonzero(found)
+        start, stop = int(at[0]), int(at[-1]) + 1
+        mapped = path and Mapped(path, shape, start, stop, label[start:stop])
+        held = mapped or {"image": whole[start:stop], "label": label[start:stop]}
+        return held, tuple(kept["name"][start:stop].tolist())
+
+    tables: dict[str, dict[str, Table]] = {}
     origin: dict[str, dict[str, tuple[str, ...]]] = {}
     for site in np.unique(kept["site"]).tolist():
         for part in SPLITS:
-            found = np.flatnonzero((kept["site"] == site) & (kept["split"] == part))
-            start, stop = int(found[0]), int(found[-1]) + 1
-            mapped = path and Mapped(path, shape, start, stop, label[start:stop])
-            tables.setdefault(site, {})[part] = mapped or {"image": whole[start:stop], "label": label[start:stop]}
-            origin.setdefault(site, {})[part] = tuple(kept["name"][start:stop].tolist())
-    return {site: Site(**parts) for site, parts in tables.items()}, origin
+            held, names = table((kept["site"] == site) & (kept["split"] == part))
+            tables.setdefault(site, {})[part] = held
+            origin.setdefault(site, {})[part] = names
+    public = kept["split"] == PUBLIC
+    return {site: Site(**each) for site, each in tables.items()}, origin, table(public)[0] if public.any() else None
 
 
 def deal(federation: Federation, sites: int = 0, rule: str = "iid", **options: Any) -> Federation:

@@ -39,7 +39,8 @@ class Federation:
     `template` holds one `{}` for the class name (or `{class}` for its words), and may hold `{site}` (`core.prompts_of`).
     `sites` is kept sorted by name. `notes` are remarks of whoever read the data (missing classes, duplicates), `origin`
     tells what each image is called there, by site and split, `sides` the width and height of the smallest and of the
-    largest picture; they do not enter the fingerprint. No table is empty.
+    largest picture, `public` the table of images that no site has and a base may be pre-trained on; none of these enters the
+    fingerprint. No table is empty.
 
     Raises InputError, naming every fault at once, where a table has another shape, type or label than it should.
     """
@@ -51,6 +52,7 @@ class Federation:
     notes: tuple[str, ...] = ()
     origin: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict, repr=False)
     sides: tuple[tuple[int, int], ...] = ()
+    public: Table | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))

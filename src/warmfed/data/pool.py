@@ -47,6 +47,8 @@ class Common:
     """Share that validates, where the data bring no validation split."""
     test: float = 0.2
     """Share that tests, where the data bring no test split."""
+    public: float = 0.0
+    """Share that no site has, out of what would be for training: public images, on which a base may be pre-trained."""
     template: str = TEMPLATE
     """The prompt, with one {} for the class name."""
     classes: Sequence[str] | None = None
@@ -63,11 +65,13 @@ class Common:
     """Folder of the decoded images; none: `cache.usual()`."""
 
     def __post_init__(self) -> None:
-        if not (self.validation > 0 and self.test > 0 and self.validation + self.test < 1):
+        if not (self.validation > 0 and self.test > 0 and self.validation + self.test + self.public < 1):
             raise InputError(
-                "validation and test shares above 0, together below 1, were expected, "
-                f"{self.validation:g} and {self.test:g} came; 0.2 and 0.2 are usual"
+                "validation and test shares above 0, together below 1 (with the public share, too), were expected, "
+                f"{self.validation:g}, {self.test:g} and {self.public:g} came; 0.2, 0.2 and 0 are usual"
             )
+        if self.public < 0:
+            raise InputError(f"a public share of 0 (none) or more was expected, {self.public:g} came")
         if self.image_size is not None and self.image_size < 1:
             raise InputError(f"an image_size of 1 pixel or more was expected, {self.image_size} came")
         if self.limit < 0:

@@ -10,16 +10,17 @@ from .partition import stream
 from .pool import WHOLE, Pool, Texts
 
 DROPPED = ""
+PUBLIC = "public"
 Ints = NDArray[np.int64]
 
 
 def split(pool: Pool, shares: Mapping[str, float], seed: int) -> Texts:
-    """The split of each image of the pool: train, validation, test, or "" where it is dropped.
+    """The split of each image of the pool: train, validation, test, public, or "" where it is dropped.
 
-    Images that no split has claimed are split by `shares` (of "validation" and "test"), class by class. Where a site has
-    "train" but no "validation" or no "test", its share comes out of "train". Images with equal pixels, or of one group,
-    are one thing, wherever they lie: unclaimed, they go to one split together; where given splits overlap, the copies
-    outside of "test" (then "validation") are dropped.
+    Images that no split has claimed are split by `shares` (of "test", "validation" and "public", drawn in their order),
+    class by class. Where a site has "train" but no "validation" or no "test", its share comes out of "train", as the public
+    one always does. Images with equal pixels, or of one group, are one thing, wherever they lie: unclaimed, they go to one
+    split together; where given splits overlap, the copies outside of "test" (then "validation") are dropped.
     """
     unit = units(pool)
     role: dict[int, str] = {}
@@ -30,7 +31,7 @@ def split(pool: Pool, shares: Mapping[str, float], seed: int) -> Texts:
         mine = np.flatnonzero(pool.site == site)
         mine = mine[np.argsort(pool.split[mine], kind="stable")]
         had, label = pool.split[mine], pool.label[mine]
-        wanted = {each: shares[each] for each in ("test", "validation") if each not in had}
+        wanted = {each: share for each, share in shares.items() if each not in had}
         free = (had == WHOLE) | (had == "train")
         for value in np.unique(label).tolist():
             _claim(unit[mine[free & (label == value)]].tolist(), role, wanted, stream("split", seed, site, value))

@@ -1,4 +1,4 @@
-"""Pre-training of a small text-conditioned latent diffusion pipeline on rendered digits.
+"""Pre-training of a small text-conditioned latent diffusion pipeline on public images: rendered digits, or a user's own.
 
 Four phases: an autoencoder (`AutoencoderTiny`, 32×32 pixels to 8×8×8 latents; its encoder in closed form), the text
 encoder on captions, the denoiser on cached latents and embeddings, and the public classifier. The denoiser predicts v
@@ -8,7 +8,6 @@ classifier-free guidance.
 
 import json
 import platform
-import string
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,25 +21,21 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from warmfed.core import Central
-from warmfed.data.rendered import SIDE, rendered
+from warmfed.data.rendered import SIDE
+from warmfed.diffusion.families import ids
+from warmfed.diffusion.lessons import TOKENS, Captions, Pictures, digits, drawn, mirrored, tokenizer
 from warmfed.diffusion.objective import denoising_loss
 from warmfed.diffusion.pipeline import Parts, pixels, save
+from warmfed.errors import InputError
 from warmfed.files import write_whole
 from warmfed.fit import Training, fit
 from warmfed.randomness import named, seeded
+from warmfed.snapshots import Snapshots
 from warmfed.tasks import Classify
 from warmfed.tensors import Table, Tensors, only
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TEMPLATES = (
-    "a photo of the digit {word}", "a photo of the digit {word}", "a photo of a {word}", "a picture of the digit {word}",
-    "an image of the number {word}", "the digit {word}", "{word}", "a photo of the digit {numeral}",
-    "a picture of a {numeral}", "a handwritten {numeral}", "a drawing of the number {word}", "{numeral}",
-)  # fmt: skip
-"""What a digit may be called; the first one is twice as frequent."""
-TOKENS = 16
-PATCH = 48
-"""Values of a 4×4 patch."""
+LATENT = 8
+"""Side of the latents, whatever that of the images."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +43,13 @@ class Pretraining:
     """How a base is made; the defaults made the embedded one."""
 
     characters: str = "0123456789"
-    """Digits to draw and to name."""
+    """Digits to draw and to name, where no images are given."""
     images: int = 100_000
-    """Rendered images."""
+    """How many of them are drawn."""
+    side: int = 32
+    """Pixels of a side of the images: 16, 32, 64 or 128. Each value of a latent stands for a patch of side/8 pixels."""
+    flip: bool = False
+    """Whether each image is also shown mirrored: for photographs, not for digits."""
     channels: int = 8
     """Channels of the latents."""
     decoder_width: int = 32
@@ -91,48 +90,46 @@ class Pretraining:
     """Seconds between intermediate folders; 0: only the last one is written."""
     threads: int = 1
     """Threads of torch; more of them change the last bits."""
+    snapshot: int = 500
+    """Steps of the denoiser after which its unfinished training is written to the work folder, if there is one."""
     seed: int = 0
     """Names all random numbers."""
+
+    def __post_init__(self) -> None:
+        if self.side not in (16, 32, 64, 128):
+            raise InputError(f"side must be 16, 32, 64 or 128 pixels; got {self.side}")
+        if self.channels > self.patch:
+            raise InputError(f"a patch of {self.side} pixels' images has {self.patch} values; set channels to as many at most")
+
+    @property
+    def levels(self) -> int:
+        """How often the autoencoder halves an image."""
+        return (self.side // LATENT).bit_length() - 1
+
+    @property
+    def patch(self) -> int:
+        """Values of the pixels that one place of a latent stands for."""
+        return 3 * (self.side // LATENT) ** 2
 
 
 def silent(phase: str, step: int, steps: int) -> None:
     """Says nothing."""
 
 
-def captions(characters: str) -> tuple[tuple[str, ...], ...]:
-    """All captions of each character."""
-    return tuple(tuple(template.format(word=WORDS[int(c)], numeral=c) for template in TEMPLATES) for c in characters)
+def build(settings: Pretraining, captions: Captions = ()) -> Parts:
+    """The parts of the pipeline with random weights (drawn from torch's global stream), whose words are the captions'.
 
-
-def tokenizer() -> Any:
-    """A `CLIPTokenizer` whose vocabulary is the captions' words and all single characters, so it reads any text."""
-    from transformers import CLIPTokenizer
-
-    words = sorted({word for texts in captions("0123456789") for text in texts for word in text.split()})
-    words += ["character", "figure", "letter", "printed", "written", "in", "on", "with", "and", "small", "large"]
-    symbols = string.ascii_lowercase + string.digits + string.punctuation
-    pieces = [symbol + end for symbol in symbols for end in ("", "</w>")]
-    merges: dict[tuple[str, str], None] = {}
-    for word in words:
-        head = word[0]
-        for symbol in [*word[1:-1], word[-1] + "</w>"][: len(word) - 1]:
-            merges[head, symbol] = None
-            head += symbol
-            pieces.append(head)
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    return CLIPTokenizer(vocabulary, list(merges), model_max_length=TOKENS)
-
-
-def build(settings: Pretraining) -> Parts:
-    """The parts of the pipeline with random weights (drawn from torch's global stream)."""
+    Without captions they are those of digits.
+    """
     from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    words, depth = tokenizer(), len(settings.widths)
+    words, depth = tokenizer(captions or digits(settings.characters)), len(settings.widths)
+    levels = settings.levels + 1
     vae = AutoencoderTiny(
-        encoder_block_out_channels=(PATCH,) * 3, num_encoder_blocks=(0, 0, 0), latent_channels=settings.channels,
-        decoder_block_out_channels=(settings.decoder_width,) * 3, num_decoder_blocks=(3, 2, 1),
+        encoder_block_out_channels=(settings.patch,) * levels, num_encoder_blocks=(0,) * levels,
+        latent_channels=settings.channels,
+        decoder_block_out_channels=(settings.decoder_width,) * levels, num_decoder_blocks=(3, 2, 1, 1, 1)[:levels],
     )  # fmt: skip
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -145,7 +142,7 @@ def build(settings: Pretraining) -> Parts:
     # Attention costs half of the speed at 8×8 and little at 4×4, where it is enough: the pooled prompt is added to the
     # time embedding of all layers as well.
     unet = UNet2DConditionModel(
-        sample_size=SIDE // 4, in_channels=settings.channels, out_channels=settings.channels, layers_per_block=1,
+        sample_size=LATENT, in_channels=settings.channels, out_channels=settings.channels, layers_per_block=1,
         block_out_channels=settings.widths, norm_num_groups=16, attention_head_dim=4,
         down_block_types=("DownBlock2D",) * (depth - 1) + ("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
@@ -163,25 +160,25 @@ def build(settings: Pretraining) -> Parts:
 
 @torch.no_grad()
 def principal_patches(encoder: Any, images: Tensor) -> None:
-    """Make the encoder the projection of 4×4 patches on their first principal components, in closed form.
+    """Make the encoder the projection of patches (4×4 pixels of 32×32) on their first principal components, in closed form.
 
     A learned encoder needs far more steps than a small budget has before it tells all colours apart; the components of the
     rendered images are there at once and leave an error of 0.01 of a variance of 0.38. The first convolutions only sort a
-    patch's 48 values into channels, the last one projects. A component's deviation is its own to the power ½ (between the
+    patch's values into channels, the last one projects. A component's deviation is its own to the power ½ (between the
     image's spectrum and white), and 1 on average: the coarse shape stays the largest signal, and the last to drown in noise.
     """
-    pick, first, second, project = (layer for layer in encoder.layers)
-    for layer in (pick, first, second, project):
+    pick, *sort, project = encoder.layers
+    for layer in encoder.layers:
         layer.weight.zero_()
     pick.bias.zero_()
     for colour in range(3):
         pick.weight[colour, colour, 1, 1] = 1
-    for layer, inputs in ((first, 3), (second, 12)):
-        for channel in range(inputs):
+    for level, layer in enumerate(sort):
+        for channel in range(3 * 4**level):
             for place in range(4):
                 layer.weight[4 * channel + place, channel, 1 + place // 2, 1 + place % 2] = 1
-    patches = torch.cat([encoder.layers[:3](part.float() / 255).double() for part in images.split(500)])
-    patches = patches.permute(0, 2, 3, 1).reshape(-1, PATCH)
+    patches = torch.cat([encoder.layers[:-1](part.float() / 255).double() for part in images.split(500)])
+    patches = patches.permute(0, 2, 3, 1).reshape(-1, project.in_channels)
     mean = patches.mean(0)
     variance, basis = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     # the sign of an eigenvector is the library's whim
@@ -240,11 +237,10 @@ class Reading:
 class Denoising:
     """The task of the denoiser: v of noisy latents, given a caption drawn from its class's captions."""
 
-    def __init__(self, unet: nn.Module, embedded: Tensor, signal: Tensor, settings: Pretraining) -> None:
-        self.unet, self.signal, self.settings = unet, signal, settings
+    def __init__(self, unet: nn.Module, embedded: Tensor, signal: Tensor, settings: Pretraining, per_class: int) -> None:
+        self.unet, self.signal, self.settings, self.per_class = unet, signal, settings, per_class
         self.embedded = embedded
         """[1 + classes·captions, tokens, width]: the empty caption first."""
-        self.per_class = (len(embedded) - 1) // len(settings.characters)
 
     def build(self) -> nn.Module:
         return self.unet
@@ -269,30 +265,53 @@ def pretrain(
     progress: Callable[[str, int, int], None] = silent,
     work: Path | None = None,
     device: str = "cpu",
+    pictures: Pictures | None = None,
 ) -> Mapping[str, Any]:
     """Make a base and write it to the folder `out`; returns what `pretraining.json` says.
 
     Args:
         progress: progress(phase, done, total), after each step.
-        work: folder where finished phases (images, autoencoder, latents) are kept; a later call with the same settings
-            takes them from there.
+        work: folder where finished phases (images, autoencoder, latents) and the denoiser's unfinished training are kept; a
+            later call with the same settings and images goes on from there, and ends with the same bytes.
+        pictures: public images; none: digits are rendered.
+
+    Raises:
+        InputError: the work folder is of other settings or images, or digits are asked for in another size than theirs.
     """
+    if pictures is None and settings.side != SIDE:
+        raise InputError(f"digits are drawn in {SIDE} pixels; set side to {SIDE}, or give images of your own")
+    _claim(work, {"settings": asdict(settings), "pictures": pictures and pictures.told})
     torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)  # numbers next to zero are slow, and a young denoiser has many
     try:
-        return _pretrain(settings, out, progress, work, device)
+        return _pretrain(settings, out, progress, work, device, pictures)
     finally:
         torch.set_flush_denormal(False)
 
 
 def _pretrain(
-    settings: Pretraining, out: Path, progress: Callable[[str, int, int], None], work: Path | None, device: str
+    settings: Pretraining,
+    out: Path,
+    progress: Callable[[str, int, int], None],
+    work: Path | None,
+    device: str,
+    pictures: Pictures | None,
 ) -> Mapping[str, Any]:
     begun = time.time()
-    record: dict[str, Any] = {}
-    images = kept(work, "images", lambda: rendered_images(settings, record, progress))
+    record: dict[str, Any] = {"pictures": pictures.told} if pictures else {}
+    captions = pictures.captions if pictures else digits(settings.characters)
+
+    def render() -> Tensors:
+        table = drawn(settings.characters, settings.images, named("pretrain", settings.seed, "images"))
+        progress("images", settings.images, settings.images)
+        record["render_seconds"] = round(time.time() - begun, 1)
+        return table
+
+    images = pictures.table if pictures else kept(work, "images", render)
+    if settings.flip:
+        images = mirrored(images)
     with seeded(named("pretrain", settings.seed, "weights")):
-        parts = build(settings)
+        parts = build(settings, captions)
 
     principal_patches(parts.vae.encoder, images["image"][:20_000])
     parts.vae.to(device).eval()
@@ -320,22 +339,21 @@ def _pretrain(
     parts.vae.load_state_dict(dict(kept(work, "decoder", decoder)), strict=False)
     record["seconds_before_denoiser"] = round(time.time() - begun, 1)
 
-    texts = ["", *(text for row in captions(settings.characters) for text in row)]
-    said = torch.tensor([0, *(1 + i for i, row in enumerate(captions(settings.characters)) for _ in row)])
-    ids = parts.tokenizer(texts, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    texts = ["", *(text for row in captions for text in row)]
+    said = torch.tensor([0, *(1 + i for i, row in enumerate(captions) for _ in row)])
 
     def text_encoder() -> Tensors:
-        reader = Reader(parts.text_encoder, settings.text_width, 1 + len(settings.characters)).to(device)
+        reader = Reader(parts.text_encoder, settings.text_width, 1 + len(captions)).to(device)
         training = Training(optimizer="adamw", lr=1e-3, steps=settings.text_steps, batch=64, warmup=20, clip=1.0)
         ctx = Central(Reading(reader), named("pretrain", settings.seed, "text"), device=device)
-        tensors, info = fit(ctx, reader.state_dict(), training, {"ids": ids, "label": said})
+        tensors, info = fit(ctx, reader.state_dict(), training, {"ids": ids(parts.tokenizer, texts), "label": said})
         record.update({f"text_{name}": value for name, value in info.items()})
         return {name.removeprefix("text_encoder."): t for name, t in tensors.items() if name.startswith("text_encoder.")}
 
     with seeded(named("pretrain", settings.seed, "head")):
         parts.text_encoder.load_state_dict(dict(kept(work, "text", text_encoder)))
     parts.text_encoder.eval()
-    task = Denoising(parts.denoiser, parts.embed(texts)["prompt"], parts.scheduler.alphas_cumprod, settings)
+    task = Denoising(parts.denoiser, parts.embed(texts)["prompt"], parts.scheduler.alphas_cumprod, settings, len(captions[0]))
     training = Training(
         optimizer="adamw", lr=settings.lr, steps=settings.steps, batch=settings.batch, schedule="cosine",
         warmup=settings.warmup, clip=1.0, ema=settings.ema,
@@ -344,7 +362,7 @@ def _pretrain(
 
     def write(tensors: Tensors, **more: Any) -> None:
         """A folder of these weights; the models in training are left as they are."""
-        copy = replace(parts, denoiser=build(settings).denoiser)
+        copy = replace(parts, denoiser=build(settings, captions).denoiser)
         copy.denoiser.load_state_dict(dict(tensors))
         record.update(settings=asdict(settings), machine=f"{platform.machine()}, torch {torch.__version__}", **more)
         record["seconds"] = round(time.time() - begun, 1)
@@ -359,34 +377,34 @@ def _pretrain(
             last = time.time()
 
     ctx = Central(task, named("pretrain", settings.seed, "denoiser"), device=device)
-    tensors, info = fit(ctx, parts.denoiser.state_dict(), training, table, watch=each)
+    unfinished = Snapshots(work / "denoiser.unfinished", settings.snapshot) if work and settings.snapshot else None
+    tensors, info = fit(ctx, parts.denoiser.state_dict(), training, table, watch=each, snapshots=unfinished)
     write(tensors, denoiser_steps=settings.steps, **info)
-    classifier = kept(work, "classifier", lambda: public_classifier(settings, images, progress, device))
+    classifier = kept(work, "classifier", lambda: public_classifier(settings, images, len(captions), progress, device))
     write_whole(out / "classifier.safetensors", save_tensors(dict(classifier)))
     return record
 
 
 def public_classifier(
-    settings: Pretraining, images: Table, progress: Callable[[str, int, int], None] = silent, device: str = "cpu"
+    settings: Pretraining, images: Table, classes: int, progress: Callable[[str, int, int], None] = silent, device: str = "cpu"
 ) -> Tensors:
-    """The default classifier, trained on the rendered images."""
-    task = Classify((3, SIDE, SIDE), len(settings.characters))
+    """The default classifier, trained on the public images."""
+    task = Classify((3, settings.side, settings.side), classes)
     training = Training(lr=0.05, epochs=settings.classifier_epochs, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
     ctx = Central(task, named("pretrain", settings.seed, "classifier"), device=device)
     start = task.init(named("pretrain", settings.seed, "classifier", "start"))
     return fit(ctx, start, training, images, watch=lambda step, steps, _: progress("classifier", step, steps))[0]
 
 
-def rendered_images(settings: Pretraining, record: dict[str, Any], progress: Callable[[str, int, int], None]) -> Tensors:
-    """The images and, as labels, positions in `settings.characters`."""
-    begun = time.time()
-    digits = [int(character) for character in settings.characters]
-    table = rendered(settings.images, named("pretrain", settings.seed, "images"), digits)
-    place = torch.zeros(10, dtype=torch.int64)
-    place[digits] = torch.arange(len(digits))
-    progress("images", settings.images, settings.images)
-    record["render_seconds"] = round(time.time() - begun, 1)
-    return {"image": table["image"], "label": place[table["label"]]}
+def _claim(work: Path | None, made_of: Mapping[str, Any]) -> None:
+    """Note in a new work folder what its phases are made of; raises `InputError` where one was made of something else."""
+    if work is None:
+        return
+    note = work / "made_of.json"
+    text = json.dumps(made_of, indent=2, sort_keys=True) + "\n"
+    if note.exists() and note.read_text() != text:
+        raise InputError(f"{work} holds phases of other settings or images; choose another --work, or remove it")
+    write_whole(note, text.encode())
 
 
 def kept(work: Path | None, name: str, make: Callable[[], Tensors]) -> Tensors:
