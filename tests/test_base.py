@@ -3,18 +3,23 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import tomli_w
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from warmfed.cli import main
+from warmfed.data import Federation, arrays
 from warmfed.data.rendered import rendered
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.families import STABLE
-from warmfed.diffusion.lessons import digits, tokenizer
+from warmfed.diffusion.lessons import Pictures, digits, pictures, tokenizer
 from warmfed.diffusion.pretrain import Pretraining, build, pretrain, principal_patches
 from warmfed.errors import InputError
 from warmfed.randomness import named, seeded
@@ -134,3 +139,116 @@ def test_the_embedded_base_is_small_and_says_how_it_was_made() -> None:
     folder = pipeline.find("digits")
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 16e6
     assert json.loads((folder / "pretraining.json").read_text())["settings"]["seed"] == 0
+
+
+# Images of one's own
+
+
+PHOTOS = replace(TINY, side=64, flip=True)
+
+
+@pytest.fixture(scope="module")
+def pets() -> Pictures:
+    return pictures(public(64), 64)
+
+
+def public(side: int) -> Federation:
+    """Two sites that have set a third of their images aside."""
+    draw = torch.Generator().manual_seed(0)
+    images = {site: torch.randint(256, (30, 3, side, side), generator=draw, dtype=torch.uint8) for site in ("home", "shelter")}
+    label = torch.arange(30) % 2
+    return arrays({s: (table, label) for s, table in images.items()}, classes=("cat", "guinea_pig"), public=0.33)
+
+
+def test_what_a_base_learns_of_pictures_is_what_is_public(pets: Pictures) -> None:
+    federation = public(64)
+    assert federation.public is not None
+    assert sorted(i.sum().item() for i in pets.table["image"]) == sorted(i.sum().item() for i in federation.public["image"])
+    assert pets.captions[1][0] == "a photo of a guinea_pig"
+    assert pets.captions[1][-1] == "an image of guinea pig"
+    assert {len(captions) for captions in pets.captions} == {6}
+    whole = replace(federation, public=None)
+    assert len(pictures(whole, 64).table["label"]) == 60 - len(federation.public["label"])
+    with pytest.raises(InputError, match="64×64"):
+        pictures(public(32), 64)
+
+
+def test_a_base_of_pictures_draws_at_their_size(pets: Pictures, tmp_path: Path) -> None:
+    record = pretrain(PHOTOS, tmp_path / "pets", pictures=pets)
+    assert record["pictures"]["classes"] == ["cat", "guinea_pig"]
+    assert pipeline.side(tmp_path / "pets") == 64
+    parts = pipeline.load(tmp_path / "pets")
+    latents = parts.encode(pets.table["image"][:2])[0]
+    assert latents.shape == (2, 4, 8, 8)
+    assert parts.decode(latents).shape == (2, 3, 64, 64)
+    assert parts.tokenizer.tokenize("guinea pig") == ["guinea</w>", "pig</w>"]
+    head = load_file(tmp_path / "pets" / "classifier.safetensors")["head.weight"]
+    assert head.shape == (2, 128)
+
+
+def test_principal_patches_are_the_components_of_large_patches_too(pets: Pictures) -> None:
+    """On images whose patches lie in the span of four components, the projection and back lose nothing."""
+    basis = torch.randn(4, 192, generator=named("basis"))
+    patches = (torch.randn(50, 8, 8, 4, generator=named("weights")) @ basis).reshape(50, 8, 8, 3, 8, 8)
+    images = patches.permute(0, 3, 1, 4, 2, 5).reshape(50, 3, 64, 64)
+    images = ((images - images.min()) / (images.max() - images.min()) * 255).round().to(torch.uint8)
+    with seeded(named("weights")):
+        encoder = build(PHOTOS).vae.encoder
+    principal_patches(encoder, images)
+    with torch.no_grad():
+        latents = encoder(images.float() / 127.5 - 1).permute(0, 2, 3, 1).reshape(-1, 4)
+    cells = images.float().reshape(50, 3, 8, 8, 8, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 192)
+    cells = cells - cells.mean(0)
+    left = cells - latents @ torch.linalg.lstsq(latents, cells).solution
+    assert left.square().mean() < 1e-2 * cells.square().mean()
+
+
+def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: Pictures, tmp_path: Path) -> None:
+    settings = replace(PHOTOS, steps=6, snapshot=2)
+    pretrain(settings, tmp_path / "whole", pictures=pets)
+    steps: list[int] = []
+
+    class Killed(BaseException): ...
+
+    def kill(phase: str, step: int, total: int) -> None:
+        if phase == "denoiser":
+            steps.append(step)
+            if len(steps) == 5:
+                raise Killed
+
+    with pytest.raises(Killed):
+        pretrain(settings, tmp_path / "base", kill, tmp_path / "work", pictures=pets)
+    pretrain(settings, tmp_path / "base", kill, tmp_path / "work", pictures=pets)
+    assert steps == [1, 2, 3, 4, 5, 5, 6]
+    assert pipeline.fingerprint(tmp_path / "base") == pipeline.fingerprint(tmp_path / "whole")
+    before = tiny.digest(tmp_path)
+    with pytest.raises(InputError, match="other settings or images"):
+        pretrain(replace(settings, steps=7), tmp_path / "other", work=tmp_path / "work", pictures=pets)
+    assert tiny.digest(tmp_path) == before
+
+
+def test_a_file_says_what_a_base_is_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.pictures(tmp_path / "pets", {"home": {"cat": 30, "dog": 30}})
+    few = {name: value for name, value in asdict(TINY).items() if value != getattr(Pretraining(), name)}
+    study = {"compare": {"seeds": [0]}, "pretraining": few, "data": {"source": "folder", "options": {"image_size": 32}}}
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(study))
+    asked = ["pretrain", str(tmp_path / "study.toml"), "--out", str(tmp_path / "base"), "--set", "steps=2"]
+    assert main([*asked, f"data.path={tmp_path / 'pets'}"]) == 0
+    written = json.loads((tmp_path / "base" / "pretraining.json").read_text())
+    assert (written["settings"]["steps"], written["settings"]["batch"], written["pictures"]["images"]) == (2, 16, 60)
+    again = [
+        "pretrain",
+        str(tmp_path / "study.toml"),
+        "--out",
+        str(tmp_path / "other"),
+        "--set",
+        f"data.path={tmp_path / 'pets'}",
+    ]
+    for more, words in ((["side=24"], "16, 32, 64 or 128"), (["side=64"], "64×64"), (["data.options.channels=1"], "colour")):
+        capsys.readouterr()
+        assert main([*again, *more]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    capsys.readouterr()
+    assert main(["pretrain", "--out", str(tmp_path / "other"), "--set", "side=64"]) == 2
+    assert "images of your own" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The figures that reports show, against scikit-learn and torchmetrics; and the networks behind them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,18 @@ def test_a_start_from_a_file(tmp_path: Path) -> None:
     save_file(model, path)
     task = Classify(toy.SHAPE, 3, "linear", start=str(path))
     assert toy.same(task.init(named("other")), model)
+
+
+def test_a_classifier_of_other_classes_lends_its_body(tmp_path: Path) -> None:
+    path = tmp_path / "start.safetensors"
+    lender = {name: value + 1 for name, value in replace(toy.LAYERED, classes=7).init(named("start")).items()}
+    save_file(lender, path)
+    alone, begun = toy.LAYERED.init(named("own")), replace(toy.LAYERED, start=str(path)).init(named("own"))
+    assert {name for name in begun if torch.equal(begun[name], alone[name])} == {"head.weight", "head.bias"}
+    assert {name for name in begun if torch.equal(begun[name], lender[name])} == begun.keys() - {"head.weight", "head.bias"}
+    save_file({**lender, "head.bias": torch.zeros(3)}, path)
+    with pytest.raises(InputError, match=r"'head\.bias' differs"):
+        replace(toy.LAYERED, start=str(path)).init(named("own"))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..files import read_bytes
 from ..fit import Training, fit
 from ..randomness import named
-from ..tasks.classify import Classify, load_model
+from ..tasks.classify import Classify
 from ..tensors import Table, Tensors, dealt, join
 from . import pipeline
 from .denoise import Denoise
@@ -78,8 +78,8 @@ def extractor(features: str, base: str, shape: tuple[int, int, int], classes: in
     digest = hashlib.sha256(data).hexdigest()
     if path.suffix == ".npz":
         return _arrays(path), digest
-    task = Classify(shape, classes)
-    model = load_model(path, task.init(torch.Generator()), "the classifier whose features measure samples")
+    task = Classify(shape, classes, start=str(path))
+    model = task.init(torch.Generator())
     return lambda image: _batched(lambda part: task.features(model, {"image": part}), image), digest
 
 

@@ -1,7 +1,7 @@
 """Image classification: cross-entropy, and the figures that reports show."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ class Classify:
     classes: int
     model: str = "cnn"
     start: str = ""
-    """A safetensors file that the model starts from; empty: random weights."""
+    """A safetensors file that the model starts from; empty: random weights.
+
+    Where its head has another number of classes, the body is taken, and the head is drawn."""
 
     @property
     def measure(self) -> str:
@@ -77,7 +79,19 @@ class Classify:
     def init(self, rng: torch.Generator) -> Tensors:
         with seeded(rng):
             fresh = models.initial(self.build())
-        return load_model(Path(self.start), fresh, "the classifier to start from") if self.start else fresh
+        if not self.start:
+            return fresh
+        has_body = any(not name.startswith("head.") for name in fresh)
+
+        def lent(found: Tensors) -> Tensors:
+            """The shapes of a network of this model with as many classes as are found."""
+            rows = len(found["head.weight"]) if "head.weight" in found and has_body else self.classes
+            with torch.device("meta"):
+                return models.initial(replace(self, classes=rows).build())
+
+        found = load_model(Path(self.start), lent, "the classifier to start from")
+        own = {name: value for name, value in fresh.items() if value.shape != found[name].shape}
+        return {**found, **own}
 
     def logits(self, model: nn.Module, batch: Table) -> Tensor:
         return model(pixels(batch["image"]))
