@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from warmfed.core import Central, Local
+from warmfed.diffusion.denoise import Denoise, Denoising
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.once import Once
 from warmfed.errors import InputError
@@ -78,3 +79,23 @@ def test_damage_is_told_in_one_line(generator: LatentDiffusion, tmp_path: Path) 
     with pytest.raises(InputError, match="is damaged"):
         once.adapt(at_site())
     assert tiny.digest(tmp_path) == before
+
+
+def test_a_site_learns_alone_once_for_all_runs_that_need_it(tmp_path: Path) -> None:
+    settings = Denoising(width=32, depth=1, latent="", steps=2, denoiser="dit", patch=4)
+    training = Training(optimizer="adam", lr=1e-3, steps=3, batch=4)
+    plain = Denoise((3, 8, 8), 2, settings)
+    seen = []
+    for task in (plain, replace(plain, shared=tmp_path), replace(plain, shared=tmp_path)):
+        table = task.encoded(
+            {"image": torch.randint(256, (6, 3, 8, 8), generator=named("own")).byte(), "label": LABELS.repeat(2)}
+        )
+        ctx = Local(task, {"train": table}, named("site"), "a")
+        model, metrics = task.learned_alone(ctx, training)
+        latent = task.sample_alone(model, LABELS, ctx.rng, lambda done, total: None)
+        seen.append((sha256(model), metrics, sha256({"latent": latent, "rng": ctx.rng.get_state()})))
+    assert seen[0] == seen[1] == seen[2]
+    assert len(list(tmp_path.iterdir())) == 2
+    other = replace(plain, shared=tmp_path, settings=replace(settings, gamma=0.0))
+    other.learned_alone(Local(other, {"train": table}, named("site"), "a"), training)
+    assert len(list(tmp_path.iterdir())) == 3

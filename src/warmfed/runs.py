@@ -310,6 +310,8 @@ def _go(
     if not records:
         _keep(ready, folder, records, None)
     generator = Once(config.generator, shared) if shared else config.generator
+    if shared and isinstance(ready.task, Denoise):
+        ready = replace(ready, task=replace(ready.task, shared=shared))
     rounds = place.rounds(ready, folder, (len(records), server) if records else None, generator, watcher)
     gauge = Gauge.of(config.measuring, ready.task, federation, config.denoising.latent or "digits", config.seed)
     steps = len(config.algorithm.stages())

@@ -104,7 +104,7 @@ class FedDDPM(Averaging):
 
     def draw(self, down: Message, state: State, ctx: Local) -> Reply:
         data = ctx.data["train"]
-        model, metrics = fit(ctx, ctx.task.init(child(ctx.rng)), self.first, data)  # v_k
+        model, metrics = ctx.task.learned_alone(ctx, self.first)  # v_k
         counts = tuple(data["label"].bincount(minlength=ctx.task.classes).tolist())
         return Reply(Drawing(model, counts), None, float(rows(data)), metrics)
 
@@ -126,7 +126,9 @@ class FedDDPM(Averaging):
             counts = server.labels[site]
             wanted = max(1, round(self.share * int(counts.sum())))
             label = dealt(counts, wanted)
-            latent = ctx.task.sample(model, label, child(ctx.rng), lambda done, total: ctx.progress("sample", done, total))
+            latent = ctx.task.sample_alone(
+                model, label, child(ctx.rng), lambda done, total: ctx.progress("sample", done, total)
+            )
             drawn.append({"latent": latent, "label": label, "site": torch.full((wanted,), len(drawn))})
         table = {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}
         images = {"image": ctx.task.decoded(table["latent"]), "label": table["label"], "site": table["site"]}

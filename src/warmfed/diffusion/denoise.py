@@ -5,7 +5,7 @@ It lies here and not under tasks/, because its networks and samplers are diffuse
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
+from ..core import Local, Metrics
 from ..errors import InputError, one_of
+from ..fit import Training, fit
 from ..randomness import child, named, seeded
 from ..tasks.classify import load_model, pixels
-from ..tensors import Table, Tensors, dealt, rows, select
+from ..tensors import Table, Tensors, dealt, prefixed, rows, select
 from . import pipeline, pruning
 from .objective import denoising_loss
+from .once import once
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "exponential": ""}
 SAMPLERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
@@ -166,6 +169,8 @@ class Denoise:
     """A safetensors file that the denoiser starts from; empty: random weights."""
     widths: tuple[tuple[str, int], ...] = ()
     """Hidden units of the blocks that are not as wide as the settings make them, by the prefix of their tensors' names."""
+    shared: Path | None = field(default=None, compare=False, repr=False)
+    """Where what runs of a comparison have in common is kept: models that sites learned alone, and what these draw."""
 
     @functools.cached_property
     def space(self) -> tuple[int, int, int]:
@@ -282,6 +287,20 @@ class Denoise:
             if progress is not None:
                 progress(int(part[-1]) + 1, len(label))
         return torch.cat(drawn) if drawn else noise
+
+    def learned_alone(self, ctx: Local, training: Training) -> tuple[Tensors, Metrics]:
+        """A model of a site's own images, from a fresh start."""
+        start, data = self.init(child(ctx.rng)), ctx.data["train"]
+        given = {**prefixed(start, "start/"), **data}
+        return once(self.shared, "alone", (self, training, ctx.device), ctx.rng, given, lambda: fit(ctx, start, training, data))
+
+    def sample_alone(self, model: Tensors, label: Tensor, rng: torch.Generator, progress: Callable[[int, int], None]) -> Tensor:
+        """What `sample` draws by such a model."""
+
+        def make() -> tuple[Tensors, Metrics]:
+            return {"latent": self.sample(model, label, rng, progress)}, {}
+
+        return once(self.shared, "drawn", self, rng, {**model, "labels": label}, make)[0]["latent"]
 
     def likeness(self, model: Tensors, data: Mapping[str, Table], count: int, rng: torch.Generator) -> dict[str, float]:
         """How like a site's own images a model draws, classes as frequent as there: by latents, since they need no network.
