@@ -64,6 +64,10 @@ def test_the_networks() -> None:
     assert models.parameters(models.build("pfllib-cnn", (1, 28, 28), 10)) == 582_026
     assert models.parameters(models.build("linear", (3, 32, 32), 10)) == 30_730
     assert models.parameters(models.build("cnn", (3, 32, 32), 10)) == 156_298
+    residual = models.build("resnet18", (3, 64, 64), 10)
+    assert models.parameters(residual) == 11_176_512 + 512 * 10 + 10  # torchvision's has as many: scale and shift of each norm
+    assert not list(residual.buffers())
+    assert residual(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
     with pytest.raises(InputError, match="no model 'cmn'; did you mean 'cnn'"):
         models.build("cmn", (3, 8, 8), 2)
 

@@ -84,6 +84,8 @@ class Pretraining:
     """Share of empty captions."""
     gamma: float = 5.0
     """Largest weight of a time in the loss, as an error of the clean image; 0: no cap."""
+    classifier: str = "cnn"
+    """The public classifier, a network of `warmfed.models`."""
     classifier_epochs: int = 5
     """Passes of the public classifier over the images; it is what FedAvg is given where WarmFed is given the base."""
     checkpoint: float = 300.0
@@ -388,8 +390,8 @@ def _pretrain(
 def public_classifier(
     settings: Pretraining, images: Table, classes: int, progress: Callable[[str, int, int], None] = silent, device: str = "cpu"
 ) -> Tensors:
-    """The default classifier, trained on the public images."""
-    task = Classify((3, settings.side, settings.side), classes)
+    """A classifier trained on the public images."""
+    task = Classify((3, settings.side, settings.side), classes, settings.classifier)
     training = Training(lr=0.05, epochs=settings.classifier_epochs, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
     ctx = Central(task, named("pretrain", settings.seed, "classifier"), device=device)
     start = task.init(named("pretrain", settings.seed, "classifier", "start"))

@@ -67,6 +67,30 @@ def pfllib_cnn(shape: tuple[int, int, int], classes: int) -> Split:
     return Split(body, 512, classes)
 
 
+class _Residual(nn.Module):
+    """A residual network of transformers, GroupNorm in the place of BatchNorm; features, float [n, width]."""
+
+    def __init__(self, channels: int, widths: list[int], depths: list[int]) -> None:
+        from transformers import ResNetConfig, ResNetModel
+
+        super().__init__()
+        config = ResNetConfig(
+            num_channels=channels, embedding_size=widths[0], hidden_sizes=widths, depths=depths, layer_type="basic"
+        )
+        self.net = ResNetModel(config)
+        for path, layer in list(self.net.named_modules()):
+            if isinstance(layer, nn.BatchNorm2d):
+                self.net.set_submodule(path, nn.GroupNorm(32, layer.num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).pooler_output.flatten(1)
+
+
+def resnet18(shape: tuple[int, int, int], classes: int) -> Split:
+    """ResNet-18 (He et al., CVPR 2016), from random weights: 11.2 M parameters. For images of 64 pixels or more."""
+    return Split(_Residual(shape[0], [64, 128, 256, 512], [2, 2, 2, 2]), 512, classes)
+
+
 DATASTORE = "datastore."
 """How the names of the tensors begin that a model remembers beside its weights."""
 
@@ -96,7 +120,9 @@ class Remembering(nn.Module):
         return torch.lerp(probability, votes, store["share"]).log().clamp_min(-80)
 
 
-MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {"cnn": cnn, "linear": linear, "pfllib-cnn": pfllib_cnn}
+MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
+    "cnn": cnn, "linear": linear, "pfllib-cnn": pfllib_cnn, "resnet18": resnet18
+}  # fmt: skip
 
 
 def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -123,5 +149,5 @@ def initial(model: nn.Module) -> dict[str, Tensor]:
 
 __all__ = [
     "DATASTORE", "EYES", "MODELS", "Remembering", "Split", "build", "cnn", "holding", "initial", "linear", "parameters",
-    "pfllib_cnn",
+    "pfllib_cnn", "resnet18",
 ]  # fmt: skip
