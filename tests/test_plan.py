@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import toy
 from safetensors.torch import load_file
 
-from warmfed.algorithms.synthetic import Synthesis, confused, draw, repeated, warm_start
+from warmfed.algorithms.synthetic import Synthesis, confused, draw, labelled, repeated, warm_start
 from warmfed.core import Local, prompt, prompts_of
 from warmfed.errors import InputError
 from warmfed.fit import Training
 from warmfed.randomness import named
+from warmfed.tensors import Table, Tensors
 
 SITED = ("{site|a=a|b=a} left bar", "a middle bar", "{site|a=a|b=a} right bar")
 
@@ -79,7 +81,32 @@ def test_what_is_drawn_twice_counts_once() -> None:
     assert repeated(samples, 300.0).tolist() == [False, True, True, True, False]
 
 
-@pytest.mark.parametrize("wrong", [{"focus": 1.0}, {"focus": -0.1}, {"distinct": -1.0}, {"least": 1.0}])
+def test_soft_labels_are_part_prompt_and_part_belief() -> None:
+    samples = {"image": torch.zeros(2, 3, 8, 8), "label": torch.tensor([0, 2])}
+    belief = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.2, 0.6]])
+    assert labelled(samples, belief, 0.0).keys() == {"image", "label"}
+    assert torch.allclose(labelled(samples, belief, 0.5)["target"], torch.tensor([[0.75, 0.25, 0], [0.1, 0.1, 0.8]]))
+    samples["image"] = torch.zeros(2, *toy.SHAPE, dtype=torch.uint8)
+    batch = labelled(samples, F.one_hot(samples["label"], 3).float(), 1.0)
+    net = toy.TASK.build()
+    hard = toy.TASK.loss(net, {name: batch[name] for name in ("image", "label")})
+    assert torch.allclose(toy.TASK.loss(net, batch), hard)
+
+
+def test_a_warm_start_on_soft_labels(tmp_path: Path) -> None:
+    def start(soft: float) -> tuple[Tensors, Table]:
+        quick = Synthesis(per_class=8, soft=soft, filter_training=Training(lr=0.03, epochs=4), training=toy.TRAINING, subset=12)
+        ctx = replace(toy.central(generator=toy.Means(noise=20.0)), rng=named("soft"))
+        return warm_start(ctx, adapters(), dict.fromkeys(adapters(), (0, 1, 2)), quick)[:2]
+
+    (hard, plain), (model, subset) = start(0.0), start(0.7)
+    assert not toy.same(hard, model)
+    assert all(torch.equal(subset[name], plain[name]) for name in plain)
+    assert torch.allclose(subset["target"].sum(1), torch.ones(12))
+    assert 0.3 <= subset["target"].gather(1, subset["label"][:, None]).min() < 1
+
+
+@pytest.mark.parametrize("wrong", [{"focus": 1.0}, {"focus": -0.1}, {"distinct": -1.0}, {"least": 1.0}, {"soft": 1.1}])
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match="least and focus must be"):
         Synthesis(**wrong)

@@ -37,6 +37,8 @@ class Synthesis:
     """Share of S that is drawn after the rest has been judged: more of what was confused and of what few sites hold."""
     distinct: float = 0.0
     """Drop a sample nearer than this to an earlier one of its class: root mean square of 8×8 means, of 255; 0: none."""
+    soft: float = 0.0
+    """Share of a sample's label that is what that classifier holds it for, the rest is its prompt's class; 0: hard labels."""
     filter_training: Training = Training(lr=0.02, epochs=8, batch=64, schedule="cosine", clip=1.0)
     """Training of the two classifiers that filter."""
     training: Training = Training(lr=0.02, epochs=15, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
@@ -49,10 +51,10 @@ class Synthesis:
             raise InputError(f"filter must be cross or none; got {self.filter!r}")
         if self.per_class < 1 or self.subset < 1:
             raise InputError("per_class and subset must be at least 1; check [algorithm.synthesis]")
-        if not (0 <= self.least < 1 and 0 <= self.focus < 1 and self.distinct >= 0):
+        if not (0 <= self.least < 1 and 0 <= self.focus < 1 and self.distinct >= 0 and 0 <= self.soft <= 1):
             raise InputError(
-                f"least and focus must be at least 0 and below 1, distinct at least 0; got {self.least}, {self.focus}, "
-                f"{self.distinct}"
+                "least and focus must be at least 0 and below 1, distinct at least 0, soft from 0 to 1; "
+                f"got {self.least}, {self.focus}, {self.distinct}, {self.soft}"
             )
 
 
@@ -87,12 +89,8 @@ def _recognise(task: object, training: Training, learn: Table, guess: Table, see
     return ctx.task.predict(model, guess).softmax(-1)
 
 
-def judged(ctx: Central, samples: Table, training: Training) -> tuple[Tensor, Tensor]:
-    """What a classifier trained on the other half of S makes of each sample.
-
-    Returns:
-        The probability of its prompt's class, float [n]; whether that is the likeliest class, bool [n].
-    """
+def judged(ctx: Central, samples: Table, training: Training) -> Tensor:
+    """What a classifier trained on the other half of S holds each sample for: probabilities, float [n, classes]."""
     order = torch.randperm(rows(samples), generator=ctx.rng)
     halves = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
     seed = int(torch.randint(2**62, (), generator=ctx.rng))
@@ -100,12 +98,21 @@ def judged(ctx: Central, samples: Table, training: Training) -> tuple[Tensor, Te
         (ctx.task, training, select(samples, learn), select(samples, guess), seed + i)
         for i, (learn, guess) in enumerate((halves, halves[::-1]))
     ]
-    probability, right = torch.zeros(rows(samples)), torch.zeros(rows(samples), dtype=torch.bool)
-    for guess, found in zip(halves[::-1], ctx.spread(_recognise, jobs), strict=True):
-        label = samples["label"][guess]
-        probability[guess] = found.gather(1, label[:, None])[:, 0]
-        right[guess] = found.argmax(-1) == label
-    return probability, right
+    first, second = ctx.spread(_recognise, jobs)
+    return torch.cat([first, second])[torch.cat(halves[::-1]).argsort()]
+
+
+def likely(belief: Tensor, label: Tensor) -> Tensor:
+    """The probability of each sample's own class, float [n]."""
+    return belief.gather(1, label[:, None])[:, 0]
+
+
+def labelled(samples: Table, belief: Tensor, soft: float) -> dict[str, Tensor]:
+    """What a classifier learns from: {"image", "label"}, and where labels are softened their "target", float [n, classes]."""
+    table = {"image": samples["image"], "label": samples["label"]}
+    if soft:
+        table["target"] = F.one_hot(samples["label"], belief.shape[1]).float().lerp(belief, soft)
+    return table
 
 
 def confused(samples: Table, probability: Tensor, adapters: Mapping[str, object], count: int) -> dict[str, Tensor]:
@@ -151,23 +158,24 @@ def warm_start(
     """Draw S, filter it and train the task's model on it from random weights.
 
     Returns:
-        θ_g^0; S_sub as {"image", "label"}; and what the record shows: how many samples were drawn and kept, by site.
+        θ_g^0; S_sub as `labelled` makes it; and what the record shows: how many samples were drawn and kept, by site.
     """
     first = max(1, round(settings.per_class * (1 - settings.focus)))
     samples = draw(ctx, adapters, classes, first)
-    probability, right = judged(ctx, samples, settings.filter_training)
+    belief = judged(ctx, samples, settings.filter_training)
     if settings.focus and first < settings.per_class:
         more = (settings.per_class - first) * sum(len(classes[site]) for site in adapters)
-        extra = drawn(ctx, adapters, confused(samples, probability, adapters, more))
+        extra = drawn(ctx, adapters, confused(samples, likely(belief, samples["label"]), adapters, more))
         samples = join([samples, extra])
-        probability, right = judged(ctx, samples, settings.filter_training)
-    keep = probability >= settings.least if settings.filter == "cross" else torch.ones_like(right)
+        belief = judged(ctx, samples, settings.filter_training)
+    right = belief.argmax(-1) == samples["label"]
+    keep = likely(belief, samples["label"]) >= settings.least if settings.filter == "cross" else torch.ones_like(right)
     if settings.distinct:
         keep &= ~repeated(samples, settings.distinct)
-    kept = select(samples, keep)
+    kept = select({**samples, **labelled(samples, belief, settings.soft)}, keep)
     if not rows(kept):
         raise InputError("no synthetic sample was recognised; adapt longer (generator.training.epochs) or set filter to none")
-    columns = {"image": kept["image"], "label": kept["label"]}
+    columns = {name: column for name, column in kept.items() if name != "site"}
     model, info = fit(replace(ctx, rng=child(ctx.rng)), ctx.task.init(child(ctx.rng)), settings.training, columns)
     subset = even(kept, settings.subset, child(ctx.rng))
     metrics = {"samples": float(rows(samples)), "kept": float(rows(kept)), "loss": info["loss"]}
@@ -179,7 +187,7 @@ def warm_start(
             f"kept/{site}": float(keep[mine].sum()),
         }
     keep_samples(ctx, tuple(adapters), {**samples, "kept": keep}, asdict(settings))
-    return model, {"image": subset["image"], "label": subset["label"]}, metrics
+    return model, {name: subset[name] for name in columns}, metrics
 
 
 def keep_samples(ctx: Central, sites: tuple[str, ...], table: Table, settings: Mapping[str, object]) -> None:

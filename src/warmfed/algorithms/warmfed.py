@@ -22,10 +22,10 @@ from ..errors import InputError, one_of
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child
-from ..tensors import Tensors, join, mean, mix, rows
+from ..tensors import Tensors, join, mean, mix, rows, select
 from .averaging import Model, average, expect, upload
 from .distillation import Distillation, distilled, dynamic
-from .synthetic import Synthesis, draw, fits, gather, generator_of, held, warm_start
+from .synthetic import Synthesis, draw, fits, gather, generator_of, held, labelled, likely, warm_start
 
 
 @message
@@ -257,12 +257,13 @@ class WarmFed:
         adapters, classes = gather(ctx, ctx.generator, replies)
         share = round(rows(server.subset) / max(sum(len(held) for held in server.classes.values()), 1))
         samples = draw(ctx, adapters, {site: tuple(held.tolist()) for site, held in classes.items()}, max(share, 1))
-        image, label = samples["image"], samples["label"]
-        if self.synthesis.filter == "cross":  # the model that there is by now does what the two halves of S did for each other
-            likely = ctx.task.predict(server.model, samples).softmax(-1).gather(1, label[:, None])[:, 0]
-            image, label = image[likely >= self.synthesis.least], label[likely >= self.synthesis.least]
-        subset = join([server.subset, {"image": image, "label": label}])
-        return replace(server, subset=subset, classes={**server.classes, **classes}), {"joined_samples": float(len(label))}
+        # the model that there is by now does what the two halves of S did for each other
+        belief = ctx.task.predict(server.model, samples).softmax(-1)
+        table = labelled(samples, belief, self.synthesis.soft)
+        if self.synthesis.filter == "cross":
+            table = select(table, likely(belief, samples["label"]) >= self.synthesis.least)
+        server = replace(server, subset=join([server.subset, table]), classes={**server.classes, **classes})
+        return server, {"joined_samples": float(rows(table))}
 
     # gate: the sites judge the fine-tuning
 

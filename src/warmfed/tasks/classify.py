@@ -101,7 +101,8 @@ class Classify:
         return model.features(pixels(batch["image"]))
 
     def loss(self, model: nn.Module, batch: Table) -> Tensor:
-        return F.cross_entropy(self.logits(model, batch), batch["label"])
+        """Cross-entropy with the labels; a column "target", float [n, classes], stands for them where there is one."""
+        return F.cross_entropy(self.logits(model, batch), batch.get("target", batch["label"]))
 
     def predict(self, model: Tensors, data: Table, batch: int = 256) -> Tensor:
         """Logits, float [n, classes]."""
