@@ -28,6 +28,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """How each library calls its weights."""
 _WANTED = "--include '*.json' --include '*/*.txt' --include '*/*.model' --include '*/*.safetensors' --exclude '*.fp16.*'"
+_SMALL = 2**28
+"""Bytes of a network up to which its convolutions get the layout that they like best."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
@@ -294,7 +296,9 @@ def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise InputError(f"{folder}/{part}: {name} is not finite; save or download the pipeline again")
     for part in (kind.denoiser, "vae"):
-        loaded[part].to(memory_format=torch.channels_last)
+        # a second copy of every convolution beside the mapped file: on a processor a large one gains nothing by it
+        if device != "cpu" or sum(weight.nbytes for weight in loaded[part].parameters()) < _SMALL:
+            loaded[part].to(memory_format=torch.channels_last)
     return assemble(kind, loaded, index)
 
 
