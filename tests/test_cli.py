@@ -144,6 +144,7 @@ def test_resume_of_a_finished_run(folder: Path, capsys: Any) -> None:
         ("verify good", "is this a run folder?"),
         ("predict good x.png", "is this a run folder?"),
         ("compare --algorithms fedavg fedavgg", "did you mean 'fedavg'"),
+        ("compare --algorithms fedavg fedprox --tested fedprx", "did you mean 'fedprox'"),
         ("compare --out good --algorithms fedavg --set data.source=good", "is no comparison"),
         ("pretrain --out good", "good is there already"),
         ("pretrain --out x --set stepz=1", "did you mean 'steps'"),

@@ -65,6 +65,8 @@ def test_the_table() -> None:
     assert all(test["algorithm"] == "warmfed" for test in table["tests"])
     first = table["tests"][0]
     assert (first["metric"], first["against"], first["difference"]) == ("global", "fedavg", 10.0)
+    other = tabulate(planned, found, "fedavg")["tests"][0]
+    assert (other["algorithm"], other["against"], other["difference"]) == ("fedavg", "warmfed", -10.0)
 
 
 def test_arms_of_a_file(tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ def _study(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--unseen", nargs="+", default=[], metavar="SITE", help="leave these sites out, one at a time, and measure there too"
     )
+    command.add_argument("--tested", default="", metavar="NAME", help="compare this arm with each other one in the tests")
     command.add_argument("--out", type=Path, metavar="DIR", help="folder of the study; an existing one goes on")
     _workers(command, "runs at the same time (default: one for each processor)")
     _settings(command)

@@ -133,7 +133,7 @@ def _study(asked: Namespace, cells: Sequence[Cell]) -> int:
     )
     with teller(quiet=asked.quiet, events=asked.json) as watcher:
         try:
-            table = compare_cells(cells, folder, asked.workers, _Shown(watcher))
+            table = compare_cells(cells, folder, asked.workers, _Shown(watcher), asked.tested)
         except KeyboardInterrupt:
             raise _stopped(f"the same command with --out {folder} goes on from here") from None
     if isinstance(watcher, Events):

@@ -181,11 +181,14 @@ class Cells:
     def finished(self, cell: Cell, summary: Mapping[str, Any], done: int, total: int) -> None: ...
 
 
-def compare(cells: Sequence[Cell], folder: Path, workers: int = 0, watcher: Cells | None = None) -> dict[str, Any]:
+def compare(
+    cells: Sequence[Cell], folder: Path, workers: int = 0, watcher: Cells | None = None, tested: str = ""
+) -> dict[str, Any]:
     """Run what is missing of the cells, several at the same time, and write compare.json, compare.md and report.html.
 
     Args:
         workers: cells at the same time; 0: as many as there are processors (on a graphics card: one).
+        tested: the arm that the tests compare with each other one; empty: warmfed, or the first.
 
     Raises:
         InputError: before anything runs: a setting that does not work, or a folder that holds something else.
@@ -195,6 +198,9 @@ def compare(cells: Sequence[Cell], folder: Path, workers: int = 0, watcher: Cell
         raise InputError(f"{folder} is there already and is no comparison; choose another --out")
     if len({cell.name for cell in cells}) < len(cells):
         raise InputError("two runs of this comparison have one name; give arms and swept values names that differ")
+    arms = list(dict.fromkeys(cell.arm for cell in cells))
+    if tested and tested not in arms:
+        raise InputError(f"there is no arm {tested!r} to test{suggest(tested, arms)}")
     known: dict[str, Federation] = {}
     data: dict[tuple[str, str], str] = {}
     for cell in {(cell.arm, cell.rounds, cell.unseen): cell for cell in cells}.values():
@@ -212,7 +218,7 @@ def compare(cells: Sequence[Cell], folder: Path, workers: int = 0, watcher: Cell
     if todo:
         busy = workers or (1 if any(cell.config.device != "cpu" for cell in todo) else processors())
         _run(todo, folder, min(busy, len(todo)), summaries, len(cells), watcher)
-    table = tabulate(cells, [summaries[cell] for cell in cells])
+    table = tabulate(cells, [summaries[cell] for cell in cells], tested)
     write_json(folder / "compare.json", table)
     write_whole(folder / "compare.md", report.markdown(table))
     write_whole(folder / "compare.tex", report.latex(table))

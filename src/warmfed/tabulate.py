@@ -52,10 +52,10 @@ Pairing = tuple[int, str]
 """Seed and unseen site: what two arms must share to be compared."""
 
 
-def tabulate(cells: Sequence[Cell], summaries: Sequence[Summary]) -> dict[str, Any]:
+def tabulate(cells: Sequence[Cell], summaries: Sequence[Summary], tested: str = "") -> dict[str, Any]:
     """compare.json: a row for each arm and number of rounds, and paired tests over the seeds.
 
-    The tests compare the first arm (warmfed, where it is there) with each other one, over the seeds and unseen sites
+    The tests compare the arm `tested` (warmfed, or the first one) with each other one, over the seeds and unseen sites
     (Student's paired t-test, two-sided), with Holm's correction over the arms for each metric and number of rounds.
     """
     groups: dict[tuple[int, str], list[Member]] = {}
@@ -64,7 +64,7 @@ def tabulate(cells: Sequence[Cell], summaries: Sequence[Summary]) -> dict[str, A
     rows = [_row(arm, rounds, members) for (rounds, arm), members in groups.items()]
     names = list(dict.fromkeys(cell.arm for cell in cells))
     measure = summaries[0].get("measure", "accuracy")
-    first = "warmfed" if "warmfed" in names else names[0]
+    first = tested or ("warmfed" if "warmfed" in names else names[0])
     tests = []
     for rounds in dict.fromkeys(cell.rounds for cell in cells):
         for metric in TESTED[measure]:
