@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,35 @@ def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: Pictures, 
     with pytest.raises(InputError, match="other settings or images"):
         pretrain(replace(settings, steps=7), tmp_path / "other", work=tmp_path / "work", pictures=pets)
     assert tiny.digest(tmp_path) == before
+
+
+def test_the_same_command_goes_on_with_a_base_that_was_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, base, work = replace(TINY, checkpoint=1e-9), tmp_path / "base", tmp_path / "work"
+
+    def interrupt(phase: str, step: int, total: int) -> None:
+        if (phase, step) == ("denoiser", 2):
+            raise KeyboardInterrupt
+
+    def steps() -> int:
+        return int(json.loads((base / "pretraining.json").read_text())["denoiser_steps"])
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(settings, base, interrupt, work)
+    assert steps() == 1
+    changed = [(f.name, getattr(settings, f.name)) for f in fields(settings) if getattr(settings, f.name) != f.default]
+    asked = [
+        "pretrain",
+        "--quiet",
+        "--out",
+        str(base),
+        "--set",
+        *(f"{n}={list(v) if isinstance(v, tuple) else v}" for n, v in changed),
+    ]
+    assert main(asked) == 2
+    assert "there already" in capsys.readouterr().err
+    assert main([*asked, "--work", str(work)]) == 0
+    assert steps() == 3
+    assert main([*asked, "--work", str(work)]) == 2
 
 
 def test_a_file_says_what_a_base_is_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

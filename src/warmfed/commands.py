@@ -269,20 +269,21 @@ def synthesize(asked: Namespace) -> int:
 
 def pretrain(asked: Namespace) -> int:
     from .diffusion.lessons import pictures
-    from .diffusion.pretrain import Pretraining
+    from .diffusion.pretrain import Pretraining, begun
     from .diffusion.pretrain import pretrain as make
     from .ready import load_data
 
     data, made = pretraining_tables(asked.config, dict(setting(text) for text in asked.settings))
     settings = construct(Pretraining, made, "pretraining")
-    if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
+    taken = asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir()))
+    if taken and not (asked.work and begun(asked.out, settings)):
         raise InputError(f"{asked.out} is there already; choose another --out")
     images = pictures(load_data(data), settings.side) if data else None
     with teller(quiet=asked.quiet, events=asked.json) as watcher:
         try:
             record = make(settings, asked.out, watcher.phase, asked.work, asked.device, images)
         except KeyboardInterrupt:
-            kept = f"the same command goes on from the phases in {asked.work}, with another --out" if asked.work else ""
+            kept = f"the same command goes on from what is in {asked.work}" if asked.work else ""
             raise _stopped(kept) from None
     if isinstance(watcher, Events):
         emit("finished", folder=str(asked.out), record=record)

@@ -27,7 +27,7 @@ from warmfed.diffusion.lessons import TOKENS, Captions, Pictures, digits, drawn,
 from warmfed.diffusion.objective import denoising_loss
 from warmfed.diffusion.pipeline import Parts, pixels, save
 from warmfed.errors import InputError
-from warmfed.files import write_whole
+from warmfed.files import read_json, write_whole
 from warmfed.fit import Training, fit
 from warmfed.randomness import named, seeded
 from warmfed.snapshots import Snapshots
@@ -396,6 +396,16 @@ def public_classifier(
     ctx = Central(task, named("pretrain", settings.seed, "classifier"), device=device)
     start = task.init(named("pretrain", settings.seed, "classifier", "start"))
     return fit(ctx, start, training, images, watch=lambda step, steps, _: progress("classifier", step, steps))[0]
+
+
+def begun(out: Path, settings: Pretraining) -> bool:
+    """Whether a folder holds a base of these settings whose pre-training has not come to its end."""
+    path = out / "pretraining.json"
+    if not path.is_file():
+        return False
+    found = read_json(path, "what a base says of its pre-training")
+    same = found.get("settings") == json.loads(json.dumps(asdict(settings)))
+    return same and found.get("denoiser_steps") != settings.steps
 
 
 def _claim(work: Path | None, made_of: Mapping[str, Any]) -> None:
