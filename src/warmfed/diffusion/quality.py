@@ -78,8 +78,8 @@ def extractor(features: str, base: str, shape: tuple[int, int, int], classes: in
     digest = hashlib.sha256(data).hexdigest()
     if path.suffix == ".npz":
         return _arrays(path), digest
-    task = Classify(shape, classes, start=str(path))
-    model = task.init(torch.Generator())
+    task = Classify(shape, classes)
+    model = task.lent(task.init(torch.Generator()), path, "the classifier whose features measure samples")
     return lambda image: _batched(lambda part: task.features(model, {"image": part}), image), digest
 
 

@@ -79,19 +79,23 @@ class Classify:
     def init(self, rng: torch.Generator) -> Tensors:
         with seeded(rng):
             fresh = models.initial(self.build())
-        if not self.start:
-            return fresh
+        return self.lent(fresh, Path(self.start), "the classifier to start from") if self.start else fresh
+
+    def lent(self, fresh: Tensors, path: Path, what: str) -> Tensors:
+        """The weights in a safetensors file; of a classifier of other classes the body only, with the head of `fresh`.
+
+        Raises `InputError` as `load_model` does.
+        """
         has_body = any(not name.startswith("head.") for name in fresh)
 
-        def lent(found: Tensors) -> Tensors:
+        def like(found: Tensors) -> Tensors:
             """The shapes of a network of this model with as many classes as are found."""
             rows = len(found["head.weight"]) if "head.weight" in found and has_body else self.classes
             with torch.device("meta"):
                 return models.initial(replace(self, classes=rows).build())
 
-        found = load_model(Path(self.start), lent, "the classifier to start from")
-        own = {name: value for name, value in fresh.items() if value.shape != found[name].shape}
-        return {**found, **own}
+        found = load_model(path, like, what)
+        return {**found, **{name: value for name, value in fresh.items() if value.shape != found[name].shape}}
 
     def logits(self, model: nn.Module, batch: Table) -> Tensor:
         return model(pixels(batch["image"]))
