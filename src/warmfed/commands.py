@@ -269,14 +269,14 @@ def synthesize(asked: Namespace) -> int:
 
 def pretrain(asked: Namespace) -> int:
     from .diffusion.lessons import pictures
-    from .diffusion.pretrain import Pretraining, begun
+    from .diffusion.pretrain import Pretraining, resumable
     from .diffusion.pretrain import pretrain as make
     from .ready import load_data
 
     data, made = pretraining_tables(asked.config, dict(setting(text) for text in asked.settings))
     settings = construct(Pretraining, made, "pretraining")
     taken = asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir()))
-    if taken and not (asked.work and begun(asked.out, settings)):
+    if taken and not (asked.work and resumable(asked.out, settings)):
         raise InputError(f"{asked.out} is there already; choose another --out")
     images = pictures(load_data(data), settings.side) if data else None
     with teller(quiet=asked.quiet, events=asked.json) as watcher:

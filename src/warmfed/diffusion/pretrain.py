@@ -398,14 +398,13 @@ def public_classifier(
     return fit(ctx, start, training, images, watch=lambda step, steps, _: progress("classifier", step, steps))[0]
 
 
-def begun(out: Path, settings: Pretraining) -> bool:
-    """Whether a folder holds a base of these settings whose pre-training has not come to its end."""
+def resumable(out: Path, settings: Pretraining) -> bool:
+    """Whether a folder holds a base of these settings without its public classifier, which is written last."""
     path = out / "pretraining.json"
-    if not path.is_file():
+    if not path.is_file() or (out / "classifier.safetensors").exists():
         return False
     found = read_json(path, "what a base says of its pre-training")
-    same = found.get("settings") == json.loads(json.dumps(asdict(settings)))
-    return same and found.get("denoiser_steps") != settings.steps
+    return bool(found.get("settings") == json.loads(json.dumps(asdict(settings))))
 
 
 def _claim(work: Path | None, made_of: Mapping[str, Any]) -> None:
