@@ -20,6 +20,7 @@ from .config import Config, choices, construct, data_table, parse, pretraining_t
 from .console import Events, Quiet, Teller, console, data_counts, data_facts, emit, rich_table, run_facts, run_table, teller
 from .data import DataError, save_partition
 from .errors import InputError
+from .files import occupied
 from .launch import launch
 from .predict import predict as predict_images
 from .progress import spoken
@@ -275,8 +276,7 @@ def pretrain(asked: Namespace) -> int:
 
     data, made = pretraining_tables(asked.config, dict(setting(text) for text in asked.settings))
     settings = construct(Pretraining, made, "pretraining")
-    taken = asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir()))
-    if taken and not (asked.work and resumable(asked.out, settings)):
+    if occupied(asked.out) and not (asked.work and resumable(asked.out, settings)):
         raise InputError(f"{asked.out} is there already; choose another --out")
     images = pictures(load_data(data), settings.side) if data else None
     with teller(quiet=asked.quiet, events=asked.json) as watcher:

@@ -20,7 +20,7 @@ from .algorithms import ALGORITHMS, entry
 from .config import Config, nested, read_toml, resolve
 from .data import Federation
 from .errors import InputError, suggest
-from .files import read_bytes, sweep, write_json, write_whole
+from .files import occupied, read_bytes, sweep, write_json, write_whole
 from .progress import Clock
 from .ready import load_data, prepare
 from .runs import Watcher, execute, read_summary, resume
@@ -194,7 +194,7 @@ def compare(
         InputError: before anything runs: a setting that does not work, or a folder that holds something else.
     """
     watcher = watcher or Cells()
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "cells").is_dir())):
+    if occupied(folder) and not (folder / "cells").is_dir():
         raise InputError(f"{folder} is there already and is no comparison; choose another --out")
     if len({cell.name for cell in cells}) < len(cells):
         raise InputError("two runs of this comparison have one name; give arms and swept values names that differ")

@@ -12,6 +12,11 @@ from .errors import InputError
 _PARTIAL = ".partial"
 
 
+def occupied(folder: Path) -> bool:
+    """Whether something stands where a new folder is wanted: a file, or a folder that is not empty."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def write_whole(path: Path, content: bytes | str, mode: int = 0o644) -> None:
     """Write `content` beside `path`, flush it to the disk, then move it into place in one step.
 

@@ -25,7 +25,7 @@ from .diffusion.denoise import Denoise
 from .diffusion.once import Once
 from .diffusion.quality import Gauge
 from .errors import InputError
-from .files import read_lines, read_sealed, sweep, write_json, write_lines, write_sealed, write_whole
+from .files import occupied, read_lines, read_sealed, sweep, write_json, write_lines, write_sealed, write_whole
 from .fit import fit
 from .memory import Meter
 from .messages import Message, decode, encode, message
@@ -223,7 +223,7 @@ def execute(
     """
     ready = place.prepare(config)
     folder = claimed(config) if folder is None else folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if occupied(folder):
         raise InputError(f"{folder} is there already; `warmfed resume {folder}` finishes a run, or choose another --out")
     try:
         write_whole(folder / "config.toml", config.toml())

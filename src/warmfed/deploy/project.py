@@ -28,7 +28,7 @@ from ..config import Config, construct, parse
 from ..data import Federation, load, told
 from ..diffusion import pipeline
 from ..errors import InputError
-from ..files import read_bytes, read_json, write_json, write_whole
+from ..files import occupied, read_bytes, read_json, write_json, write_whole
 from ..transports.project import write_project
 from . import keys
 
@@ -110,7 +110,7 @@ def init(
     Raises:
         InputError: the folder is there, a name that cannot be one, data that cannot be read and no classes given.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if occupied(folder):
         raise InputError(f"{folder} is there already; choose another folder, or add a site to it: warmfed deploy add-site")
     for place, site in enumerate(sites):
         _check_name(site, sites[:place])
