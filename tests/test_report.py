@@ -348,7 +348,7 @@ def test_uneven_classes_bring_a_table_that_weighs_them_alike() -> None:
 
     assert second(even, even) == []
     title, table = second(even, uneven)
-    assert title == "5 rounds: every class weighs the same, means over the sites"
+    assert title == "## 5 rounds: every class weighs the same, means over the sites"
     assert table.splitlines()[2:] == ["| fedavg | **89.5** | **88.0** |", "| warmfed | 60.0 | **88.0** |"]
 
 
@@ -359,7 +359,7 @@ def test_only_rows_of_equal_length_compete() -> None:
         COMPARE | {"rows": [*COMPARE["rows"], short, {**short, "algorithm": "fedprox", "global_mean": 49.0}]}
     )
 
-    assert "1 round, 2 seeds: mean ± standard deviation at the last round" in text
+    assert "## 1 round, 2 seeds: mean ± standard deviation at the last round" in text
     assert "| fedavg | **50.0 ± 0.5** |" in text
     assert "| warmfed | **96.0 ± 0.5** |" in text
 

@@ -177,7 +177,7 @@ def markdown(compare: Mapping[str, Any]) -> str:
     """The table, and the paired tests where there are some, as Markdown; winners in bold."""
     parts = by_rounds(compare)
     titled = len(parts) > 1 or any(even(part) for part in parts)
-    return "\n".join(f"{each.title}\n\n" * titled + _markdown(each) for each in _tables(compare))
+    return "\n".join(f"## {each.title}\n\n" * titled + _markdown(each) for each in _tables(compare))
 
 
 def latex(compare: Mapping[str, Any]) -> str:
