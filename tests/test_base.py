@@ -26,7 +26,7 @@ from warmfed.randomness import named, seeded
 
 TINY = Pretraining(
     images=64, channels=4, decoder_width=8, decoder_steps=2, decoder_batch=8, widths=(16, 16), text_width=16, text_layers=1,
-    steps=3, batch=16, warmup=1, classifier_epochs=1, checkpoint=0,
+    steps=3, batch=16, warmup=1, classifier_epochs=1,
 )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def test_principal_patches_are_the_components_of_large_patches_too(pets: Picture
 
 
 def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: Pictures, tmp_path: Path) -> None:
-    settings = replace(PHOTOS, steps=6, snapshot=2)
+    settings = replace(PHOTOS, steps=6, snapshot=2, at=(1, 5))
     pretrain(settings, tmp_path / "whole", pictures=pets)
     steps: list[int] = []
 
@@ -220,27 +220,38 @@ def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: Pictures, 
         pretrain(settings, tmp_path / "base", kill, tmp_path / "work", pictures=pets)
     pretrain(settings, tmp_path / "base", kill, tmp_path / "work", pictures=pets)
     assert steps == [1, 2, 3, 4, 5, 5, 6]
-    assert pipeline.fingerprint(tmp_path / "base") == pipeline.fingerprint(tmp_path / "whole")
+    made = [pipeline.fingerprint(tmp_path / f"whole{when}") for when in ("-1", "-5", "")]
+    assert made == [pipeline.fingerprint(tmp_path / f"base{when}") for when in ("-1", "-5", "")]
+    assert len(set(made)) == 3
     before = tiny.digest(tmp_path)
     with pytest.raises(InputError, match="other settings or images"):
         pretrain(replace(settings, steps=7), tmp_path / "other", work=tmp_path / "work", pictures=pets)
     assert tiny.digest(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"side": 48}, "side must be 16, 32, 64 or 128"),
+        ({"side": 16, "channels": 13}, "has 12 values; set channels"),
+        ({"at": (1, 3)}, "at names steps between 0 and 3"),
+    ],
+)
+def test_settings_that_no_base_can_have(bad: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        replace(TINY, **bad)
+
+
 def test_the_same_command_goes_on_with_a_base_that_was_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings, base, work = replace(TINY, checkpoint=1e-9), tmp_path / "base", tmp_path / "work"
+    settings, base, work = TINY, tmp_path / "base", tmp_path / "work"
 
     def interrupt(phase: str, step: int, total: int) -> None:
-        if (phase, step) == at:
+        if (phase, step) == ("classifier", 1):  # the denoiser is there, and what is written last is not
             raise KeyboardInterrupt
 
-    def steps() -> int:
-        return int(json.loads((base / "pretraining.json").read_text())["denoiser_steps"])
-
-    at = ("denoiser", 2)
     with pytest.raises(KeyboardInterrupt):
         pretrain(settings, base, interrupt, work)
-    assert steps() == 1
+    assert json.loads((base / "pretraining.json").read_text())["denoiser_steps"] == 3
     changed = [(f.name, getattr(settings, f.name)) for f in fields(settings) if getattr(settings, f.name) != f.default]
     asked = [
         "pretrain",
@@ -252,10 +263,6 @@ def test_the_same_command_goes_on_with_a_base_that_was_begun(tmp_path: Path, cap
     ]
     assert main(asked) == 2
     assert "there already" in capsys.readouterr().err
-    at = ("classifier", 1)  # the denoiser is there, and what is written last is not
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(settings, base, interrupt, work)
-    assert steps() == 3
     assert main([*asked, "--work", str(work)]) == 0
     assert (base / "classifier.safetensors").exists()
     assert main([*asked, "--work", str(work)]) == 2

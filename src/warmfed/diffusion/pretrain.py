@@ -88,8 +88,8 @@ class Pretraining:
     """The public classifier, a network of `warmfed.models`."""
     classifier_epochs: int = 5
     """Passes of the public classifier over the images; it is what FedAvg is given where WarmFed is given the base."""
-    checkpoint: float = 300.0
-    """Seconds between intermediate folders; 0: only the last one is written."""
+    at: tuple[int, ...] = ()
+    """Steps of the denoiser after which the base as it is then is written to a folder of its own, OUT-STEP."""
     threads: int = 1
     """Threads of torch; more of them change the last bits."""
     snapshot: int = 500
@@ -102,6 +102,8 @@ class Pretraining:
             raise InputError(f"side must be 16, 32, 64 or 128 pixels; got {self.side}")
         if self.channels > self.patch:
             raise InputError(f"a patch of {self.side} pixels' images has {self.patch} values; set channels to as many at most")
+        if not all(0 < step < self.steps for step in self.at):
+            raise InputError(f"at names steps between 0 and {self.steps}, the last one; got {list(self.at)}")
 
     @property
     def levels(self) -> int:
@@ -360,28 +362,25 @@ def _pretrain(
         optimizer="adamw", lr=settings.lr, steps=settings.steps, batch=settings.batch, schedule="cosine",
         warmup=settings.warmup, clip=1.0, ema=settings.ema,
     )  # fmt: skip
-    last = time.time()
 
-    def write(tensors: Tensors, **more: Any) -> None:
+    def write(folder: Path, tensors: Tensors, **more: Any) -> None:
         """A folder of these weights; the models in training are left as they are."""
-        copy = replace(parts, denoiser=build(settings, captions).denoiser)
+        with seeded(named("pretrain", settings.seed, "copy")):
+            copy = replace(parts, denoiser=build(settings, captions).denoiser)
         copy.denoiser.load_state_dict(dict(tensors))
         record.update(settings=asdict(settings), machine=f"{platform.machine()}, torch {torch.__version__}", **more)
         record["seconds"] = round(time.time() - begun, 1)
-        save(copy, out, {"pretraining.json": json.dumps(record, indent=2) + "\n"})
+        save(copy, folder, {"pretraining.json": json.dumps(record, indent=2) + "\n"})
 
     def each(step: int, steps: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
-        nonlocal last
         progress("denoiser", step, steps)
-        if settings.checkpoint and time.time() - last > settings.checkpoint and step < steps:
-            with seeded(named("pretrain", settings.seed, "copy")):
-                write(tensors(), denoiser_steps=step)
-            last = time.time()
+        if step in settings.at:
+            write(out.with_name(f"{out.name}-{step}"), tensors(), denoiser_steps=step)
 
     ctx = Central(task, named("pretrain", settings.seed, "denoiser"), device=device)
     unfinished = Snapshots(work / "denoiser.unfinished", settings.snapshot) if work and settings.snapshot else None
     tensors, info = fit(ctx, parts.denoiser.state_dict(), training, table, watch=each, snapshots=unfinished)
-    write(tensors, denoiser_steps=settings.steps, **info)
+    write(out, tensors, denoiser_steps=settings.steps, **info)
     classifier = kept(work, "classifier", lambda: public_classifier(settings, images, len(captions), progress, device))
     write_whole(out / "classifier.safetensors", save_tensors(dict(classifier)))
     return record
