@@ -2,23 +2,57 @@
 
     python benchmarks/publish.py runs/digits5 digits5
 
-What NAME.md says above the line of MARK is written by hand and stays.
+What NAME.md says above the line of MARK is written by hand and stays. Runs that NAME.json holds already and the
+comparison does not (other arms, seeds, rounds) stay too, where they had the same data: a study may be made in parts.
 """
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from warmfed import report
 from warmfed.files import read_json, write_whole
+from warmfed.tabulate import tabulate
 
 RESULTS = Path(__file__).parent / "results"
 MARK = "<!-- below: the tables of warmfed compare, put here by benchmarks/publish.py -->\n"
 OF_A_CELL = (
-    "seed", "unseen", "rounds", "global", "personal", "one_shot", "quality", "bytes_up_per_site", "bytes_down_per_site",
-    "seconds", "peak_memory_mb", "data_sha256", "base_sha256", "history_sha256",
+    "seed", "unseen", "rounds", "global", "personal", "one_shot", "validation", "quality", "bytes_up_per_site",
+    "bytes_down_per_site", "seconds", "peak_memory_mb", "data_sha256", "base_sha256", "history_sha256",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of a comparison, as far as `tabulate` asks."""
+
+    rounds: int
+    arm: str
+    seed: int
+    unseen: str
+    settings: Mapping[str, str] = field(default_factory=dict, compare=False)
+    name: str = field(default="", compare=False)
+
+
+def runs(table: Mapping[str, Any]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Every run of a comparison, with its scores, costs and hashes."""
+    of_all = {name: table[name] for name in ("federation", "measure")}
+    for row in table["rows"]:
+        for cell in row["cells"]:
+            site = (cell.get("unseen") or {}).get("site", "")
+            yield Cell(row["rounds"], row["algorithm"], cell["seed"], site, row.get("settings", {})), of_all | cell
+
+
+def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The runs of both as one table, the new one's where both have a run; the new one says which arm is tested."""
+    found = dict(runs(old)) | dict(runs(new))
+    data = {(cell.unseen, run["data_sha256"]) for cell, run in found.items()}
+    if len(data) > len({site for site, _ in data}):
+        sys.exit("the comparison and what was published had other data; delete the published figures, or find out why")
+    return tabulate(list(found), list(found.values()), new["tests"][0]["algorithm"])
 
 
 def figures(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,11 +79,13 @@ def rounded(value: Any) -> Any:
 
 def main(study: Path, name: str) -> None:
     """Write both files."""
-    kept = figures(read_json(study / "compare.json", "the comparison"))
-    write_whole(RESULTS / f"{name}.json", json.dumps(rounded(kept), separators=(",", ":")) + "\n")
+    table, kept = read_json(study / "compare.json", "the comparison"), RESULTS / f"{name}.json"
+    if kept.exists():
+        table = joined(read_json(kept, "what was published"), table)
+    write_whole(kept, json.dumps(rounded(figures(table)), separators=(",", ":")) + "\n")
     page = RESULTS / f"{name}.md"
     words, _, _ = (page.read_text() if page.exists() else f"# {name}\n\n").partition(MARK)
-    write_whole(page, f"{words.rstrip()}\n\n{MARK}\n{(study / 'compare.md').read_text()}")
+    write_whole(page, f"{words.rstrip()}\n\n{MARK}\n{report.markdown(table)}")
 
 
 if __name__ == "__main__":
