@@ -47,12 +47,12 @@ def runs(table: Mapping[str, Any]) -> Iterator[tuple[Cell, dict[str, Any]]]:
 
 
 def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The runs of both as one table, the new one's where both have a run; the new one says which arm is tested."""
+    """The runs of both as one table, the new one's where both have a run; the tests are of the published one's arm."""
     found = dict(runs(old)) | dict(runs(new))
     data = {(cell.unseen, run["data_sha256"]) for cell, run in found.items()}
     if len(data) > len({site for site, _ in data}):
         sys.exit("the comparison and what was published had other data; delete the published figures, or find out why")
-    return tabulate(list(found), list(found.values()), new["tests"][0]["algorithm"])
+    return tabulate(list(found), list(found.values()), old["tests"][0]["algorithm"])
 
 
 def figures(table: Mapping[str, Any]) -> dict[str, Any]:
