@@ -65,15 +65,17 @@ def read_bytes(path: Path, what: str) -> bytes:
 
 
 def read_json(path: Path, what: str) -> Any:
+    content = read_bytes(path, what)
     try:
-        return json.loads(read_bytes(path, what))
+        return json.loads(content)
     except ValueError as error:
         raise InputError(f"{what} at {path} is damaged ({error}); restore it or start the run anew") from error
 
 
 def read_lines(path: Path, what: str) -> list[Any]:
+    content = read_bytes(path, what)
     try:
-        return [json.loads(line) for line in read_bytes(path, what).splitlines()]
+        return [json.loads(line) for line in content.splitlines()]
     except ValueError as error:
         raise InputError(f"{what} at {path} is damaged ({error}); restore it or start the run anew") from error
 
