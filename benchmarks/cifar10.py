@@ -1,6 +1,6 @@
 """Gather CIFAR-10's lossless images, 1,000 to a PNG whose rows are 32×32 pixels, with their labels in one .npz file.
 
-    python benchmarks/cifar10.py cifar10/lossless_4000 --out runs/cifar10.npz
+python benchmarks/cifar10.py cifar10/lossless_4000 --out runs/cifar10.npz
 """
 
 import argparse
