@@ -1,5 +1,6 @@
 """FedDDPM's identities: what it is without its corrections, and what one correction is."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,19 @@ def test_a_stall_is_corrected_once_and_as_fedddpm_would(plain: toy.Outcome) -> N
     assert toy.same(models(every)[0], models(plus)[1])
 
 
+def test_the_server_s_rate_decays_over_the_rounds() -> None:
+    """The first round is as without; the second is a round at half the rate."""
+    every, fading = play(), play(decay=0.5)
+    assert toy.same(models(fading)[0], models(every)[0])
+    assert not toy.same(models(fading)[1], models(every)[1])
+    state = next(r for r in every.rounds if (r.stage, r.number) == ("train", 0)).server
+    half = {**QUICK, "server": replace(toy.LEARNING, lr=toy.LEARNING.lr / 2)}
+    assert toy.same(
+        models(toy.play(FedDDPM(**half), task=toy.DRAWING, start=(3, state)))[0],
+        models(fading)[1],
+    )
+
+
 def test_corrections_recur_where_they_may() -> None:
     outcome = play(correct="slow", slow=1e9, signal="update", corrections=0, wait=0, rounds=4)
     assert [r.aggregate["corrected"] for r in outcome.rounds if r.stage == "train"] == [0.0, 1.0, 1.0, 1.0]
@@ -87,7 +101,7 @@ def test_the_correction_learns_the_auxiliary_set() -> None:
     assert toy.DRAWING.metrics(after.model, table)["loss"] < toy.DRAWING.metrics(before.model, table)["loss"]
 
 
-@pytest.mark.parametrize("changes", [{"correct": "often"}, {"signal": "luck"}, {"share": 0.0}, {"window": 0}])
+@pytest.mark.parametrize("changes", [{"correct": "often"}, {"signal": "luck"}, {"share": 0.0}, {"decay": 1.5}, {"window": 0}])
 def test_bad_settings(changes: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         FedDDPM(**changes)

@@ -7,7 +7,8 @@ The paper's full text and code are not public: this is a reading of its abstract
 
 Departures: the paper's trigger is unknown; ours is the relative progress of the loss on a held-out tenth of the auxiliary
 set, or the size of an update, or how far the sites' updates point apart. `corrections` and `wait` offer both readings of
-"one-shot".
+"one-shot". `decay` lets the server's training grow gentle over the rounds: where it stays strong, the last model is no better
+than the auxiliary set.
 """
 
 from collections.abc import Mapping
@@ -65,6 +66,9 @@ class FedDDPM(Averaging):
     """Size of the auxiliary set, as a share of the sites' images (M)."""
     server: Training = Training(optimizer="adam", lr=2e-4, epochs=1, batch=32, clip=1.0)
     """The server's training on the auxiliary set after an aggregation (E_s)."""
+    decay: float = 1.0
+    """Factor on the learning rate of `server` from one round to the next: below 1, the auxiliary set leads the first rounds and
+    the sites' images the last ones."""
     correct: str = "every"
     """When it takes place: every (FedDDPM: after every aggregation), slow (FedDDPM+: where learning is slow), never, or only:
     the control in which no site trains, and in each round the server gives `local` to the auxiliary set."""
@@ -84,8 +88,11 @@ class FedDDPM(Averaging):
 
     def __post_init__(self) -> None:
         one_of(self, correct=("every", "slow", "never", "only"), signal=SIGNALS)
-        if not self.share > 0 or self.window < 1 or self.corrections < 0:
-            raise InputError("share must be above 0, window at least 1 and corrections at least 0; check [algorithm]")
+        if not self.share > 0 or not 0 < self.decay <= 1 or self.window < 1 or self.corrections < 0:
+            raise InputError(
+                "share must be above 0, decay above 0 and at most 1, window at least 1 and corrections at least 0; "
+                "check [algorithm]"
+            )
 
     def stages(self) -> tuple[Stage, ...]:
         local = Stage("local", self.collect, self.draw, down=lambda server, site: Nothing(), evaluated=False, check=self.check)
@@ -156,7 +163,8 @@ class FedDDPM(Averaging):
         metrics = {"auxiliary_loss": held, "slow": float(slow), "corrected": 0.0}
         if self.signal != "progress":
             metrics[self.signal] = signals[-1]
-        training = {"every": self.server, "slow": self.correction if slow else None, "never": None}[self.correct]
+        every = replace(self.server, lr=self.server.lr * self.decay ** (len(signals) - 1))
+        training = {"every": every, "slow": self.correction if slow else None, "never": None}[self.correct]
         if training is None:
             return server, metrics
         model, info = fit(ctx, merged, training, server.auxiliary)
