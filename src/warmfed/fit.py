@@ -137,9 +137,9 @@ def _optimizer(training: Training, live: list[nn.Parameter]) -> torch.optim.Opti
         case "sgd":
             return torch.optim.SGD(live, training.lr, training.momentum, weight_decay=training.weight_decay)
         case "adam":
-            return torch.optim.Adam(live, training.lr, weight_decay=training.weight_decay)
+            return torch.optim.Adam(live, training.lr, weight_decay=training.weight_decay, fused=True)
         case _:
-            return torch.optim.AdamW(live, training.lr, weight_decay=training.weight_decay)
+            return torch.optim.AdamW(live, training.lr, weight_decay=training.weight_decay, fused=True)
 
 
 def _rate(training: Training, step: int, steps: int) -> float:
