@@ -1,5 +1,6 @@
 """The report: what a page shows, what it leaves out, and what it says of damaged files."""
 
+import base64
 import itertools
 import json
 import re
@@ -28,7 +29,7 @@ from warmfed.errors import InputError
 from warmfed.report import parts, sections
 from warmfed.report.accuracy import milestones
 from warmfed.report.plots import _apart, features, lines, short
-from warmfed.report.record import read_run
+from warmfed.report.record import DRAWN, read_run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -378,6 +379,25 @@ def test_a_comparison_page_has_the_tables_and_the_plots(tmp_path: Path) -> None:
     assert ["warmfed", "★96.0 ± 0.5", "★94.0", "★97.5 ± 0.5", "★95.5", "1.20 MB", "2 min 30 s"] in read.rows
     assert len(read.ids) == len(set(read.ids))
     assert "centralized (reference)</dt><dd>97.0 %" in text
+
+
+def test_a_comparison_of_diffusion_models_shows_what_they_draw(tmp_path: Path) -> None:
+    """Of the arms whose run folders are known and hold a grid; the page has that grid as it is."""
+    folder = comparison_folder(tmp_path, measure="loss")
+    assert "What they draw" not in Page(report.write_comparison(folder).read_text()).headings
+
+    panel = folder / "warmfed-0" / "panel"
+    (panel / "drawn.png").write_bytes(png(200))
+    content = json.loads((panel / "panel.json").read_text())
+    content["sites"] = {DRAWN: {"synthetic": "drawn.png"}, **content["sites"]}
+    (panel / "panel.json").write_text(json.dumps(content))
+    text = report.write_comparison(folder).read_text()
+    assert Page(text).headings == ["Results", "What they draw"]
+    assert base64.b64encode(png(200)).decode() in text
+    assert "drawn images of warmfed, one row per class: zero, one" in text
+    (panel / "drawn.png").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="images drawn by warmfed"):
+        report.write_comparison(folder)
 
 
 def test_a_round_goes_by_its_number_and_its_last_stage() -> None:

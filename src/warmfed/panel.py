@@ -18,12 +18,12 @@ from .diffusion.quality import Measuring, adapter_scores, extractor
 from .errors import InputError
 from .files import read_bytes, read_json, write_json, write_whole
 from .randomness import named
+from .report.record import DRAWN
 from .tasks import Classify
 from .tensors import Table, Tensors, rows, select, sha256
 
 _COLUMNS = 8
 _POINTS = 60
-DRAWN = "drawn by the model"
 
 
 def write_panel(

@@ -9,8 +9,9 @@ from typing import Any
 from . import plots
 from .accuracy import headline, mean, milestones
 from .page import publish
-from .parts import Cell, Figure, Section, Table, cells, duration, number, percent, signed, size
-from .record import read_comparison, read_rounds
+from .parts import Cell, Figure, Picture, Section, Table, cells, duration, number, percent, signed, size
+from .record import DRAWN, Panel, read_comparison, read_panel, read_rounds
+from .sections import LOSSLESS, embed
 
 Row = Mapping[str, Any]
 Column = tuple[str, str, str | None, Callable[..., Any], Callable[[float | None], str]]
@@ -231,7 +232,9 @@ def write_comparison(folder: Path) -> Path:
     longest = by_rounds(compare)[0]
     drawing = compare.get("measure") == "loss"
     found = [_results(compare), _costs(longest)]
-    if not drawing:
+    if drawing:
+        found.insert(1, _drawn(longest, folder))
+    else:
         found[1:1] = [_effects(longest), _sites(longest)]
         found.append(_rounds(longest, folder))
     return publish(
@@ -286,6 +289,29 @@ def _results(compare: Mapping[str, Any]) -> Section:
             f"{'' if corrected else 'not '}corrected for the number of tests{' (Holm)' * corrected}."
         )
     return Section("results", "Results", how, tables=_tables(compare))
+
+
+def _drawn(compare: Mapping[str, Any], folder: Path) -> Section | None:
+    """What the models draw, a grid for each algorithm: of its first run whose folder is known."""
+    panels: dict[str, Panel] = {}
+    for row in compare["rows"]:
+        folders = (folder / cell["folder"] / "panel" for cell in row["cells"] if cell.get("folder") is not None)
+        found = next((panel for panel in map(read_panel, folders) if panel and panel.images.get(DRAWN)), None)
+        if found:
+            panels[row["algorithm"]] = found
+    if not panels:
+        return None
+    classes = next(iter(panels.values())).classes
+    small = sum(len(panel.images[DRAWN]["synthetic"]) for panel in panels.values()) > LOSSLESS
+    shown = []
+    for name, panel in panels.items():
+        picture = embed(panel.images[DRAWN]["synthetic"], f"images drawn by {name}", len(classes), small=small)
+        shown.append(Picture(name, (("drawn", *picture),)))
+    how = (
+        "Samples of the last models, of one seed; a row per class, equal noise in all. None was chosen by hand. Where every "
+        "site has a model of its own, the first site’s draws: classes that it never saw are noise."
+    )
+    return Section("samples", "What they draw", how, pictures=shown, classes=classes)
 
 
 EFFECTS = {"validation": "validation_mean", "global, test": "global_mean", "personal, test": "personal_mean"}

@@ -44,7 +44,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Picture:
-    """Grids of images of one site, a row per class: (caption, data URI, images in a row), from left to right."""
+    """Grids of images of a site or an algorithm, a row per class: (caption, data URI, images in a row), from left to right."""
 
     title: str
     columns: tuple[tuple[str, str, int], ...]

@@ -141,6 +141,8 @@ COMPARISON = {
     "swept?": [str],
 }
 
+DRAWN = "drawn by the model"
+"""What stands in a panel in a site's place where a diffusion model was learned."""
 KINDS = {float: ("a number", (int, float)), int: ("a whole number", (int,)), str: ("text", (str,))}
 
 
@@ -241,7 +243,7 @@ def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Run:
         messages=tuple(line for line in ledger if "direction" in line),
         stages=tuple(line for line in ledger if "direction" not in line),
         config=read_bytes(folder / "config.toml", "the run's configuration").decode(errors="replace"),
-        panel=_read_panel(folder / "panel"),
+        panel=read_panel(folder / "panel"),
     )
 
 
@@ -256,7 +258,8 @@ def read_rounds(folder: Path) -> tuple[Mapping[str, Any], ...]:
     return tuple(rounds)
 
 
-def _read_panel(folder: Path) -> Panel | None:
+def read_panel(folder: Path) -> Panel | None:
+    """The panel in `folder`, None where the run kept none; `InputError` where it is damaged."""
     path = folder / "panel.json"
     if not path.exists():
         return None

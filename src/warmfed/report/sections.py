@@ -32,7 +32,7 @@ def pictures(run: Run) -> Section | None:
         Picture(
             site,
             tuple(
-                (kind, *_embed(panel.images[site][kind], f"{kind} images of {site}", len(panel.classes), small=small))
+                (kind, *embed(panel.images[site][kind], f"{kind} images of {site}", len(panel.classes), small=small))
                 for kind in ("real", "synthetic")
                 if kind in panel.images[site]
             ),
@@ -58,7 +58,7 @@ def pictures(run: Run) -> Section | None:
     return Section("images", title, how, pictures=shown, classes=panel.classes)
 
 
-def _embed(data: bytes, what: str, rows: int, *, small: bool) -> tuple[str, int]:
+def embed(data: bytes, what: str, rows: int, *, small: bool) -> tuple[str, int]:
     """A picture as a data URI, as WebP where `small`, and how many square cells a row of it has.
 
     Raises `InputError` where `data` does not decode as PNG.
