@@ -1,4 +1,5 @@
-"""Commit a finished comparison: its figures as results/NAME.json, its tables at the end of results/NAME.md.
+"""Commit a finished comparison: its figures as results/NAME.json, its tables at the end of results/NAME.md, and where diffusion
+models were compared what they draw as results/NAME.webp.
 
     python benchmarks/publish.py runs/digits5 digits5
 
@@ -6,6 +7,7 @@ What NAME.md says above the line of MARK is written by hand and stays. Runs that
 comparison does not (other arms, seeds, rounds) stay too, where they had the same data: a study may be made in parts.
 """
 
+import io
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,8 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw, ImageFont
+
 from warmfed import report
 from warmfed.files import read_json, write_whole
+from warmfed.report.record import DRAWN, read_panel
 from warmfed.tabulate import tabulate
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,9 +83,34 @@ def rounded(value: Any) -> Any:
     return value
 
 
+def samples(study: Path, table: Mapping[str, Any]) -> bytes | None:
+    """A WebP picture of the grids that the global models drew, each of its arm's first seed, four beside one another."""
+    grids: dict[str, Image.Image] = {}
+    for cell, run in runs(table):
+        panel = read_panel(study / run["folder"] / "panel")
+        if cell.arm not in grids and panel and panel.images.get(DRAWN) and run["quality"]["models"] == 1:
+            grids[cell.arm] = Image.open(io.BytesIO(panel.images[DRAWN]["synthetic"]))
+    if not grids:
+        return None
+    wide, high = (max(sizes) for sizes in zip(*(grid.size for grid in grids.values()), strict=True))
+    font, line, gap = ImageFont.load_default(18), 26, 12
+    across = min(len(grids), 4)
+    size = (across * (wide + gap) + gap, -(-len(grids) // across) * (high + line + gap) + gap)
+    picture = Image.new("RGB", size, "white")
+    for place, (arm, grid) in enumerate(grids.items()):
+        left, top = gap + place % across * (wide + gap), gap + place // across * (high + line + gap)
+        ImageDraw.Draw(picture).text((left, top), arm, "black", font)
+        picture.paste(grid, (left, top + line))
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=80, method=6)
+    return buffer.getvalue()
+
+
 def main(study: Path, name: str) -> None:
-    """Write both files."""
+    """Write the files."""
     table, kept = read_json(study / "compare.json", "the comparison"), RESULTS / f"{name}.json"
+    if picture := samples(study, table) if table.get("measure") == "loss" else None:
+        write_whole(RESULTS / f"{name}.webp", picture)
     if kept.exists():
         table = joined(read_json(kept, "what was published"), table)
     write_whole(kept, json.dumps(rounded(figures(table)), separators=(",", ":")) + "\n")
