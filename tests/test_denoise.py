@@ -9,7 +9,7 @@ import toy
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
-from warmfed.diffusion.denoise import Denoise, Denoising
+from warmfed.diffusion.denoise import Denoise, Denoising, _autoencoder
 from warmfed.errors import InputError
 from warmfed.fit import Training, fit
 from warmfed.randomness import named, seeded
@@ -137,6 +137,15 @@ def test_the_latents_of_a_base() -> None:
 def test_bad_settings(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         Denoising(**changes)
+
+
+def test_a_network_without_weights_needs_no_base_loaded_before() -> None:
+    """A server that resumes asks for shapes first: the autoencoder that tells them is read as ever."""
+    _autoencoder.cache_clear()
+    with torch.device("meta"):
+        shapes = Denoise((3, 32, 32), 10).build().state_dict()
+    assert all(tensor.is_meta for tensor in shapes.values())
+    assert not any(tensor.is_meta for tensor in _autoencoder("digits").vae.state_dict().values())
 
 
 def test_patches_that_do_not_fit() -> None:

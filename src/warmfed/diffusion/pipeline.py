@@ -281,7 +281,8 @@ def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
                 options["variant"] = "fp16"
         try:
             source = {"diffusers": diffusers, "transformers": transformers}[library]
-            loaded[part] = getattr(source, name).from_pretrained(folder / part, **options)
+            with torch.device("cpu"):  # whoever asks for shapes alone still needs a base that can be read
+                loaded[part] = getattr(source, name).from_pretrained(folder / part, **options)
         except Exception as error:  # each library has its own; all mean that the folder is damaged or of another kind
             reason = str(error).strip().split("\n")[0]
             raise InputError(
