@@ -296,7 +296,9 @@ def _drawn(compare: Mapping[str, Any], folder: Path) -> Section | None:
     panels: dict[str, Panel] = {}
     for row in compare["rows"]:
         folders = (folder / cell["folder"] / "panel" for cell in row["cells"] if cell.get("folder") is not None)
-        found = next((panel for panel in map(read_panel, folders) if panel and panel.images.get(DRAWN)), None)
+        found = next(
+            (panel for panel in map(read_panel, folders) if panel and panel.images.get(DRAWN, {}).get("synthetic")), None
+        )
         if found:
             panels[row["algorithm"]] = found
     if not panels:
