@@ -137,9 +137,9 @@ def _optimizer(training: Training, live: list[nn.Parameter]) -> torch.optim.Opti
         case "sgd":
             return torch.optim.SGD(live, training.lr, training.momentum, weight_decay=training.weight_decay)
         case "adam":
-            return torch.optim.Adam(live, training.lr, weight_decay=training.weight_decay, fused=True)
+            return torch.optim.Adam(live, training.lr, weight_decay=training.weight_decay)
         case _:
-            return torch.optim.AdamW(live, training.lr, weight_decay=training.weight_decay, fused=True)
+            return torch.optim.AdamW(live, training.lr, weight_decay=training.weight_decay)
 
 
 def _rate(training: Training, step: int, steps: int) -> float:
