@@ -4,7 +4,8 @@ models were compared what they draw as results/NAME.webp.
     python benchmarks/publish.py runs/digits5 digits5
 
 What NAME.md says above the line of MARK is written by hand and stays. Runs that NAME.json holds already and the
-comparison does not (other arms, seeds, rounds) stay too, where they had the same data: a study may be made in parts.
+comparison does not (other arms, seeds, rounds) stay too, where they had the same data: a study may be made in parts. The
+picture is of one comparison, and stays where the next has fewer arms.
 """
 
 import io
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from warmfed import report
 from warmfed.files import read_json, write_whole
-from warmfed.report.record import DRAWN, read_panel
+from warmfed.report.record import read_panel
 from warmfed.tabulate import tabulate
 
 RESULTS = Path(__file__).parent / "results"
@@ -87,9 +88,10 @@ def samples(study: Path, table: Mapping[str, Any]) -> bytes | None:
     """A WebP picture of the grids that the global models drew, each of its arm's first seed, four beside one another."""
     grids: dict[str, Image.Image] = {}
     for cell, run in runs(table):
-        panel = read_panel(study / run["folder"] / "panel")
-        if cell.arm not in grids and panel and panel.images.get(DRAWN) and run["quality"]["models"] == 1:
-            grids[cell.arm] = Image.open(io.BytesIO(panel.images[DRAWN]["synthetic"]))
+        if cell.arm in grids or run["quality"]["models"] > 1:
+            continue
+        if (panel := read_panel(study / run["folder"] / "panel")) and panel.drawn:
+            grids[cell.arm] = Image.open(io.BytesIO(panel.drawn))
     if not grids:
         return None
     wide, high = (max(sizes) for sizes in zip(*(grid.size for grid in grids.values()), strict=True))
@@ -109,10 +111,11 @@ def samples(study: Path, table: Mapping[str, Any]) -> bytes | None:
 def main(study: Path, name: str) -> None:
     """Write the files."""
     table, kept = read_json(study / "compare.json", "the comparison"), RESULTS / f"{name}.json"
-    if picture := samples(study, table) if table.get("measure") == "loss" else None:
-        write_whole(RESULTS / f"{name}.webp", picture)
+    picture, arms = samples(study, table) if table["measure"] == "loss" else None, len(table["rows"])
     if kept.exists():
         table = joined(read_json(kept, "what was published"), table)
+    if picture and arms == len(table["rows"]):
+        write_whole(RESULTS / f"{name}.webp", picture)
     write_whole(kept, json.dumps(rounded(figures(table)), separators=(",", ":")) + "\n")
     page = RESULTS / f"{name}.md"
     words, _, _ = (page.read_text() if page.exists() else f"# {name}\n\n").partition(MARK)

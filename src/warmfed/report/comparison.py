@@ -10,7 +10,7 @@ from . import plots
 from .accuracy import headline, mean, milestones
 from .page import publish
 from .parts import Cell, Figure, Picture, Section, Table, cells, duration, number, percent, signed, size
-from .record import DRAWN, Panel, read_comparison, read_panel, read_rounds
+from .record import read_comparison, read_panel, read_rounds
 from .sections import LOSSLESS, embed
 
 Row = Mapping[str, Any]
@@ -231,12 +231,11 @@ def write_comparison(folder: Path) -> Path:
     compare = read_comparison(folder)
     longest = by_rounds(compare)[0]
     drawing = compare.get("measure") == "loss"
-    found = [_results(compare), _costs(longest)]
-    if drawing:
-        found.insert(1, _drawn(longest, folder))
-    else:
-        found[1:1] = [_effects(longest), _sites(longest)]
-        found.append(_rounds(longest, folder))
+    found = (
+        [_results(compare), _drawn(longest, folder), _costs(longest)]
+        if drawing
+        else [_results(compare), _effects(longest), _sites(longest), _costs(longest), _rounds(longest, folder)]
+    )
     return publish(
         folder / "report.html",
         title=f"{len(longest['rows'])} {'settings' if longest.get('swept') else 'algorithms'} on {compare['federation']}",
@@ -293,22 +292,19 @@ def _results(compare: Mapping[str, Any]) -> Section:
 
 def _drawn(compare: Mapping[str, Any], folder: Path) -> Section | None:
     """What the models draw, a grid for each algorithm: of its first run whose folder is known."""
-    panels: dict[str, Panel] = {}
+    grids: dict[str, bytes] = {}
+    classes: tuple[str, ...] = ()
     for row in compare["rows"]:
         folders = (folder / cell["folder"] / "panel" for cell in row["cells"] if cell.get("folder") is not None)
-        found = next(
-            (panel for panel in map(read_panel, folders) if panel and panel.images.get(DRAWN, {}).get("synthetic")), None
-        )
-        if found:
-            panels[row["algorithm"]] = found
-    if not panels:
+        if found := next((panel for panel in map(read_panel, folders) if panel and panel.drawn), None):
+            grids[row["algorithm"]], classes = found.drawn, found.classes
+    if not grids:
         return None
-    classes = next(iter(panels.values())).classes
-    small = sum(len(panel.images[DRAWN]["synthetic"]) for panel in panels.values()) > LOSSLESS
-    shown = []
-    for name, panel in panels.items():
-        picture = embed(panel.images[DRAWN]["synthetic"], f"images drawn by {name}", len(classes), small=small)
-        shown.append(Picture(name, (("drawn", *picture),)))
+    small = sum(map(len, grids.values())) > LOSSLESS
+    shown = [
+        Picture(name, (("drawn", *embed(grid, f"images drawn by {name}", len(classes), small=small)),))
+        for name, grid in grids.items()
+    ]
     how = (
         "Samples of the last models, of one seed; a row per class, equal noise in all. None was chosen by hand. Where every "
         "site has a model of its own, the first site’s draws: classes that it never saw are noise."

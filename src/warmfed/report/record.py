@@ -199,6 +199,11 @@ class Panel:
     adapters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     eyes: str = ""
 
+    @property
+    def drawn(self) -> bytes:
+        """The grid of what a diffusion model draws; empty where none was learned."""
+        return self.images.get(DRAWN, {}).get("synthetic", b"")
+
 
 @dataclass(frozen=True)
 class Run:
