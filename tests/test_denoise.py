@@ -140,7 +140,7 @@ def test_bad_settings(changes: dict[str, Any], words: str) -> None:
 
 
 def test_a_network_without_weights_needs_no_base_loaded_before() -> None:
-    """A server that resumes asks for shapes first: the autoencoder that tells them is read as ever."""
+    """Who asks for shapes alone, and first: the autoencoder that tells them is read as ever."""
     _autoencoder.cache_clear()
     with torch.device("meta"):
         shapes = Denoise((3, 32, 32), 10).build().state_dict()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from warmfed.randomness import child, named, number, numpy_named, seeded
-from warmfed.tensors import add, join, mean, mix, only, rows, scale, select, sha256, sub, to, zeros
+from warmfed.tensors import add, join, mean, mix, only, rows, scale, select, sha256, spread, sub, to, zeros
 
 A = {"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(3)}
 B = {"w": torch.tensor([3.0, 6.0]), "steps": torch.tensor(5)}
@@ -59,6 +59,8 @@ def test_tables() -> None:
     table = {"image": torch.arange(6).view(3, 2), "label": torch.tensor([0, 1, 0])}
     assert rows(table) == 3
     assert select(table, torch.tensor([2, 0]))["image"].tolist() == [[4, 5], [0, 1]]
+    assert spread(table, 2)["image"].tolist() == [[0, 1], [4, 5]]
+    assert spread(table, 9)["label"].tolist() == table["label"].tolist()
     assert join([table, select(table, slice(1))])["label"].tolist() == [0, 1, 0, 0]
     with pytest.raises(KeyError, match="column names differ"):
         join([table, {"image": table["image"]}])

@@ -20,7 +20,7 @@ from .files import read_bytes, read_json, write_json, write_whole
 from .randomness import named
 from .report.record import DRAWN
 from .tasks import Classify
-from .tensors import Table, Tensors, rows, select, sha256
+from .tensors import Table, Tensors, rows, select, sha256, spread
 
 _COLUMNS = 8
 _POINTS = 60
@@ -35,7 +35,7 @@ def write_panel(
         measuring: whether and how each adapter's samples are measured.
         base: whose public classifier `measuring.features` may mean.
     """
-    synthetic = _synthetic(folder)
+    synthetic = read_synthetic(folder)
     scores: dict[str, Any] = {}
     if measuring is not None and measuring.adapters and synthetic:
         if measuring.features == "global":
@@ -55,8 +55,7 @@ def write_panel(
                 continue
             shown[kind] = f"{kind}-{name}.png"
             write_whole(folder / "panel" / shown[kind], grid(table, len(federation.classes)))
-            spread = torch.linspace(0, rows(table) - 1, min(_POINTS, rows(table))).long()  # tables may be sorted by class
-            part = select(table, spread)
+            part = spread(table, _POINTS)
             features.append(task.features(model, part))
             points += [{"site": name, "kind": kind, "class": int(label)} for label in part["label"]]
         sites[name] = shown
@@ -68,7 +67,7 @@ def write_panel(
 
 def write_samples(folder: Path, federation: Federation, task: Denoise, model: Tensors, seed: int) -> None:
     """The same for a diffusion model: what it draws, a row for each class; and the auxiliary set where there is one."""
-    synthetic, shown = _synthetic(folder), dict[str, dict[str, str | None]]()
+    synthetic, shown = read_synthetic(folder), dict[str, dict[str, str | None]]()
     label = torch.arange(len(federation.classes)).repeat_interleave(_COLUMNS)
     drawn = {"image": task.decoded(task.sample(model, label, named(seed, "panel"))), "label": label}
     grids: dict[str, dict[str, Table]] = {DRAWN: {"synthetic": drawn}}
@@ -85,7 +84,8 @@ def write_samples(folder: Path, federation: Federation, task: Denoise, model: Te
     write_json(folder / "panel" / "panel.json", {"classes": list(federation.classes), "sites": shown, "features": []})
 
 
-def _synthetic(folder: Path) -> Table:
+def read_synthetic(folder: Path) -> Table:
+    """The samples that a run kept, by {"image", "label", "site", "kept"}; empty where it kept none."""
     path = folder / "synthetic" / "samples.safetensors"
     if not path.exists():
         return {}

@@ -110,6 +110,11 @@ def select(table: Table, index: Tensor | slice) -> dict[str, Tensor]:
     return {name: column[index] for name, column in table.items()}
 
 
+def spread(table: Table, count: int) -> dict[str, Tensor]:
+    """At most `count` rows, evenly spread over the table, which may be sorted by class."""
+    return select(table, torch.linspace(0, rows(table) - 1, min(count, rows(table))).long())
+
+
 def join(tables: Iterable[Table]) -> dict[str, Tensor]:
     """The rows of all tables, in order; their columns must have the same names."""
     tables = list(tables)
