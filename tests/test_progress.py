@@ -45,6 +45,13 @@ def test_what_is_late_already_slows_the_rest() -> None:
     assert clock.left(late) == pytest.approx(0.2 * late + 2.4 * EXPECTED["adapt"] + END)
 
 
+def test_a_short_stage_does_not_hide_that_the_next_kind_is_late() -> None:
+    clock = Clock(("collect", "train", "train", "train"), sites=2, workers=2)
+    clock.finish(0.01 * EXPECTED["collect"], now=0.0)
+    late = 10 * EXPECTED["train"]
+    assert clock.left(late) == pytest.approx(0.2 * late + 2 * 1.2 * late + END)
+
+
 def test_a_share_never_falls_back() -> None:
     clock = Clock(("adapt",), sites=1)
     clock.work("a", "train", 9, 10)

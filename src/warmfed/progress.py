@@ -80,8 +80,8 @@ class Clock:
         expected = self._expected(self.stage, pace)
         # the further it is, the more its own pace counts; and what is late already will be later
         current = max((1 - self._share) * expected + elapsed if self._share else expected, 1.2 * elapsed * (1 - self._share))
-        if not self._measured:
-            pace = max(current, elapsed) / self._prior(self.stage)
+        if self.stage not in self._measured:
+            pace = max(current, elapsed) / self._prior(self.stage)  # so much longer than expected may the next ones take
         rest = sum(self._expected(stage, pace) for stage in self.stages[self.done + 1 :])
         return max(current - elapsed, 0.0) + rest + END
 
