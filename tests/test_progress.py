@@ -29,12 +29,13 @@ def test_other_stages_scale_with_what_was_measured() -> None:
     assert clock.left(0.0) == pytest.approx(2 * EXPECTED["warm"] + END)
 
 
-def test_the_further_a_stage_is_the_more_its_own_pace_counts() -> None:
-    clock = Clock(("adapt",), sites=2, workers=2)
+@pytest.mark.parametrize("stage", ["adapt", "local"])
+def test_the_further_a_stage_is_the_more_its_own_pace_counts(stage: str) -> None:
+    clock = Clock((stage,), sites=2, workers=2)
     clock.work("a", "train", 50, 100)
     clock.work("b", "train", 50, 100)
     assert clock.share == 0.5
-    assert clock.left(200.0) == pytest.approx(0.5 * EXPECTED["adapt"] + END)
+    assert clock.left(200.0) == pytest.approx(0.5 * EXPECTED[stage] + END)
     clock.work("", "sites", 1, 1)
     assert clock.left(200.0) == pytest.approx(END)
 

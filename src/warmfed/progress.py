@@ -5,9 +5,14 @@ from typing import Any
 
 from .config import Config
 
-EXPECTED = {"adapt": 35.0, "collect": 1.0, "warm": 50.0, "train": 2.5, "gate": 0.5, "personalize": 2.5}
-"""Seconds of a stage with its evaluation, for WarmFed on digits4 with two workers: only their proportions matter once
-something has been measured."""
+EXPECTED = {
+    "adapt": 35.0, "collect": 1.0, "warm": 50.0, "train": 2.5, "gate": 0.5, "personalize": 2.5,
+    "local": 40.0, "auxiliary": 2.5, "alone": 2.5, "start": 0.5, "enrol": 0.5,
+}  # fmt: skip
+"""Seconds of a stage with its evaluation, for WarmFed on digits4 with two workers, and the stages of other methods beside a
+`train` of theirs: only proportions matter once something has been measured."""
+ONE_TRAINING = ("adapt", "local")
+"""Stages in which a site trains once; elsewhere it may start another training after the one that it reports."""
 OTHER = 10.0
 """A stage of another name."""
 END = 5.0
@@ -50,8 +55,7 @@ class Clock:
         part = done / total if total else 0.0
         if site:
             self._parts[site] = part
-            # only an adapter is one training: elsewhere a site may start another one after this
-            share = sum(self._parts.values()) / self._sites if self.stage == "adapt" else 0.0
+            share = sum(self._parts.values()) / self._sites if self.stage in ONE_TRAINING else 0.0
         elif what == "sites":
             share = part
         elif self.stage == "warm" and what in SERVER:
