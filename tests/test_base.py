@@ -126,13 +126,14 @@ def test_weights_in_another_format_are_not_read(copy: Path) -> None:
         pipeline.load(copy)
 
 
-def test_weights_that_are_not_finite_are_told(copy: Path) -> None:
+@pytest.mark.parametrize(("value", "dtype"), [(torch.nan, "fp32"), (-torch.inf, "bf16"), (1e5, "fp16")])
+def test_weights_that_are_not_finite_are_told(copy: Path, value: float, dtype: str) -> None:
     path = copy / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
-    tensors["conv_in.bias"][0] = torch.nan
+    tensors["conv_in.bias"][0] = value
     save_file(tensors, path)
     with pytest.raises(InputError, match=r"conv_in\.bias is not finite"):
-        pipeline.load(copy)
+        pipeline.load(copy, dtype=dtype)
 
 
 def test_the_embedded_base_is_small_and_says_how_it_was_made() -> None:
