@@ -6,7 +6,7 @@ for the best, trains that one further on its own images and submits it.
 Departures: the board is the server's memory, not a chain, and rounds are synchronous. The paper's score adds the Fréchet
 distance of DINOv2 features and the share of samples that a fingerprint finds among the private images (Q-N); without these
 networks ours adds the Fréchet distance of latents and the share of samples nearer to a training image than held-out ones are.
-The paper releases no model; ours is the last submission of the site that won most votes.
+As in the paper there is no global model: each site has its own.
 """
 
 from collections import Counter
@@ -29,7 +29,6 @@ class Board:
 
     models: Mapping[str, Tensors]
     start: Tensors | None
-    votes: Mapping[str, float]
 
 
 @message
@@ -57,7 +56,7 @@ class PDFed(Averaging):
             raise InputError("samples must be at least 2 and novelty at least 0; check [algorithm]")
 
     def init(self, ctx: Central) -> ServerState:
-        return Board({}, ctx.task.init(ctx.rng), {})
+        return Board({}, ctx.task.init(ctx.rng))
 
     def enter(self, down: Message, ctx: Local) -> State:
         return Personal(None)
@@ -85,18 +84,14 @@ class PDFed(Averaging):
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         votes = Counter(reply.message.vote for reply in replies.values() if reply.message.vote in server.models)
         models = {**server.models, **{site: reply.message.model for site, reply in replies.items()}}
-        board = replace(
-            server, models=dict(sorted(models.items())), votes={site: float(n) for site, n in sorted(votes.items())}
-        )
+        board = replace(server, models=dict(sorted(models.items())))
         return board, {f"votes/{site}": float(n) for site, n in sorted(votes.items())}
 
     def down(self, server: ServerState, site: str) -> Message:
-        return Board(server.models, None if server.models else server.start, server.votes)
+        return Board(server.models, None if server.models else server.start)
 
     def global_model(self, server: ServerState) -> Tensors | None:
-        if not server.votes:
-            return None
-        return server.models[max(sorted(server.votes), key=lambda site: server.votes[site])]
+        return None
 
     def client_model(self, down: Message, state: State) -> Tensors | None:
         return state.model if state.model is not None else down.start
