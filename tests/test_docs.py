@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -47,6 +48,26 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     missing = [t for t in targets if not t.startswith(("http", "mailto")) and not (page.parent / t).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_there(page: Path) -> None:
+    """Those that are to be copied can be; those that a sentence names exist, with these options."""
+    text = page.read_text().replace("\\\n", " ")
+    fence = re.compile(r"```\w*\n(.*?)```", re.S)
+    lines = [line for block in fence.findall(text) for line in block.splitlines()]
+    copied = [line for line in lines if line.startswith("warmfed ")]
+    named = [" ".join(span.split()) for span in re.findall(r"`(warmfed [^`]+)`", fence.sub("", text))]
+    wrong = []
+    for command in copied + named:
+        words = [word for word in shlex.split(command, comments=True)[1:] if word != "…"]
+        try:
+            parser().parse_args(words)
+        except InputError as error:
+            unfinished = re.search("are required|expected one argument|choice: 'COMMAND'", str(error))
+            if command in copied or not unfinished:
+                wrong.append(f"{command}: {error}")
+    assert wrong == []
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
