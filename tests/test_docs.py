@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from warmfed import compare
 from warmfed.algorithms import ALGORITHMS
 from warmfed.algorithms.synthetic import Synthesis
 from warmfed.cli import parser
-from warmfed.config import data_table, resolve, setting
+from warmfed.config import data_table, parse, pretraining_tables, read_toml, resolve, setting
 from warmfed.data import load
 from warmfed.diffusion.generator import LatentDiffusion
+from warmfed.diffusion.pretrain import Pretraining
 from warmfed.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
+FILES = sorted([*(ROOT / "benchmarks").rglob("*.toml"), *(ROOT / "examples").glob("*.toml")])
 SHORT = (
     "LatentDiffusion()",
     'LatentDiffusion(steps=2, views=1, training=Training(optimizer="adamw", lr=1e-3, steps=4, batch=16))',
@@ -68,6 +71,18 @@ def test_commands_are_there(page: Path) -> None:
             if command in copied or not unfinished:
                 wrong.append(f"{command}: {error}")
     assert wrong == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_configurations_are_read(file: Path) -> None:
+    tables = read_toml(file)
+    if "compare" in tables:
+        assert compare.plan(file)
+    if "pretraining" in tables:
+        assert pretraining_tables(file, {})[1] == tables["pretraining"]
+        Pretraining(**tables["pretraining"])
+    if not {"compare", "pretraining"} & set(tables):
+        parse(file)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
