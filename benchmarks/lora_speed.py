@@ -4,7 +4,8 @@ The script's loop (train_text_to_image_lora.py of diffusers 0.42) without accele
 batch and the text encoder its captions, then the U-Net of peft's layers (rank 4 on attention) takes a step of AdamW with the
 gradient clipped. Its data loader, which decodes and crops pictures, is left out: images come as tensors to both. Ours is
 `LatentDiffusion.adapt` with the same layers, batch, optimizer and number of steps. Each measurement is a process of its own.
-Seconds are those of the processor, by one thread, so that other work on the machine counts little.
+Seconds are those of the processor, by one thread, so that other work on the machine counts little. Memory is looked at from
+outside, ten times a second: peaks are short.
 
     python benchmarks/lora_speed.py [--repeats 3] [--large 64 128] [--out benchmarks/results/lora_speed.json]
 
@@ -39,7 +40,7 @@ from warmfed.diffusion.estimate import plan
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.files import write_json
 from warmfed.fit import Training
-from warmfed.memory import Meter, now
+from warmfed.memory import now
 from warmfed.randomness import named, seeded
 from warmfed.tensors import rows
 
@@ -142,12 +143,10 @@ def ours(base: str, table: dict[str, torch.Tensor], batch: int, steps: int) -> d
 
 
 def measured(arm: str, base: str, side: int, batch: int, steps: int, images: int) -> dict[str, float]:
-    """One arm in this process; its peak memory is told beside what it had after its imports."""
-    table = pictures(images, side)
-    before = now()  # the libraries, which both import alike
-    with Meter() as meter:
-        result = ours(base, table, batch, steps) if arm == "ours" else {"step": script(base, table, batch, steps)}
-        return {**result, "peak_mb": meter.lap() - before}
+    """One arm in this process, and what memory it had after its imports: the libraries, which both import alike."""
+    table, before = pictures(images, side), now()
+    result = ours(base, table, batch, steps) if arm == "ours" else {"step": script(base, table, batch, steps)}
+    return {**result, "libraries_mb": before}
 
 
 def compared(base: str, side: int, batch: int, steps: int, images: int, repeats: int) -> dict[str, Any]:
@@ -156,8 +155,14 @@ def compared(base: str, side: int, batch: int, steps: int, images: int, repeats:
     for _ in range(repeats):
         for arm, seen in found.items():
             command = [sys.executable, __file__, "--arm", arm, base, *map(str, (side, batch, steps, images))]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            seen.append(json.loads(output.splitlines()[-1]))
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+                peak = 0.0
+                while process.poll() is None:
+                    peak = max(peak, now(process.pid))
+                    time.sleep(0.1)
+                assert process.stdout is not None
+                result = json.loads(process.stdout.read().splitlines()[-1])
+            seen.append({**result, "peak_mb": peak - result["libraries_mb"]})
             print(base, side, arm, seen[-1], flush=True)
     step = {arm: statistics.median(each["step"] for each in seen) for arm, seen in found.items()}
     encoding = statistics.median(each["encoding"] for each in found["ours"])

@@ -34,9 +34,9 @@ class Meter:
         self._thread.join()
 
 
-def now() -> float:
-    """Memory of this process and of all below it, in MB (10^6 bytes)."""
-    me = psutil.Process()
+def now(pid: int | None = None) -> float:
+    """Memory of a process (this one) and of all below it, in MB (10^6 bytes)."""
+    me = psutil.Process(pid)
     total = 0.0
     for process in [me, *me.children(recursive=True)]:
         try:
