@@ -155,7 +155,7 @@ def compared(base: str, side: int, batch: int, steps: int, images: int, repeats:
     for _ in range(repeats):
         for arm, seen in found.items():
             command = [sys.executable, __file__, "--arm", arm, base, *map(str, (side, batch, steps, images))]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 peak = 0.0
                 while process.poll() is None:
                     peak = max(peak, now(process.pid))
