@@ -68,7 +68,7 @@ class LatentDiffusion:
     fused: bool = True
     """Whether an adapter is folded into the weights to sample; otherwise it stays beside them: slower, but a few MB less."""
     compile: str = ""
-    """Backend of torch.compile for sampling, as inductor; empty: not compiled. It pays on a graphics card for many samples."""
+    """Backend of torch.compile for sampling, as inductor; empty: not compiled. It pays for thousands of samples."""
 
     def __post_init__(self) -> None:
         if self.targets not in lora.TARGETS:
