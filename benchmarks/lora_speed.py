@@ -40,7 +40,7 @@ from warmfed.diffusion.estimate import plan
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.files import write_json
 from warmfed.fit import Training
-from warmfed.memory import now
+from warmfed.memory import Meter, now
 from warmfed.randomness import named, seeded
 from warmfed.tensors import rows
 
@@ -155,14 +155,9 @@ def compared(base: str, side: int, batch: int, steps: int, images: int, repeats:
     for _ in range(repeats):
         for arm, seen in found.items():
             command = [sys.executable, __file__, "--arm", arm, base, *map(str, (side, batch, steps, images))]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-                peak = 0.0
-                while process.poll() is None:
-                    peak = max(peak, now(process.pid))
-                    time.sleep(0.1)
-                assert process.stdout is not None
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, Meter(process.pid, 0.1) as meter:
                 result = json.loads(process.stdout.read().splitlines()[-1])
-            seen.append({**result, "peak_mb": peak - result["libraries_mb"]})
+                seen.append({**result, "peak_mb": meter.lap() - result["libraries_mb"]})
             print(base, side, arm, seen[-1], flush=True)
     step = {arm: statistics.median(each["step"] for each in seen) for arm, seen in found.items()}
     encoding = statistics.median(each["encoding"] for each in found["ours"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from warmfed.randomness import child, named, number, numpy_named, seeded
-from warmfed.tensors import add, join, mean, mix, only, rows, scale, select, sha256, spread, sub, to, zeros
+from warmfed.tensors import add, finite, join, mean, mix, only, rows, scale, select, sha256, spread, sub, to, zeros
 
 A = {"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(3)}
 B = {"w": torch.tensor([3.0, 6.0]), "steps": torch.tensor(5)}
@@ -53,6 +53,16 @@ def test_mix_ends_at_its_operands_exactly() -> None:
     assert torch.equal(mix(a, b, 1.0)["w"], b["w"])
     assert mix(A, B, 0.5)["w"].tolist() == [2, 4]
     assert mix(A, B, 0.5)["steps"].item() == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite(dtype: torch.dtype) -> None:
+    large = torch.full((100,), 6e4, dtype=dtype)  # in 16 bits their sum would overflow
+    assert finite(large)
+    assert finite(torch.arange(3))
+    for value in (torch.nan, torch.inf, -torch.inf):
+        assert not finite(torch.tensor([1.0, value], dtype=dtype))
+    assert not finite(torch.tensor([torch.inf, -torch.inf], dtype=dtype))
 
 
 def test_tables() -> None:

@@ -1,6 +1,5 @@
 """The border: what a reply must be before anything touches it, whatever it came by."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from .core import Absent, Central, Reply, Stage
 from .errors import InputError
 from .messages import Message, kind, tensors_of
-from .tensors import misfit
+from .tensors import finite, misfit
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,7 @@ class Border:
         if wrong := misfit(came, sent) if alike else "":
             raise InputError(wrong)
         for name, tensor in sorted(came.items()):
-            # one sum tells whether any value is not finite; one that overflows is as unusable
-            if tensor.is_floating_point() and not math.isfinite(
-                tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-            ):
+            if not finite(tensor):
                 raise InputError(f"tensor {name!r} is not finite")
         if self.norm:
             moved = (came[n].double() - sent[n].double() if alike else came[n].double() for n in sorted(came))

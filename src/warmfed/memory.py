@@ -4,26 +4,28 @@ import threading
 
 import psutil
 
-_EVERY = 1.0
-
 
 class Meter:
-    """Samples the memory of this process and of all below it, in the background; use it as a context."""
+    """Samples the memory of a process (this one) and of all below it, in the background; use it as a context.
 
-    def __init__(self) -> None:
-        self._peak = 0.0
+    Args:
+        every: seconds between two samples; a shorter peak may be missed.
+    """
+
+    def __init__(self, pid: int | None = None, every: float = 1.0) -> None:
+        self._pid, self._every, self._peak = pid, every, 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def lap(self) -> float:
         """The most memory since the last call, in MB (10^6 bytes); shared pages count once on Linux."""
-        self._peak = max(self._peak, now())
+        self._peak = max(self._peak, now(self._pid))
         peak, self._peak = self._peak, 0.0
         return peak
 
     def _watch(self) -> None:
-        while not self._stop.wait(_EVERY):
-            self._peak = max(self._peak, now())
+        while not self._stop.wait(self._every):
+            self._peak = max(self._peak, now(self._pid))
 
     def __enter__(self) -> "Meter":
         self._thread.start()

@@ -4,6 +4,7 @@ Integer tensors (counters) have no mean: `mean` and `mix` take the first operand
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -99,6 +100,11 @@ def _layout(tensor: Tensor | None) -> str:
 
 def to(a: Tensors, device: str | torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in a.items()}
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is infinite or not a number: by one sum, which needs no copy. One that overflows is as unusable."""
+    return not tensor.is_floating_point() or math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
 
 
 def rows(table: Table) -> int:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import InputError
+from ..tensors import finite
 from .families import STABLE, Condition, Family, family
 
 BASES = Path(__file__).parent.parent / "bases"
@@ -308,13 +309,12 @@ def _check_finite(path: Path, dtype: torch.dtype) -> None:
     """Raise `InputError` where a weight is not finite in this type.
 
     The file is read apart from the network that maps it, or else the halves of an autoencoder that nobody needs would stay in
-    memory; and by a sum, which needs no copy.
+    memory.
     """
     with safe_open(path, "pt") as weights:
-        names = weights.keys()
-        for name in names:
+        for name in sorted(weights.keys()):
             tensor = weights.get_tensor(name)
-            if tensor.is_floating_point() and not tensor.to(dtype).sum(dtype=torch.float32).isfinite():
+            if not finite(tensor.to(dtype) if tensor.is_floating_point() else tensor):
                 raise InputError(f"{path}: {name} is not finite; save or download the pipeline again")
 
 

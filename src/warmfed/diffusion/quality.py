@@ -23,7 +23,7 @@ from ..files import read_bytes
 from ..fit import Training, fit
 from ..randomness import named
 from ..tasks.classify import Classify
-from ..tensors import Table, Tensors, dealt, join
+from ..tensors import Table, Tensors, dealt, join, spread
 from . import pipeline
 from .denoise import Denoise
 
@@ -149,8 +149,7 @@ def distances(real: Tensor, fake: Tensor) -> dict[str, float]:
     frechet: Any = FrechetInceptionDistance(**eyes).set_dtype(torch.float64)
     frechet.update(real.double(), real=True)
     frechet.update(fake.double(), real=False)
-    # rows of a table may be sorted by class: spread the subset over it
-    one, other = (table[torch.linspace(0, len(table) - 1, size).long()].double() for table in (real, fake))
+    one, other = (spread({"features": table}, size)["features"].double() for table in (real, fake))
     return {"fid": frechet.compute().item(), "kid": poly_mmd(one, other).item()}
 
 
@@ -179,14 +178,14 @@ def copies(train: Tensor, test: Tensor, fake: Tensor) -> dict[str, float]:
 def diversity(real: Tensor, real_label: Tensor, fake: Tensor, fake_label: Tensor) -> float:
     """How far samples of a class lie from each other, in percent of how far its real images do; a mean over the classes."""
 
-    def spread(features: Tensor) -> float:
+    def apart(features: Tensor) -> float:
         return torch.pdist(features).mean().item()
 
     found = []
     for label in fake_label.unique():
         one, other = fake[fake_label == label], real[real_label == label]
-        if min(len(one), len(other)) > 1 and spread(other):
-            found.append(spread(one) / spread(other))
+        if min(len(one), len(other)) > 1 and apart(other):
+            found.append(apart(one) / apart(other))
     return 100 * sum(found) / len(found) if found else float("nan")
 
 
