@@ -102,6 +102,16 @@ def test_what_one_arm_sets_is_not_the_next_one_s(tmp_path: Path) -> None:
     assert found == {"fedprox": 0.5, "fedavg": 0.1}
 
 
+def test_an_arm_is_changed_or_added_by_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "arms.toml"
+    file.write_text("algorithm.local.lr = 0.1\n[arms.fedprox.algorithm.local]\nlr = 0.5\n[arms.fedavg]\n")
+    over = {"arms.fedprox.algorithm.local.lr": 0.3, "arms.mine.algorithm.name": "fedavg", "algorithm.local.lr": 0.2}
+    found = {cell.arm: cell.config.algorithm.local.lr for cell in plan(file, over, seeds=[0])}
+    assert found == {"fedprox": 0.3, "fedavg": 0.2, "mine": 0.2}
+    with pytest.raises(InputError, match="unknown key 'pretraining'"):
+        plan(file, {"pretraining.side": 32})
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -109,6 +119,7 @@ def test_what_one_arm_sets_is_not_the_next_one_s(tmp_path: Path) -> None:
         ("[compare]\nseed = [1]", "did you mean 'seeds'"),
         ('[compare]\nseeds = ["one"]', "list of int"),
         ("[arms]\nx = 1", "must be tables"),
+        ("arms = 1", "must be tables"),
         ("[arms.mine]\nseed = 1", "no algorithm 'mine'"),
     ],
 )

@@ -68,17 +68,20 @@ def plan(
     have such a setting.
 
     Args:
-        settings: dotted keys over the file's.
+        settings: dotted keys over the file's; those of one arm too, as arms.warmfed.algorithm.gate.
         algorithms: names of algorithms or of arms; none: the file's, or all its arms, or warmfed and fedavg.
         seeds: none: the file's, or 0, 1, 2.
         rounds: none: the file's, or each arm's own.
         unseen: sites that are left out, one at a time; none: the file's, or the configuration's.
         grid: dotted keys and the values to try; none: the file's.
     """
-    tables = read_toml(file) if file is not None else {}
-    arms, asked, swept, _ = (tables.pop(each, {}) for each in ("arms", "compare", "sweep", "pretraining"))
-    if not all(isinstance(table, dict) for table in (arms, asked, swept, *dict(arms).values())):
-        raise InputError(f"{file}: [compare], [sweep] and [arms.NAME] must be tables")
+    held = read_toml(file) if file is not None else {}
+    held.pop("pretraining", None)
+    shared = _merged(held, nested(settings or {}))
+    arms, asked, swept = (shared.pop(each, {}) for each in ("arms", "compare", "sweep"))
+    tables = (asked, swept, *(arms.values() if isinstance(arms, dict) else [arms]))
+    if not all(isinstance(table, dict) for table in tables):
+        raise InputError("[compare], [sweep] and [arms.NAME] of a comparison must be tables")
     for key in asked:
         if key not in _ASKED:
             raise InputError(f"unknown key 'compare.{key}'{suggest(key, list(_ASKED))}")
@@ -87,7 +90,6 @@ def plan(
     numbers = _each("compare.seeds", seeds or asked.get("seeds") or [0, 1, 2], int)
     lengths: Sequence[int | None] = _each("compare.rounds", rounds or asked.get("rounds") or [], int) or [None]
     left_out = _each("compare.unseen", unseen or asked.get("unseen") or [], str) or [None]
-    shared = _merged(tables, nested(settings or {}))
     found = []
     for name in names:
         if name not in arms and name not in ALGORITHMS:

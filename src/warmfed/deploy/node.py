@@ -1,7 +1,7 @@
 """The command `warmfed-supernode`: Flower's SuperNode, which also ends its process when it has ended its work.
 
-Flower 1.41 takes a TLS connection that is cut in the middle (`UNEXPECTED_EOF_WHILE_READING`) for the end, and then neither
-hears nor exits, as its own server's thread lives on: nobody would start it again.
+Flower (seen in 1.41) takes a TLS connection that is cut in the middle (`UNEXPECTED_EOF_WHILE_READING`) for the end, and then
+neither hears nor exits, as its own server's thread lives on: nobody would start it again.
 """
 
 import os
