@@ -224,6 +224,8 @@ def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: Pictures, 
     made = [pipeline.fingerprint(tmp_path / f"whole{when}") for when in ("-1", "-5", "")]
     assert made == [pipeline.fingerprint(tmp_path / f"base{when}") for when in ("-1", "-5", "")]
     assert len(set(made)) == 3
+    bases = ("whole", "whole-1", "base-5", "base")
+    assert len({(tmp_path / name / "classifier.safetensors").read_bytes() for name in bases}) == 1
     before = tiny.digest(tmp_path)
     with pytest.raises(InputError, match="other settings or images"):
         pretrain(replace(settings, steps=7), tmp_path / "other", work=tmp_path / "work", pictures=pets)

@@ -363,6 +363,8 @@ def _pretrain(
         warmup=settings.warmup, clip=1.0, ema=settings.ema,
     )  # fmt: skip
 
+    way = {step: out.with_name(f"{out.name}-{step}") for step in settings.at}
+
     def write(folder: Path, tensors: Tensors, **more: Any) -> None:
         """A folder of these weights; the models in training are left as they are."""
         with seeded(named("pretrain", settings.seed, "copy")):
@@ -375,14 +377,15 @@ def _pretrain(
     def each(step: int, steps: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
         progress("denoiser", step, steps)
         if step in settings.at:
-            write(out.with_name(f"{out.name}-{step}"), tensors(), denoiser_steps=step)
+            write(way[step], tensors(), denoiser_steps=step)
 
     ctx = Central(task, named("pretrain", settings.seed, "denoiser"), device=device)
     unfinished = Snapshots(work / "denoiser.unfinished", settings.snapshot) if work and settings.snapshot else None
     tensors, info = fit(ctx, parts.denoiser.state_dict(), training, table, watch=each, snapshots=unfinished)
     write(out, tensors, denoiser_steps=settings.steps, **info)
     classifier = kept(work, "classifier", lambda: public_classifier(settings, images, len(captions), progress, device))
-    write_whole(out / "classifier.safetensors", save_tensors(dict(classifier)))
+    for folder in (*way.values(), out):  # `out` last: with its classifier the base is finished
+        write_whole(folder / "classifier.safetensors", save_tensors(dict(classifier)))
     return record
 
 
