@@ -29,7 +29,7 @@ def main(folder: Path) -> dict[str, float]:
     task, sites = ready.task, ready.images.sites.values()
     if not isinstance(task, Denoise):
         sys.exit(f"{folder} did not learn a diffusion model; give a run with task = denoise")
-    look, _ = extractor(config.measuring.features, config.denoising.latent or "digits", task.shape, task.classes)
+    look, _ = extractor(config.measuring.features, config.denoising.latent or "digits", task.shape)
     train, test = join(site.train for site in sites), join(site.test for site in sites)
     seen = look(train["image"])
     shown = {

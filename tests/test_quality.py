@@ -5,12 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from warmfed import models
 from warmfed.data import Federation, Site
 from warmfed.diffusion.quality import adapter_scores, copies, distances, diversity, extractor, nearest, neighbourhoods
 from warmfed.errors import InputError
 from warmfed.models import EYES
 from warmfed.randomness import named
+from warmfed.tasks import Classify
 from warmfed.tensors import dealt
 
 
@@ -64,21 +67,39 @@ def test_networks_of_a_file(name: str, tmp_path: Path) -> None:
     net = EYES[name]().eval()
     weights = {key: value.numpy() for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
     np.savez(tmp_path / "eyes.npz", **weights)
-    look, digest = extractor(str(tmp_path / "eyes.npz"), "digits", (3, 32, 32), 10)
+    look, digest = extractor(str(tmp_path / "eyes.npz"), "digits", (3, 32, 32))
     image = torch.randint(256, (3, 3, 32, 32), generator=named("image"), dtype=torch.uint8)
     assert torch.allclose(look(image), net(image), atol=1e-6)
     assert len(digest) == 64
 
 
 def test_the_public_classifier_looks_too(tmp_path: Path) -> None:
-    look, _ = extractor("public", "digits", (3, 32, 32), 10)
+    look, _ = extractor("public", "digits", (3, 32, 32))
     assert look(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 128)
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(InputError, match="holds none of the networks lenet, resnet20"):
-        extractor(str(tmp_path / "other.npz"), "digits", (3, 32, 32), 10)
+        extractor(str(tmp_path / "other.npz"), "digits", (3, 32, 32))
     (tmp_path / "broken.npz").write_bytes(b"no zip")
     with pytest.raises(InputError, match="damaged"):
-        extractor(str(tmp_path / "broken.npz"), "digits", (3, 32, 32), 10)
+        extractor(str(tmp_path / "broken.npz"), "digits", (3, 32, 32))
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_classifier_of_any_network_and_any_classes_looks(name: str, tmp_path: Path) -> None:
+    """As a base's public one may be: of two hundred classes, a ResNet-18."""
+    image = torch.randint(256, (3, 3, 32, 32), generator=named("image"), dtype=torch.uint8)
+    task = Classify((3, 32, 32), 7, name)
+    model = task.init(named("classifier"))
+    save_file(dict(model), tmp_path / "eyes.safetensors")
+    look, _ = extractor(str(tmp_path / "eyes.safetensors"), "digits", (3, 32, 32))
+    assert torch.equal(look(image), task.features(model, {"image": image}))
+    assert Classify.of(tmp_path / "eyes.safetensors", (3, 32, 32), "it")[0] == task
+    if name != "resnet18":  # which takes any size
+        with pytest.raises(InputError, match="does not fit the model"):
+            extractor(str(tmp_path / "eyes.safetensors"), "digits", (3, 64, 64))
+    save_file({"x": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="holds none of the networks cnn"):
+        extractor(str(tmp_path / "other.safetensors"), "digits", (3, 32, 32))
 
 
 def test_diversity_is_a_share_of_that_of_real_images() -> None:

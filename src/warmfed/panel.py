@@ -41,7 +41,7 @@ def write_panel(
         if measuring.features == "global":
             look, digest = (lambda image: task.features(model, {"image": image})), sha256(model)
         else:
-            look, digest = extractor(measuring.features, base, federation.shape, len(federation.classes))
+            look, digest = extractor(measuring.features, base, federation.shape)
         scores = {"adapters": adapter_scores(look, federation, synthetic, measuring.neighbours), "eyes": digest}
     sites, features, points = {}, [], []
     for i, (name, site) in enumerate(federation.sites.items()):

@@ -69,7 +69,7 @@ def check(settings: Measuring, base: str) -> None:
         )
 
 
-def extractor(features: str, base: str, shape: tuple[int, int, int], classes: int) -> tuple[Extractor, str]:
+def extractor(features: str, base: str, shape: tuple[int, int, int]) -> tuple[Extractor, str]:
     """What looks at images, and its fingerprint; raises `InputError` where there is no such thing."""
     path = pipeline.find(base) / "classifier.safetensors" if features == "public" else Path(features)
     if path.is_dir():
@@ -78,8 +78,7 @@ def extractor(features: str, base: str, shape: tuple[int, int, int], classes: in
     digest = hashlib.sha256(data).hexdigest()
     if path.suffix == ".npz":
         return _arrays(path), digest
-    task = Classify(shape, classes)
-    model = task.lent(task.init(torch.Generator()), path, "the classifier whose features measure samples")
+    task, model = Classify.of(path, shape, "the classifier whose features measure samples")
     return lambda image: _batched(lambda part: task.features(model, {"image": part}), image), digest
 
 
@@ -250,7 +249,7 @@ class Gauge:
     def _real(self) -> tuple[Extractor, str, Table, Table, Tensor, Tensor]:
         sites = self.federation.sites.values()
         train, test = join(site.train for site in sites), join(site.test for site in sites)
-        look, digest = extractor(self.settings.features, self.base, self.federation.shape, len(self.federation.classes))
+        look, digest = extractor(self.settings.features, self.base, self.federation.shape)
         return look, digest, train, test, look(train["image"]), look(test["image"])
 
     def _drawing(self, model: Any, train: Table, classes: int) -> list[tuple[Tensors, Tensor, tuple[str, ...]]]:

@@ -133,6 +133,12 @@ def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
     return MODELS[name](shape, classes)
 
 
+def named_by(tensors: Tensors) -> str | None:
+    """The name of the network whose tensors have these names; None: it is none of `MODELS`."""
+    with torch.device("meta"):
+        return next((name for name in MODELS if initial(build(name, (3, 64, 64), 2)).keys() == tensors.keys()), None)
+
+
 def holding(net: nn.Module, tensors: Tensors) -> nn.Module:
     """The network with these tensors loaded, ready to be asked; those of a datastore make it a `Remembering` one."""
     net.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(DATASTORE)})
@@ -149,6 +155,6 @@ def initial(model: nn.Module) -> dict[str, Tensor]:
 
 
 __all__ = [
-    "DATASTORE", "EYES", "MODELS", "Remembering", "Split", "build", "cnn", "holding", "initial", "linear", "parameters",
-    "pfllib_cnn", "resnet18",
+    "DATASTORE", "EYES", "MODELS", "Remembering", "Split", "build", "cnn", "holding", "initial", "linear", "named_by",
+    "parameters", "pfllib_cnn", "resnet18",
 ]  # fmt: skip

@@ -97,6 +97,28 @@ class Classify:
         found = load_model(path, like, what)
         return {**found, **{name: value for name, value in fresh.items() if value.shape != found[name].shape}}
 
+    @classmethod
+    def of(cls, path: Path, shape: tuple[int, int, int], what: str) -> tuple["Classify", Tensors]:
+        """The classifier in a safetensors file: the names of its tensors tell the network, its head the number of classes.
+
+        Raises `InputError` where it is none of `warmfed.models`, or not for images of this shape.
+        """
+        tasks: list[Classify] = []
+
+        def like(found: Tensors) -> Tensors:
+            name = models.named_by(found)
+            if name is None:
+                raise InputError(
+                    f"{what} at {path} holds none of the networks {', '.join(models.MODELS)}; its tensors are "
+                    f"{', '.join(sorted(found)[:4])}, …"
+                )
+            tasks.append(cls(shape, len(found["head.weight"]), name))
+            with torch.device("meta"):
+                return models.initial(tasks[0].build())
+
+        found = load_model(path, like, what)
+        return tasks[0], found
+
     def logits(self, model: nn.Module, batch: Table) -> Tensor:
         return model(pixels(batch["image"]))
 
