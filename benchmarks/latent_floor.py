@@ -37,7 +37,7 @@ def main(folder: Path) -> dict[str, float]:
         "through the autoencoder": task.decoded(task.encoded(spread(train, config.measuring.samples))["latent"]),
     }
     if auxiliary := read_synthetic(folder):
-        shown["auxiliary set"] = spread(auxiliary, config.measuring.samples)["image"]
+        shown["auxiliary set"] = spread(join(auxiliary.values()), config.measuring.samples)["image"]
     found = {name: distances(seen, look(image))["fid"] for name, image in shown.items()}
     with torch.device("meta"):
         network = task.build().state_dict()

@@ -115,6 +115,9 @@ def test_the_nearest_sample_to_a_training_image() -> None:
     assert nearest(train, test, torch.cat([test, train[:1]])) == 0
 
 
+LIGHTS = (("a", 0), ("b", 190))
+
+
 def test_the_samples_of_each_adapter_are_measured_against_its_own_site() -> None:
     def table(name: str, light: int, count: int) -> dict[str, torch.Tensor]:
         image = torch.randint(light, light + 60, (count, 3, 8, 8), generator=named("panel", name), dtype=torch.uint8)
@@ -123,13 +126,9 @@ def test_the_samples_of_each_adapter_are_measured_against_its_own_site() -> None
     sites = {name: Site(table(name, light, 40), table("v", light, 4), table(f"t{name}", light, 20)) for name, light in LIGHTS}
     federation = Federation("two", ("x", "y"), "a {}", sites)
     good, wrong = table("sa", 0, 30), table("sb", 20, 30)  # b's adapter draws too dark
-    samples = {
-        "image": torch.cat([good["image"], wrong["image"]]),
-        "label": torch.cat([good["label"], wrong["label"]]),
-        "site": torch.arange(2).repeat_interleave(30),
-        "kept": torch.arange(60) < 45,
-    }
-    found = adapter_scores(lambda image: image.float().mean((2, 3)), federation, samples, 5)
+    samples = {"b": wrong | {"kept": torch.arange(30) < 15}, "a": good | {"kept": torch.ones(30, dtype=torch.bool)}}
+    look = lambda image: image.float().mean((2, 3))  # noqa: E731
+    found = adapter_scores(look, federation, samples, 5)
     assert found["a"]["fid"] < 0.1 * found["b"]["fid"]
     assert found["a"]["precision"] > 80
     assert found["b"]["precision"] == found["b"]["copies"] == 0
@@ -137,6 +136,5 @@ def test_the_samples_of_each_adapter_are_measured_against_its_own_site() -> None
     assert found["a"]["samples"] == 30
     assert found["a"]["fid"] < 20 * found["a"]["floor_fid"]
     assert found["b"]["nearest"] > 100 > found["a"]["nearest"]
-
-
-LIGHTS = (("a", 0), ("b", 190))
+    few = Federation("two", ("x", "y"), "a {}", {**sites, "a": Site(table("a", 0, 40), table("v", 0, 4), table("t", 0, 1))})
+    assert found["a"].keys() - adapter_scores(look, few, samples, 5)["a"].keys() == {"floor_fid", "floor_kid"}

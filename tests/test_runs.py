@@ -18,10 +18,13 @@ from typing import Any
 import psutil
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
 from warmfed.cli import main
 from warmfed.config import Config, parse
 from warmfed.diffusion import pipeline
+from warmfed.diffusion.quality import Measuring
 from warmfed.errors import InputError
 from warmfed.files import read_sealed, sweep, write_sealed
 from warmfed.messages import decode, encode
@@ -179,6 +182,24 @@ def test_the_samples_of_each_adapter_are_measured(warm: Config, tmp_path: Path) 
     assert panel["eyes"][:12] in page
     with pytest.raises(InputError, match=r"classifier\.safetensors is not there; set features to global"):
         prepare(replace(warm, measuring=replace(warm.measuring, adapters=True)))
+
+
+def test_samples_are_shown_and_measured_as_those_of_the_sites_whose_adapters_came(warm: Config, tmp_path: Path) -> None:
+    """The first site's adapter is refused: what was drawn with the second's is still the second's."""
+    warm = replace(warm, seed=1)  # whose first site has the larger norm
+    execute(warm, tmp_path / "whole")
+    norm: dict[str, float] = {}
+    for site in "ab":
+        files = (tmp_path / "whole" / "adapters" / f"{site}{kind}.safetensors" for kind in ("", ".prompts"))
+        parts = [value.double().square().sum() for file in files for value in load_file(file).values()]
+        norm[site] = float(torch.stack(parts).sum().sqrt())
+    assert norm["b"] < norm["a"]
+    limit = sum(norm.values()) / 2
+    one = replace(warm, border=replace(warm.border, norm=limit, least=1), measuring=Measuring(adapters=True, features="global"))
+    execute(one, tmp_path / "one")
+    panel = json.loads((tmp_path / "one" / "panel" / "panel.json").read_text())
+    assert {site: bool(shown["synthetic"]) for site, shown in panel["sites"].items()} == {"a": False, "b": True}
+    assert panel["adapters"].keys() == {"b"}
 
 
 def test_a_base_that_draws_images_of_another_size(warm: Config, data: Path) -> None:

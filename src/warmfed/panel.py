@@ -44,11 +44,11 @@ def write_panel(
             look, digest = extractor(measuring.features, base, federation.shape)
         scores = {"adapters": adapter_scores(look, federation, synthetic, measuring.neighbours), "eyes": digest}
     sites, features, points = {}, [], []
-    for i, (name, site) in enumerate(federation.sites.items()):
+    for name, site in federation.sites.items():
         tables = {"real": site.test}
-        if synthetic:
-            mine = synthetic["kept"] & (synthetic["site"] == i)
-            tables["synthetic"] = select({"image": synthetic["image"], "label": synthetic["label"]}, mine)
+        if name in synthetic:
+            mine = synthetic[name]
+            tables["synthetic"] = select({"image": mine["image"], "label": mine["label"]}, mine["kept"])
         shown: dict[str, Any] = {"synthetic": None}
         for kind, table in tables.items():
             if not rows(table):
@@ -71,10 +71,10 @@ def write_samples(folder: Path, federation: Federation, task: Denoise, model: Te
     label = torch.arange(len(federation.classes)).repeat_interleave(_COLUMNS)
     drawn = {"image": task.decoded(task.sample(model, label, named(seed, "panel"))), "label": label}
     grids: dict[str, dict[str, Table]] = {DRAWN: {"synthetic": drawn}}
-    for i, (name, site) in enumerate(federation.sites.items()):
+    for name, site in federation.sites.items():
         grids[name] = {"real": site.train}
-        if synthetic:
-            grids[name]["synthetic"] = select({key: synthetic[key] for key in ("image", "label")}, synthetic["site"] == i)
+        if name in synthetic:
+            grids[name]["synthetic"] = synthetic[name]
     for number, (name, tables) in enumerate(grids.items()):
         shown[name] = {"synthetic": None}
         for kind, table in tables.items():
@@ -84,16 +84,18 @@ def write_samples(folder: Path, federation: Federation, task: Denoise, model: Te
     write_json(folder / "panel" / "panel.json", {"classes": list(federation.classes), "sites": shown, "features": []})
 
 
-def read_synthetic(folder: Path) -> Table:
-    """The samples that a run kept, by {"image", "label", "site", "kept"}; empty where it kept none."""
+def read_synthetic(folder: Path) -> dict[str, Table]:
+    """The samples that a run kept, {"image", "label", "kept"} by the site whose adapter they are of; empty: it kept none."""
     path = folder / "synthetic" / "samples.safetensors"
     if not path.exists():
         return {}
-    read_json(folder / "synthetic" / "manifest.json", "the synthetic set's manifest")
+    sites = read_json(folder / "synthetic" / "manifest.json", "the synthetic set's manifest")["sites"]
     try:
-        return load(read_bytes(path, "the synthetic set"))
+        table = load(read_bytes(path, "the synthetic set"))
     except SafetensorError as error:
         raise InputError(f"the synthetic set at {path} is damaged ({error}); restore it or start the run anew") from error
+    of = table.pop("site")
+    return {name: select(table, of == place) for place, name in enumerate(sites)}
 
 
 def grid(table: Table, classes: int, columns: int = _COLUMNS) -> bytes:

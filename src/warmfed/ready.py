@@ -116,8 +116,6 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
     uses = any(stage.name == "warm" for stage in plan)
     if uses and federation.shape[0] != 3:
         raise InputError(f"{config.generator.base} draws colour images, those of {federation.name} are grey; set channels to 3")
-    if uses:
-        quality.check(config.measuring, config.generator.base)
     side = config.generator.size or outlines.side(config.generator.base) if uses else 0
     if uses and federation.shape[1:] != (side, side):
         raise InputError(
@@ -126,6 +124,10 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
         )
     if uses and weights:
         _adapters(config, federation)
+    drawn = config.task == "denoise"
+    if isinstance(federation, Federation) and (uses or drawn):
+        base = (config.denoising.latent or "digits") if drawn else config.generator.base
+        quality.check(config.measuring, base, federation, drawn=drawn, weights=weights)
     return Ready(
         config,
         federation,

@@ -23,7 +23,7 @@ from ..files import read_bytes
 from ..fit import Training, fit
 from ..randomness import named
 from ..tasks.classify import Classify
-from ..tensors import Table, Tensors, dealt, join, spread
+from ..tensors import Table, Tensors, dealt, join, rows, spread
 from . import pipeline
 from .denoise import Denoise
 
@@ -50,22 +50,31 @@ class Measuring:
     def __post_init__(self) -> None:
         if self.when not in ("every", "last"):
             raise InputError(f"when must be every or last; got {self.when!r}")
-        if self.samples < 0 or self.neighbours < 1:
-            raise InputError("samples must be at least 0 and neighbours at least 1; check [measuring]")
+        if self.samples < 0 or self.samples == 1 or self.neighbours < 1:
+            raise InputError("samples must be 0 (none) or at least 2, and neighbours at least 1; check [measuring]")
 
 
-def check(settings: Measuring, base: str) -> None:
-    """Raise `InputError` where the network whose features measure adapters is not there."""
-    if not settings.adapters or settings.features == "global":
+def check(settings: Measuring, base: str, federation: Federation, *, drawn: bool, weights: bool = True) -> None:
+    """Raise `InputError` where what a run is to measure cannot be: before it begins.
+
+    Args:
+        base: whose public classifier `features` may mean.
+        drawn: whether the run learns a diffusion model, which is measured; otherwise its adapters may be.
+        weights: whether the base's weights must be there.
+    """
+    if not (settings.samples if drawn else settings.adapters) or (settings.features == "global" and not drawn):
         return
-    path = (
-        pipeline.find(base, weights=False) / "classifier.safetensors"
-        if settings.features == "public"
-        else Path(settings.features)
-    )
+    path = Path(settings.features)
+    if settings.features == "public":
+        path = pipeline.find(base, weights=weights) / "classifier.safetensors"
     if not path.exists():
+        other = "a file" if drawn else "global, or to a file"
+        raise InputError(f"what looks at samples (measuring.features): {path} is not there; set features to {other}")
+    if weights:
+        extractor(settings.features, base, federation.shape)
+    if drawn and min(sum(rows(site.splits[part]) for site in federation.sites.values()) for part in ("train", "test")) < 2:
         raise InputError(
-            f"measuring.adapters needs measuring.features: {path} is not there; set features to global, or to a file"
+            "a generator is measured against at least two training and two test images; set measuring.samples to 0"
         )
 
 
@@ -139,7 +148,12 @@ class _Features(nn.Module):
 
 
 def distances(real: Tensor, fake: Tensor) -> dict[str, float]:
-    """Fréchet (Heusel et al., NeurIPS 2017) and kernel distance (Bińkowski et al., ICLR 2018) of features [n, width]."""
+    """Fréchet (Heusel et al., NeurIPS 2017) and kernel distance (Bińkowski et al., ICLR 2018) of features [n, width].
+
+    Raises `InputError` where a side has but one image, which has no covariance.
+    """
+    if min(len(real), len(fake)) < 2:
+        raise InputError(f"distances need two images on each side, {len(real)} and {len(fake)} are there; give more images")
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import poly_mmd
 
@@ -194,28 +208,31 @@ def nearest(train: Tensor, test: Tensor, fake: Tensor) -> float:
     return 100 * (torch.cdist(fake, train).min() / usual).item()
 
 
-def adapter_scores(look: Extractor, federation: Federation, samples: Table, neighbours: int) -> dict[str, dict[str, float]]:
+def adapter_scores(
+    look: Extractor, federation: Federation, samples: Mapping[str, Table], neighbours: int
+) -> dict[str, dict[str, float]]:
     """By site, how good the samples of its adapter are, against its own images: all that `distances`, `neighbourhoods`,
     `copies`, `diversity` and `nearest` say, and the floor of the distances, which is test against training images.
 
     Args:
-        samples: {"image", "label", "site", "kept"}, as a run keeps them; those that were dropped count too.
+        samples: {"image", "label", "kept"} by site, as a run keeps them; those that were dropped count too.
     """
     found: dict[str, dict[str, float]] = {}
-    for place, (name, site) in enumerate(federation.sites.items()):
-        mine = samples["site"] == place
-        if int(mine.sum()) < 2:
+    for name, mine in samples.items():
+        site = federation.sites[name]
+        if rows(mine) < 2:
             continue
-        label, k = samples["label"][mine], neighbours
-        fake, seen, unseen = look(samples["image"][mine]), look(site.train["image"]), look(site.test["image"])
-        scores = distances(seen, fake) | neighbourhoods(seen, fake, k) | copies(seen, unseen, fake)
-        scores |= {f"floor_{key}": value for key, value in distances(seen, unseen).items()}
+        fake, seen, unseen = look(mine["image"]), look(site.train["image"]), look(site.test["image"])
+        scores = distances(seen, fake) if len(seen) > 1 else {}
+        scores |= neighbourhoods(seen, fake, neighbours) | copies(seen, unseen, fake)
         scores |= {
-            "diversity": diversity(seen, site.train["label"], fake, label),
+            "diversity": diversity(seen, site.train["label"], fake, mine["label"]),
             "nearest": nearest(seen, unseen, fake),
-            "kept": 100 * samples["kept"][mine].double().mean().item(),
-            "samples": float(mine.sum()),
+            "kept": 100 * mine["kept"].double().mean().item(),
+            "samples": float(rows(mine)),
         }
+        if min(len(seen), len(unseen)) > 1:
+            scores |= {f"floor_{key}": value for key, value in distances(seen, unseen).items()}
         found[name] = {key: value for key, value in scores.items() if math.isfinite(value)}
     return found
 
