@@ -356,6 +356,22 @@ def test_the_selectors_shares_sum_to_one_and_its_temperature_falls() -> None:
     assert second["selector_temperature"] == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("parts", [{"micro": 4}, {"micro": 1}, {"batch": 4, "accumulate": 2}])
+def test_the_temperature_falls_by_steps_whatever_parts_a_batch_is_in(parts: dict[str, int]) -> None:
+    whole = Training(lr=0.05, epochs=2, batch=8)
+    student, chosen, info = dynamic(local(), weights("start"), whole, POOL, selector(), Distillation(), 0, 40)
+    parted = replace(whole, **parts)
+    assert parted.count(32) == whole.count(32) == 8
+    again, chosen_again, told = dynamic(local(), weights("start"), parted, POOL, selector(), Distillation(), 0, 40)
+    assert told["selector_temperature"] == info["selector_temperature"] == pytest.approx(0.1**0.2)
+    if "micro" in parts:
+        assert told["selector_share_recent"] == pytest.approx(info["selector_share_recent"])
+        for name in student:
+            assert torch.allclose(student[name], again[name], atol=1e-5)
+        for name in chosen:
+            assert torch.allclose(chosen[name], chosen_again[name], atol=1e-5)
+
+
 def test_the_selector_learns_to_pick_the_teacher_that_knows() -> None:
     knows, _ = fit(local("teacher"), weights("start"), Training(lr=0.05, epochs=5), toy.SITES["c"]["train"])
     wrong = {name: -value for name, value in knows.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core import Central, Local
 from ..fit import Training, fit
 from ..randomness import seeded
-from ..tensors import Table, Tensors, prefixed, under
+from ..tensors import Table, Tensors, prefixed, rows, under
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,15 @@ class _Selecting:
         self.teachers = [frozen(ctx, teacher) for teacher in teachers]
         self.seen: list[dict[str, Tensor]] = []
 
+    def stepped(self, step: int, steps: int, tensors: object) -> None:
+        """τ_t falls with each optimizer step, however many parts its batches went through the models in."""
+        self.done += 1
+
+    def noised(self, batch: Table) -> Table:
+        """The batch with a Gumbel variable for each row and teacher."""
+        shape = rows(batch), len(self.teachers)
+        return {**batch, "gumbel": -torch.empty(shape, device=batch["label"].device).exponential_().log()}
+
     def selector(self) -> nn.Module:
         inputs, hidden = len(self.teachers) * self.task.classes, self.settings.hidden
         return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, len(self.teachers)))
@@ -90,7 +99,7 @@ class _Selecting:
         return _Pair(self.task.build(), self.selector())
 
     def tau(self) -> float:
-        share = min(1.0, (self.done + len(self.seen)) / self.planned)
+        share = min(1.0, self.done / self.planned)
         return self.settings.tau_first * (self.settings.tau_last / self.settings.tau_first) ** share  # τ_t
 
     def loss(self, model: Any, batch: Table) -> Tensor:
@@ -98,7 +107,8 @@ class _Selecting:
             pool = torch.stack([self.task.logits(teacher, batch) for teacher in self.teachers], 1)  # z^(1), z^(2)
         # probabilities, not logits: their range does not grow with the rounds
         score = model.selector(pool.softmax(-1).flatten(1))  # s_i
-        mask = F.gumbel_softmax(score, self.tau(), hard=True)  # W_t^n
+        soft = ((score + batch["gumbel"]) / self.tau()).softmax(-1)
+        mask = F.one_hot(soft.argmax(-1), soft.shape[1]) - soft.detach() + soft  # W_t^n, one-hot, with the gradient of `soft`
         teacher = (mask.unsqueeze(-1) * pool).sum(1)  # z̄_i
         logits = self.task.logits(model.student, batch)
         student = F.cross_entropy(logits, batch["label"])
@@ -145,5 +155,5 @@ def dynamic(
         with seeded(ctx.rng):
             selector = {name: value.detach().clone() for name, value in task.selector().state_dict().items()}
     pair = prefixed(start, "student.") | prefixed(selector, "selector.")
-    tensors, info = fit(replace(ctx, task=task), pair, training, ctx.data["train"])
+    tensors, info = fit(replace(ctx, task=task), pair, training, ctx.data["train"], watch=task.stepped, draw=task.noised)
     return under(tensors, "student."), under(tensors, "selector."), info | task.metrics()
