@@ -165,7 +165,7 @@ def test_a_stable_diffusion_pipeline_loads_the_adapter_and_draws_the_same_images
     stable.load_lora_weights(tmp_path, weight_name="ink.safetensors")
     model = lora.adapted(bases[kind], PROMPTS, 2, plain.targets, "cpu")
     with lora.worn(model, lora.inward(adapter)):
-        ours = plain.denoise(model, lora.parts(bases[kind], "cpu"), noise, model.condition(LABELS), model.empty)
+        ours = plain.denoise(model, lora.parts(bases[kind], "cpu"), noise, model.condition(LABELS), model.empty, named("noise"))
     assert torch.allclose(theirs("latent"), ours, atol=1e-3, rtol=1e-3)
     assert (without - ours).abs().mean() > 0.1
     images = plain.synthesize(adapter, PROMPTS, LABELS, central())
@@ -185,7 +185,9 @@ def test_the_sampler_is_a_plain_loop_of_diffusers_scheduler(generator: LatentDif
         for time in scheduler.timesteps:
             guided, plain = model.unet(latents, time, prompts).sample, model.unet(latents, time, empty).sample
             latents = scheduler.step(plain + guidance * (guided - plain), time, latents).prev_sample
-        ours = replace(generator, steps=5, guidance=guidance).denoise(model, parts, noise, model.condition(LABELS), model.empty)
+        ours = replace(generator, steps=5, guidance=guidance).denoise(
+            model, parts, noise, model.condition(LABELS), model.empty, named("noise")
+        )
     assert torch.allclose(ours, latents, atol=1e-5, rtol=1e-4)
 
 

@@ -164,6 +164,13 @@ def test_the_domains_vector_varies_from_sample_to_sample(plain: LatentDiffusion)
     assert not torch.equal(*drawn(1.0))
 
 
+def test_a_sampler_that_draws_noise_draws_it_from_the_run_s_numbers(plain: LatentDiffusion) -> None:
+    latent = torch.randn(3, 4, 8, 8, generator=named("one"))
+    few = replace(plain, sampler="lcm").conceiving(TRAINING, 0.0, 0.0)
+    first, again = (few.synthesize(neutral(few, latent, torch.arange(3)), PROMPTS, LABELS, central()) for _ in range(2))
+    assert torch.equal(first, again)
+
+
 def test_latents_are_taken_in_turn() -> None:
     of = torch.tensor([1, 0, 1, 0, 1])
     assert Concepts.turns(of, torch.tensor([0, 0, 0, 1, 1])).tolist() == [1, 3, 1, 0, 2]
@@ -179,14 +186,18 @@ def test_latents_are_taken_in_turn() -> None:
         (lambda a: a.update(latent=a["latent"][:2]), "has shape"),
         (lambda a: a.update(of=a["of"] + 1), "must name a class from 0 to 2"),
         (lambda a: a.update(of=a["of"].half()), "must name a class from 0 to 2"),
+        (lambda a: a.update(of=torch.tensor(0)), "must name a class from 0 to 2"),
+        (lambda a: a.update(domain=a["domain"].float()), "expected torch.float16"),
+        (lambda a: a.update(of=torch.tensor([0, 0, 1])), "holds class 2, but has sent no latent of it"),
     ],
 )
 def test_spoiled_concepts_are_refused(spoil: object, words: str, concepts: Concepts) -> None:
-    adapter = neutral(concepts, torch.ones(3, 4, 8, 8), torch.arange(3))
-    concepts.check(adapter, PROMPTS, "the adapter of site 'ink'")
+    adapter = {name: t.half() for name, t in neutral(concepts, torch.ones(3, 4, 8, 8), torch.arange(3)).items()}
+    adapter["of"] = torch.arange(3)
+    concepts.check(adapter, PROMPTS, "the adapter of site 'ink'", (0, 2))
     spoil(adapter)
     with pytest.raises(InputError, match=words):
-        concepts.check(adapter, PROMPTS, "the adapter of site 'ink'")
+        concepts.check(adapter, PROMPTS, "the adapter of site 'ink'", (0, 2))
 
 
 def test_equal_work_is_done_once_in_every_form(plain: LatentDiffusion, tmp_path: Path) -> None:

@@ -287,6 +287,17 @@ def test_latents_on_disk_are_those_in_memory_and_are_made_once(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_latents_of_large_images_on_disk_are_made_in_the_same_batches(
+    plain: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 48 pixels the autoencoder takes 28 at a time; in 64s it would end a batch elsewhere, and last bits with it."""
+    monkeypatch.setenv("WARMFED_CACHE", str(tmp_path))
+    image = torch.randint(256, (80, 3, 48, 48), generator=named("large"), dtype=torch.uint8)
+    ctx = replace(local(), data={"train": {"image": image, "label": torch.arange(80) % 3}})
+    kept, made = (latents(ctx, "train", with_(plain, cache=where), plain._parts("cpu")) for where in ("disk", "memory"))
+    assert torch.equal(kept["latent"], made["latent"])
+
+
 # memory
 
 

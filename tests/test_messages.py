@@ -219,3 +219,10 @@ def test_two_kinds_of_one_name_are_an_error() -> None:
     with pytest.raises(TypeError, match=r"two messages are called test_messages\.Everything"):
         declare()
     assert kind(Everything) == "test_messages.Everything"
+
+
+@pytest.mark.parametrize("kind_of_number", [torch.float8_e4m3fn, torch.complex64])
+def test_numbers_of_a_type_that_nobody_computes_with_are_refused(kind_of_number: torch.dtype) -> None:
+    odd = Model({"w": torch.zeros(2).to(kind_of_number)})
+    with pytest.raises(InputError, match=rf"tensor 'model/w' is {kind_of_number}, a type that nobody here computes with"):
+        decode(encode(odd))

@@ -105,7 +105,7 @@ class Means:
     def conceiving(self, training: Training, signal: float, variation: float) -> "Means":
         return self
 
-    def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
+    def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
         wanted = (len(prompts), *SHAPE)
         if adapter.keys() != {"shift"} or adapter["shift"].shape != wanted or not adapter["shift"].isfinite().all():
             raise InputError(f"{who} does not hold a finite shift of shape {wanted}; adapt again")

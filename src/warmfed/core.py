@@ -50,8 +50,12 @@ class Generator(Protocol):
         """Tune a small adapter on the site's images. Returns its tensors, and what the report shows."""
         ...
 
-    def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
-        """Raise `InputError` where an adapter does not fit the base or is not finite; `who` names it."""
+    def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
+        """Raise `InputError` where an adapter does not fit the base, is not finite, or cannot draw one of the classes.
+
+        Args:
+            who: names it.
+        """
         ...
 
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:

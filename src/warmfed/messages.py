@@ -142,6 +142,9 @@ def decode(data: bytes, expect: type | None = None, what: str = "message") -> Me
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise InputError(f"{what} is damaged or not a warmfed message ({reason}); ask for it again") from error
+    for name, tensor in flat.items():
+        if tensor.dtype not in _TYPES:
+            raise InputError(f"{what}: tensor {name!r} is {tensor.dtype}, a type that nobody here computes with; it is refused")
     if expect is not None and isinstance(header, dict) and header.get("kind") != kind(expect):
         raise InputError(f"{what} is of kind {header.get('kind')!r}, expected {kind(expect)}; {_VERSIONS}")
     try:
@@ -153,6 +156,10 @@ def decode(data: bytes, expect: type | None = None, what: str = "message") -> Me
     return obj
 
 
+_TYPES = {
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+}  # fmt: skip
 _VERSIONS = "do both sides run the same version of warmfed?"
 
 

@@ -220,7 +220,7 @@ def known(classes: tuple[int, ...], ctx: Central) -> None:
 def fits(generator: Generator, reply: Reply, site: str, ctx: Central) -> None:
     """Raise `InputError` where an adapter cannot be sampled from, or a class that the site says it holds is none."""
     known(reply.message.classes, ctx)
-    generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}")
+    generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}", reply.message.classes)
 
 
 def gather(ctx: Central, generator: Generator, replies: Replies) -> tuple[dict[str, Tensors], dict[str, Tensor]]:

@@ -216,7 +216,7 @@ def _renamed(name: str, words: dict[str, str]) -> str:
 
 
 def check(adapter: Tensors, like: Tensors, who: str) -> None:
-    """Raise `InputError` where an adapter's names or shapes are not those of `like` or a value is not finite."""
+    """Raise `InputError` where an adapter's names, shapes or types are not those of `like` or a value is not finite."""
     for name in sorted(adapter.keys() | like.keys()):
         if name not in adapter or name not in like:
             where = "lacks" if name not in adapter else "has the unknown"
@@ -229,6 +229,8 @@ def check(adapter: Tensors, like: Tensors, who: str) -> None:
                 f"{who}: {name!r} has shape {tuple(adapter[name].shape)}, expected {tuple(like[name].shape)}; "
                 "it was made for another base or rank; adapt again with this run's settings"
             )
+        if adapter[name].dtype != like[name].dtype:
+            raise InputError(f"{who}: {name!r} is {adapter[name].dtype}, expected {like[name].dtype}; adapt again")
         if not adapter[name].isfinite().all():
             raise InputError(
                 f"{who}: {name!r} holds values that are not finite; its training diverged: adapt again with a lower lr"

@@ -185,12 +185,16 @@ def latents(ctx: Local, split: str, settings: "LatentDiffusion", base: pipeline.
     return {"latent": views if settings.lora.cache == "disk" else views.contiguous(), "label": table["label"]}
 
 
-def _on_disk(images: Tensor, name: str, base: pipeline.Parts, batch: int = 64) -> Tensor:
-    """The latents of images, mapped from a file that is made once; 64 images at a time are in memory."""
+def _on_disk(images: Tensor, name: str, base: pipeline.Parts) -> Tensor:
+    """The latents of images, mapped from a file that is made once; those of a few images at a time are in memory.
+
+    In the autoencoder's own batches, so that no bit depends on where latents are kept.
+    """
+    batch = pipeline.chunk(images.shape[-1])
     _, height, width = images.shape[1:]
     channels = base.denoiser.config.in_channels
     shape = (len(images), channels, height // base.scale, width // base.scale)
-    made_of = repr((sha256({"image": images}), pipeline.fingerprint(name), str(base.dtype)))
+    made_of = repr((sha256({"image": images}), pipeline.fingerprint(name), str(base.dtype), batch))
 
     def make(content: Any) -> None:
         done = 0

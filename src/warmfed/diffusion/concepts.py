@@ -79,19 +79,20 @@ class Concepts:
         mixed = share * (mean + deviation * first) + (1 - share) * (mean + deviation * image)[partner]
         return self.signal**0.5 * mixed + (1 - self.signal) ** 0.5 * noise
 
-    def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
-        base, count = self._parts("cpu"), len(adapter.get("of", ()))
+    def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
+        base, of = self._parts("cpu"), adapter.get("of", torch.empty(0))
+        if of.ndim != 1 or of.dtype != torch.int64 or not len(of) or of.min() < 0 or of.max() >= len(prompts):
+            raise InputError(f"{who}: 'of' must name a class from 0 to {len(prompts) - 1} for each latent; adapt again")
         width = base.embed([""])["prompt"].shape[-1]
         like = {
-            "domain": torch.empty(width),
-            "concept": torch.empty(len(prompts), width),
-            "latent": torch.empty(count, *self.diffusion.space(base)),
-            "of": torch.empty(count),
+            "domain": torch.empty(width, dtype=torch.half),
+            "concept": torch.empty(len(prompts), width, dtype=torch.half),
+            "latent": torch.empty(len(of), *self.diffusion.space(base), dtype=torch.half),
+            "of": of,
         }
         lora.check(adapter, like, who)
-        of = adapter["of"]
-        if of.dtype != torch.int64 or not count or of.min() < 0 or of.max() >= len(prompts):
-            raise InputError(f"{who}: 'of' must name a class from 0 to {len(prompts) - 1} for each latent; adapt again")
+        if missing := set(classes) - set(of.tolist()):
+            raise InputError(f"{who}: the site holds class {min(missing)}, but has sent no latent of it; adapt again")
 
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
         """One file, `<site>.concepts.safetensors`: the vectors. The latents have served when S is drawn, and tell of images."""
@@ -111,7 +112,7 @@ class Concepts:
             with torch.no_grad():
                 condition = model.condition(labels[part].to(ctx.device))
             condition["prompt"] = condition["prompt"] + varied[part].to(ctx.device)
-            clean = self.diffusion.denoise(model, loaded, latents[part].to(ctx.device), condition, model.empty, begin)
+            clean = self.diffusion.denoise(model, loaded, latents[part].to(ctx.device), condition, model.empty, ctx.rng, begin)
             images.append(loaded.decode(clean, self.diffusion.batch))
             ctx.progress("sample", min(done + self.diffusion.batch, len(labels)), len(labels))
         return torch.cat(images)

@@ -51,7 +51,8 @@ def imported(path: Path, like: Tensors, base: Parts, settings: "LatentDiffusion"
     if bool(dora) != settings.lora.dora:
         has = "is" if dora else "is not"
         raise InputError(f"{who} ({path}) {has} a DoRA adapter; set generator.lora.dora={str(bool(dora)).lower()}")
-    made = dict(wanted) | lora.beside(path, who, lora.PROMPTS, lora.TOKENS)
+    words = lora.beside(path, who, lora.PROMPTS, lora.TOKENS)
+    made = dict(wanted) | {name: t.to(wanted[name].dtype) if name in wanted else t for name, t in words.items()}
     for module in names:
         parts = found.get(module)
         made[module + _A] = torch.zeros_like(wanted[module + _A])

@@ -104,7 +104,7 @@ class LatentDiffusion:
         """A site's adapter from the file that `adapters` names; raises `InputError` where it does not fit."""
         return imported(Path(self.adapters[site]), self._like(prompts), self._parts("cpu"), self, site)
 
-    def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
+    def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
         lora.check(adapter, lora.outward(self._like(prompts)), who)
 
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
@@ -128,7 +128,7 @@ class LatentDiffusion:
                 part = slice(done, done + self.batch)
                 with torch.no_grad():
                     condition = model.condition(labels[part].to(ctx.device))
-                yield self.denoise(model, loaded, noise[part].to(ctx.device), condition, model.empty, rng=ctx.rng)
+                yield self.denoise(model, loaded, noise[part].to(ctx.device), condition, model.empty, ctx.rng)
                 ctx.progress("sample", min(done + self.batch, len(labels)), len(labels))
 
     @property
@@ -159,14 +159,14 @@ class LatentDiffusion:
         latents: Tensor,
         condition: Condition,
         empty: Condition,
+        rng: torch.Generator,
         begin: int | None = None,
-        rng: torch.Generator | None = None,
     ) -> Tensor:
         """Clean latents of noise [n, c, h, w].
 
         Args:
-            begin: the time that the noise is of; none: the last one.
             rng: for samplers that draw noise at each step.
+            begin: the time that the noise is of; none: the last one.
         """
         solver = scheduler(base.scheduler, self.sampler, self.spacing)
         if begin is None:

@@ -65,8 +65,8 @@ class Once:
     def conceiving(self, training: Training, signal: float, variation: float) -> "Once":
         return Once(self.generator.conceiving(training, signal, variation), self.folder)
 
-    def check(self, adapter: Tensors, prompts: Sequence[str], who: str) -> None:
-        self.generator.check(adapter, prompts, who)
+    def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
+        self.generator.check(adapter, prompts, who, classes)
 
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
         self.generator.write(adapter, folder, site)

@@ -122,7 +122,7 @@ def scale_of(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1))
 
 
-def chunk(side: int, batch: int) -> int:
+def chunk(side: int, batch: int = 64) -> int:
     """How many images the autoencoder takes at once: `batch` of 32×32 pixels, fewer of larger ones."""
     return max(1, min(batch, batch * 32**2 // side**2))
 
