@@ -1,5 +1,6 @@
 """Every family of pipelines goes from images to an adapter's file to samples, and plain diffusers draws the same from it."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +256,9 @@ def test_a_compiled_sampler_draws_the_same(bases: dict[str, str], adapters: dict
         ({"dtype": "int8"}, "dtype must be one of fp32, bf16, fp16"),
         ({"interval": (0.8, 0.2)}, "two shares in order"),
         ({"spacing": "even"}, "spacing must be one of"),
+        ({"sampler": "lcm", "spacing": "trailing"}, r"take generator\.spacing out"),
+        ({"gamma": -1.0}, r"generator\.gamma must be at least 0"),
+        ({"dropout": 1.5}, r"generator\.dropout from 0 to 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -> None:
@@ -329,3 +333,65 @@ def test_a_spoiled_file_of_weights_is_told(bases: dict[str, str], tmp_path: Path
     save_file(tensors, path)
     with pytest.raises(InputError, match="is not finite"):
         pipeline.load(tmp_path / "spoiled")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("sd15", {"sampler": "lcm", "steps": 60}, "the sampler lcm cannot take 60 steps with this base"),
+        ("sana", {"sampler": "lcm"}, "this base is a flow"),
+        ("sd15", {"compile": "indcutor"}, r"no backend 'indcutor'; did you mean 'inductor'"),
+    ],
+)
+def test_what_a_base_cannot_draw_by_is_told_before_anything_learns(
+    kind: str, changes: dict[str, Any], words: str, bases: dict[str, str]
+) -> None:
+    made(bases[kind]).able()
+    with pytest.raises(InputError, match=words):
+        made(bases[kind], **changes).able()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "signal", "words"),
+    [
+        ("sd15", {"sampler": "unipc"}, 0.1, "the sampler unipc cannot take 3 steps from time"),
+        ("sd15", {}, 0.9995, "only 1 times are left"),
+        ("sana", {}, 0.1, "cannot take 3 steps from time"),
+        ("sd15", {"adapters": {"ink": "ink.safetensors"}}, 0.1, "send latents, not adapters"),
+    ],
+)
+def test_so_is_what_noised_latents_cannot_be_drawn_by(
+    kind: str, changes: dict[str, Any], signal: float, words: str, bases: dict[str, str]
+) -> None:
+    made(bases["sd15"]).conceiving(TRAINING, 0.1, 0.0).able()  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=words):
+        made(bases[kind], **changes).conceiving(TRAINING, signal, 0.0).able()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("file", "setting", "words"),
+    [
+        ("unet/config.json", {"time_cond_proj_dim": 8}, "take the guidance as an input"),
+        ("vae/config.json", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "by its own mean"),
+        ("vae/config.json", {"_class_name": "AsymmetricAutoencoderKL"}, "is of an AsymmetricAutoencoderKL"),
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "EDMEulerScheduler"),
+    ],
+)
+def test_a_base_that_would_be_drawn_wrongly_is_refused(
+    file: str, setting: dict[str, Any], words: str, bases: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(bases["sd15"], tmp_path / "base")
+    config = json.loads((tmp_path / "base" / file).read_text())
+    (tmp_path / "base" / file).write_text(json.dumps(config | setting))
+    with pytest.raises(InputError, match=f"{file} .*{words}.*choose another base"):
+        pipeline.find(tmp_path / "base")
+
+
+def test_a_tokenizer_that_does_not_say_its_length_reads_as_far_as_its_encoder(bases: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(bases["sd15"], tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["model_max_length"]
+    file.write_text(json.dumps(config))
+    found, wanted = (pipeline.load(base).embed(PROMPTS)["prompt"] for base in (tmp_path / "base", bases["sd15"]))
+    assert torch.equal(found, wanted)

@@ -5,12 +5,14 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .algorithms import ALGORITHMS, entry
+from .algorithms.synthetic import WarmStarted
 from .config import TASKS, Config, Data
-from .core import Algorithm, Generator, Task, prompts_of
+from .core import Algorithm, Central, Generator, Task, prompts_of
 from .data import Federation, Roster, Site, load
 from .diffusion import outlines, pipeline, quality
 from .diffusion.denoise import Denoise
@@ -122,6 +124,8 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
             f"{config.generator.base} draws images of {side}×{side} pixels, those of {federation.name} have "
             f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side} or generator.size"
         )
+    if uses:
+        _generator(config).able()
     if uses and weights:
         _adapters(config, federation)
     drawn = config.task == "denoise"
@@ -138,9 +142,15 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
     )
 
 
+def _generator(config: Config) -> Any:
+    """The configuration's generator as its algorithm uses it."""
+    ctx = Central(None, torch.Generator(), generator=config.generator)
+    return config.algorithm.generator(ctx) if isinstance(config.algorithm, WarmStarted) else config.generator
+
+
 def _adapters(config: Config, federation: Federation | Roster) -> None:
     """Raise `InputError` where an adapter from elsewhere is of no site, cannot be read or does not fit the base."""
     for site in config.generator.adapters:
         if site not in federation.rows:
             raise InputError(f"generator.adapters names the site {site!r}{suggest(site, list(federation.rows))}")
-        config.generator.imported(site, prompts_of(site, federation.prompts))
+        _generator(config).imported(site, prompts_of(site, federation.prompts))

@@ -18,6 +18,7 @@ from .adapting import Adapting, learn
 from .families import Condition
 from .generator import LatentDiffusion
 from .pipeline import Parts
+from .sampler import timed
 
 
 class Conceived(nn.Module):
@@ -57,6 +58,16 @@ class Concepts:
     def fingerprint(self) -> str:
         """SHA-256 of the base's files."""
         return self.diffusion.fingerprint()
+
+    def able(self) -> None:
+        """Raise `InputError` where latents under so much noise cannot be drawn from with these settings and this base."""
+        self.diffusion.able()
+        if self.diffusion.adapters:
+            raise InputError("FedBiP's sites send latents, not adapters; take generator.adapters out of the configuration")
+        noise = self.diffusion.noise()
+        if not hasattr(noise, "alphas_cumprod"):
+            raise InputError(f"FedBiP needs a diffusion process, and {self.diffusion.base} is a flow; choose another base")
+        timed(noise, self.diffusion.sampler, self.diffusion.steps, self.diffusion.spacing, self.begin(noise.alphas_cumprod))
 
     def adapt(self, ctx: Local) -> tuple[Tensors, dict[str, float]]:
         model = self._model(ctx.prompts, ctx.device)

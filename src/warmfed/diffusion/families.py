@@ -59,14 +59,19 @@ class Family:
         return (*(tokenizer for tokenizer, _ in self.readers), *self.models, "scheduler")
 
 
-def ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Token numbers of texts, int64 [n, the tokenizer's length], padded and cut."""
-    length = tokenizer.model_max_length
+def ids(tokenizer: Any, prompts: Sequence[str], most: int = 2**31) -> Tensor:
+    """Token numbers of texts, int64 [n, the tokenizer's length or `most`], padded and cut."""
+    length = min(tokenizer.model_max_length, most)
     return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt", max_length=length).input_ids
 
 
 def _embed_stable(parts: Any, prompts: Sequence[str]) -> Condition:
-    return {"prompt": parts.text_encoder(ids(parts.tokenizer, prompts).to(parts.device))[0]}
+    return {"prompt": parts.text_encoder(_read(parts.tokenizer, parts.text_encoder, prompts).to(parts.device))[0]}
+
+
+def _read(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Tensor:
+    """`ids`, no longer than CLIP can read: some tokenizers do not say how long that is."""
+    return ids(tokenizer, prompts, encoder.config.max_position_embeddings)
 
 
 def _predict_stable(net: nn.Module, noisy: Tensor, time: Tensor, condition: Condition, scale: int) -> Tensor:
@@ -79,7 +84,7 @@ def _embed_xl(parts: Any, prompts: Sequence[str]) -> Condition:
         (parts.tokenizer, parts.text_encoder),
         (parts.more["tokenizer_2"], parts.more["text_encoder_2"]),
     ):
-        found = encoder(ids(tokenizer, prompts).to(parts.device), output_hidden_states=True)
+        found = encoder(_read(tokenizer, encoder, prompts).to(parts.device), output_hidden_states=True)
         hidden.append(found.hidden_states[-2])
         pooled = found[0]  # of the last one: the projected text
     told = {"prompt": torch.cat(hidden, -1), "pooled": pooled}

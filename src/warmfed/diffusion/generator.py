@@ -15,12 +15,12 @@ from ..fit import Training
 from ..randomness import child
 from ..tensors import Tensors
 from . import adapter as lora
-from . import pipeline
+from . import outlines, pipeline
 from .adapter import Adapted
 from .adapting import Adapting, Lora, learn, prior
 from .families import Condition
 from .foreign import digest, imported
-from .sampler import SAMPLERS, SPACINGS, draw, scheduler
+from .sampler import SAMPLERS, SPACINGS, draw, timed
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class LatentDiffusion:
             raise InputError(f"generator.interval must be two shares in order, as [0.2, 0.8]; got {list(self.interval)}")
         if min(self.rank, self.views, self.steps, self.batch) < 1:
             raise InputError("rank, views, steps and batch of the generator must be at least 1; check [generator]")
+        if self.gamma < 0 or not 0 <= self.dropout <= 1:
+            raise InputError("generator.gamma must be at least 0 and generator.dropout from 0 to 1; check [generator]")
+        if self.sampler == "lcm" and self.spacing:
+            raise InputError("the sampler lcm has its steps where its base was distilled for them; take generator.spacing out")
         if self.targets == "none" and not (self.prompts or self.lora.tokens):
             raise InputError("the generator has nothing to learn: set generator.targets or generator.prompts")
         if self.prompts and self.lora.tokens:
@@ -89,6 +93,17 @@ class LatentDiffusion:
         """SHA-256 of the base's files, and of the adapters that come from elsewhere."""
         base = pipeline.fingerprint(self.base)
         return digest(base, self.adapters) if self.adapters else base
+
+    def able(self) -> None:
+        """Raise `InputError` where these settings cannot draw with this base, whose weights need not be there."""
+        timed(self.noise(), self.sampler, self.steps, self.spacing)
+        if self.compile and self.compile not in torch._dynamo.list_backends(()):
+            known = torch._dynamo.list_backends(())
+            raise InputError(f"torch.compile has no backend {self.compile!r}{suggest(self.compile, known)}")
+
+    def noise(self) -> Any:
+        """The base's own scheduler."""
+        return outlines.build(*outlines.outline(self.base)[1]["scheduler"])
 
     def adapt(self, ctx: Local) -> tuple[Tensors, dict[str, float]]:
         if ctx.site in self.adapters:
@@ -144,7 +159,7 @@ class LatentDiffusion:
         return base.denoiser.config.in_channels, side, side
 
     def describing(self, training: Training) -> "LatentDiffusion":
-        plain = replace(self.lora, dora=False, tokens=False)
+        plain = replace(self.lora, dora=False, tokens=False, prior=0.0)
         return replace(self, targets="none", prompts=True, training=training, lora=plain)
 
     def conceiving(self, training: Training, signal: float, variation: float) -> Generator:
@@ -168,12 +183,7 @@ class LatentDiffusion:
             rng: for samplers that draw noise at each step.
             begin: the time that the noise is of; none: the last one.
         """
-        solver = scheduler(base.scheduler, self.sampler, self.spacing)
-        if begin is None:
-            solver.set_timesteps(self.steps, device=latents.device)
-        else:
-            times = (torch.linspace(begin + 1, 0, self.steps + 1)[:-1].round() - 1).int().tolist()
-            solver.set_timesteps(timesteps=times, device=latents.device)
+        solver = timed(base.scheduler, self.sampler, self.steps, self.spacing, begin, latents.device)
         against = base.embed([self.negative]) if self.negative else empty
         asked = _compiled(model, self.compile) if self.compile else model
         return draw(asked, solver, latents, condition, against, self.guidance, self.interval, rng)

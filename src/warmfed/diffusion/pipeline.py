@@ -182,8 +182,23 @@ def find(base: str | Path, *, weights: bool = True) -> Path:
             kind = " (other formats of weights are not read)" if path.suffix == ".safetensors" else ""
             raise InputError(f"{folder} is no whole diffusers pipeline: {name} is missing{kind}; {advice(base)}")
         if path.suffix == ".json":
-            json_of(path)
+            told = json_of(path)
+            if why := _foreign(name, told if isinstance(told, dict) else {}):
+                raise InputError(f"{folder}: {name} {why}, which would be drawn wrongly here; choose another base")
     return folder
+
+
+def _foreign(name: str, config: Mapping[str, Any]) -> str:
+    """What in a part's configuration is not done here: diffusers would draw other images by it."""
+    if name.endswith("/config.json") and config.get("time_cond_proj_dim"):
+        return "makes the denoiser take the guidance as an input (time_cond_proj_dim)"
+    if name == "vae/config.json" and (config.get("latents_mean") or config.get("latents_std")):
+        return "shifts every channel of the latents by its own mean (latents_mean, latents_std)"
+    if name == "vae/config.json" and config.get("_class_name", "AutoencoderKL") not in _LATENTS:
+        return f"is of an {config['_class_name']}, not one of {', '.join(_LATENTS)}"
+    if name == "scheduler/scheduler_config.json" and "sigma_data" in config:
+        return f"is of an {config.get('_class_name')}, whose noise has no steps (EDM)"
+    return ""
 
 
 def json_of(path: Path) -> Any:

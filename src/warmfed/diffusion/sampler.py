@@ -48,6 +48,29 @@ def scheduler(base: Any, sampler: str, spacing: str = "") -> Any:
     return getattr(diffusers, kind).from_config({**base.config, **options})
 
 
+def timed(base: Any, sampler: str, steps: int, spacing: str = "", begin: int | None = None, device: Any = "cpu") -> Any:
+    """The same sampler, its times set: all from the last one on, or `steps` of them from `begin` on.
+
+    Raises:
+        InputError: the sampler cannot take so many steps, or from there, with this noise schedule.
+    """
+    solver = scheduler(base, sampler, spacing)
+    try:
+        if begin is None:
+            solver.set_timesteps(steps, device=device)
+        elif begin + 1 < steps:
+            raise ValueError(f"only {begin + 1} times are left from where the noise begins")
+        else:
+            times = (torch.linspace(begin + 1, 0, steps + 1)[:-1].round() - 1).int().tolist()
+            solver.set_timesteps(timesteps=times, device=device)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the sampler {sampler} cannot take {steps} steps {'' if begin is None else f'from time {begin} on '}with this "
+            f"base ({error}); set generator.sampler or generator.steps to others"
+        ) from error
+    return solver
+
+
 @torch.inference_mode()
 def draw(
     model: nn.Module,
