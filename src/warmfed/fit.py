@@ -219,7 +219,8 @@ def fit(
         autocast = torch.autocast(kind, half) if half else nullcontext()
         scaler = torch.amp.GradScaler(kind, enabled=training.precision == "fp16")
         varying = training.warmup > 0 or training.schedule != "constant"
-        logged: list[tuple[Tensor, int]] = []
+        # in one piece: a small tensor for each step would lie between what the next steps free and take, and split it
+        losses, counts = torch.zeros(steps * training.accumulate, dtype=torch.float64, device=ctx.device), list[int]()
         best, best_step, found = dict[str, Tensor](), 0, math.inf
         key = _key(ctx.rng, start, training, data) if snapshots else ""
         batches = _batches(n, training.batch, ctx.rng)
@@ -247,7 +248,8 @@ def fit(
             scaler.load_state_dict({name: value.item() for name, value in kept("scaler").items()})
             average, best, log = to(kept("average"), ctx.device), kept("best"), kept("log")
             (first, best_step), found = log["steps"].tolist(), log["found"].item()
-            logged = list(zip(log["losses"].to(ctx.device), log["counts"].tolist(), strict=True))
+            counts = log["counts"].tolist()
+            losses[: len(counts)] = log["losses"].to(ctx.device)
             for _ in range(first * training.accumulate):
                 next(batches)
             torch.default_generator.set_state(log["rng"])
@@ -271,7 +273,8 @@ def fit(
                     fraction = training.accumulate * count / rows(part)
                     scaler.scale(full / fraction if fraction != 1 else full).backward()
                     values.append(value.detach() * (rows(part) / count) if rows(part) < count else value.detach())
-                logged.append((sum(values[1:], start=values[0]), count))
+                losses[len(counts)] = sum(values[1:], start=values[0])
+                counts.append(count)
             scaler.unscale_(optimizer)
             if correct:
                 for name, parameter in parameters.items():
@@ -296,8 +299,8 @@ def fit(
                 log = {
                     "steps": torch.tensor([step + 1, best_step]),
                     "found": torch.tensor(found, dtype=torch.float64),
-                    "losses": torch.stack([value for value, _ in logged]),
-                    "counts": torch.tensor([count for _, count in logged]),
+                    "losses": losses[: len(counts)].clone(),
+                    "counts": torch.tensor(counts),
                     "rng": torch.default_generator.get_state(),
                 }
                 scale = {name: torch.as_tensor(value) for name, value in scaler.state_dict().items()}
@@ -308,14 +311,13 @@ def fit(
             ctx.progress("train", step + 1, steps)
 
     window = tail * training.accumulate
-    info = {"steps": len(logged) / training.accumulate, "samples": float(sum(count for _, count in logged))}
+    info = {"steps": len(counts) / training.accumulate, "samples": float(sum(counts))}
     result = best or tensors()
     if stop:
         info |= {"judged": found, "best_step": float(best_step)}
-    if logged:
-        losses = torch.stack([value for value, _ in logged]).double().cpu()
-        counts = torch.tensor([count for _, count in logged], dtype=torch.float64)
-        info |= {"loss": _mean(losses[-window:], counts[-window:]), "first_loss": _mean(losses[:window], counts[:window])}
+    if counts:
+        losses, weights = losses[: len(counts)].cpu(), torch.tensor(counts, dtype=torch.float64)
+        info |= {"loss": _mean(losses[-window:], weights[-window:]), "first_loss": _mean(losses[:window], weights[:window])}
         # one sum tells whether any term is not finite
         if not all(math.isfinite(value.sum()) for value in (losses, *result.values())):
             raise InputError(
