@@ -14,6 +14,7 @@ from PIL import Image
 
 from warmfed.cli import main
 from warmfed.config import parse
+from warmfed.core import Local
 from warmfed.diffusion.adapting import Lora
 from warmfed.diffusion.estimate import Machine, counted, plan, skeleton
 from warmfed.diffusion.generator import LatentDiffusion
@@ -129,6 +130,26 @@ def test_checkpoints_trade_memory_for_work(tmp_path: Path) -> None:
     assert again.train.flops > 1.2 * kept.train.flops  # what is not kept is computed again
     assert again.train.peak < 0.95 * kept.train.peak
     assert again.sample == kept.sample
+
+
+@pytest.mark.parametrize(
+    ("targets", "options"),
+    [("attention", Lora(dora=True)), ("attention", Lora(tokens=True)), ("none", Lora(tokens=True))],
+)
+def test_what_travels_is_counted_and_so_is_reading(targets: str, options: Lora, tmp_path: Path) -> None:
+    """DoRA's magnitudes have 32 bits; for learned words the text encoder runs at each step, also where nothing else learns."""
+    base = pipelines.write("sd15", tmp_path / "sd15")
+    training = Training(optimizer="adamw", batch=2, steps=1)
+    generator = LatentDiffusion(base, rank=2, targets=targets, prompts=False, training=training, lora=options)
+    table = {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "label": torch.arange(2)}
+    adapter, _ = generator.adapt(Local(None, {"train": table}, named("adapt"), "ink", ("a cat", "a dog")))
+    found = plan(generator, 2)
+    assert found.adapter == sum(value.nbytes for value in adapter.values())
+    assert found.learned == sum(value.numel() for value in adapter.values())
+    if options.tokens:
+        prompts = plan(replace(generator, prompts=True, lora=Lora()), 2).train  # also back to the prompts, which nobody reads
+        assert found.train.calls > prompts.calls + 50
+        assert found.train.peak > prompts.peak
 
 
 # files

@@ -226,6 +226,8 @@ def plan(generator: LatentDiffusion, classes: int) -> Plan:
     ]
     words = classes * model.prompts.shape[-1] if generator.lora.tokens else 0
     learned = sum(value.numel() for value in live) + words
+    wide = sum(value.numel() for value in model.magnitudes.values())  # DoRA's travel in 32 bits
+    live += [model.prompts] if words else []  # through which a token learns
     for value in live:
         value.requires_grad_(True)
     if generator.lora.checkpointing:
@@ -235,7 +237,11 @@ def plan(generator: LatentDiffusion, classes: int) -> Plan:
         "latent": torch.empty(at_once, generator.views * (1 + generator.lora.flip), *space, device="meta"),
         "label": torch.zeros(at_once, dtype=torch.int64, device="meta"),
     }
-    stepped = counted(lambda: torch.autograd.grad(task.loss(model.train(), task.draw(rows)), live)).times(batch / at_once)
+    passed = counted(lambda: torch.autograd.grad(task.loss(model.train(), task.draw(rows)), live))
+    if words:
+        read = counted(lambda: _read(parts.text_encoder, min(at_once, classes), model.prompts))
+        passed = replace(passed + read, peak=passed.peak + read.peak)
+    stepped = passed.times(batch / at_once)
     state = 4 * learned * (2 if generator.training.optimizer != "sgd" else 1)
     pixels = generator.side
     with torch.no_grad():
@@ -252,7 +258,7 @@ def plan(generator: LatentDiffusion, classes: int) -> Plan:
     many = pipeline.chunk(pixels, generator.batch)
     return Plan(
         weights,
-        2 * learned,
+        2 * (learned + wide),
         learned,
         encoded,
         replace(stepped, peak=stepped.peak + state + 4 * learned),
@@ -263,3 +269,15 @@ def plan(generator: LatentDiffusion, classes: int) -> Plan:
 
 def _bytes(model: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _read(encoder: Any, count: int, prompts: Tensor) -> None:
+    """A pass of the text encoder over so many prompts with a learned word in each, and back to the words."""
+    _, tokens, width = prompts.shape
+    words = torch.empty(count, 1, width, device="meta", requires_grad=True)
+    hook = encoder.get_input_embeddings().register_forward_hook(lambda module, given, found: found + words.to(found.dtype))
+    try:
+        said = encoder(torch.zeros(count, tokens, dtype=torch.int64, device="meta"))[0]
+        torch.autograd.grad(said.float().sum(), words)
+    finally:
+        hook.remove()
