@@ -171,7 +171,7 @@ def test_a_killed_training_remembers_its_best_epoch(tmp_path: Path) -> None:
     assert told == info
 
 
-@pytest.mark.parametrize("other", ["start", "settings", "data", "damaged"])
+@pytest.mark.parametrize("other", ["start", "settings", "data", "loss", "damaged"])
 def test_a_snapshot_of_another_training_is_not_used(other: str, tmp_path: Path) -> None:
     path = tmp_path / "a.unfinished"
     snapshots = Snapshots(path, 2)
@@ -185,6 +185,8 @@ def test_a_snapshot_of_another_training_is_not_used(other: str, tmp_path: Path) 
             training = replace(SGD, lr=0.2)
         case "data":
             data = {**DATA, "x": DATA["x"] + 1}
+        case "loss":
+            snapshots = replace(snapshots, of="another loss")
         case _:
             path.write_bytes(path.read_bytes()[:-1])
     assert same(fit(ctx(Rows()), start, training, data, snapshots=snapshots)[0], fit(ctx(), start, training, data)[0])

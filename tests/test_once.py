@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from warmfed.core import Central, Local
+from warmfed.diffusion.adapting import Lora
 from warmfed.diffusion.denoise import Denoise, Denoising
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.once import Once
@@ -67,6 +68,17 @@ def test_other_work_has_other_names(generator: LatentDiffusion, tmp_path: Path) 
     ):
         Once(settings, tmp_path).synthesize(adapted, prompts, LABELS, Central(None, named("server")))
     assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_validation_images_that_end_a_training_are_part_of_its_name(generator: LatentDiffusion, tmp_path: Path) -> None:
+    patient = replace(generator, training=replace(generator.training, steps=12), lora=Lora(patience=1))
+    for light in (0, 200):
+        held = {"image": torch.full((4, 3, 32, 32), light, dtype=torch.uint8), "label": torch.arange(4) % 2}
+        data = {"train": at_site().data["train"], "validation": held}
+        once, alone = (each.adapt(replace(at_site(), data=data)) for each in (Once(patient, tmp_path), patient))
+        assert sha256(once[0]) == sha256(alone[0])
+        assert once[1] == alone[1]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_damage_is_told_in_one_line(generator: LatentDiffusion, tmp_path: Path) -> None:

@@ -202,6 +202,24 @@ def test_samples_are_shown_and_measured_as_those_of_the_sites_whose_adapters_cam
     assert panel["adapters"].keys() == {"b"}
 
 
+@pytest.mark.parametrize("name", ["warmfed", "feddeo"])
+def test_a_run_whose_sites_learned_prompts_alone_draws_again(
+    name: str, warm: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "warmfed":
+        config = replace(warm, generator=replace(warm.generator, targets="none"))
+    else:
+        quick = {f"algorithm.{each}.epochs": 1 for each in ("description", "local", "synthesis.training", "tune_training")}
+        quick |= {"algorithm.rounds": 0, "algorithm.synthesis.per_class": 4, "algorithm.synthesis.filter": "none"}
+        settings = {"data.source": warm.data.source, "generator.base": warm.generator.base, "generator.steps": 2}
+        config = parse(None, settings | quick | {"algorithm.name": "feddeo", "workers": 1})
+    execute(config, tmp_path / "run")
+    out = tmp_path / "a.safetensors"
+    assert main(["synthesize", str(tmp_path / "run"), "--site", "a", "--count", "2", "--out", str(out)]) == 0
+    assert "by the adapter of a" in capsys.readouterr().out
+    assert len(load_file(out)["image"])
+
+
 def test_a_base_that_draws_images_of_another_size(warm: Config, data: Path) -> None:
     with pytest.raises(InputError, match=r"draws images of 32×32 pixels, those of toy have 8×8"):
         prepare(replace(warm, data=replace(warm.data, source=str(data))))

@@ -222,7 +222,7 @@ def fit(
         # in one piece: a small tensor for each step would lie between what the next steps free and take, and split it
         losses, counts = torch.zeros(steps * training.accumulate, dtype=torch.float64, device=ctx.device), list[int]()
         best, best_step, found = dict[str, Tensor](), 0, math.inf
-        key = _key(ctx.rng, start, training, data) if snapshots else ""
+        key = _key(ctx.rng, start, training, data, snapshots.of) if snapshots else ""
         batches = _batches(n, training.batch, ctx.rng)
         resident = sum(column.nbytes for column in data.values()) <= _RESIDENT
         if resident:
@@ -326,9 +326,9 @@ def fit(
     return result, info
 
 
-def _key(rng: torch.Generator, start: Tensors, training: Training, data: Table) -> str:
+def _key(rng: torch.Generator, start: Tensors, training: Training, data: Table, of: str) -> str:
     """Names a training by all that it is made of."""
-    text = repr((sha256(start), training, sha256(data), sha256({"rng": rng.get_state()})))
+    text = repr((sha256(start), training, sha256(data), sha256({"rng": rng.get_state()}), of))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

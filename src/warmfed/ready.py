@@ -125,7 +125,7 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
             f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side} or generator.size"
         )
     if uses:
-        _generator(config).able()
+        drawing(config).able()
     if uses and weights:
         _adapters(config, federation)
     drawn = config.task == "denoise"
@@ -142,7 +142,7 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
     )
 
 
-def _generator(config: Config) -> Any:
+def drawing(config: Config) -> Any:
     """The configuration's generator as its algorithm uses it."""
     ctx = Central(None, torch.Generator(), generator=config.generator)
     return config.algorithm.generator(ctx) if isinstance(config.algorithm, WarmStarted) else config.generator
@@ -153,4 +153,4 @@ def _adapters(config: Config, federation: Federation | Roster) -> None:
     for site in config.generator.adapters:
         if site not in federation.rows:
             raise InputError(f"generator.adapters names the site {site!r}{suggest(site, list(federation.rows))}")
-        _generator(config).imported(site, prompts_of(site, federation.prompts))
+        drawing(config).imported(site, prompts_of(site, federation.prompts))

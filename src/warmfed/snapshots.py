@@ -21,6 +21,8 @@ class Snapshots:
     path: Path
     every: int
     """Optimizer steps between two snapshots."""
+    of: str = ""
+    """What the training is of beside its start, settings, data and random numbers: the loss's settings, a frozen part."""
 
     def recall(self, key: str) -> Callable[[str], dict[str, Tensor]] | None:
         """The last snapshot, as a function that gives a part's tensors; None: none is of the training that `key` names.

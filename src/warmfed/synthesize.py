@@ -17,6 +17,7 @@ from .files import write_whole
 from .panel import grid
 from .predict import described, released
 from .randomness import named
+from .ready import drawing
 from .runs import read_config, read_summary
 
 Progress = Callable[[str, int, int], None]
@@ -84,15 +85,16 @@ def _label(name: str, classes: Sequence[str]) -> int:
 
 
 def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor, site: str, ctx: Central) -> Tensor:
-    sites = sorted(path.name.removesuffix(".safetensors") for path in (folder / "adapters").glob("*.safetensors"))
-    sites = [each for each in sites if not each.endswith((".prompts", ".tokens"))]
+    files = [path.name.removesuffix(".safetensors") for path in (folder / "adapters").glob("*.safetensors")]
+    kinds = (f".{lora.PROMPTS}", f".{lora.TOKENS}")  # which lie beside the layers, or alone where there are none
+    sites = sorted({name.removesuffix(kinds[0]).removesuffix(kinds[1]) for name in files if not name.endswith(".concepts")})
     if not sites:
         raise InputError(
             f"the run in {folder} has no generator: {config.name} keeps no adapters and learned no diffusion model"
         )
     if site and site not in sites:
         raise InputError(f"the run has no adapter of site {site!r}{suggest(site, sites)}")
-    generator = config.generator
+    generator = drawing(config)
     if not prompts:
         raise InputError(f"{folder}/summary.json names no prompts: it is of an older version of warmfed; start the run anew")
     adapter = lora.read(folder / "adapters", site) if site else None

@@ -277,12 +277,9 @@ def write(adapter: Tensors, folder: Path, site: str) -> None:
 
 def read(folder: Path, site: str) -> dict[str, Tensor]:
     """An adapter that `write` wrote; raises `InputError`."""
-    found: dict[str, Tensor] = {}
-    who = f"the adapter of site {site!r}"
-    for path in (folder / f"{site}.safetensors", folder / f"{site}.prompts.safetensors"):
-        if path.exists() or not (found or (folder / f"{site}.{TOKENS}.safetensors").exists()):
-            found |= opened(path, who)
-    return found | beside(folder / f"{site}.safetensors", who, TOKENS)
+    path, who = folder / f"{site}.safetensors", f"the adapter of site {site!r}"
+    words = beside(path, who, PROMPTS, TOKENS)
+    return opened(path, who) | words if path.exists() or not words else words
 
 
 def beside(path: Path, who: str, *kinds: str) -> dict[str, Tensor]:

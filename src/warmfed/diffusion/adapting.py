@@ -146,7 +146,9 @@ def learn(ctx: Local, task: Adapting, start: Tensors) -> tuple[dict[str, Tensor]
         if not held or not rows(held):
             raise InputError(f"site {ctx.site!r} has no validation images to stop early by; set generator.lora.patience to 0")
         stop = Stop(task.judge(latents(ctx, "validation", settings, base), ctx.device), lora.patience)
-    keep = Snapshots(ctx.unfinished, lora.snapshots) if ctx.unfinished is not None and lora.snapshots else None
+    keep = None
+    if ctx.unfinished is not None and lora.snapshots:
+        keep = Snapshots(ctx.unfinished, lora.snapshots, repr((settings, ctx.prompts)))
     if lora.auto:
         training = replace(training, micro=fitting(settings, len(ctx.prompts), ctx.device))
     with _checkpointing(task.model, lora.checkpointing):

@@ -57,7 +57,8 @@ class Once:
     folder: Path
 
     def adapt(self, ctx: Local) -> Made:
-        return self._once("adapt", ctx, ctx.prompts, ctx.data["train"], lambda: self.generator.adapt(ctx))
+        given = prefixed(ctx.data["train"], "train/") | prefixed(ctx.data.get("validation", {}), "validation/")
+        return self._once("adapt", ctx, ctx.prompts, given, lambda: self.generator.adapt(ctx))
 
     def describing(self, training: Training) -> "Once":
         return Once(self.generator.describing(training), self.folder)

@@ -387,7 +387,9 @@ def save(parts: Parts, folder: Path, extra: dict[str, str] | None = None) -> Non
 def fingerprint(base: str | Path) -> str:
     """SHA-256 over the names and bytes of a base's weights, configurations and tokenizer."""
     folder, total = find(base), hashlib.sha256()
-    # model_index.json names classes only, and stays out
+    # model_index.json names classes, and stays out but for what one family reads in it
+    if not json_of(folder / "model_index.json").get("force_zeros_for_empty_prompt", True):
+        total.update(b"the empty prompt is read as any other")
     for path in sorted(path for name, path in files(base).items() if "/" in name):
         total.update(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}:".encode())
         with path.open("rb") as file:
