@@ -127,6 +127,14 @@ def test_a_folder_of_peft_is_a_sites_adapter(rslora: bool, base: str, tmp_path: 
     with torch.no_grad():
         theirs = model(NOISY, TIME, generator._model(PROMPTS, "cpu").prompts).sample
     assert torch.allclose(predicted(generator, found), theirs, atol=5e-3)
+    settings = tmp_path / "theirs" / "adapter_config.json"
+    for damaged in ("[1]", '{"lora_alpha": "two"}'):
+        settings.write_text(damaged)
+        with pytest.raises(InputError, match="without a number lora_alpha"):
+            taken(generator)
+    settings.unlink()
+    with pytest.raises(InputError, match=r"cannot read the settings of the adapter of site 'ink'"):
+        taken(generator)
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from warmfed.config import Config, parse
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.quality import Measuring
 from warmfed.errors import InputError
-from warmfed.files import read_sealed, sweep, write_sealed
+from warmfed.files import read_sealed, sweep, write_sealed, write_whole
 from warmfed.messages import decode, encode
 from warmfed.randomness import named, seeded
 from warmfed.ready import prepare
@@ -337,6 +338,17 @@ def small_disk() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    """Moved into place, a file would take the place of /dev/full or of a pipe that somebody reads."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(InputError, match="it is there and no file; choose another path"):
+            write_whole(tmp_path / name, "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_a_full_disk_changes_nothing(begun: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:

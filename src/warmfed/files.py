@@ -22,10 +22,13 @@ def write_whole(path: Path, content: bytes | str, mode: int = 0o644) -> None:
 
     It is readable by others, where `mode` lets them, only when it is whole.
 
-    Raises `InputError` where the disk is full or the folder cannot be written; what stood at `path` is then untouched.
+    Raises `InputError` where the disk is full, the folder cannot be written, or `path` is a folder or a device; what stood
+    at `path` is then untouched.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = None
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
+        raise InputError(f"cannot write {path}: it is there and no file; choose another path")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)

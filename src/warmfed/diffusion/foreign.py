@@ -87,15 +87,22 @@ def _modules(path: Path, who: str, base: Parts) -> dict[str, dict[str, Tensor]]:
 
     tensors, prefix = lora.opened(path, who), f"{base.family.denoiser}."
     alphas: dict[str, float] = {}
+    told: Any
     if any(name.startswith(_PEFT) for name in tensors):
-        config = path.with_name("adapter_config.json")
-        told = read_json(config, f"the settings of {who}") if config.exists() else {}
+        # without them nobody knows its alpha
+        told = read_json(path.with_name("adapter_config.json"), f"the settings of {who}")
         tensors = {prefix + name.removeprefix(_PEFT): tensor for name, tensor in tensors.items()}
     else:
         with safe_open(path, "pt") as file:
-            kept = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        try:
+            kept = dict(json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{who} ({path}) has settings that are no JSON ({error}); export it again") from error
         told = {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
         tensors, alphas = _diffusers(tensors, base, who, path)
+    if not isinstance(told, dict) or type(told.get("lora_alpha", 1)) not in (int, float):
+        raise InputError(f"{who} ({path}) has settings without a number lora_alpha; export it again")
     readers = sorted({name.split(".")[0] for name in tensors if not name.startswith(prefix)})
     if readers or not tensors:
         what = f"adapts {', '.join(readers)}" if readers else "holds no layers"
