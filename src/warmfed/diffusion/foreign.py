@@ -125,7 +125,7 @@ def _modules(path: Path, who: str, base: Parts) -> dict[str, dict[str, Tensor]]:
         if not {_A, _B} <= parts.keys():
             raise InputError(f"{who} ({path}) lacks A or B of {module!r}; ask for the file again")
         rank = len(parts[_A])
-        alpha = scales.get(module, told.get("lora_alpha", rank))
+        alpha = scales[module] if module in scales else told.get("lora_alpha", rank)
         parts[_B] = parts[_B] * (alpha / (rank**0.5 if told.get("use_rslora") else rank))
     return found
 
