@@ -224,12 +224,19 @@ def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: Pictures, 
     made = [pipeline.fingerprint(tmp_path / f"whole{when}") for when in ("-1", "-5", "")]
     assert made == [pipeline.fingerprint(tmp_path / f"base{when}") for when in ("-1", "-5", "")]
     assert len(set(made)) == 3
+    told = [json.loads((tmp_path / name / "pretraining.json").read_text()) for name in ("whole", "base")]
+    assert told[0].keys() == told[1].keys()  # phases of the first call too
+    assert told[0]["decoder_loss"] == told[1]["decoder_loss"]
     bases = ("whole", "whole-1", "base-5", "base")
     assert len({(tmp_path / name / "classifier.safetensors").read_bytes() for name in bases}) == 1
     before = tiny.digest(tmp_path)
     with pytest.raises(InputError, match="other settings or images"):
         pretrain(replace(settings, steps=7), tmp_path / "other", work=tmp_path / "work", pictures=pets)
     assert tiny.digest(tmp_path) == before
+    phase = tmp_path / "work" / "latents.safetensors"
+    phase.write_bytes(phase.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"latents\.safetensors is damaged .*; remove it, and this phase is done again"):
+        pretrain(settings, tmp_path / "other", work=tmp_path / "work", pictures=pets)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +245,15 @@ def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: Pictures, 
         ({"side": 48}, "side must be 16, 32, 64 or 128"),
         ({"side": 16, "channels": 13}, "has 12 values; set channels"),
         ({"at": (1, 3)}, "at names steps between 0 and 3"),
+        ({"characters": "12a"}, "characters must be digits"),
+        ({"characters": ""}, "characters must be digits"),
+        ({"widths": (20, 32)}, "widths must be multiples of 16"),
+        ({"text_width": 18}, "text_width must be a multiple of 4"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"channels": 0}, "channels must be at least 1"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"dropout": 2.0}, "dropout lies from 0 to 1"),
+        ({"snapshot": -1}, "snapshot are not negative"),
     ],
 )
 def test_settings_that_no_base_can_have(bad: dict[str, Any], words: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -32,8 +33,10 @@ from warmfed.fit import Training, fit
 from warmfed.randomness import named, seeded
 from warmfed.snapshots import Snapshots
 from warmfed.tasks import Classify
-from warmfed.tensors import Table, Tensors, only
+from warmfed.tensors import Table, Tensors, only, under
 
+Phase = tuple[Mapping[str, Tensor], Mapping[str, float]]
+"""What a phase makes, and its figures for `pretraining.json`."""
 LATENT = 8
 """Side of the latents, whatever that of the images."""
 
@@ -98,6 +101,21 @@ class Pretraining:
     """Names all random numbers."""
 
     def __post_init__(self) -> None:
+        counts = (
+            "images", "channels", "decoder_width", "decoder_steps", "decoder_batch", "text_layers", "text_steps", "steps",
+            "batch", "classifier_epochs", "threads",
+        )  # fmt: skip
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not self.characters or not set(self.characters) <= set("0123456789"):
+            raise InputError(f"characters must be digits, as 0123456789; got {self.characters!r}")
+        if not self.widths or any(width < 16 or width % 16 for width in self.widths):
+            raise InputError(f"widths must be multiples of 16; got {list(self.widths)}")
+        if self.text_width < 4 or self.text_width % 4:
+            raise InputError(f"text_width must be a multiple of 4; got {self.text_width}")
+        if not (0 <= self.dropout <= 1 and 0 <= self.ema < 1) or min(self.gamma, self.warmup, self.snapshot) < 0:
+            raise InputError("dropout lies from 0 to 1, ema from 0 to below 1, and gamma, warmup and snapshot are not negative")
         if self.side not in (16, 32, 64, 128):
             raise InputError(f"side must be 16, 32, 64 or 128 pixels; got {self.side}")
         if self.channels > self.patch:
@@ -305,13 +323,17 @@ def _pretrain(
     record: dict[str, Any] = {"pictures": pictures.told} if pictures else {}
     captions = pictures.captions if pictures else digits(settings.characters)
 
-    def render() -> Tensors:
+    def phase(name: str, make: Callable[[], Phase]) -> Tensors:
+        tensors, info = kept(work, name, make)
+        record.update({f"{name}_{key}": value for key, value in info.items()})
+        return tensors
+
+    def render() -> Phase:
         table = drawn(settings.characters, settings.images, named("pretrain", settings.seed, "images"))
         progress("images", settings.images, settings.images)
-        record["render_seconds"] = round(time.time() - begun, 1)
-        return table
+        return table, {"seconds": round(time.time() - begun, 1)}
 
-    images = pictures.table if pictures else kept(work, "images", render)
+    images = pictures.table if pictures else phase("images", render)
     if settings.flip:
         images = mirrored(images)
     with seeded(named("pretrain", settings.seed, "weights")):
@@ -321,14 +343,14 @@ def _pretrain(
     parts.vae.to(device).eval()
     parts.denoiser.to(device)
 
-    def latents() -> Tensors:
+    def latents() -> Phase:
         latent = parts.encode(images["image"])[0].cpu()
         progress("latents", len(latent), len(latent))
-        return {"latent": latent, "label": images["label"]}
+        return {"latent": latent, "label": images["label"]}, {}
 
-    table = kept(work, "latents", latents)
+    table = phase("latents", latents)
 
-    def decoder() -> Tensors:
+    def decoder() -> Phase:
         training = Training(
             optimizer="adamw", lr=settings.decoder_lr, steps=settings.decoder_steps, batch=settings.decoder_batch,
             schedule="cosine", warmup=settings.decoder_steps // 20, clip=1.0, ema=0.99,
@@ -336,26 +358,23 @@ def _pretrain(
         ctx = Central(Decoding(parts.vae, settings.decoder_noise), named("pretrain", settings.seed, "decoder"), device=device)
         start = only(parts.vae.state_dict(), lambda name: name.startswith("decoder."))
         data = {"latent": table["latent"], "image": images["image"]}
-        tensors, info = fit(ctx, start, training, data, watch=lambda step, steps, _: progress("decoder", step, steps))
-        record.update({f"decoder_{name}": value for name, value in info.items()})
-        return tensors
+        return fit(ctx, start, training, data, watch=lambda step, steps, _: progress("decoder", step, steps))
 
-    parts.vae.load_state_dict(dict(kept(work, "decoder", decoder)), strict=False)
+    parts.vae.load_state_dict(dict(phase("decoder", decoder)), strict=False)
     record["seconds_before_denoiser"] = round(time.time() - begun, 1)
 
     texts = ["", *(text for row in captions for text in row)]
     said = torch.tensor([0, *(1 + i for i, row in enumerate(captions) for _ in row)])
 
-    def text_encoder() -> Tensors:
+    def text_encoder() -> Phase:
         reader = Reader(parts.text_encoder, settings.text_width, 1 + len(captions)).to(device)
         training = Training(optimizer="adamw", lr=1e-3, steps=settings.text_steps, batch=64, warmup=20, clip=1.0)
         ctx = Central(Reading(reader), named("pretrain", settings.seed, "text"), device=device)
         tensors, info = fit(ctx, reader.state_dict(), training, {"ids": ids(parts.tokenizer, texts), "label": said})
-        record.update({f"text_{name}": value for name, value in info.items()})
-        return {name.removeprefix("text_encoder."): t for name, t in tensors.items() if name.startswith("text_encoder.")}
+        return under(tensors, "text_encoder."), info
 
     with seeded(named("pretrain", settings.seed, "head")):
-        parts.text_encoder.load_state_dict(dict(kept(work, "text", text_encoder)))
+        parts.text_encoder.load_state_dict(dict(phase("text", text_encoder)))
     parts.text_encoder.eval()
     task = Denoising(parts.denoiser, parts.embed(texts)["prompt"], parts.scheduler.alphas_cumprod, settings, len(captions[0]))
     training = Training(
@@ -383,7 +402,7 @@ def _pretrain(
     unfinished = Snapshots(work / "denoiser.unfinished", settings.snapshot) if work and settings.snapshot else None
     tensors, info = fit(ctx, parts.denoiser.state_dict(), training, table, watch=each, snapshots=unfinished)
     write(out, tensors, denoiser_steps=settings.steps, **info)
-    classifier = kept(work, "classifier", lambda: public_classifier(settings, images, len(captions), progress, device))
+    classifier = phase("classifier", lambda: public_classifier(settings, images, len(captions), progress, device))
     for folder in (*way.values(), out):  # `out` last: with its classifier the base is finished
         write_whole(folder / "classifier.safetensors", save_tensors(dict(classifier)))
     return record
@@ -391,13 +410,13 @@ def _pretrain(
 
 def public_classifier(
     settings: Pretraining, images: Table, classes: int, progress: Callable[[str, int, int], None] = silent, device: str = "cpu"
-) -> Tensors:
+) -> Phase:
     """A classifier trained on the public images."""
     task = Classify((3, settings.side, settings.side), classes, settings.classifier)
     training = Training(lr=0.05, epochs=settings.classifier_epochs, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
     ctx = Central(task, named("pretrain", settings.seed, "classifier"), device=device)
     start = task.init(named("pretrain", settings.seed, "classifier", "start"))
-    return fit(ctx, start, training, images, watch=lambda step, steps, _: progress("classifier", step, steps))[0]
+    return fit(ctx, start, training, images, watch=lambda step, steps, _: progress("classifier", step, steps))
 
 
 def resumable(out: Path, settings: Pretraining) -> bool:
@@ -420,15 +439,24 @@ def _claim(work: Path | None, made_of: Mapping[str, Any]) -> None:
     write_whole(note, text.encode())
 
 
-def kept(work: Path | None, name: str, make: Callable[[], Tensors]) -> Tensors:
-    """What `make` returns, read from the work folder where an earlier call left it."""
+def kept(work: Path | None, name: str, make: Callable[[], Phase]) -> Phase:
+    """What `make` returns, tensors and figures, read from the work folder where an earlier call left it.
+
+    Raises `InputError` where what it left is damaged.
+    """
     path = work and work / f"{name}.safetensors"
     if path and path.exists():
-        return load_file(path)
-    made = make()
+        try:
+            with safe_open(path, "pt") as file:
+                told = json.loads((file.metadata() or {}).get("figures", "{}"))
+            return load_file(path), told
+        except (SafetensorError, ValueError, OSError) as error:
+            raise InputError(f"{path} is damaged ({error}); remove it, and this phase is done again") from error
+    made, told = make()
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".partial")
-        save_file({key: tensor.contiguous() for key, tensor in made.items()}, unfinished)
+        tensors = {key: tensor.contiguous() for key, tensor in made.items()}
+        save_file(tensors, unfinished, {"figures": json.dumps(told)})
         unfinished.replace(path)
-    return made
+    return made, told
