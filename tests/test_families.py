@@ -356,7 +356,7 @@ def test_what_a_base_cannot_draw_by_is_told_before_anything_learns(
     [
         ("sd15", {"sampler": "unipc"}, 0.1, "the sampler unipc cannot take 3 steps from time"),
         ("sd15", {}, 0.9995, "only 1 times are left"),
-        ("sana", {}, 0.1, "cannot take 3 steps from time"),
+        ("sana", {}, 0.1, "needs a diffusion process"),
         ("sd15", {"adapters": {"ink": "ink.safetensors"}}, 0.1, "send latents, not adapters"),
     ],
 )

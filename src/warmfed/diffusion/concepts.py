@@ -18,7 +18,7 @@ from .adapting import Adapting, learn
 from .families import Condition
 from .generator import LatentDiffusion
 from .pipeline import Parts
-from .sampler import timed
+from .sampler import flows, timed
 
 
 class Conceived(nn.Module):
@@ -65,7 +65,7 @@ class Concepts:
         if self.diffusion.adapters:
             raise InputError("FedBiP's sites send latents, not adapters; take generator.adapters out of the configuration")
         noise = self.diffusion.noise()
-        if not hasattr(noise, "alphas_cumprod"):
+        if flows({"_class_name": type(noise).__name__, **noise.config}):
             raise InputError(f"FedBiP needs a diffusion process, and {self.diffusion.base} is a flow; choose another base")
         timed(noise, self.diffusion.sampler, self.diffusion.steps, self.diffusion.spacing, self.begin(noise.alphas_cumprod))
 
