@@ -26,7 +26,7 @@ from warmfed.diffusion import pipeline
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.lessons import pictures
 from warmfed.diffusion.quality import Extractor, distances, neighbourhoods
-from warmfed.files import write_json, write_whole
+from warmfed.files import write_json
 from warmfed.randomness import named
 from warmfed.ready import load_data
 from warmfed.tasks import Classify
@@ -120,7 +120,7 @@ def main() -> None:
             "date": time.strftime("%Y-%m-%d"),
         },
     )
-    write_whole(asked.out.with_suffix(".table.md"), table(rows))
+    print(table(rows))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
