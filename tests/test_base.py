@@ -254,6 +254,8 @@ def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: Pictures, 
         ({"steps": 0}, "steps must be at least 1"),
         ({"dropout": 2.0}, "dropout lies from 0 to 1"),
         ({"snapshot": -1}, "snapshot are not negative"),
+        ({"lr": -1e-3}, "lr and decoder_lr must be above 0"),
+        ({"decoder_noise": float("nan")}, "decoder_noise at least 0"),
     ],
 )
 def test_settings_that_no_base_can_have(bad: dict[str, Any], words: str) -> None:

@@ -44,6 +44,11 @@ def test_a_perfect_and_sure_model() -> None:
     assert found == {"accuracy": 100, "balanced_accuracy": 100, "macro_f1": 100, "ece": 0, "loss": 0, "count": 3}
 
 
+def test_outputs_that_are_not_finite_are_no_guess() -> None:
+    with pytest.raises(InputError, match="outputs are not finite: its training ran away"):
+        measure(torch.tensor([[0.0, float("nan")]]), torch.tensor([0]))
+
+
 def test_pixels_span_minus_one_to_one_and_leave_the_image_alone() -> None:
     image = torch.tensor([0, 51, 255], dtype=torch.uint8)
     assert pixels(image).tolist() == pytest.approx([-1, -0.6, 1])

@@ -222,6 +222,15 @@ def test_predict_without_a_global_model(data: Path, tmp_path: Path, capsys: Any)
     assert "0.png" in said(capsys, "predict", tmp_path / "x", image, "--site", "a")
 
 
+def test_without_flower_no_folder_is_left(data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    words = refused(capsys, "run", "--transport", "flower", "--algorithm", "fedavg", "--set", f"data.source={data}")
+    assert "Flower is not installed here" in words
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_algorithms(capsys: Any) -> None:
     rows = json.loads(said(capsys, "algorithms", "--json"))
     assert [row["name"] for row in rows] == list(ALGORITHMS)
@@ -262,3 +271,24 @@ def test_verify_looks_at_the_models_and_the_version(folder: Path, tmp_path: Path
     summary = json.loads((forged / "summary.json").read_text())
     write_json(forged / "summary.json", summary | {"warmfed": "0.0.7"})
     assert "made by warmfed 0.0.7" in refused(capsys, "verify", forged)
+    del summary["history_sha256"], summary["seed"]
+    write_json(forged / "summary.json", summary)
+    assert "it lacks seed, history_sha256" in refused(capsys, "verify", forged)
+
+
+def test_verify_looks_at_what_was_sent(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    forged = tiny.copy(folder, tmp_path / "run")
+    ledger = [json.loads(line) for line in (forged / "ledger.jsonl").read_text().splitlines()]
+    number, line = next((i, line) for i, line in enumerate(ledger) if line.get("direction") == "up")
+    was, line["bytes"], line["seconds"] = line["bytes"], 1, line["seconds"] + 1  # seconds are never the same
+    write_lines(forged / "ledger.jsonl", ledger)
+    told = said(capsys, "verify", forged, "--quiet", code=1)
+    assert told == f"different: ledger.jsonl, message {number + 1}, bytes: 1 in the folder, {was} now\n"
+    write_lines(forged / "ledger.jsonl", ledger[:-2])
+    assert "ledger.jsonl, message" in said(capsys, "verify", forged, "--quiet", code=1)
+
+
+def test_a_damaged_configuration_of_a_run_is_named(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    forged = tiny.copy(folder, tmp_path / "run")
+    (forged / "config.toml").write_text("sead = 1\n")
+    assert f"{forged / 'config.toml'}: unknown key 'sead'" in refused(capsys, "verify", forged)

@@ -59,6 +59,13 @@ def test_values_of_the_command_line(text: str, value: Any) -> None:
         ("algorithm.name", "fedavgg", "did you mean 'fedavg'"),
         ("algorithm.before", "never", "client, server, none"),
         ("algorithm.local.batch", 0, "at least 1"),
+        ("algorithm.local.lr", -0.1, "lr, weight_decay, clip and warmup must be finite and at least 0"),
+        ("generator.guidance", -1.0, "generator.guidance must be finite and not below zero; got -1.0"),
+        ("generator.guidance", float("nan"), "generator.guidance must be finite and not below zero; got nan"),
+        ("border.norm", float("inf"), "check [border]"),
+        ("border.deadline", 0.0, "deadline must be above 0"),
+        ("generator.size", -1, "generator.size is a number of pixels"),
+        ("generator.adapters", "a.safetensors", "generator.adapters must be a table of settings; got 'a.safetensors'"),
     ],
 )
 def test_faults(key: str, value: Any, words: str) -> None:
@@ -80,6 +87,7 @@ def test_faults(key: str, value: Any, words: str) -> None:
         ({"data.options.alfa": 1.0}, "did you mean 'alpha'"),
         ({"data.options.name": "x"}, "has no option 'name'"),
         ({"data.options.deal": 3}, "deal of data must be a table"),
+        ({"data.options.deal": {"rule": "file"}}, "the deal of data needs path"),
         ({"model.name": "cmn"}, "did you mean 'cnn'"),
         ({"model.start": "/nowhere.safetensors"}, "cannot read the classifier to start from"),
         ({"model.name": "pfllib-cnn", "data.options.alpha": 0.0}, "alpha"),

@@ -204,6 +204,9 @@ def test_a_missing_part_of_a_folder(capsys: pytest.CaptureFixture[str], tmp_path
     code, files = asked(capsys, "doctor", "--json", "--set", f"generator.base={base}")
     missing = [each for each in files if not each["there"]]
     assert [each["what"].partition(": ")[2] for each in missing] == ["vae/diffusion_pytorch_model.safetensors"]
+    adapter = f'generator.adapters={{ink = "{tmp_path / "ink.safetensors"}"}}'
+    code, files = asked(capsys, "doctor", "--json", "--set", adapter)
+    assert (code, [each["what"] for each in files if not each["there"]]) == (2, ["adapter of ink"])
 
 
 # rehearsals

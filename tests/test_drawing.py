@@ -73,6 +73,13 @@ def test_synthesize(folder: Path, tmp_path: Path, capsys: Any) -> None:
         assert picture.size == (3 * side, 2 * side)
     assert main(["synthesize", str(folder), "--label", "nothing", *both]) == 2
     assert "no class 'nothing'" in capsys.readouterr().err
+    for option, place, words in (
+        ("--grid", "a.jpg", "--grid writes a PNG"),
+        ("--out", "", "it is there and no file"),
+        ("--out", "a.png/b.safetensors", "Not a directory"),
+    ):
+        assert main(["synthesize", str(folder), option, str(tmp_path / place)]) == 2
+        assert words in capsys.readouterr().err
     assert main(["synthesize", str(folder)]) == 2
     assert "--grid or --out" in capsys.readouterr().err
     assert main(["predict", str(folder), str(tmp_path / "a.png")]) == 2

@@ -292,6 +292,12 @@ def test_no_rows_are_refused() -> None:
         {"accumulate": 0},
         {"epochs": 0},
         {"steps": -1},
+        {"lr": -0.1},
+        {"lr": float("nan")},
+        {"weight_decay": -1e-4},
+        {"clip": float("inf")},
+        {"momentum": 1.0},
+        {"ema": -0.1},
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict) -> None:

@@ -208,6 +208,9 @@ def test_the_file_is_checked_before_anything_starts(base: str, tmp_path: Path) -
     assert ready() == ready(a=str(tmp_path / "a.safetensors"))
     with pytest.raises(InputError, match="cannot read the adapter of site 'b'"):
         ready(b=str(tmp_path / "nowhere.safetensors"))
+    elsewhere = parse(None, {**settings, "generator.adapters": {"b": str(tmp_path / "nowhere.safetensors")}})
+    with pytest.raises(InputError, match="cannot read the adapter of site 'b'"):
+        prepare(elsewhere, weights=False)  # as a rehearsal does
     with pytest.raises(InputError, match=r"generator\.adapters names the site 'aa'; did you mean 'a'"):
         ready(aa=str(tmp_path / "a.safetensors"))
 

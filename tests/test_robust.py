@@ -10,6 +10,7 @@ from warmfed.config import parse
 from warmfed.core import Reply
 from warmfed.errors import InputError
 from warmfed.randomness import named
+from warmfed.ready import prepare
 
 START = {"w": torch.tensor([0.0, 0.0]), "n": torch.tensor(7)}
 
@@ -82,8 +83,11 @@ def test_a_method_that_does_not_average_has_no_such_setting(name: str) -> None:
 
 
 def test_krum_says_how_many_answers_it_needs() -> None:
-    with pytest.raises(InputError, match="needs 5 answers or more, 4 came"):
+    with pytest.raises(InputError, match="needs 5 answers or more, 4 sites are too few"):
         Robust("krum", faulty=1).combine(START, dict(list(FIVE.items())[:4]))
+    settings = {"algorithm.name": "fedavg", "algorithm.robust.rule": "krum"}
+    with pytest.raises(InputError, match="needs 5 answers or more, 4 sites are too few"):
+        prepare(parse(None, settings))  # digits4 has four
 
 
 @pytest.mark.parametrize("count", [5, 6, 9])

@@ -32,6 +32,7 @@ from warmfed.messages import decode, encode
 from warmfed.randomness import named, seeded
 from warmfed.ready import prepare
 from warmfed.runs import Checkpoint, execute, read_summary, resume
+from warmfed.verify import DifferenceError, verify
 
 with warnings.catch_warnings():
     # diffusers and transformers import modules of their own that are deprecated
@@ -170,6 +171,12 @@ def test_every_process_of_warmfed_is_killed(warm: Config, tmp_path: Path) -> Non
     same(tmp_path / "run", tmp_path / "whole")
     for name in ("adapters/a.safetensors", "synthetic/samples.safetensors", "synthetic/manifest.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for name in ("adapters/a.safetensors", "synthetic/samples.safetensors"):
+        assert verify(tmp_path / "run") == read_summary(tmp_path / "run")["history_sha256"]
+        (tmp_path / "run" / name).write_bytes((tmp_path / "run" / "adapters/b.safetensors").read_bytes())
+        with pytest.raises(DifferenceError, match=f"{name}: missing, or other bytes"):
+            verify(tmp_path / "run")
+        (tmp_path / "run" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
 
 
 def test_the_samples_of_each_adapter_are_measured(warm: Config, tmp_path: Path) -> None:

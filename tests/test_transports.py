@@ -1,6 +1,7 @@
 """Where clients run must not matter; and what a site's memory protects against."""
 
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def test_jobs_are_spread_in_order() -> None:
         assert transport.spread(divmod, [(7, 2), (9, 4)]) == [(3, 1), (2, 1)]
         assert transport.spread(pow, jobs) == [a**b for a, b in jobs]
         assert os.getpid() not in transport.spread(os.getpid, [()])
+
+
+def test_worker_processes_are_not_reached_by_an_interrupt() -> None:
+    """Ctrl-C goes to all processes of a terminal; this one ends the others, and they say nothing meanwhile."""
+    with InProcess(toy.workers(ALGORITHM), processes=2) as transport:
+        assert signal.SIGINT in transport.spread(signal.pthread_sigmask, [(signal.SIG_BLOCK, ())])[0]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_an_error_in_a_worker_process_arrives_as_it_was() -> None:

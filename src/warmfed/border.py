@@ -1,6 +1,7 @@
 """The border: what a reply must be before anything touches it, whatever it came by."""
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -27,6 +28,10 @@ class Border:
     """Who takes part; a run begins when all have come, or after the deadline with `least` of them. Empty: who is there
     when the run begins. Only where the sites are elsewhere."""
 
+    def __post_init__(self) -> None:
+        if not (0 < self.deadline < inf and 0 <= self.norm < inf and min(self.least, self.bytes) >= 0):
+            raise InputError("deadline must be above 0, norm, least and bytes at least 0, and all finite; check [border]")
+
     def needed(self, asked: int) -> int:
         """How many of the sites that were asked must have answered."""
         return min(self.least, asked) if self.least else asked
@@ -48,7 +53,7 @@ class Border:
         return answer
 
     def _refuse(self, reply: Reply, down: Message) -> None:
-        if not 0 <= reply.weight < float("inf"):
+        if not 0 <= reply.weight < inf:
             raise InputError(f"its weight is {reply.weight}")
         came, sent = tensors_of(reply.message), tensors_of(down)
         alike = bool(sent) and kind(type(reply.message)) == kind(type(down))

@@ -25,7 +25,7 @@ from .launch import launch
 from .predict import predict as predict_images
 from .progress import spoken
 from .report.parts import duration
-from .runs import claimed, execute
+from .runs import Watcher, claimed, execute
 from .runs import resume as resume_run
 from .synthesize import synthesize as draw
 from .tables import files_table, rehearsal_facts, rehearsal_table
@@ -44,15 +44,23 @@ def run(asked: Namespace) -> int:
     config = parse(asked.config, settings | {key: value for key, value in own.items() if value is not None})
     if asked.dry_run:
         return _rehearsed(config, asked.json)
-    if asked.transport == "flower":
-        folder = asked.out or claimed(config)
-        return _finished(asked, lambda watcher: launch(config, folder, asked.superlink, watcher))
-    if asked.transport == "flower-simulation":
-        from .simulation import simulate_on_ray
+    if asked.transport == "inprocess":
+        return _finished(asked, lambda watcher: execute(config, asked.out, watcher))
+    folder = asked.out or claimed(config)
+    try:
+        return _finished(asked, lambda watcher: _over_flower(asked, config, folder, watcher))
+    except InputError:
+        if asked.out is None and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
-        folder = asked.out or claimed(config)
-        return _finished(asked, lambda watcher: simulate_on_ray(config, folder, watcher))
-    return _finished(asked, lambda watcher: execute(config, asked.out, watcher))
+
+def _over_flower(asked: Namespace, config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
+    if asked.transport == "flower":
+        return launch(config, folder, asked.superlink, watcher)
+    from .simulation import simulate_on_ray
+
+    return simulate_on_ray(config, folder, watcher)
 
 
 def _rehearsed(config: Config, as_json: bool) -> int:
@@ -202,7 +210,8 @@ def data(asked: Namespace) -> int:
             print(json.dumps({"usable": False, "name": error.name, "faults": list(error.faults)}, indent=1))
         else:
             console().print("\n".join(error.faults), highlight=False, markup=False)
-        raise InputError(f"{error.name} is not usable: {len(error.faults)} faults, listed above") from error
+        many = "1 fault" if len(error.faults) == 1 else f"{len(error.faults)} faults"
+        raise InputError(f"{error.name} is not usable: {many}, listed above") from error
     found = facts(federation, chosen.cache)
     if asked.plot:
         plot(federation, asked.plot)

@@ -1,6 +1,7 @@
 """The configuration of a run: dataclasses, read from TOML and the command line, checked whole before anything starts."""
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -200,7 +201,7 @@ def _fields(cls: Any) -> set[str]:
 
 
 def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[str, ...] = (), base: T | None = None) -> T:
-    """A dataclass from a table, its fields' types checked.
+    """A dataclass from a table, its fields' types checked, and that no real number is negative, infinite or NaN: none may be.
 
     Args:
         path: where the table stands, for errors.
@@ -215,16 +216,20 @@ def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[st
         if key not in fields:
             raise InputError(f"unknown key {where!r}{suggest(key, sorted(fields))}")
         arguments[key] = _typed(fields[key], value, where, getattr(base, key))
-    return dataclasses.replace(base, **arguments)  # type: ignore[type-var]
+    made = dataclasses.replace(base, **arguments)  # type: ignore[type-var]
+    for key, value in arguments.items():  # after the class's own checks, which say more
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not 0 <= number < math.inf for number in numbers):
+            raise InputError(f"{f'{path}.' if path else ''}{key} must be finite and not below zero; got {value!r}")
+    return made
 
 
 def _typed(declared: Any, value: Any, where: str, default: Any) -> Any:
-    if dataclasses.is_dataclass(declared):
+    if dataclasses.is_dataclass(declared) or typing.get_origin(declared) in (Mapping, dict, types.MappingProxyType):
         if not isinstance(value, Mapping):
             raise InputError(f"{where} must be a table of settings; got {value!r}")
-        return construct(typing.cast(type, declared), value, where, base=default)
-    if typing.get_origin(declared) in (Mapping, dict, types.MappingProxyType) and isinstance(value, Mapping):
-        return dict(value)
+        typed = dataclasses.is_dataclass(declared)
+        return construct(typing.cast(type, declared), value, where, base=default) if typed else dict(value)
     if typing.get_origin(declared) is tuple and isinstance(value, list | tuple):
         return tuple(_typed(typing.get_args(declared)[0], item, where, None) for item in value)
     if declared is float and type(value) is int:

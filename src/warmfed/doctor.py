@@ -40,6 +40,8 @@ def _base(config: Config) -> Iterator[File]:
     uses = any(stage.name == "warm" for stage in config.algorithm.stages())
     if uses:
         names[config.generator.base] = None
+        for site, path in config.generator.adapters.items():
+            yield _file(f"adapter of {site}", Path(path), "restore it, or take it out of generator.adapters")
     if config.task == "denoise" and config.denoising.latent:
         names[config.denoising.latent] = None
     for base in names:

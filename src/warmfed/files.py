@@ -41,7 +41,18 @@ def write_whole(path: Path, content: bytes | str, mode: int = 0o644) -> None:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another --out") from error
+        raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from error
+
+
+def writable(path: Path) -> None:
+    """Raise `InputError` now where `write_whole` would, after the work that gives what is to be written there."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"cannot write {path}: it is there and no file; choose another path")
+    try:
+        with tempfile.TemporaryFile(dir=next(above for above in path.absolute().parents if above.exists())):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
 def sweep(folder: Path) -> None:

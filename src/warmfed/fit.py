@@ -88,6 +88,10 @@ class Training:
             raise InputError(
                 "batch, accumulate and epochs must be at least 1, steps and micro at least 0; check the training settings"
             )
+        if not all(0 <= number < math.inf for number in (self.lr, self.weight_decay, self.clip, self.warmup)):
+            raise InputError("lr, weight_decay, clip and warmup must be finite and at least 0; check the training settings")
+        if not (0 <= self.momentum < 1 and 0 <= self.ema < 1):
+            raise InputError("momentum and ema must be at least 0 and below 1; check the training settings")
 
     def count(self, n: int) -> int:
         """Optimizer steps that training on `n` rows takes."""

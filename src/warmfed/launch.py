@@ -64,7 +64,7 @@ def _flwr(*words: str) -> Any:
     """What a command of flwr answers, as JSON."""
     program = shutil.which("flwr", path=str(Path(sys.executable).parent)) or shutil.which("flwr")
     if program is None:
-        raise InputError("Flower is not installed; pip install 'warmfed[flower]'")
+        raise InputError("Flower is not installed here; pip install 'warmfed[flower]', or activate the environment that has it")
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", **os.environ}
     done = subprocess.run([program, *words, "--format", "json"], capture_output=True, text=True, env=quiet)
     try:

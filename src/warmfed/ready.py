@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .algorithms import ALGORITHMS, entry
+from .algorithms.robust import Robust
 from .algorithms.synthetic import WarmStarted
 from .config import TASKS, Config, Data
 from .core import Algorithm, Central, Generator, Task, prompts_of
@@ -124,10 +125,12 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
             f"{config.generator.base} draws images of {side}×{side} pixels, those of {federation.name} have "
             f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side} or generator.size"
         )
+    rule = getattr(config.algorithm, "robust", None)
+    if isinstance(rule, Robust):
+        rule.enough(len(federation.rows))
     if uses:
         drawing(config).able()
-    if uses and weights:
-        _adapters(config, federation)
+        _adapters(config, federation, weights)
     drawn = config.task == "denoise"
     if isinstance(federation, Federation) and (uses or drawn):
         base = (config.denoising.latent or "digits") if drawn else config.generator.base
@@ -148,9 +151,11 @@ def drawing(config: Config) -> Any:
     return config.algorithm.generator(ctx) if isinstance(config.algorithm, WarmStarted) else config.generator
 
 
-def _adapters(config: Config, federation: Federation | Roster) -> None:
-    """Raise `InputError` where an adapter from elsewhere is of no site, cannot be read or does not fit the base."""
+def _adapters(config: Config, federation: Federation | Roster, weights: bool) -> None:
+    """Raise `InputError` where an adapter from elsewhere is of no site, not there or, with `weights`, does not fit."""
     for site in config.generator.adapters:
         if site not in federation.rows:
             raise InputError(f"generator.adapters names the site {site!r}{suggest(site, list(federation.rows))}")
-        drawing(config).imported(site, prompts_of(site, federation.prompts))
+        read_bytes(Path(config.generator.adapters[site]), f"the adapter of site {site!r}")
+        if weights:
+            drawing(config).imported(site, prompts_of(site, federation.prompts))

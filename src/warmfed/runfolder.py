@@ -46,11 +46,17 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
+_TOLD = ("warmfed", "task", "algorithm", "seed", "sites", "classes", "history_sha256", "models_sha256")
+"""What every summary says."""
+
+
 def read_config(folder: Path) -> Config:
     """The configuration of a run folder."""
     data = read_bytes(folder / "config.toml", "the run's configuration (is this a run folder?)")
     try:
         return build(tomllib.loads(data.decode()))
+    except InputError as error:
+        raise InputError(f"{folder / 'config.toml'}: {error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / 'config.toml'} is damaged ({error}); restore it or start the run anew") from error
 
@@ -61,8 +67,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not path.exists() and (folder / "config.toml").exists():
         raise InputError(f"the run in {folder} has not finished; `warmfed resume {folder}` finishes it")
     summary = read_json(path, "the run's summary (is this a run folder?)")
-    if not isinstance(summary, dict):
-        raise InputError(f"{path} is damaged (it is no table); restore it or start the run anew")
+    lacking = [name for name in _TOLD if name not in summary] if isinstance(summary, dict) else [*_TOLD]
+    if lacking:
+        raise InputError(f"{path} is damaged (it lacks {', '.join(lacking)}); restore it or start the run anew")
     return summary
 
 

@@ -13,7 +13,7 @@ from .core import Central, prompts_of
 from .diffusion import adapter as lora
 from .diffusion.denoise import Denoise
 from .errors import InputError, suggest
-from .files import write_whole
+from .files import writable, write_whole
 from .panel import grid
 from .predict import described, released
 from .randomness import named
@@ -53,6 +53,11 @@ def synthesize(
     wanted = [_label(name, classes) for name in labels] or list(range(len(classes)))
     if count < 1 or (picture is None and out is None):
         raise InputError("count must be at least 1, and --grid or --out must say where the images go")
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise InputError(f"--grid writes a PNG; got {picture}")
+    for path in (picture, out):
+        if path is not None:
+            writable(path)
     label = torch.tensor(wanted).repeat_interleave(count)
     ctx = Central(None, named(seed, "synthesize", site), device=config.device, progress=progress)
     if config.task == "denoise":
@@ -90,7 +95,8 @@ def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor
     sites = sorted({name.removesuffix(kinds[0]).removesuffix(kinds[1]) for name in files if not name.endswith(".concepts")})
     if not sites:
         raise InputError(
-            f"the run in {folder} has no generator: {config.name} keeps no adapters and learned no diffusion model"
+            f"the run in {folder} has no generator: {config.name} keeps no adapters and learned no diffusion model, or "
+            f"{folder / 'adapters'} was emptied since"
         )
     if site and site not in sites:
         raise InputError(f"the run has no adapter of site {site!r}{suggest(site, sites)}")

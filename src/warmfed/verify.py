@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def verify(folder: Path, watcher: Watcher | None = None, workers: int = 0) -> st
         workers: of the rerun; 0: as many as the configuration says. It cannot change the result.
 
     Raises:
-        DifferenceError: the first record and field, or the model, that differs, with both values.
+        DifferenceError: the first record and field, model, message, adapter or file of samples that differs.
         InputError: no finished run, another version, or its data or base is no longer there.
     """
     summary, config = read_summary(folder), read_config(folder)
@@ -91,10 +92,29 @@ def verify(folder: Path, watcher: Watcher | None = None, workers: int = 0) -> st
             raise DifferenceError(f"{what}: {was} in the folder, {now} now")
     with tempfile.TemporaryDirectory(prefix="warmfed-verify-") as temporary:
         again = execute(config, Path(temporary) / "run", _Compare(records, watcher or Watcher()))
-    found = first_difference(models, again["models_sha256"])
-    if found:
-        raise DifferenceError(f"model {found[0]}: {found[1]} in the folder, {found[2]} now")
+        found = first_difference(models, again["models_sha256"])
+        if found:
+            raise DifferenceError(f"model {found[0]}: {found[1]} in the folder, {found[2]} now")
+        _compare_sent(folder, Path(temporary) / "run")
     return str(again["history_sha256"])
+
+
+def _compare_sent(folder: Path, again: Path) -> None:
+    """Raise `DifferenceError` where the ledger, an adapter or samples drawn from one differ from the rerun's."""
+    lines = zip_longest(*(_messages(run) for run in (folder, again)), fillvalue="nothing")
+    for number, (kept, now) in enumerate(lines, 1):
+        found = first_difference(kept, now)
+        if found:
+            raise DifferenceError(f"ledger.jsonl, message {number}, {found[0]}: {found[1]} in the folder, {found[2]} now")
+    for path in (path for part in ("adapters", "synthetic") for path in sorted((again / part).glob("*.*"))):
+        name = path.relative_to(again)
+        if not (folder / name).is_file() or (folder / name).read_bytes() != path.read_bytes():
+            raise DifferenceError(f"{name}: missing, or other bytes than the run gives now; it has changed since")
+
+
+def _messages(run: Path) -> list[dict[str, Any]]:
+    """What a run's ledger says of each message, without how long it took."""
+    return [results(line) for line in read_lines(run / "ledger.jsonl", "the run's ledger") if "sha256" in line]
 
 
 def _model_sha256(path: Path) -> str:

@@ -40,6 +40,15 @@ class Robust:
         if not 0 <= self.trim < 0.5 or self.faulty < 0 or self.chosen < 1 or self.clip < 0:
             raise InputError("trim from 0 to below 0.5, faulty and clip from 0 and chosen from 1 were expected")
 
+    def enough(self, answers: int) -> None:
+        """Raise `InputError` where the rule cannot combine so few answers."""
+        needed = max(2 * self.faulty + 3, self.faulty + self.chosen)
+        if self.rule == "krum" and answers < needed:
+            raise InputError(
+                f"Krum against {self.faulty} faulty sites that averages {self.chosen} needs {needed} answers or more, "
+                f"{answers} sites are too few; set robust.faulty or robust.chosen lower"
+            )
+
     def combine(self, start: Tensors, replies: Replies) -> Tensors:
         """The next model, of the replies' models; `start` is what the sites were sent."""
         models = {site: self._clipped(reply.message.model, start) for site, reply in replies.items()}
@@ -69,12 +78,8 @@ class Robust:
 
     def _selected(self, models: dict[str, Tensors]) -> list[str]:
         """The sites of the m lowest scores, a score being the sum of squared distances to the n - f - 2 nearest others."""
+        self.enough(len(models))
         sites, near = sorted(models), len(models) - self.faulty - 2
-        if len(models) < 2 * self.faulty + 3 or self.chosen > len(models) - self.faulty:
-            raise InputError(
-                f"Krum against {self.faulty} faulty sites that averages {self.chosen} needs {2 * self.faulty + 3} answers "
-                f"or more, {len(models)} came; set robust.faulty or robust.chosen lower"
-            )
         points = [flat(models[site]) for site in sites]
         scores = {}
         for i, site in enumerate(sites):

@@ -129,6 +129,8 @@ class Deal:
             raise InputError(f"there is no rule {self.rule!r} to deal by{suggest(self.rule, rules)}")
         if not self.sites and self.rule not in ("flwr", "file"):
             raise InputError("the deal of data needs sites: how many there shall be")
+        if self.rule == "file" and not self.path:
+            raise InputError("the deal of data needs path: the file that `warmfed data --save` wrote")
 
     def parts(self, labels: NDArray[Any], columns: Mapping[str, NDArray[Any]] | None = None) -> list[Ints]:
         """Row numbers of each new site. `columns`: what a partitioner of flwr-datasets may go by, beside "label"."""

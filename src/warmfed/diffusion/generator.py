@@ -78,6 +78,8 @@ class LatentDiffusion:
             raise InputError(f"generator.interval must be two shares in order, as [0.2, 0.8]; got {list(self.interval)}")
         if min(self.rank, self.views, self.steps, self.batch) < 1:
             raise InputError("rank, views, steps and batch of the generator must be at least 1; check [generator]")
+        if self.size < 0:
+            raise InputError(f"generator.size is a number of pixels, or 0 for what the base was made for; got {self.size}")
         if self.gamma < 0 or not 0 <= self.dropout <= 1:
             raise InputError("generator.gamma must be at least 0 and generator.dropout from 0 to 1; check [generator]")
         if self.sampler == "lcm" and self.spacing:

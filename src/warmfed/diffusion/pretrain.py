@@ -7,6 +7,7 @@ classifier-free guidance.
 """
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -116,6 +117,8 @@ class Pretraining:
             raise InputError(f"text_width must be a multiple of 4; got {self.text_width}")
         if not (0 <= self.dropout <= 1 and 0 <= self.ema < 1) or min(self.gamma, self.warmup, self.snapshot) < 0:
             raise InputError("dropout lies from 0 to 1, ema from 0 to below 1, and gamma, warmup and snapshot are not negative")
+        if not all(0 < rate < math.inf for rate in (self.lr, self.decoder_lr)) or not 0 <= self.decoder_noise < math.inf:
+            raise InputError("lr and decoder_lr must be above 0, decoder_noise at least 0, and all finite")
         if self.side not in (16, 32, 64, 128):
             raise InputError(f"side must be 16, 32, 64 or 128 pixels; got {self.side}")
         if self.channels > self.patch:

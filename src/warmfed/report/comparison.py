@@ -259,7 +259,8 @@ def _leaders(compare: Mapping[str, Any]) -> list[dict[str, Any]]:
         best = ranked[0]
         facts = [("worst site", percent(best.get(f"{kind}_worst_mean")))]
         if len(ranked) > 1:
-            facts.append((f"ahead of {ranked[1]['algorithm']} by", f"{number(best[key] - ranked[1][key])} points"))
+            ahead, second = number(best[key] - ranked[1][key]), ranked[1]["algorithm"]
+            facts.append((f"ahead of {second} by", f"{ahead} points") if ahead != number(0.0) else ("level with", second))
         facts += [(f"{row['algorithm']} (reference)", percent(row[key])) for row in references if _known(row.get(key))]
         shown.append(
             {"kind": kind, "title": f"{title}: {best['algorithm']}", "what": what, "value": number(best[key]), "facts": facts}

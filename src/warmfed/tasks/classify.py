@@ -151,6 +151,8 @@ def measure(logits: Tensor, label: Tensor) -> dict[str, float]:
 
     Balanced accuracy and macro-F1 are means over the classes that occur (scikit-learn's definitions, for labels that occur).
     """
+    if not logits.isfinite().all():
+        raise InputError("the model's outputs are not finite: its training ran away; set a lower learning rate")
     probability, guess = logits.double().softmax(-1).max(-1)
     right = (guess == label).double()
     classes = logits.shape[-1]

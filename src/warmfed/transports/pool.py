@@ -41,7 +41,7 @@ class Pool:
         self._reader.start()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        with death_told():
+        with death_told(), _undisturbed():  # the first job starts the processes
             return self._executor.submit(function, *arguments)
 
     def map(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], done: Callable[[int, int], None]) -> list[Any]:
@@ -82,6 +82,19 @@ class Pool:
                     report(*event)
                 except OSError:
                     report = None  # nobody reads our output any more; the workers must not wait for a reader
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Processes that start within this context are not reached by Ctrl-C, not even while they import."""
+    if os.name != "posix":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
