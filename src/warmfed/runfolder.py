@@ -46,8 +46,9 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-_TOLD = ("warmfed", "task", "algorithm", "seed", "sites", "classes", "history_sha256", "models_sha256")
-"""What every summary says."""
+_TOLD = ("warmfed", "algorithm", "seed", "classes", "models_sha256")
+_OF_A_RUN = ("task", "sites", "seconds", "history_sha256")
+"""What every summary says, and that of a run beside it: `personalize` has none of these."""
 
 
 def read_config(folder: Path) -> Config:
@@ -67,10 +68,11 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not path.exists() and (folder / "config.toml").exists():
         raise InputError(f"the run in {folder} has not finished; `warmfed resume {folder}` finishes it")
     summary = read_json(path, "the run's summary (is this a run folder?)")
-    lacking = [name for name in _TOLD if name not in summary] if isinstance(summary, dict) else [*_TOLD]
+    found = summary if isinstance(summary, dict) else {}
+    lacking = [name for name in (_TOLD if "site" in found else _TOLD + _OF_A_RUN) if name not in found]
     if lacking:
         raise InputError(f"{path} is damaged (it lacks {', '.join(lacking)}); restore it or start the run anew")
-    return summary
+    return found
 
 
 def write_model(path: Path, model: Tensors) -> None:
