@@ -7,9 +7,11 @@ gradient clipped. Its data loader, which decodes and crops pictures, is left out
 Seconds are those of the processor, by one thread, so that other work on the machine counts little. Memory is looked at from
 outside, ten times a second: peaks are short.
 
-    python benchmarks/lora_speed.py [--repeats 3] [--large 64 128] [--out benchmarks/results/lora_speed.json]
+    python benchmarks/lora_speed.py [--repeats 3] [--large 64 128] [--dtypes fp32 bf16] [--out FILE.json]
 
 `--large`: sides in pixels for a U-Net of Stable Diffusion 1.5's size with random weights, its text encoder and autoencoder.
+bf16 is the script's `--mixed_precision bf16` (frozen weights in 16 bits, layers in 32, the U-Net under autocast), and our
+`dtype` and `training.precision`.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from warmfed.diffusion import pipeline
 from warmfed.diffusion.adapting import latents
 from warmfed.diffusion.estimate import plan
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.files import write_json
+from warmfed.files import read_json, write_json
 from warmfed.fit import Training
 from warmfed.memory import Meter, now
 from warmfed.randomness import named, seeded
@@ -80,20 +82,22 @@ def pictures(count: int, side: int) -> dict[str, torch.Tensor]:
     return {"image": image, "label": torch.arange(count) % len(PROMPTS)}
 
 
-def script(base: str, table: dict[str, torch.Tensor], batch: int, steps: int) -> float:
-    """Seconds of a step of the script's loop, without the first one."""
+def script(base: str, table: dict[str, torch.Tensor], batch: int, steps: int, dtype: str) -> float:
+    """Seconds of a step of the script's loop, without the first one; with bf16 as under `--mixed_precision bf16`."""
+    kind = pipeline.DTYPES[dtype]
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipeline.find(base), local_files_only=True)
     unet, vae, text, words = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
     noise_scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     for model in (unet, vae, text):
-        model.requires_grad_(False)
+        model.requires_grad_(False).to(dtype=kind)
     unet.add_adapter(
         LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"])
     )
+    diffusers.training_utils.cast_training_params(unet, dtype=torch.float32)
     layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(layers, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-08)
     rate = diffusers.optimization.get_scheduler("constant", optimizer=optimizer)
-    pixel_values = table["image"].float().div(127.5).sub(1)
+    pixel_values = table["image"].float().div(127.5).sub(1).to(kind)
     ids = words(
         [PROMPTS[label] for label in table["label"]],
         max_length=words.model_max_length, padding="max_length", truncation=True, return_tensors="pt",
@@ -115,7 +119,8 @@ def script(base: str, table: dict[str, torch.Tensor], batch: int, steps: int) ->
             target = noise
         else:
             target = noise_scheduler.get_velocity(sample, noise, timesteps)
-        predicted = unet(noisy, timesteps, states, return_dict=False)[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            predicted = unet(noisy, timesteps, states, return_dict=False)[0]
         F.mse_loss(predicted.float(), target.float(), reduction="mean").backward()
         torch.nn.utils.clip_grad_norm_(layers, 1.0)
         optimizer.step()
@@ -124,15 +129,15 @@ def script(base: str, table: dict[str, torch.Tensor], batch: int, steps: int) ->
     return (time.process_time() - began) / steps
 
 
-def generator(base: str, side: int, batch: int, steps: int) -> LatentDiffusion:
-    training = Training(optimizer="adamw", lr=1e-4, weight_decay=1e-2, steps=steps, batch=batch, clip=1.0)
-    return LatentDiffusion(base, size=side, rank=4, targets="attention", prompts=False, views=1, training=training)
+def generator(base: str, side: int, batch: int, steps: int, dtype: str = "fp32") -> LatentDiffusion:
+    training = Training(optimizer="adamw", lr=1e-4, weight_decay=1e-2, steps=steps, batch=batch, clip=1.0, precision=dtype)
+    return LatentDiffusion(base, size=side, rank=4, targets="attention", prompts=False, views=1, training=training, dtype=dtype)
 
 
-def ours(base: str, table: dict[str, torch.Tensor], batch: int, steps: int) -> dict[str, float]:
+def ours(base: str, table: dict[str, torch.Tensor], batch: int, steps: int, dtype: str) -> dict[str, float]:
     """Seconds of a step, without the first one; and of encoding one image, which is done once."""
     marks: list[float] = []
-    learner = generator(base, table["image"].shape[-1], batch, steps + 1)
+    learner = generator(base, table["image"].shape[-1], batch, steps + 1, dtype)
     ctx = Local(None, {"train": table}, named("ours"), "a", PROMPTS, progress=lambda *_: marks.append(time.process_time()))
     parts = learner._parts("cpu")
     began = time.process_time()
@@ -142,27 +147,27 @@ def ours(base: str, table: dict[str, torch.Tensor], batch: int, steps: int) -> d
     return {"step": (marks[-1] - marks[0]) / steps, "encoding": encoding}
 
 
-def measured(arm: str, base: str, side: int, batch: int, steps: int, images: int) -> dict[str, float]:
+def measured(arm: str, base: str, dtype: str, side: int, batch: int, steps: int, images: int) -> dict[str, float]:
     """One arm in this process, and what memory it had after its imports: the libraries, which both import alike."""
     table, before = pictures(images, side), now()
-    result = ours(base, table, batch, steps) if arm == "ours" else {"step": script(base, table, batch, steps)}
+    result = ours(base, table, batch, steps, dtype) if arm == "ours" else {"step": script(base, table, batch, steps, dtype)}
     return {**result, "libraries_mb": before}
 
 
-def compared(base: str, side: int, batch: int, steps: int, images: int, repeats: int) -> dict[str, Any]:
+def compared(base: str, side: int, batch: int, steps: int, images: int, repeats: int, dtype: str = "fp32") -> dict[str, Any]:
     """Both arms in turn, each in a process of its own."""
     found: dict[str, list[dict[str, float]]] = {"script": [], "ours": []}
     for _ in range(repeats):
         for arm, seen in found.items():
-            command = [sys.executable, __file__, "--arm", arm, base, *map(str, (side, batch, steps, images))]
+            command = [sys.executable, __file__, "--arm", arm, base, dtype, *map(str, (side, batch, steps, images))]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, Meter(process.pid, 0.1) as meter:
                 result = json.loads(process.stdout.read().splitlines()[-1])
                 seen.append({**result, "peak_mb": meter.lap() - result["libraries_mb"]})
-            print(base, side, arm, seen[-1], flush=True)
+            print(base, dtype, side, arm, seen[-1], flush=True)
     step = {arm: statistics.median(each["step"] for each in seen) for arm, seen in found.items()}
     encoding = statistics.median(each["encoding"] for each in found["ours"])
     return {
-        "side": side, "batch": batch, "steps": steps,
+        "dtype": dtype, "side": side, "batch": batch, "steps": steps,
         "images_per_second": {arm: batch / seconds for arm, seconds in step.items()},
         "with_encoding_over_12_epochs": batch / (step["ours"] + batch * encoding / 12),
         "speedup": step["script"] / step["ours"],
@@ -229,28 +234,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--large", type=int, nargs="*", default=[64, 128])
+    parser.add_argument("--dtypes", nargs="*", choices=("fp32", "bf16"), default=["fp32"])
+    parser.add_argument("--only-large", action="store_true", help="leave what else --out holds as it is")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--arm", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--arm", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
     pipeline.quiet()
     warnings.simplefilter("ignore")  # diffusers and transformers tell of modules and settings of their own
     torch.set_num_threads(1)
     if args.arm:
-        arm, base, *numbers = args.arm
+        arm, base, dtype, *numbers = args.arm
         side, batch, steps, images = map(int, numbers)
-        print(json.dumps(measured(arm, base, side, batch, steps, images)))
+        print(json.dumps(measured(arm, base, dtype, side, batch, steps, images)))
         return
-    result: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"}
+    result: dict[str, Any] = read_json(args.out, "the figures") if args.only_large else {}
 
     def told(name: str, value: Any) -> None:
         result[name] = value
         if args.out:
             write_json(args.out, result)
 
+    told("machine", f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         if args.large:
             large(Path(folder) / "sd15")
-        told("sd15", [compared(str(Path(folder) / "sd15"), side, 1, 3, 4, 1) for side in args.large])
+        for dtype in args.dtypes:
+            name = "sd15" if dtype == "fp32" else f"sd15_{dtype}"
+            told(name, [compared(str(Path(folder) / "sd15"), side, 1, 3, 4, 1, dtype) for side in args.large])
+    if args.only_large:
+        return
     told("tiny", compared("digits", 32, 32, 30, 256, args.repeats))
     told("sd15_by_count_512", list(by_count(512)))
     options: dict[str, dict[str, float]] = {}

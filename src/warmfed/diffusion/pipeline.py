@@ -288,7 +288,9 @@ def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
     index = json_of(folder / "model_index.json")
     kind, held = family(index["_class_name"]), files(base)
     loaded: dict[str, Any] = {}
-    for part in kind.parts:
+    size = {part: sum(path.stat().st_size for name, path in held.items() if name.startswith(f"{part}/")) for part in kind.parts}
+    # the largest first: where another type is asked for, the file's is in memory until all of it has been turned
+    for part in sorted(kind.parts, key=lambda part: -size[part]):
         library, name = index.get(part) or ("", "")
         options: dict[str, Any] = {"local_files_only": True}
         if part in kind.models:
@@ -324,13 +326,15 @@ def _check_finite(path: Path, dtype: torch.dtype) -> None:
     """Raise `InputError` where a weight is not finite in this type.
 
     The file is read apart from the network that maps it, or else the halves of an autoencoder that nobody needs would stay in
-    memory.
+    memory; and mapped anew for each weight, or else all that was read would stay there until the end.
     """
     with safe_open(path, "pt") as weights:
-        for name in sorted(weights.keys()):
+        names = sorted(weights.keys())
+    for name in names:
+        with safe_open(path, "pt") as weights:
             tensor = weights.get_tensor(name)
-            if not finite(tensor.to(dtype) if tensor.is_floating_point() else tensor):
-                raise InputError(f"{path}: {name} is not finite; save or download the pipeline again")
+        if not finite(tensor.to(dtype) if tensor.is_floating_point() else tensor):
+            raise InputError(f"{path}: {name} is not finite; save or download the pipeline again")
 
 
 def assemble(kind: Family, loaded: Mapping[str, Any], index: Mapping[str, Any]) -> Parts:
