@@ -239,6 +239,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--arm", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.only_large and not args.out:
+        parser.error("--only-large adds to the figures that --out holds; name it")
     pipeline.quiet()
     warnings.simplefilter("ignore")  # diffusers and transformers tell of modules and settings of their own
     torch.set_num_threads(1)

@@ -32,6 +32,8 @@ WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 _WANTED = "--include '*.json' --include '*/*.txt' --include '*/*.model' --include '*/*.safetensors' --exclude '*.fp16.*'"
 _SMALL = 2**28
 """Bytes of a network up to which its convolutions get the layout that they like best."""
+_READ = 2**26
+"""Bytes of a mapped file that are looked at before it is mapped anew."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
@@ -326,15 +328,18 @@ def _check_finite(path: Path, dtype: torch.dtype) -> None:
     """Raise `InputError` where a weight is not finite in this type.
 
     The file is read apart from the network that maps it, or else the halves of an autoencoder that nobody needs would stay in
-    memory; and mapped anew for each weight, or else all that was read would stay there until the end.
+    memory; and mapped anew after every `_READ` bytes, or else all that was read would stay there until the end.
     """
     with safe_open(path, "pt") as weights:
-        names = sorted(weights.keys())
-    for name in names:
+        left = sorted(weights.keys(), reverse=True)
+    while left:
         with safe_open(path, "pt") as weights:
-            tensor = weights.get_tensor(name)
-        if not finite(tensor.to(dtype) if tensor.is_floating_point() else tensor):
-            raise InputError(f"{path}: {name} is not finite; save or download the pipeline again")
+            read = 0
+            while left and read < _READ:
+                tensor = weights.get_tensor(name := left.pop())
+                if not finite(tensor.to(dtype) if tensor.is_floating_point() else tensor):
+                    raise InputError(f"{path}: {name} is not finite; save or download the pipeline again")
+                read += tensor.nbytes
 
 
 def assemble(kind: Family, loaded: Mapping[str, Any], index: Mapping[str, Any]) -> Parts:
