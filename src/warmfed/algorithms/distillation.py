@@ -1,6 +1,6 @@
 """Self-distillation from a site's own past models: static (pFedSD) and dynamic (WarmFed)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from ..core import Central, Local
 from ..fit import Training, fit
 from ..randomness import seeded
-from ..tensors import Table, Tensors, prefixed, rows, under
+from ..tensors import Table, Tensors, prefixed, rows, select, to, under
+
+_AT_ONCE = 64
+"""Rows that a frozen model is asked about at a time."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,31 @@ def frozen(ctx: Local | Central, tensors: Tensors) -> nn.Module:
     return model.to(ctx.device)
 
 
+def answered(ctx: Local, ask: Callable[[nn.Module, Table], Tensor], tensors: Tensors, data: Table) -> Tensor:
+    """What the task's model with these weights says of each row, as `ctx.task.logits` or `.embed`; float [n, …].
+
+    Asked once: while another model learns from it, it does not change, and no row does.
+    """
+    model = frozen(ctx, tensors)
+    with torch.no_grad():
+        parts = (to(select(data, slice(begin, begin + _AT_ONCE)), ctx.device) for begin in range(0, rows(data), _AT_ONCE))
+        return torch.cat([ask(model, part).cpu() for part in parts])
+
+
 def distilled(
     ctx: Local, start: Tensors, training: Training, teacher: Tensors | None, settings: Distillation
 ) -> tuple[Tensors, dict[str, float]]:
     """Train from `start` on the site's rows with cross-entropy and one teacher's logits (pFedSD); None: cross-entropy alone."""
+    data = ctx.data["train"]
     if teacher is None or settings.weight == 0:
-        return fit(ctx, start, training, ctx.data["train"])
-    model = frozen(ctx, teacher)
+        return fit(ctx, start, training, data)
 
     def loss(student: nn.Module, batch: Table) -> Tensor:
         logits = ctx.task.logits(student, batch)
-        with torch.no_grad():
-            wanted = ctx.task.logits(model, batch)
-        return F.cross_entropy(logits, batch["label"]) + settings.weight * divergence(logits, wanted, settings.temperature)
+        far = divergence(logits, batch["wanted"], settings.temperature)
+        return F.cross_entropy(logits, batch["label"]) + settings.weight * far
 
-    return fit(ctx, start, training, ctx.data["train"], loss=loss)
+    return fit(ctx, start, training, {**data, "wanted": answered(ctx, ctx.task.logits, teacher, data)}, loss=loss)
 
 
 class _Pair(nn.Module):
@@ -77,9 +90,8 @@ class _Pair(nn.Module):
 class _Selecting:
     """The task of dynamic self-distillation: a selector picks, for each row, the past model whose logits teach."""
 
-    def __init__(self, ctx: Local, teachers: Sequence[Tensors], settings: Distillation, done: int, planned: int) -> None:
-        self.task, self.settings, self.done, self.planned = ctx.task, settings, done, max(planned, 1)
-        self.teachers = [frozen(ctx, teacher) for teacher in teachers]
+    def __init__(self, task: Any, teachers: int, settings: Distillation, done: int, planned: int) -> None:
+        self.task, self.teachers, self.settings, self.done, self.planned = task, teachers, settings, done, max(planned, 1)
         self.seen: list[dict[str, Tensor]] = []
 
     def stepped(self, step: int, steps: int, tensors: object) -> None:
@@ -88,12 +100,12 @@ class _Selecting:
 
     def noised(self, batch: Table) -> Table:
         """The batch with a Gumbel variable for each row and teacher."""
-        shape = rows(batch), len(self.teachers)
+        shape = rows(batch), self.teachers
         return {**batch, "gumbel": -torch.empty(shape, device=batch["label"].device).exponential_().log()}
 
     def selector(self) -> nn.Module:
-        inputs, hidden = len(self.teachers) * self.task.classes, self.settings.hidden
-        return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, len(self.teachers)))
+        inputs, hidden = self.teachers * self.task.classes, self.settings.hidden
+        return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, self.teachers))
 
     def build(self) -> nn.Module:
         return _Pair(self.task.build(), self.selector())
@@ -103,8 +115,7 @@ class _Selecting:
         return self.settings.tau_first * (self.settings.tau_last / self.settings.tau_first) ** share  # τ_t
 
     def loss(self, model: Any, batch: Table) -> Tensor:
-        with torch.no_grad():
-            pool = torch.stack([self.task.logits(teacher, batch) for teacher in self.teachers], 1)  # z^(1), z^(2)
+        pool = batch["pool"]  # z^(1), z^(2)
         # probabilities, not logits: their range does not grow with the rounds
         score = model.selector(pool.softmax(-1).flatten(1))  # s_i
         soft = ((score + batch["gumbel"]) / self.tau()).softmax(-1)
@@ -150,10 +161,13 @@ def dynamic(
     Returns:
         The student, the selector, and their metrics.
     """
-    task = _Selecting(ctx, teachers, settings, done, planned)
+    data = ctx.data["train"]
+    pool = torch.stack([answered(ctx, ctx.task.logits, teacher, data) for teacher in teachers], 1)
+    task = _Selecting(ctx.task, len(teachers), settings, done, planned)
     if selector is None:
         with seeded(ctx.rng):
             selector = {name: value.detach().clone() for name, value in task.selector().state_dict().items()}
     pair = prefixed(start, "student.") | prefixed(selector, "selector.")
-    tensors, info = fit(replace(ctx, task=task), pair, training, ctx.data["train"], watch=task.stepped, draw=task.noised)
+    table = {**data, "pool": pool}
+    tensors, info = fit(replace(ctx, task=task), pair, training, table, watch=task.stepped, draw=task.noised)
     return under(tensors, "student."), under(tensors, "selector."), info | task.metrics()

@@ -11,19 +11,19 @@ reaches it only by D, or as the global one, where D is a proximal term on featur
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Local, Reply, State
 from ..errors import one_of
-from ..fit import Loss, Training, fit
+from ..fit import Training, fit
 from ..messages import Message
-from ..tensors import Table, Tensors, only
+from ..tensors import Table, only
 from .averaging import Model, SplitByName, upload
-from .distillation import divergence, frozen
+from .distillation import answered, divergence
 
 
 def distance(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:
@@ -62,20 +62,15 @@ class FedBSD(SplitByName):
         mine, shared, data = self.mine(ctx.task), self.shared(ctx.task), ctx.data["train"]
         teacher, info = fit(ctx, {**state.model, **down.model}, self.head, data, trainable=mine)
         student = {**teacher, **only(state.model, shared)} if self.start == "own" else teacher
-        model, metrics = fit(ctx, student, self.local, data, loss=self.taught(ctx, teacher), trainable=shared)
+        if self.weight == 0:
+            model, metrics = fit(ctx, student, self.local, data, trainable=shared)
+        else:
+            data = {**data, "wanted": answered(ctx, ctx.task.embed, teacher, data)}  # φ(x; θ̄)
+            model, metrics = fit(ctx, student, self.local, data, loss=partial(self.taught, ctx), trainable=shared)
         return upload(only(model, shared), Model(model), ctx, {**metrics, "head_loss": info["loss"]})
 
-    def taught(self, ctx: Local, teacher: Tensors) -> Loss | None:
-        """Cross-entropy + λ·D; None: cross-entropy alone."""
-        if self.weight == 0:
-            return None
-        model = frozen(ctx, teacher)
-
-        def loss(student: nn.Module, batch: Table) -> Tensor:
-            features = ctx.task.embed(student, batch)  # φ(x; θ)
-            with torch.no_grad():
-                wanted = ctx.task.embed(model, batch)  # φ(x; θ̄)
-            far = distance(features, wanted, self.distance, self.temperature)
-            return F.cross_entropy(student.get_submodule("head")(features), batch["label"]) + self.weight * far
-
-        return loss
+    def taught(self, ctx: Local, student: nn.Module, batch: Table) -> Tensor:
+        """Cross-entropy + λ·D."""
+        features = ctx.task.embed(student, batch)  # φ(x; θ)
+        far = distance(features, batch["wanted"], self.distance, self.temperature)
+        return F.cross_entropy(student.get_submodule("head")(features), batch["label"]) + self.weight * far

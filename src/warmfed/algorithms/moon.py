@@ -5,6 +5,7 @@ asked before has no previous model, and no contrast yet.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -12,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Local, Reply, State
-from ..fit import Loss, fit
+from ..fit import fit
 from ..messages import Message
-from ..tensors import Table, Tensors
+from ..tensors import Table
 from .averaging import Averaging, Personal, upload
-from .distillation import frozen
+from .distillation import answered
 
 
 def contrast(now: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tensor:
@@ -39,19 +40,18 @@ class MOON(Averaging):
         return Personal(None)
 
     def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        loss = self.contrasted(ctx, down.model, state.model) if self.mu and state.model is not None else None
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"], loss=loss)
+        data = dict(ctx.data["train"])
+        if not self.mu or state.model is None:
+            model, metrics = fit(ctx, down.model, self.local, data)
+        else:
+            data["near"] = answered(ctx, ctx.task.embed, down.model, data)  # z_glob
+            data["far"] = answered(ctx, ctx.task.embed, state.model, data)  # z_prev
+            model, metrics = fit(ctx, down.model, self.local, data, loss=partial(self.contrasted, ctx))
         return upload(model, Personal(model), ctx, metrics)
 
-    def contrasted(self, ctx: Local, shared: Tensors, last: Tensors) -> Loss:
+    def contrasted(self, ctx: Local, model: nn.Module, batch: Table) -> Tensor:
         """Cross-entropy + μ·ℓ_con."""
-        others = frozen(ctx, shared), frozen(ctx, last)
-
-        def loss(model: nn.Module, batch: Table) -> Tensor:
-            features = ctx.task.embed(model, batch)  # z
-            with torch.no_grad():
-                near, far = (ctx.task.embed(other, batch) for other in others)  # z_glob, z_prev
-            logits = model.get_submodule("head")(features)
-            return F.cross_entropy(logits, batch["label"]) + self.mu * contrast(features, near, far, self.temperature)
-
-        return loss
+        features = ctx.task.embed(model, batch)  # z
+        logits = model.get_submodule("head")(features)
+        far = contrast(features, batch["near"], batch["far"], self.temperature)
+        return F.cross_entropy(logits, batch["label"]) + self.mu * far
