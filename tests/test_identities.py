@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 import toy
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from warmfed.algorithms.distillation import Distillation, distilled, divergence, dynamic
+from warmfed.algorithms.distillation import Distillation, answered, distilled, divergence, dynamic, frozen
 from warmfed.algorithms.synthetic import Synthesis, draw, even, judged, warm_start
 from warmfed.algorithms.warmfed import Verdict, WarmFed
 from warmfed.core import Local, Reply
@@ -20,7 +21,7 @@ from warmfed.fit import Training, fit
 from warmfed.randomness import child, named
 from warmfed.run import run
 from warmfed.tasks import Classify
-from warmfed.tensors import mean, mix, rows, select, sub
+from warmfed.tensors import Table, mean, mix, rows, select, sub
 from warmfed.transports.inprocess import InProcess
 
 TRAINING = toy.TRAINING
@@ -289,6 +290,30 @@ def test_the_divergence_is_kl_at_a_temperature() -> None:
     p, q = F.softmax(teacher / 2, -1), F.softmax(student / 2, -1)
     assert divergence(student, teacher, 2.0).item() == pytest.approx(4 * (p * (p / q).log()).sum().item() / 2)
     assert divergence(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_a_teacher_asked_once_teaches_as_one_asked_at_every_step() -> None:
+    ctx, start, settings = local(), weights("start"), Distillation()
+    teacher = frozen(ctx, weights("old"))
+
+    def loss(student: nn.Module, batch: Table) -> torch.Tensor:
+        logits = ctx.task.logits(student, batch)
+        far = divergence(logits, ctx.task.logits(teacher, batch), settings.temperature)
+        return F.cross_entropy(logits, batch["label"]) + settings.weight * far
+
+    asked, _ = fit(local(), start, TRAINING, toy.SITES["c"]["train"], loss=loss)
+    once, _ = distilled(local(), start, TRAINING, weights("old"), settings)
+    for name, tensor in asked.items():
+        torch.testing.assert_close(once[name], tensor)
+
+
+def test_each_row_has_its_own_answer_however_many_there_are() -> None:
+    ctx, data = local(), toy.SITES["c"]["train"]
+    many = {name: torch.cat([column, column.flip(0)] * 5) for name, column in data.items()}
+    assert rows(many) > 64
+    answers = answered(ctx, ctx.task.logits, weights("old"), many)
+    torch.testing.assert_close(answers, ctx.task.predict(weights("old"), many))
+    assert not answers.requires_grad
 
 
 def test_distillation_of_no_weight_or_no_teacher_is_training() -> None:
