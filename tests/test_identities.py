@@ -12,7 +12,8 @@ import toy
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from warmfed.algorithms.distillation import Distillation, answered, distilled, divergence, dynamic, frozen
+from warmfed.algorithms.dense import frozen
+from warmfed.algorithms.distillation import Distillation, distilled, divergence, dynamic
 from warmfed.algorithms.synthetic import Synthesis, draw, even, judged, warm_start
 from warmfed.algorithms.warmfed import Verdict, WarmFed
 from warmfed.core import Local, Reply
@@ -311,8 +312,8 @@ def test_each_row_has_its_own_answer_however_many_there_are() -> None:
     ctx, data = local(), toy.SITES["c"]["train"]
     many = {name: torch.cat([column, column.flip(0)] * 5) for name, column in data.items()}
     assert rows(many) > 64
-    answers = answered(ctx, ctx.task.logits, weights("old"), many)
-    torch.testing.assert_close(answers, ctx.task.predict(weights("old"), many))
+    answers = ctx.task.predict(weights("old"), many, batch=64)
+    torch.testing.assert_close(answers, ctx.task.logits(frozen(ctx, weights("old")), many))
     assert not answers.requires_grad
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 from tiny import arrays
 
-from warmfed.algorithms.dense import Ensemble, Imagination
-from warmfed.algorithms.distillation import divergence, frozen
+from warmfed.algorithms.dense import Ensemble, Imagination, frozen
+from warmfed.algorithms.distillation import divergence
 from warmfed.algorithms.fedala import FedALA, Site, mixed
 from warmfed.algorithms.fedproto import nearest, prototypes
 from warmfed.config import resolve

@@ -24,7 +24,7 @@ from ..models import initial
 from ..randomness import child, seeded
 from ..tensors import Table, Tensors, join
 from .averaging import Model, Rounds, average, upload
-from .distillation import divergence, frozen
+from .distillation import divergence
 
 
 class Imagination(nn.Module):
@@ -66,6 +66,13 @@ class Ensemble(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.stack([model(image) for model in self.models]).mean(0)
+
+
+def frozen(ctx: Central, tensors: Tensors) -> nn.Module:
+    """The task's model with these weights, to be asked and not to be trained."""
+    model = ctx.task.build().eval().requires_grad_(False)
+    model.load_state_dict(dict(tensors))
+    return model.to(ctx.device)
 
 
 @dataclass(frozen=True)

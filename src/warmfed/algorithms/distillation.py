@@ -1,6 +1,6 @@
 """Self-distillation from a site's own past models: static (pFedSD) and dynamic (WarmFed)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,13 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Central, Local
+from ..core import Local
 from ..fit import Training, fit
 from ..randomness import seeded
-from ..tensors import Table, Tensors, prefixed, rows, select, to, under
-
-_AT_ONCE = 64
-"""Rows that a frozen model is asked about at a time."""
+from ..tensors import Table, Tensors, prefixed, rows, under
 
 
 @dataclass(frozen=True)
@@ -45,28 +42,13 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     )
 
 
-def frozen(ctx: Local | Central, tensors: Tensors) -> nn.Module:
-    """The task's model with these weights, to be asked and not to be trained."""
-    model = ctx.task.build().eval().requires_grad_(False)
-    model.load_state_dict(dict(tensors))
-    return model.to(ctx.device)
-
-
-def answered(ctx: Local, ask: Callable[[nn.Module, Table], Tensor], tensors: Tensors, data: Table) -> Tensor:
-    """What the task's model with these weights says of each row, as `ctx.task.logits` or `.embed`; float [n, …].
-
-    Asked once: while another model learns from it, it does not change, and no row does.
-    """
-    model = frozen(ctx, tensors)
-    with torch.no_grad():
-        parts = (to(select(data, slice(begin, begin + _AT_ONCE)), ctx.device) for begin in range(0, rows(data), _AT_ONCE))
-        return torch.cat([ask(model, part).cpu() for part in parts])
-
-
 def distilled(
     ctx: Local, start: Tensors, training: Training, teacher: Tensors | None, settings: Distillation
 ) -> tuple[Tensors, dict[str, float]]:
-    """Train from `start` on the site's rows with cross-entropy and one teacher's logits (pFedSD); None: cross-entropy alone."""
+    """Train from `start` on the site's rows with cross-entropy and one teacher's logits (pFedSD); None: cross-entropy alone.
+
+    The teacher is asked about each row once, in 32 bits: while the student learns neither of them changes.
+    """
     data = ctx.data["train"]
     if teacher is None or settings.weight == 0:
         return fit(ctx, start, training, data)
@@ -76,7 +58,7 @@ def distilled(
         far = divergence(logits, batch["wanted"], settings.temperature)
         return F.cross_entropy(logits, batch["label"]) + settings.weight * far
 
-    return fit(ctx, start, training, {**data, "wanted": answered(ctx, ctx.task.logits, teacher, data)}, loss=loss)
+    return fit(ctx, start, training, {**data, "wanted": ctx.task.predict(teacher, data, device=ctx.device)}, loss=loss)
 
 
 class _Pair(nn.Module):
@@ -162,7 +144,7 @@ def dynamic(
         The student, the selector, and their metrics.
     """
     data = ctx.data["train"]
-    pool = torch.stack([answered(ctx, ctx.task.logits, teacher, data) for teacher in teachers], 1)
+    pool = torch.stack([ctx.task.predict(teacher, data, device=ctx.device) for teacher in teachers], 1)
     task = _Selecting(ctx.task, len(teachers), settings, done, planned)
     if selector is None:
         with seeded(ctx.rng):

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ..core import Local, Reply, State
 from ..errors import one_of
-from ..fit import Training, fit
+from ..fit import Loss, Training, fit
 from ..messages import Message
 from ..tensors import Table, only
 from .averaging import Model, SplitByName, upload
-from .distillation import answered, divergence
+from .distillation import divergence
 
 
 def distance(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:
@@ -62,11 +62,11 @@ class FedBSD(SplitByName):
         mine, shared, data = self.mine(ctx.task), self.shared(ctx.task), ctx.data["train"]
         teacher, info = fit(ctx, {**state.model, **down.model}, self.head, data, trainable=mine)
         student = {**teacher, **only(state.model, shared)} if self.start == "own" else teacher
-        if self.weight == 0:
-            model, metrics = fit(ctx, student, self.local, data, trainable=shared)
-        else:
-            data = {**data, "wanted": answered(ctx, ctx.task.embed, teacher, data)}  # φ(x; θ̄)
-            model, metrics = fit(ctx, student, self.local, data, loss=partial(self.taught, ctx), trainable=shared)
+        loss: Loss | None = None
+        if self.weight:
+            data = {**data, "wanted": ctx.task.features(teacher, data, device=ctx.device)}  # φ(x; θ̄)
+            loss = partial(self.taught, ctx)
+        model, metrics = fit(ctx, student, self.local, data, loss=loss, trainable=shared)
         return upload(only(model, shared), Model(model), ctx, {**metrics, "head_loss": info["loss"]})
 
     def taught(self, ctx: Local, student: nn.Module, batch: Table) -> Tensor:

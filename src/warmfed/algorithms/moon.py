@@ -17,7 +17,6 @@ from ..fit import fit
 from ..messages import Message
 from ..tensors import Table
 from .averaging import Averaging, Personal, upload
-from .distillation import answered
 
 
 def contrast(now: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tensor:
@@ -40,13 +39,12 @@ class MOON(Averaging):
         return Personal(None)
 
     def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        data = dict(ctx.data["train"])
-        if not self.mu or state.model is None:
-            model, metrics = fit(ctx, down.model, self.local, data)
-        else:
-            data["near"] = answered(ctx, ctx.task.embed, down.model, data)  # z_glob
-            data["far"] = answered(ctx, ctx.task.embed, state.model, data)  # z_prev
-            model, metrics = fit(ctx, down.model, self.local, data, loss=partial(self.contrasted, ctx))
+        data, loss = ctx.data["train"], None
+        if self.mu and state.model is not None:
+            near, far = (ctx.task.features(other, data, device=ctx.device) for other in (down.model, state.model))
+            data = {**data, "near": near, "far": far}  # z_glob, z_prev
+            loss = partial(self.contrasted, ctx)
+        model, metrics = fit(ctx, down.model, self.local, data, loss=loss)
         return upload(model, Personal(model), ctx, metrics)
 
     def contrasted(self, ctx: Local, model: nn.Module, batch: Table) -> Tensor:

@@ -130,17 +130,18 @@ class Classify:
         """Cross-entropy with the labels; a column "target", float [n, classes], stands for them where there is one."""
         return F.cross_entropy(self.logits(model, batch), batch.get("target", batch["label"]))
 
-    def predict(self, model: Tensors, data: Table, batch: int = 256) -> Tensor:
+    def predict(self, model: Tensors, data: Table, batch: int = 256, device: str = "cpu") -> Tensor:
         """Logits, float [n, classes]."""
-        net = models.holding(self.build(), model)
-        with torch.inference_mode():
-            return torch.cat([self.logits(net, {"image": part}) for part in data["image"].split(batch)])
+        return self._asked(self.logits, model, data, batch, device)
 
-    def features(self, model: Tensors, data: Table, batch: int = 256) -> Tensor:
+    def features(self, model: Tensors, data: Table, batch: int = 256, device: str = "cpu") -> Tensor:
         """What the model's head sees, float [n, width]."""
-        net: Any = models.holding(self.build(), model)
+        return self._asked(self.embed, model, data, batch, device)
+
+    def _asked(self, ask: Callable[[Any, Table], Tensor], model: Tensors, data: Table, batch: int, device: str) -> Tensor:
+        net = models.holding(self.build(), model).to(device)
         with torch.inference_mode():
-            return torch.cat([net.features(pixels(part)) for part in data["image"].split(batch)])
+            return torch.cat([ask(net, {"image": part.to(device)}).cpu() for part in data["image"].split(batch)])
 
     def metrics(self, model: Tensors, data: Table) -> dict[str, float]:
         return measure(self.predict(model, data), data["label"])
