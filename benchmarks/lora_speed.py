@@ -62,15 +62,31 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Stable Diffusion 1.5's configurations, where they differ from the classes' defaults."""
 
 
-def large(folder: Path) -> None:
-    """A pipeline of SD-1.5's shape with random weights; its tokenizer is that of the embedded base at 77 tokens."""
-    with seeded(named("large")):
+def clock(device: str = "cpu") -> float:
+    """Seconds: of the processor; on a graphics card those of the wall, when all that it was given is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def large(folder: Path, device: str = "cpu", dtype: str = "fp32") -> None:
+    """A pipeline of SD-1.5's shape with random weights; its tokenizer is that of the embedded base at 77 tokens.
+
+    Args:
+        device: where the weights are drawn.
+        dtype: type of the weights in the files.
+    """
+    with seeded(named("large")), torch.device(device):
         unet = diffusers.UNet2DConditionModel(**SHAPES["unet"])
         vae = diffusers.AutoencoderKL(**SHAPES["vae"])
         text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SHAPES["text"]))
+    for model in (unet, vae, text):
+        model.to("cpu", pipeline.DTYPES[dtype])
     words = pipeline.load("digits").tokenizer
     words.model_max_length = 77
-    scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    noise: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    scheduler = diffusers.PNDMScheduler(**noise, skip_prk_steps=True, set_alpha_to_one=False)
     pipe = diffusers.StableDiffusionPipeline(
         vae, text, words, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
@@ -82,14 +98,16 @@ def pictures(count: int, side: int) -> dict[str, torch.Tensor]:
     return {"image": image, "label": torch.arange(count) % len(PROMPTS)}
 
 
-def script(base: str, table: dict[str, torch.Tensor], batch: int, steps: int, dtype: str) -> float:
-    """Seconds of a step of the script's loop, without the first one; with bf16 as under `--mixed_precision bf16`."""
+def script(
+    base: str, table: dict[str, torch.Tensor], batch: int, steps: int, dtype: str, device: str = "cpu", warm: int = 1
+) -> dict[str, float]:
+    """Seconds of a step of the script's loop, without the first ones; with bf16 as under `--mixed_precision bf16`."""
     kind = pipeline.DTYPES[dtype]
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipeline.find(base), local_files_only=True)
     unet, vae, text, words = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
     noise_scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     for model in (unet, vae, text):
-        model.requires_grad_(False).to(dtype=kind)
+        model.requires_grad_(False).to(device, kind)
     unet.add_adapter(
         LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"])
     )
@@ -97,36 +115,37 @@ def script(base: str, table: dict[str, torch.Tensor], batch: int, steps: int, dt
     layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(layers, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-08)
     rate = diffusers.optimization.get_scheduler("constant", optimizer=optimizer)
-    pixel_values = table["image"].float().div(127.5).sub(1).to(kind)
+    pixel_values = table["image"].float().div(127.5).sub(1).to(device, kind)
     ids = words(
         [PROMPTS[label] for label in table["label"]],
         max_length=words.model_max_length, padding="max_length", truncation=True, return_tensors="pt",
-    ).input_ids  # fmt: skip
+    ).input_ids.to(device)  # fmt: skip
     unet.train()
-    began = 0.0
-    for step in range(steps + 1):
-        if step == 1:
-            began = time.process_time()
-        chosen = torch.randperm(len(ids))[:batch]
+    began, loss = 0.0, torch.zeros(())
+    for step in range(steps + warm):
+        if step == warm:
+            began = clock(device)
+        chosen = torch.randperm(len(ids))[:batch].to(device)
         encoded = vae.encode(pixel_values[chosen])
         sample = encoded.latents if isinstance(vae, diffusers.AutoencoderTiny) else encoded.latent_dist.sample()
         sample = sample * vae.config.scaling_factor
         noise = torch.randn_like(sample)
-        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (batch,)).long()
+        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (batch,), device=device).long()
         noisy = noise_scheduler.add_noise(sample, noise, timesteps)
         states = text(ids[chosen], return_dict=False)[0]
         if noise_scheduler.config.prediction_type == "epsilon":
             target = noise
         else:
             target = noise_scheduler.get_velocity(sample, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bf16"):
             predicted = unet(noisy, timesteps, states, return_dict=False)[0]
-        F.mse_loss(predicted.float(), target.float(), reduction="mean").backward()
+        loss = F.mse_loss(predicted.float(), target.float(), reduction="mean")
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(layers, 1.0)
         optimizer.step()
         rate.step()
         optimizer.zero_grad()
-    return (time.process_time() - began) / steps
+    return {"step": (clock(device) - began) / steps, "loss": loss.item()}
 
 
 def generator(base: str, side: int, batch: int, steps: int, dtype: str = "fp32") -> LatentDiffusion:
@@ -134,24 +153,33 @@ def generator(base: str, side: int, batch: int, steps: int, dtype: str = "fp32")
     return LatentDiffusion(base, size=side, rank=4, targets="attention", prompts=False, views=1, training=training, dtype=dtype)
 
 
-def ours(base: str, table: dict[str, torch.Tensor], batch: int, steps: int, dtype: str) -> dict[str, float]:
-    """Seconds of a step, without the first one; and of encoding one image, which is done once."""
+def ours(
+    base: str, table: dict[str, torch.Tensor], batch: int, steps: int, dtype: str,
+    device: str = "cpu", warm: int = 1, checkpointing: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of a step, without the first ones; and of encoding one image, which is done once."""
     marks: list[float] = []
-    learner = generator(base, table["image"].shape[-1], batch, steps + 1, dtype)
-    ctx = Local(None, {"train": table}, named("ours"), "a", PROMPTS, progress=lambda *_: marks.append(time.process_time()))
-    parts = learner._parts("cpu")
-    began = time.process_time()
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done in (warm, total):  # no more often: a graphics card would wait for the processor after each
+            marks.append(clock(device))
+
+    learner = generator(base, table["image"].shape[-1], batch, steps + warm, dtype)
+    learner = replace(learner, lora=replace(learner.lora, checkpointing=checkpointing))
+    ctx = Local(None, {"train": table}, named("ours"), "a", PROMPTS, device=device, progress=progress)
+    parts = learner._parts(device)
+    began = clock(device)
     latents(ctx, "train", learner, parts)
-    encoding = (time.process_time() - began) / rows(table)
-    learner.adapt(ctx)
-    return {"step": (marks[-1] - marks[0]) / steps, "encoding": encoding}
+    encoding = (clock(device) - began) / rows(table)
+    _, info = learner.adapt(ctx)
+    return {"step": (marks[-1] - marks[0]) / steps, "encoding": encoding, "loss": info["loss"]}
 
 
 def measured(arm: str, base: str, dtype: str, side: int, batch: int, steps: int, images: int) -> dict[str, float]:
     """One arm in this process, and what memory it had after its imports: the libraries, which both import alike."""
     table, before = pictures(images, side), now()
-    result = ours(base, table, batch, steps, dtype) if arm == "ours" else {"step": script(base, table, batch, steps, dtype)}
-    return {**result, "libraries_mb": before}
+    run = ours if arm == "ours" else script
+    return {**run(base, table, batch, steps, dtype), "libraries_mb": before}
 
 
 def compared(base: str, side: int, batch: int, steps: int, images: int, repeats: int, dtype: str = "fp32") -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lora_speed import clock
 from torch import Tensor
 
 from warmfed.core import Central
@@ -68,11 +69,12 @@ def small(folder: Path) -> str:
     return str(folder)
 
 
-def plain(base: str, side: int, batch: int) -> Draw:
+def plain(base: str, side: int, batch: int, device: str = "cpu", dtype: str = "fp32") -> Draw:
     """diffusers' pipeline as it is called by default: 50 steps, guidance 7.5, the base's scheduler."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(pipeline.find(base), local_files_only=True)
+    kind = pipeline.DTYPES[dtype]
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline.find(base), local_files_only=True, torch_dtype=kind).to(device)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(labels: Tensor) -> Tensor:
@@ -80,32 +82,34 @@ def plain(base: str, side: int, batch: int) -> Draw:
         for part in labels.split(batch):
             asked = [PROMPTS[label] for label in part]
             images.append(pipe(asked, height=side, width=side, output_type="pt", generator=named("plain")).images)
-        return torch.cat(images).mul(255).round().to(torch.uint8)
+        return torch.cat(images).mul(255).round().to(torch.uint8).cpu()
 
     return draw
 
 
-def ours(generator: LatentDiffusion, adapter: dict[str, Tensor] | None = None) -> Draw:
+def ours(generator: LatentDiffusion, adapter: dict[str, Tensor] | None = None, device: str = "cpu") -> Draw:
     def draw(labels: Tensor) -> Tensor:
-        return generator.synthesize(adapter, PROMPTS, labels, Central(None, named("ours")))
+        return generator.synthesize(adapter, PROMPTS, labels, Central(None, named("ours"), device=device))
 
     return draw
 
 
-def bare(generator: LatentDiffusion) -> Draw:
+def bare(generator: LatentDiffusion, device: str = "cpu") -> Draw:
     """The denoiser's passes and the decoder alone, at equal steps and batches: nothing is drawn that anybody wants."""
-    parts = lora.parts(generator.base, "cpu", generator.dtype)
+    parts = lora.parts(generator.base, device, generator.dtype)
+    made = (generator.base, PROMPTS, generator.rank, generator.targets, device, generator.dtype)
+    lora.adapted(*made)  # kept for whoever draws next, so not to be made in inference mode
 
     @torch.inference_mode()
     def draw(labels: Tensor) -> Tensor:
-        model = lora.adapted(generator.base, PROMPTS, generator.rank, generator.targets, "cpu", generator.dtype)
+        model = lora.adapted(*made)
         images, net = [], parts.denoiser
         for part in labels.split(generator.batch):
-            told = model.condition(part)
+            told = model.condition(part.to(device))
             told = told if generator.guidance == 1 else stacked(model.empty, told)
             rows = len(next(iter(told.values())))
-            noise = torch.randn(rows, *generator.space(parts)).to(parts.dtype)
-            for time_ in torch.linspace(999, 0, generator.steps):
+            noise = torch.randn(rows, *generator.space(parts)).to(device, parts.dtype)
+            for time_ in torch.linspace(999, 0, generator.steps, device=device):
                 parts.family.ask(net, noise, time_, told, parts.scale, parts.dtype)
             images.append(parts.decode(noise[: len(part)].float(), generator.batch))
         return torch.cat(images)
@@ -146,16 +150,16 @@ def options(base: str, batch: int, compiled: bool = False) -> dict[str, LatentDi
     return found | ({"compiled (inductor)": replace(default, compile="inductor")} if compiled else {})
 
 
-def timed(rows: dict[str, Draw], labels: Tensor, repeats: int) -> dict[str, dict[str, Any]]:
-    """Images for each second of this process (best of the turns), and the last images."""
+def timed(rows: dict[str, Draw], labels: Tensor, repeats: int, device: str = "cpu") -> dict[str, dict[str, Any]]:
+    """Images for each second of this process, or of the device (best of the turns), and the last images."""
     found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in rows}
     for draw in rows.values():
         draw(labels[:2])  # load, compile
     for _ in range(repeats):
         for name, draw in rows.items():
-            begun = time.process_time()
+            begun = clock(device)
             found[name]["images"] = draw(labels)
-            found[name]["seconds"].append(round(time.process_time() - begun, 3))
+            found[name]["seconds"].append(round(clock(device) - begun, 3))
     for row in found.values():
         row["images_per_second"] = round(len(labels) / min(row["seconds"]), 2)
     return found

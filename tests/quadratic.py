@@ -38,7 +38,7 @@ class Quadratic:
     def loss(self, model: Any, batch: Table) -> Tensor:
         return (batch["curvature"] * (model() - batch["centre"]).square()).sum(-1).mean() / 2
 
-    def metrics(self, model: Tensors, data: Table) -> dict[str, float]:
+    def metrics(self, model: Tensors, data: Table, device: str = "cpu") -> dict[str, float]:
         return {"count": float(len(data["centre"]))}
 
 

@@ -104,7 +104,7 @@ def test_a_site_learns_alone_once_for_all_runs_that_need_it(tmp_path: Path) -> N
         )
         ctx = Local(task, {"train": table}, named("site"), "a")
         model, metrics = task.learned_alone(ctx, training)
-        latent = task.sample_alone(model, LABELS, ctx.rng, lambda done, total: None)
+        latent = task.sample_alone(model, LABELS, ctx)
         seen.append((sha256(model), metrics, sha256({"latent": latent, "rng": ctx.rng.get_state()})))
     assert seen[0] == seen[1] == seen[2]
     assert len(list(tmp_path.iterdir())) == 2

@@ -202,7 +202,7 @@ def fit(
     n = rows(data)
     if not n:
         raise InputError("cannot train on no rows; check the site's training data")
-    with seeded(ctx.rng):
+    with seeded(ctx.rng, ctx.device):
         model = ctx.task.build()
         if ctx.device != "cpu":
             model.to(ctx.device)

@@ -54,7 +54,9 @@ def personalize(folder: Path, site: SiteConfig, out: Path | None = None, trainin
         write_model(out / "models" / f"{name}.safetensors", tensors)
     write_whole(out / "config.toml", replace(config, data=site.data, device=site.device, unseen=settings).toml())
     measured = {
-        name: {split: task.metrics(tensors, tables[split]) for split in ("validation", "test") if rows(tables[split])}
+        name: {
+            split: task.metrics(tensors, tables[split], site.device) for split in ("validation", "test") if rows(tables[split])
+        }
         for name, tensors in (("global", model), ("personal", tuned))
     }
     found = {

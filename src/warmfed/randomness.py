@@ -5,11 +5,16 @@ the transport cannot change what is drawn.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+"""Without it cuBLAS adds in another order from run to run; it looks once, before its first product."""
 
 
 def number(*key: object) -> int:
@@ -38,13 +43,30 @@ def aside(parent: torch.Generator, purpose: str) -> torch.Generator:
 
 
 @contextmanager
-def seeded(parent: torch.Generator) -> Iterator[None]:
-    """Inside, torch's global stream (dropout, module initialisation) is a child of `parent`; outside, it is as it was."""
+def seeded(parent: torch.Generator, device: str | torch.device = "cpu") -> Iterator[None]:
+    """Inside, torch's global stream (dropout, module initialisation) is a child of `parent`; outside, it is as it was.
+
+    On a graphics card the kernels inside are those that give the same bytes each time.
+    """
     seed = int(torch.randint(2**62, (), generator=parent, device="cpu"))
     # torch.manual_seed would note a stack trace for every graphics card to come, which costs more than a small fit
-    cards = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cards):
+    cards = list(range(torch.cuda.device_count())) if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cards), _repeatable() if cards else nullcontext():
         torch.default_generator.manual_seed(seed)
         if cards:
             torch.cuda.manual_seed_all(seed)
         yield
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Inside, torch takes deterministic kernels only; outside, what it took before."""
+    filling: Any = torch.utils.deterministic  # of new tensors: time, for programs that read what they never wrote
+    before, fill = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    filling.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        filling.fill_uninitialized_memory = fill

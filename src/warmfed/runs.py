@@ -200,7 +200,7 @@ class Here(Place):
         if not personal:
             return {}, None
         union = join(task.tables({"test": site.test})["test"] for site in federation.sites.values())
-        found = sum(task.metrics(model, union)[task.measure] for model in personal.values()) / len(personal)
+        found = sum(task.metrics(model, union, config.device)[task.measure] for model in personal.values()) / len(personal)
         return {site: sha256(model) for site, model in personal.items()}, found
 
 
@@ -313,7 +313,7 @@ def _go(
     if shared and isinstance(ready.task, Denoise):
         ready = replace(ready, task=replace(ready.task, shared=shared))
     rounds = place.rounds(ready, folder, (len(records), server) if records else None, generator, watcher)
-    gauge = Gauge.of(config.measuring, ready.task, federation, config.denoising.latent or "digits", config.seed)
+    gauge = Gauge.of(config.measuring, ready.task, federation, config.denoising.latent or "digits", config.seed, config.device)
     steps = len(config.algorithm.stages())
     with Meter() as meter, closing(rounds):
         for done in rounds:
@@ -368,5 +368,5 @@ def _late(ready: Ready, site: Site, model: Tensors) -> dict[str, Any]:
         name, config.algorithm, task, task.tables(site.splits), config.seed, ready.federation.prompts, device=config.device
     )
     tuned, _ = fit(worker.local("unseen", 0), model, config.unseen.training, worker.data["train"])
-    found = {key: task.metrics(each, worker.data["test"]) for key, each in (("global", model), ("tuned", tuned))}
+    found = {key: task.metrics(each, worker.data["test"], config.device) for key, each in (("global", model), ("tuned", tuned))}
     return {"site": name, **{key: metrics[task.measure] for key, metrics in found.items()}}

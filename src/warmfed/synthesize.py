@@ -63,7 +63,9 @@ def synthesize(
     if config.task == "denoise":
         task = Denoise(shape, len(classes), config.denoising)
         model = released(folder, summary, site, task)
-        image = task.decoded(task.sample(model, label, ctx.rng, lambda done, total: progress("sample", done, total)))
+        image = task.decoded(
+            task.sample(model, label, ctx.rng, ctx.device, lambda done, total: progress("sample", done, total))
+        )
         by = f"the model of {site}" if site else "the global model"
     else:
         image, by = (

@@ -133,9 +133,7 @@ class FedDDPM(Averaging):
             counts = server.labels[site]
             wanted = max(1, round(self.share * int(counts.sum())))
             label = dealt(counts, wanted)
-            latent = ctx.task.sample_alone(
-                model, label, child(ctx.rng), lambda done, total: ctx.progress("sample", done, total)
-            )
+            latent = ctx.task.sample_alone(model, label, replace(ctx, rng=child(ctx.rng)))
             drawn.append({"latent": latent, "label": label, "site": torch.full((wanted,), len(drawn))})
         table = {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}
         images = {"image": ctx.task.decoded(table["latent"]), "label": table["label"], "site": table["site"]}
@@ -156,7 +154,7 @@ class FedDDPM(Averaging):
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         merged = {**server.model, **self.robust.combine(server.model, replies)}  # w̄_{r+1}
-        held = ctx.task.metrics(merged, server.held)["loss"]
+        held = ctx.task.metrics(merged, server.held, ctx.device)["loss"]
         signals = (*server.signals, self._signal(server, replies, merged, held))
         slow = self._slow(server, signals)
         server = replace(server, model=merged, signals=signals)

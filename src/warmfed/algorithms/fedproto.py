@@ -66,7 +66,7 @@ class FedProto(Rounds):
         data = ctx.data["train"]
         pulled = self.pull(ctx, down) if self.lam and down.feature else None
         model, metrics = fit(ctx, state.model, self.local, data, loss=pulled)
-        mine = prototypes(ctx.task.features(model, data), data["label"], ctx.task.classes)
+        mine = prototypes(ctx.task.features(model, data, device=ctx.device), data["label"], ctx.task.classes)
         return Reply(mine, Model(model), float(rows(data)), metrics)
 
     def pull(self, ctx: Local, down: Message) -> Loss:

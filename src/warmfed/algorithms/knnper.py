@@ -41,12 +41,12 @@ class KNNPer(Personalized):
         return upload(model, state, ctx, metrics)
 
     def own(self, model: Tensors, ctx: Local) -> tuple[Tensors, Metrics]:
-        features = ctx.task.features(model, ctx.data["train"])
+        features = ctx.task.features(model, ctx.data["train"], device=ctx.device)
         candidates = [
             {**model, **prefixed(self.datastore(features, ctx.data["train"]["label"], share), "datastore.")}
             for share in self.shares
         ]
-        found = [ctx.task.metrics(candidate, ctx.data["validation"]) for candidate in candidates]
+        found = [ctx.task.metrics(candidate, ctx.data["validation"], ctx.device) for candidate in candidates]
         # of equal ones the lower loss
         best = max(range(len(found)), key=lambda i: (found[i]["accuracy"], -found[i]["loss"]))
         return candidates[best], {"memory_share": self.shares[best]}

@@ -74,7 +74,7 @@ class PDFed(Averaging):
         rng, found = aside(ctx.rng, "scores"), {}
         key = rng.get_state()
         for site, model in sorted(down.models.items()):
-            like = ctx.task.likeness(model, ctx.data, self.samples, child(rng.set_state(key)))
+            like = ctx.task.likeness(model, ctx.data, self.samples, child(rng.set_state(key)), ctx.device)
             found[site] = (like["fid"] + self.novelty * like["copies"]) / 2
         return found
 

@@ -43,7 +43,7 @@ def train_until(
     pieces = 0
     while waited < budget.patience and pieces < budget.limit:
         model, info = fit(ctx, model, training, train)
-        found = task.metrics(model, check)  # type: ignore[attr-defined]
+        found = task.metrics(model, check, ctx.device)  # type: ignore[attr-defined]
         now = (found["accuracy"], -found["loss"])
         waited = 0 if now > score else waited + 1
         best, score = (model, now) if now > score else (best, score)

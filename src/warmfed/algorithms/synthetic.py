@@ -83,10 +83,10 @@ def drawn(ctx: Central, adapters: Mapping[str, Tensors | None], labels: Mapping[
     }
 
 
-def _recognise(task: object, training: Training, learn: Table, guess: Table, seed: int) -> Tensor:
-    ctx = Central(task, named("filter", seed))
+def _recognise(task: object, training: Training, learn: Table, guess: Table, seed: int, device: str) -> Tensor:
+    ctx = Central(task, named("filter", seed), device=device)
     model, _ = fit(ctx, ctx.task.init(ctx.rng), training, learn)
-    return ctx.task.predict(model, guess).softmax(-1)
+    return ctx.task.predict(model, guess, device=device).softmax(-1)
 
 
 def judged(ctx: Central, samples: Table, training: Training) -> Tensor:
@@ -95,7 +95,7 @@ def judged(ctx: Central, samples: Table, training: Training) -> Tensor:
     halves = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
     seed = int(torch.randint(2**62, (), generator=ctx.rng))
     jobs = [
-        (ctx.task, training, select(samples, learn), select(samples, guess), seed + i)
+        (ctx.task, training, select(samples, learn), select(samples, guess), seed + i, ctx.device)
         for i, (learn, guess) in enumerate((halves, halves[::-1]))
     ]
     first, second = ctx.spread(_recognise, jobs)

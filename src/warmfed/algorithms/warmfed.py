@@ -258,7 +258,7 @@ class WarmFed:
         share = round(rows(server.subset) / max(sum(len(held) for held in server.classes.values()), 1))
         samples = draw(ctx, adapters, {site: tuple(held.tolist()) for site, held in classes.items()}, max(share, 1))
         # the model that there is by now does what the two halves of S did for each other
-        belief = ctx.task.predict(server.model, samples).softmax(-1)
+        belief = ctx.task.predict(server.model, samples, device=ctx.device).softmax(-1)
         table = labelled(samples, belief, self.synthesis.soft)
         if self.synthesis.filter == "cross":
             table = select(table, likely(belief, samples["label"]) >= self.synthesis.least)
@@ -318,7 +318,7 @@ _SHARES = ("0.0", "0.5", "1.0")
 def _verdict(ctx: Local, before: Tensors, after: Tensors) -> Verdict:
     """What the site's validation says of each share of the way from one model to the other."""
     table = ctx.data["validation"]
-    found = {share: ctx.task.metrics(mix(before, after, float(share)), table) for share in _SHARES}
+    found = {share: ctx.task.metrics(mix(before, after, float(share)), table, ctx.device) for share in _SHARES}
     right = {share: m["accuracy"] * m["count"] / 100 for share, m in found.items()}
     return Verdict(right, {share: m["loss"] * m["count"] for share, m in found.items()}, rows(table))
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..core import Local, Metrics
+from ..core import Central, Local, Metrics
 from ..errors import InputError, one_of
 from ..fit import Training, fit
 from ..randomness import child, named, seeded
 from ..tasks.classify import load_model, pixels
-from ..tensors import Table, Tensors, dealt, prefixed, rows, select
+from ..tensors import Table, Tensors, dealt, prefixed, rows, select, to
 from . import pipeline, pruning
 from .objective import denoising_loss
 from .once import once
@@ -259,31 +259,36 @@ class Denoise:
             self.settings.gamma if self.settings.weighting == "min-snr" else None,
         )
 
-    def metrics(self, model: Tensors, data: Table) -> dict[str, float]:
+    def metrics(self, model: Tensors, data: Table, device: str = "cpu") -> dict[str, float]:
         """The loss with the same noise in every call, so that two models are told apart by their weights alone."""
         total, count = 0.0, rows(data)
         with torch.no_grad(), seeded(named("denoise", "metrics")):
-            net = self._loaded(model)
+            net = self._loaded(model, device)
             for part in torch.arange(count).split(self.settings.batch):
-                total += self.loss(net, select(data, part)).item() * len(part)
+                total += self.loss(net, to(select(data, part), device)).item() * len(part)
         return {"loss": total / count, "count": float(count)}
 
-    def _loaded(self, model: Tensors) -> nn.Module:
+    def _loaded(self, model: Tensors, device: str) -> nn.Module:
         net = self.fitting(model).build().eval()
         net.load_state_dict(dict(model))
-        return net
+        return net.to(device)
 
     def sample(
-        self, model: Tensors, label: Tensor, rng: torch.Generator, progress: Callable[[int, int], None] | None = None
+        self,
+        model: Tensors,
+        label: Tensor,
+        rng: torch.Generator,
+        device: str = "cpu",
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """One latent for each label, float [n, c, h, w], drawn from `rng`; labels count where it is conditional."""
         noise = torch.randn((len(label), *self.space), generator=rng)
         with seeded(child(rng)):
-            net = self._loaded(model)
+            net = self._loaded(model, device)
         drawn = []
         for part in torch.arange(len(label)).split(self.settings.batch):
-            with seeded(child(rng)):
-                drawn.append(self._sample(net, noise[part], label[part]))
+            with seeded(child(rng), device):
+                drawn.append(self._sample(net, noise[part].to(device), label[part].to(device)).cpu())
             if progress is not None:
                 progress(int(part[-1]) + 1, len(label))
         return torch.cat(drawn) if drawn else noise
@@ -294,15 +299,20 @@ class Denoise:
         given = {**prefixed(start, "start/"), **data}
         return once(self.shared, "alone", (self, training, ctx.device), ctx.rng, given, lambda: fit(ctx, start, training, data))
 
-    def sample_alone(self, model: Tensors, label: Tensor, rng: torch.Generator, progress: Callable[[int, int], None]) -> Tensor:
+    def sample_alone(self, model: Tensors, label: Tensor, ctx: Local | Central) -> Tensor:
         """What `sample` draws by such a model."""
 
+        def progress(done: int, total: int) -> None:
+            ctx.progress("sample", done, total)
+
         def make() -> tuple[Tensors, Metrics]:
-            return {"latent": self.sample(model, label, rng, progress)}, {}
+            return {"latent": self.sample(model, label, ctx.rng, ctx.device, progress)}, {}
 
-        return once(self.shared, "drawn", self, rng, {**model, "labels": label}, make)[0]["latent"]
+        return once(self.shared, "drawn", (self, ctx.device), ctx.rng, {**model, "labels": label}, make)[0]["latent"]
 
-    def likeness(self, model: Tensors, data: Mapping[str, Table], count: int, rng: torch.Generator) -> dict[str, float]:
+    def likeness(
+        self, model: Tensors, data: Mapping[str, Table], count: int, rng: torch.Generator, device: str = "cpu"
+    ) -> dict[str, float]:
         """How like a site's own images a model draws, classes as frequent as there: by latents, since they need no network.
 
         Returns:
@@ -312,13 +322,13 @@ class Denoise:
 
         seen, unseen = (data[split]["latent"].flatten(1) for split in ("train", "validation"))
         label = dealt(data["train"]["label"].bincount(minlength=self.classes), count)
-        drawn = self.sample(model, label, rng).flatten(1)
+        drawn = self.sample(model, label, rng, device).flatten(1)
         return distances(seen, drawn) | copies(seen, unseen, drawn)
 
     @torch.inference_mode()
     def _sample(self, net: nn.Module, latent: Tensor, label: Tensor) -> Tensor:
         scheduler = type(_scheduler(self.settings)).from_config(_scheduler(self.settings).config)
-        scheduler.set_timesteps(self.settings.steps)
+        scheduler.set_timesteps(self.settings.steps, device=latent.device)
         none = torch.full_like(label, self.classes)
         label = label if self.settings.conditional else none
         guidance = self.settings.guidance

@@ -274,7 +274,7 @@ class Denoising:
         label, n = batch["label"], len(batch["label"])
         caption = 1 + label * self.per_class + torch.randint(self.per_class, (n,)).to(label)
         caption = caption.masked_fill((torch.rand(n) < self.settings.dropout).to(label.device), 0)
-        condition = self.embedded.to(label.device)[caption]
+        condition = self.embedded[caption]
         return denoising_loss(
             lambda noisy, time: model(noisy, time, condition).sample,
             batch["latent"],
@@ -379,7 +379,8 @@ def _pretrain(
     with seeded(named("pretrain", settings.seed, "head")):
         parts.text_encoder.load_state_dict(dict(phase("text", text_encoder)))
     parts.text_encoder.eval()
-    task = Denoising(parts.denoiser, parts.embed(texts)["prompt"], parts.scheduler.alphas_cumprod, settings, len(captions[0]))
+    embedded = parts.embed(texts)["prompt"].to(device)
+    task = Denoising(parts.denoiser, embedded, parts.scheduler.alphas_cumprod, settings, len(captions[0]))
     training = Training(
         optimizer="adamw", lr=settings.lr, steps=settings.steps, batch=settings.batch, schedule="cosine",
         warmup=settings.warmup, clip=1.0, ema=settings.ema,

@@ -250,12 +250,16 @@ class Gauge:
     federation: Federation
     base: str
     seed: int
+    device: str = "cpu"
+    """Where samples are drawn and learned from; what looks at them is on the processor."""
 
     @classmethod
-    def of(cls, settings: Measuring, task: object, federation: object, base: str, seed: int) -> "Gauge | None":
+    def of(
+        cls, settings: Measuring, task: object, federation: object, base: str, seed: int, device: str = "cpu"
+    ) -> "Gauge | None":
         """The gauge of a run; None where nothing can be measured."""
         if isinstance(task, Denoise) and isinstance(federation, Federation) and settings.samples:
-            return cls(settings, task, federation, base, seed)
+            return cls(settings, task, federation, base, seed, device)
         return None
 
     def due(self, done: Round, *, last: bool) -> bool:
@@ -296,14 +300,16 @@ class Gauge:
         classes = len(self.federation.classes)
         drawing = self._drawing(model, train, classes)
         label = torch.cat([each for _, each, _ in drawing])
-        drawn_by = [self.task.sample(one, each, named(self.seed, "measure", step, *who)) for one, each, who in drawing]
+        drawn_by = [
+            self.task.sample(one, each, named(self.seed, "measure", step, *who), self.device) for one, each, who in drawing
+        ]
         fake = self.task.decoded(torch.cat(drawn_by))
         found: dict[str, Any] = {"features": digest, "samples": len(fake), "models": len(drawing)}
         drawn, k = look(fake), self.settings.neighbours
         found |= distances(seen, drawn) | neighbourhoods(seen, drawn, k) | copies(seen, unseen, drawn)
         found |= {f"floor_{name}": value for name, value in distances(seen, unseen).items()}
         if self.task.settings.conditional:
-            school = Central(Classify(self.federation.shape, classes), named(self.seed, "school"))
+            school = Central(Classify(self.federation.shape, classes), named(self.seed, "school"), device=self.device)
             pupil, _ = fit(school, school.task.init(school.rng), SCHOOL, {"image": fake, "label": label})
-            found["taught"] = school.task.metrics(pupil, test)["accuracy"]
+            found["taught"] = school.task.metrics(pupil, test, self.device)["accuracy"]
         return found

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, suggest
@@ -105,19 +106,22 @@ class Remembering(nn.Module):
 
     def __init__(self, net: Split, datastore: Tensors) -> None:
         super().__init__()
-        self.net, self.datastore = net, dict(datastore)
+        self.net, self.datastore = net, nn.Module()
+        for name, tensor in datastore.items():
+            self.datastore.register_buffer(name, tensor)
 
     def features(self, x: Tensor) -> Tensor:
         return self.net.features(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """log(λ·p_knn + (1 - λ)·p_net), float [n, classes]; p_knn weighs a neighbour at distance d by exp(-d/σ)."""
-        store, features = self.datastore, self.net.features(x)
+        store, features = dict(self.datastore.named_buffers()), self.net.features(x)
         probability = self.net.head(features).softmax(-1)
         count = min(int(store["neighbours"]), len(store["labels"]))
         near = torch.cdist(features, store["features"], compute_mode="donot_use_mm_for_euclid_dist").topk(count, largest=False)
         weight = (-near.values / store["scale"]).softmax(-1)
-        votes = torch.zeros_like(probability).scatter_add(1, store["labels"][near.indices], weight)
+        named = F.one_hot(store["labels"][near.indices], probability.shape[1])
+        votes = (weight.unsqueeze(-1) * named).sum(1)  # a scatter_add's last bits change from run to run on a graphics card
         return torch.lerp(probability, votes, store["share"]).log().clamp_min(-80)
 
 

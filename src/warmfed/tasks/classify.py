@@ -143,8 +143,8 @@ class Classify:
         with torch.inference_mode():
             return torch.cat([ask(net, {"image": part.to(device)}).cpu() for part in data["image"].split(batch)])
 
-    def metrics(self, model: Tensors, data: Table) -> dict[str, float]:
-        return measure(self.predict(model, data), data["label"])
+    def metrics(self, model: Tensors, data: Table, device: str = "cpu") -> dict[str, float]:
+        return measure(self.predict(model, data, device=device), data["label"])
 
 
 def measure(logits: Tensor, label: Tensor) -> dict[str, float]:

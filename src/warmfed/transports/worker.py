@@ -59,7 +59,7 @@ class Worker:
         """The metrics of the global and of the site's own model on the site's validation and test rows."""
         personal = self.model(down, state)
         return {
-            f"{name}/{split}": self.task.metrics(tensors, self.data[split])
+            f"{name}/{split}": self.task.metrics(tensors, self.data[split], self.device)
             for name, tensors in (("global", model), ("personal", personal))
             if tensors is not None
             for split in ("validation", "test")
