@@ -157,20 +157,23 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--side", type=int, default=512, help="pixels")
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=[1, 4], help="of training; the last one also with checkpoints"
+        "--batches", type=int, nargs="+", default=[1, 4, 16], help="of training; the last one also with checkpoints"
     )
-    parser.add_argument("--alone", type=int, default=16, help="a batch of ours without a counterpart, if memory allows")
+    parser.add_argument("--alone", type=int, default=32, help="a batch of ours without a counterpart, if memory allows")
     parser.add_argument("--steps", type=int, default=20, help="measured, of training")
     parser.add_argument("--warm", type=int, default=4, help="steps before these")
-    parser.add_argument("--images", type=int, default=8, help="samples")
-    parser.add_argument("--draw", type=int, default=4, help="samples of a batch")
+    parser.add_argument("--images", type=int, default=32, help="samples")
+    parser.add_argument("--draw", type=int, default=16, help="samples of a batch")
     parser.add_argument("--repeats", type=int, default=2, help="turns of sampling, of which the best counts")
     parser.add_argument("--small", action="store_true", help="7 M parameters for 64 pixels, to try this on a processor")
     asked = parser.parse_args()
     pipeline.quiet()
     warnings.simplefilter("ignore")
     device, side, count = asked.device, asked.side, {"count": asked.images, "repeats": asked.repeats, "device": asked.device}
-    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "asked": {**vars(asked), "out": str(asked.out)}}
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "asked": {name: value for name, value in vars(asked).items() if name != "out"},
+    }
     failed: list[str] = []
 
     def told(name: str, work: Callable[..., dict[str, Any]], *of: Any, tflop: float = 0.0, **more: Any) -> None:
