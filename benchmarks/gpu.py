@@ -22,6 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,10 @@ def main() -> None:
         told("base", build)
         clean(device)
         told("tflop_of_an_image", counted, base, side)
-        needs: Callable[[str], float] = lambda what: result["tflop_of_an_image"].get(what, 0.0)  # noqa: E731
+
+        def needs(what: str) -> float:
+            return float(result["tflop_of_an_image"].get(what, 0))
+
         for batch in asked.batches:
             told(f"train, script, batch {batch}", trained, "script", base, batch, asked, tflop=needs("train"))
         for batch in asked.batches:
@@ -225,17 +229,13 @@ def main() -> None:
         for dtype in ("bf16", "fp32"):
             if dtype == "fp32":  # one call: it is slow
                 count |= {"count": asked.draw, "repeats": 1}
-            make, tflop = pipelined(dtype), PASSES * needs("sample") + needs("decode")
+            make, tflop = partial(sampling_speed.plain, dtype=dtype), PASSES * needs("sample") + needs("decode")
             told(f"sample, plain {dtype}", sampled, make, base, side, asked.draw, **count, tflop=tflop)
     result["compared"] = compared(result, asked)
     result["failed"] = failed
     write_json(asked.out, result)
     table(result)
     sys.exit(bool(failed))
-
-
-def pipelined(dtype: str) -> Callable[..., sampling_speed.Draw]:
-    return lambda base, side, batch, device: sampling_speed.plain(base, side, batch, device, dtype)
 
 
 def table(result: dict[str, Any]) -> None:

@@ -50,8 +50,9 @@ def seeded(parent: torch.Generator, device: str | torch.device = "cpu") -> Itera
     """
     seed = int(torch.randint(2**62, (), generator=parent, device="cpu"))
     # torch.manual_seed would note a stack trace for every graphics card to come, which costs more than a small fit
-    cards = list(range(torch.cuda.device_count())) if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=cards), _repeatable() if cards else nullcontext():
+    there = torch.device(device).type == "cuda"
+    cards = list(range(torch.cuda.device_count())) if there or torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cards), _repeatable() if there else nullcontext():
         torch.default_generator.manual_seed(seed)
         if cards:
             torch.cuda.manual_seed_all(seed)

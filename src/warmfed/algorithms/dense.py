@@ -157,7 +157,7 @@ class DENSE(Rounds):
         """Images of the generator in 8 bits, the ensemble's logits for them, and whether it recognises their labels."""
         net = task.build().eval().to(ctx.device)
         net.load_state_dict(dict(generator))
-        with seeded(child(ctx.rng)), torch.no_grad():
+        with seeded(child(ctx.rng), ctx.device), torch.no_grad():
             image = net(label.to(ctx.device)).add(1).mul(127.5).round().to(torch.uint8)
             logits = ctx.task.logits(task.ensemble, {"image": image}).cpu()
         return {"image": image.cpu(), "logits": logits, "right": logits.argmax(1) == label}

@@ -262,7 +262,7 @@ class Denoise:
     def metrics(self, model: Tensors, data: Table, device: str = "cpu") -> dict[str, float]:
         """The loss with the same noise in every call, so that two models are told apart by their weights alone."""
         total, count = 0.0, rows(data)
-        with torch.no_grad(), seeded(named("denoise", "metrics")):
+        with torch.no_grad(), seeded(named("denoise", "metrics"), device):
             net = self._loaded(model, device)
             for part in torch.arange(count).split(self.settings.batch):
                 total += self.loss(net, to(select(data, part), device)).item() * len(part)
