@@ -5,6 +5,7 @@ Used by tests_deploy/ and by the benchmarks of the Flower transport. Everything 
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,9 +28,12 @@ BIN = Path(sys.executable).parent
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A port on which nobody listens, outside the range from which the system takes ports for outgoing connections."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def arrays(path: Path, sites: Sequence[str]) -> Path:
@@ -55,14 +59,14 @@ class Deployment:
     """What each site's site.toml says beside what `init` has written."""
     port: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    last_run: str = ""
 
     def __post_init__(self) -> None:
         init(self.folder, self.sites, "localhost", self.port, self.config)
         self.server = self.folder / "server"
         for place in (self.server, *map(self.site, self.sites)):
             with (place / "environment").open("a") as file:
-                port = self.port if place == self.server else free_port()
-                file.write(f'WARMFED_BIN="{BIN}"\nWARMFED_PORT={port}\n')
+                file.write(f'WARMFED_BIN="{BIN}"\n')
         for name in self.sites:
             path = self.site(name) / "site.toml"
             path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | self.table))
@@ -109,12 +113,27 @@ class Deployment:
         found = json.loads(told[told.index("{") :])
         if not found.get("success", True):
             raise RuntimeError(f"flwr run: {found}")
-        return str(found["run-id"])
+        self.last_run = str(found["run-id"])
+        return self.last_run
+
+    def status(self, run: str) -> str:
+        """What Flower says of a run; empty where none was started by `start`."""
+        told = self.command("flwr", "list", "here", "--run-id", run, "--format", "json") if run else "{}"
+        return str((json.loads(told[told.index("{") :]).get("runs") or [{"status": ""}])[0]["status"])
 
     def finished(self, out: str, seconds: float = 300) -> dict[str, Any]:
         """The summary of a run, when it has finished."""
-        path = self.server / out / "summary.json"
-        self.wait(path.exists, seconds, f"{out} has finished")
+        path, asked = self.server / out / "summary.json", time.monotonic()
+
+        def done() -> bool:
+            nonlocal asked
+            if not path.exists() and time.monotonic() - asked > 20:
+                asked = time.monotonic()
+                if self.status(self.last_run).startswith("finished") and not path.exists():
+                    raise RuntimeError(f"run {self.last_run} has ended before {out} was done\n{self.logs()}")
+            return path.exists()
+
+        self.wait(done, seconds, f"{out} has finished")
         return dict(json.loads(path.read_text()))
 
     def wait(self, what: Callable[[], object], seconds: float, told: str) -> float:

@@ -12,6 +12,8 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from warmfed.deploy import keys
+
 TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
 
@@ -38,7 +40,10 @@ class Loopback(Grid):
         return list(self.folders)
 
     def get_nodes(self) -> Iterable[Any]:
-        return [SimpleNamespace(node_id=node, last_activated_at="") for node in self.folders]
+        return [
+            SimpleNamespace(node_id=node, last_activated_at="", public_key=keys.pem((folder / "node.pub").read_bytes()))
+            for node, folder in self.folders.items()
+        ]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []

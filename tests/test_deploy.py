@@ -7,6 +7,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import tomllib
@@ -24,13 +25,16 @@ from warmfed.cli import main
 from warmfed.config import parse
 from warmfed.diffusion import pipeline
 from warmfed.errors import InputError
+from warmfed.files import locked
 from warmfed.site import read_site
 
-pytest.importorskip("cryptography")
+pytest.importorskip("flwr")
 
 from warmfed.deploy import keys
 from warmfed.deploy.check import check
-from warmfed.deploy.project import add_site, init, read_project, renew
+from warmfed.deploy.project import add_site, init, renew
+from warmfed.deploy.project_file import read_project
+from warmfed.transports.flower_processes import app_sha256
 
 PICTURES = {site: {"cat": 9, "dog": 9} for site in ("ink", "paper")}
 
@@ -56,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(pictures, folder / "project" / "sites" / site / "data")
     commands = folder / "project" / "bin"
     commands.mkdir()
-    for name in ("flower-superlink", "flower-superexec", "warmfed-supernode", "flwr"):
+    for name in ("warmfed-superlink", "flower-superexec", "warmfed-supernode", "flwr"):
         (commands / name).touch(0o755)
     for place in ("server", "sites/ink", "sites/paper"):
         change(folder / "project" / place / "environment", 'WARMFED_BIN=""', f"WARMFED_BIN={commands}")
@@ -78,12 +82,16 @@ def change_json(path: Path, **values: Any) -> None:
 
 
 @contextmanager
-def serving(project: Path, behind: float = 0.0) -> Iterator[None]:
-    """The server's certificate at its port, with a clock that is so many seconds behind."""
+def serving(project: Path, behind: float = 0.0, opened: str = "") -> Iterator[None]:
+    """The server's certificate at its port, with a clock that is so many seconds behind, and one path open to strangers."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(404)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            self.send_response(200 if self.path == opened else 401 if self.path.startswith("/v1/fleet/") else 403)
             self.end_headers()
 
         def date_time_string(self, timestamp: float | None = None) -> str:
@@ -125,8 +133,8 @@ def test_the_project_is_complete_and_its_secrets_are_private(made: Path) -> None
     assert site.federation().shape == (3, 8, 8)
     assert parse(made / "server" / "config.toml").border.sites == ("ink", "paper")
     assert (made / "sites/ink/node.pub").read_bytes() == (made / "server/nodes/ink.pub").read_bytes()
-    ports = [line for site in PICTURES for line in (made / "sites" / site / "environment").read_text().splitlines()]
-    assert sorted(line.split()[0] for line in ports if "PORT" in line) == ["WARMFED_PORT=9094", "WARMFED_PORT=9095"]
+    assert read_project(made).app == app_sha256()
+    assert not any("PORT" in (made / "sites" / site / "environment").read_text() for site in PICTURES)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +249,7 @@ def test_commands_that_are_not_installed(project: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(project))
     assert failing(project / "server") == {}
     change(project / "server" / "environment", "WARMFED_BIN=", "WARMFED_BIN=/nowhere")
-    assert "flower-superlink, flwr: no such command" in failing(project / "server")["commands"]
+    assert "warmfed-superlink, flower-superexec, flwr: no such command" in failing(project / "server")["commands"]
 
 
 @pytest.mark.parametrize(
@@ -296,9 +304,52 @@ def test_a_server_that_cannot_be_trusted(damage: Callable[[Path], object], words
     assert rows["clock"].ok is None
 
 
+@pytest.mark.parametrize(
+    ("path", "row"), [("/v1/control/start-run", "closed door"), ("/v1/fleet/pull-messages", "strange key")]
+)
+def test_a_server_that_lets_strangers_in(path: str, row: str, project: Path) -> None:
+    with serving(project, opened=path):
+        found = failing(project / "sites" / "ink")
+    assert path in found[row]
+    assert row in found
+
+
 def test_a_port_that_is_taken(project: Path) -> None:
     with serving(project):
-        assert "cannot be taken" in failing(project / "server")["port"]
+        found = failing(project / "server")["port"]
+    assert "cannot be taken" in found
+    assert f"by process {os.getpid()}" in found
+
+
+def test_a_port_is_ours_if_its_superlink_is_of_this_folder(project: Path, tmp_path: Path) -> None:
+    """Another site's program at the port is not taken for one's own."""
+    words = f"import socket; s = socket.create_server(('0.0.0.0', {read_project(project).port})); print(flush=True); input()"
+    program = tmp_path / "warmfed-superlink"
+    program.write_text(words)
+    for folder, wrong in ((project / "server", False), (tmp_path, True)):
+        with subprocess.Popen(
+            [sys.executable, program, "."], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            with locked(project / "server" / "server.key", ""):
+                assert ("port" in failing(project / "server")) is wrong
+            process.kill()
+
+
+HOSTS = ["fe80::1%';id>pwn;'", "fe80::1%eth0", "a b", "-x", "x;id", "$(id)", "a" * 254, ""]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_host_is_a_name_or_an_address(host: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="host must be"):
+        init(tmp_path / "new", ["ink"], host)
+    assert not (tmp_path / "new").exists()
+
+
+def test_each_site_has_a_key_of_its_own(project: Path) -> None:
+    shutil.copy(project / "server/nodes/ink.pub", project / "server/nodes/paper.pub")
+    assert "is the key of site 'ink'" in failing(project / "server")["sites' keys"]
 
 
 @pytest.mark.parametrize("text", ["", "WARMFED_PORT=x", "WARMFED_PORT=0", 'WARMFED_PORT="9'])

@@ -1,6 +1,7 @@
 """A run over Flower, on a loop-back Grid: the same bytes as in process, and nothing that is not an answer gets in."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from warmfed import clientapp, serverapp
 from warmfed.algorithms import ALGORITHMS
 from warmfed.algorithms.averaging import Model
 from warmfed.config import parse
+from warmfed.deploy import keys
 from warmfed.errors import InputError
 from warmfed.files import read_lines
 from warmfed.messages import decode, digest, encode
@@ -69,6 +71,10 @@ class Consortium:
         folder = self.folder / f"site-{name}"
         folder.mkdir(exist_ok=True)
         (folder / "site.toml").write_text(tomli_w.dumps({"name": name, **config}))
+        if not (folder / "node.pub").exists():
+            (folder / "node.pub").write_bytes(keys.node()[1])
+            (self.folder / "nodes").mkdir(exist_ok=True)
+            shutil.copy(folder / "node.pub", self.folder / "nodes" / f"{name}.pub")
         return folder
 
     def serve(
@@ -76,7 +82,7 @@ class Consortium:
     ) -> dict[str, Any]:
         grid = Loopback(clientapp.app, self.folders, **({"tamper": tamper} if tamper else {}))
         post = GridPost(grid, pause=0.01, look=0.02)
-        serverapp.serve(post, {"config": str(self.config), "out": str(self.folder / out)})
+        serverapp.serve(post, {"config": self.config.name, "out": out}, self.folder)
         return read_summary(self.folder / out)
 
     def records(self, out: str = "run") -> list[dict[str, Any]]:
@@ -273,7 +279,7 @@ def test_a_site_that_does_not_agree_is_refused(
 
 def test_two_nodes_of_one_name_are_refused(consortium: Consortium) -> None:
     consortium.folders[5] = consortium.folders[consortium.node("a")]
-    with pytest.raises(InputError, match="two nodes say that they are site 'a'"):
+    with pytest.raises(InputError, match="two nodes are site 'a'"):
         consortium.serve()
 
 

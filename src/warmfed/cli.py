@@ -180,6 +180,11 @@ def _deploy(commands: Any) -> None:
     renew = _command(commands, "renew", "make the server a new certificate of the same authority", "deploy_")
     renew.add_argument("folder", type=Path, metavar="DIR", help="the project")
 
+    register = _command(commands, "register", "let the sites whose keys are in the server's nodes/ connect", "deploy_")
+    register.add_argument(
+        "folder", nargs="?", type=Path, default=Path(), metavar="DIR", help="folder of the server (default .)"
+    )
+
     check = _command(commands, "check", "say whether a server's or site's machine is ready, and what to do", "deploy_")
     where = "folder of a server or site (default .)"
     check.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR", help=where)

@@ -16,7 +16,7 @@ from .algorithms import ALGORITHMS
 from .compare import Cell, Cells
 from .compare import compare as compare_cells
 from .compare import plan as plan_cells
-from .config import Config, choices, construct, data_table, parse, pretraining_tables, setting
+from .config import Config, choices, data_table, parse, pretraining_tables, setting
 from .console import Events, Quiet, Teller, console, data_counts, data_facts, emit, rich_table, run_facts, run_table, teller
 from .data import DataError, save_partition
 from .errors import InputError
@@ -27,6 +27,7 @@ from .progress import spoken
 from .report.parts import duration
 from .runs import Watcher, claimed, execute
 from .runs import resume as resume_run
+from .settings import construct
 from .synthesize import synthesize as draw
 from .tables import files_table, rehearsal_facts, rehearsal_table
 from .verify import DifferenceError
@@ -351,6 +352,14 @@ def deploy_renew(asked: Namespace) -> int:
     from .deploy.project import renew
 
     print(renew(asked.folder))
+    return 0
+
+
+def deploy_register(asked: Namespace) -> int:
+    from .deploy.register import register
+
+    for line in register(asked.folder):
+        print(line, flush=True)
     return 0
 
 

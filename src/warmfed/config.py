@@ -1,10 +1,7 @@
 """The configuration of a run: dataclasses, read from TOML and the command line, checked whole before anything starts."""
 
 import dataclasses
-import math
 import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +18,7 @@ from .diffusion.quality import Measuring
 from .errors import InputError, suggest
 from .files import read_bytes
 from .fit import Training
+from .settings import construct
 
 T = TypeVar("T")
 TASKS = ("classify", "denoise")
@@ -198,46 +196,6 @@ def build(values: dict[str, Any]) -> Config:
 
 def _fields(cls: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
-
-
-def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[str, ...] = (), base: T | None = None) -> T:
-    """A dataclass from a table, its fields' types checked, and that no real number is negative, infinite or NaN: none may be.
-
-    Args:
-        path: where the table stands, for errors.
-        base: what holds for the fields that the table does not name; none: the class's defaults.
-    """
-    base = cls() if base is None else base
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name not in skip}  # type: ignore[arg-type]
-    arguments = {}
-    for key, value in values.items():
-        where = f"{path}.{key}" if path else key
-        if key not in fields:
-            raise InputError(f"unknown key {where!r}{suggest(key, sorted(fields))}")
-        arguments[key] = _typed(fields[key], value, where, getattr(base, key))
-    made = dataclasses.replace(base, **arguments)  # type: ignore[type-var]
-    for key, value in arguments.items():  # after the class's own checks, which say more
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(number, float) and not 0 <= number < math.inf for number in numbers):
-            raise InputError(f"{f'{path}.' if path else ''}{key} must be finite and not below zero; got {value!r}")
-    return made
-
-
-def _typed(declared: Any, value: Any, where: str, default: Any) -> Any:
-    if dataclasses.is_dataclass(declared) or typing.get_origin(declared) in (Mapping, dict, types.MappingProxyType):
-        if not isinstance(value, Mapping):
-            raise InputError(f"{where} must be a table of settings; got {value!r}")
-        typed = dataclasses.is_dataclass(declared)
-        return construct(typing.cast(type, declared), value, where, base=default) if typed else dict(value)
-    if typing.get_origin(declared) is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(typing.get_args(declared)[0], item, where, None) for item in value)
-    if declared is float and type(value) is int:
-        return float(value)
-    if type(value) is not declared:
-        wanted = getattr(declared, "__name__", str(declared))
-        raise InputError(f"{where} must be of type {wanted}; got {value!r}")
-    return value
 
 
 def setting(text: str) -> tuple[str, Any]:

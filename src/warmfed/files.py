@@ -1,9 +1,12 @@
 """Files are written whole or not at all: a reader never sees half of one, and a full disk leaves the old one."""
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +108,27 @@ def read_sealed(path: Path, what: str) -> bytes:
     if hashlib.sha256(content).hexdigest().encode() != seal:
         raise InputError(f"{what} at {path} is damaged (its digest differs); restore it from a backup or start the run anew")
     return content
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold a file's lock meanwhile; it ends with this process, however that ends.
+
+    Raises:
+        InputError: there is no such file, or another process holds the lock: `busy` says what to do then.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # no such locks on this system
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise InputError(busy) from error
+        yield

@@ -1,9 +1,7 @@
 """A run folder as such: a new one, who may work on it, its configuration and its summary."""
 
-import errno
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from safetensors.torch import save
 
 from .config import Config, build
 from .errors import InputError
-from .files import read_bytes, read_json, write_whole
+from .files import locked, read_bytes, read_json, write_whole
 from .tensors import Tensors
 
 
@@ -30,20 +28,9 @@ def claimed(config: Config) -> Path:
     raise AssertionError("there is no end of numbers")
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """No other process may work on the run folder meanwhile; the lock ends with this process, however it ends."""
-    with (folder / "config.toml").open("rb") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # no such locks on this system
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise InputError(f"another process is at work on {folder}; wait until it has ended") from error
-        yield
+def alone(folder: Path) -> AbstractContextManager[None]:
+    """Keep other processes from a run folder meanwhile."""
+    return locked(folder / "config.toml", f"another process is at work on {folder}; wait until it has ended")
 
 
 _TOLD = ("warmfed", "algorithm", "seed", "classes", "models_sha256")

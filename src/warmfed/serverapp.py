@@ -18,6 +18,7 @@ from .config import Config, parse
 from .console import Lines
 from .core import Generator, Round, ServerState
 from .data import Roster
+from .deploy.keys import openssh, registered
 from .errors import InputError
 from .files import read_json, write_json
 from .messages import encode
@@ -36,6 +37,8 @@ class There(Place):
 
     post: flower.GridPost
     folder: Path
+    home: Path
+    """The server's folder."""
     _run: str = ""
     _sites: tuple[str, ...] = ()
     _cards: dict[str, Card] = field(default_factory=dict)
@@ -45,7 +48,9 @@ class There(Place):
         begun = read_json(kept, "the run's sites") if kept.exists() else None
         self._run = begun["run"] if begun else secrets.token_hex(8)
         asked = Request(self._run, "", config.toml(), HELLO, 0, 0, None)
-        self.post.hello, self.post.introduce = encode(asked), lambda data: self._introduced(asked, data)
+        names_of = self._registered()
+        self.post.name_of = lambda key: names_of.get(openssh(key))
+        self.post.hello, self.post.introduce = encode(asked), lambda site, data: self._introduced(asked, site, data)
         self.post.refusal = lambda reason: encode(replace(asked, stage=REFUSED, body=Refusal(reason)))
         names = begun["sites"] if begun else config.border.sites
         needed = config.border.needed(len(names)) if names else config.border.least
@@ -57,6 +62,16 @@ class There(Place):
             self.post.tell(f"the run is not begun: {error}")
             raise
 
+    def _registered(self) -> dict[bytes, str]:
+        """The names of the sites by their public keys, from the folder nodes/ beside the run's."""
+        found = registered(self.home / "nodes")
+        if not found:
+            raise InputError(
+                f"{self.home / 'nodes'} holds no site's public key, so nobody could prove which site it is; "
+                "make the server's folder by `warmfed deploy init`"
+            )
+        return found
+
     def _agreed(self, config: Config, known: Roster) -> Ready:
         """What the configuration stands for, where server and sites have the same base and start; raises `InputError`."""
         ready = prepare(config, known)
@@ -66,16 +81,15 @@ class There(Place):
                 raise InputError(f"the server's {what} is {here!r}, that of site {site!r} {there!r}; they must be equal")
         return ready
 
-    def _introduced(self, asked: Request, data: bytes) -> str:
-        """The name of who has answered hello; raises `InputError` where it does not take part."""
-        site, card = opened_card(asked, data)
+    def _introduced(self, asked: Request, site: str, data: bytes) -> None:
+        """Keep the card in a site's answer to hello; raises `InputError` where the site does not take part."""
+        card = opened(data, asked, site, Card).body
         if self._sites and site not in self._sites:
             raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
         if self._cards and self._sites:
             first = min(self._cards)
             agree(card, site, self._cards[first], first)
         self._cards[site] = card
-        return site
 
     def rounds(
         self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator, watcher: Watcher
@@ -99,25 +113,23 @@ class There(Place):
         return Remote(self.post, self._sites, self._run, config.toml(), config.border)
 
 
-def opened_card(asked: Request, data: bytes) -> tuple[str, Card]:
-    """The name and card in an answer to hello; raises `InputError`."""
-    found = opened(data, asked, None, Card)
-    return found.site, found.body
-
-
 def _roster(table: Mapping[str, Any]) -> Roster:
     shape = tuple(int(n) for n in table["shape"])
     return Roster(**{**table, "classes": tuple(table["classes"]), "shape": shape})
 
 
-def serve(post: flower.GridPost, settings: Mapping[str, Any]) -> None:
-    """Run a configuration into its folder, or finish the run that the folder holds."""
-    home = Path(os.environ.get("WARMFED_SERVER", "."))
+def serve(post: flower.GridPost, settings: Mapping[str, Any], home: Path | None = None) -> None:
+    """Run a configuration into its folder, or finish the run that the folder holds.
+
+    Args:
+        home: the server's folder; none: $WARMFED_SERVER, or the working directory.
+    """
+    home = home or Path(os.environ.get("WARMFED_SERVER", "."))
     config = parse(home / str(settings["config"])) if settings.get("config") else parse()
     folder = home / (str(settings.get("out") or "") or f"runs/{config.name}-{config.seed}")
     torch.set_num_threads(1)  # sums depend on how many there are
     with Lines() as watcher:
-        proceed(config, folder, watcher, There(post, folder))
+        proceed(config, folder, watcher, There(post, folder, home))
 
 
 app = flower.server_app(serve)

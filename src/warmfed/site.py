@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .config import Config, Data, Unseen, build, construct, read_toml
+from .config import Config, Data, Unseen, build, read_toml
 from .core import Nothing, Reply
 from .data import SPLITS, Federation, Roster
 from .data import Site as Tables
@@ -25,6 +25,7 @@ from .files import read_lines, write_json, write_lines, write_whole
 from .messages import Message, decode, encode, kind, tensors_of
 from .ready import Ready, load_data, prepare
 from .runfolder import write_model
+from .settings import construct
 from .tensors import sha256
 from .transports.memories import Memories, unfinished
 from .transports.wire import EVALUATE, FINISH, HELLO, REFUSED, Answer, Card, Kept, Measures, Models, Refusal, Request
@@ -213,6 +214,7 @@ def _finished(site: SiteConfig, folder: Path, ready: Ready, body: Models, memori
     write_whole(folder / "config.toml", ready.config.toml())
     digests = {name: sha256(model) for name, model in there.items()}
     summary = {"warmfed": __version__, "algorithm": ready.config.name, "seed": ready.config.seed, "models_sha256": digests}
+    summary["site"] = site.name
     data = {"federation": ready.federation.name, "classes": ready.federation.classes, "image": ready.federation.shape}
     write_json(folder / "summary.json", summary | data)
     return Kept(digests.get(f"personal/{site.name}", ""))
@@ -238,12 +240,10 @@ def _alone(work: Path) -> Iterator[None]:
 
 def _record(work: Path, asked: Request, body: Message) -> None:
     """A line in the site's ledger; it is there before the message leaves."""
-    path = work / "ledger.jsonl"
-    lines = read_lines(path, "the site's ledger") if path.exists() else []
     what = body.message if isinstance(body, Reply) else body
     crossed = exchange("", "up", what)
     line: dict[str, Any] = {
-        "when": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "when": _now(),
         "run": asked.run, "stage": asked.stage, "step": asked.step, "number": asked.number,
         "kind": kind(type(what)), "bytes": crossed.bytes, "sha256": crossed.sha256,
         "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in sorted(tensors_of(what).items())},
@@ -254,7 +254,32 @@ def _record(work: Path, asked: Request, body: Message) -> None:
         line["metrics"] = dict(body.metrics)
     elif isinstance(body, Refusal):
         line["reason"] = body.reason
+    _append(work, line)
+
+
+def refused(site: SiteConfig, stage: str, reason: str, sha256: str) -> None:
+    """Record in the site's ledger what was refused before it was opened; nothing but the refusal left the site.
+
+    Args:
+        stage: what it was, as "app".
+        sha256: of what the server sent.
+    """
+    work = site.path(site.work)
+    with _alone(work):
+        _append(work, {
+            "when": _now(), "run": "", "stage": stage, "step": 0, "number": 0,
+            "kind": f"refused {stage}", "bytes": 0, "sha256": sha256, "tensors": {}, "reason": reason,
+        })  # fmt: skip
+
+
+def _append(work: Path, line: Mapping[str, Any]) -> None:
+    path = work / "ledger.jsonl"
+    lines = read_lines(path, "the site's ledger") if path.exists() else []
     write_lines(path, [*lines, line])
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def roster(cards: Mapping[str, Card], sites: tuple[str, ...]) -> Roster:

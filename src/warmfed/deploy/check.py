@@ -6,14 +6,14 @@ A check is a function that returns what it found; `InputError` says what was exp
 import hashlib
 import http.client
 import os
-import shlex
 import shutil
 import socket
 import ssl
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -24,12 +24,15 @@ from ..config import parse
 from ..data import SPLITS, Federation
 from ..diffusion import pipeline
 from ..errors import InputError
-from ..files import read_bytes
+from ..files import locked, read_bytes
 from ..report.parts import size
 from ..site import SiteConfig, read_site
 from ..tensors import rows
 from . import keys
-from .project import Project, read_project, start_digest, versions
+from .guard import STRANGER
+from .node import SERVER, SITE
+from .project import start_digest
+from .project_file import Project, environment, read_project, versions
 
 DISK, MEMORY = 1_000_000_000, 1_000_000_000
 """Free bytes that a party needs at least, beside three times the base's weights of memory."""
@@ -79,7 +82,7 @@ def _rows(checks: Checks) -> Iterator[Row]:
 def _server(folder: Path) -> Checks:
     project = read_project(folder)
     values = environment(folder)
-    yield from _common(folder, project, ("flower-superlink", "flwr"), values)
+    yield from _common(folder, project, ("warmfed-superlink", "flower-superexec", "flwr"), values)
     settings = parse(folder / "config.toml")
 
     def certificate() -> str:
@@ -88,15 +91,19 @@ def _server(folder: Path) -> Checks:
         return f"for {keys.chain(made, _bytes(folder / 'server.key'), ca, project.host, _AGAIN)}; {until}"
 
     def nodes() -> str:
-        missing = [site for site in project.sites if not (folder / "nodes" / f"{site}.pub").exists()]
-        if missing:
-            raise InputError(f"nodes/ has no key of {', '.join(missing)}; copy nodes/ from the coordinator's server folder")
+        names = set(keys.registered(folder / "nodes").values())
+        for wrong, which in (("has no key of", set(project.sites) - names), ("has a key of", names - set(project.sites))):
+            if which:
+                raise InputError(f"nodes/ {wrong} {', '.join(sorted(which))}; copy nodes/ from the coordinator's server folder")
         return ", ".join(project.sites)
 
     yield "certificate", certificate
     yield "server.key", lambda: _private(folder / "server.key")
     yield "sites' keys", nodes
-    yield "port", lambda: _port(values["WARMFED_LISTEN"], int(values["WARMFED_PORT"]), "flower-superlink")
+    running = _running(folder / SERVER)
+    yield "SuperLink", lambda: "is running" if running else "is not running"
+    yield "port", lambda: _port(values["WARMFED_LISTEN"], int(values["WARMFED_PORT"]), folder if running else None)
+    yield from _doors("127.0.0.1", int(values["WARMFED_PORT"]), folder, running)
     yield "base", lambda: _equal("base", project.base, lambda: settings.generator.fingerprint())
     yield "start", lambda: _equal("classifier to start from", project.start, lambda: start_digest(settings))
     yield from _machine(folder, settings.device, settings.generator.base if project.base else "")
@@ -127,8 +134,9 @@ def _site(folder: Path) -> Checks:
 
     yield "node key", lambda: keys.pair(_bytes(folder / "node"), _bytes(folder / "node.pub"))
     yield "node", lambda: _private(folder / "node")
-    yield "port", lambda: _port("127.0.0.1", int(values["WARMFED_PORT"]), "warmfed-supernode")
+    yield "SuperNode", lambda: "is running" if _running(folder / SITE) else "is not running"
     yield from _reached(folder, project)
+    yield from _doors(project.host, project.port, folder, True)
     yield "data", data
     yield "images", images
     yield "classes", lambda: _same("classes", site.classes, project.classes)
@@ -137,19 +145,6 @@ def _site(folder: Path) -> Checks:
     yield "base", lambda: _equal("base", project.base, lambda: pipeline.fingerprint(base))
     yield "start", lambda: _equal("classifier to start from", project.start, lambda: _start(site, base))
     yield from _machine(site.path(site.work), site.device, base if project.base else "")
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """The values of a folder's file `environment`; raises `InputError` where a line or a port is none."""
-    path = folder / "environment"
-    try:
-        words = shlex.split(read_bytes(path, "the environment").decode(), comments=True)
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); {_RESTORE}") from error
-    values = dict(word.split("=", 1) for word in words if "=" in word)
-    if not values.get("WARMFED_PORT", "").isdecimal() or not 1 <= int(values["WARMFED_PORT"]) <= 65535:
-        raise InputError(f"{path}: WARMFED_PORT must be from 1 to 65535; got {values.get('WARMFED_PORT')!r}")
-    return {"WARMFED_BIN": "", "WARMFED_LISTEN": "0.0.0.0", **values}
 
 
 def _common(folder: Path, project: Project, commands: tuple[str, ...], values: dict[str, str]) -> Checks:
@@ -175,7 +170,15 @@ def _common(folder: Path, project: Project, commands: tuple[str, ...], values: d
             raise InputError(f"{', '.join(missing)}: no such command; set {here} in {folder / 'environment'}")
         return ", ".join(str(place) for place in places.values())
 
+    def app() -> str:
+        from ..transports.flower_processes import app_sha256
+
+        if (here := app_sha256()) != project.app:
+            raise InputError(f"SHA-256 {here[:12]}…, {project.app[:12] or 'none'}… was agreed; install the project's versions")
+        return f"SHA-256 {here[:12]}…, as agreed; the sites run no other"
+
     yield "commands", found
+    yield "app", app
     last = "make a new project; this one's time is over"
     yield "authority", lambda: keys.dates(_bytes(folder / "ca.crt"), "the authority's certificate", keys.now(), last)
 
@@ -262,29 +265,93 @@ def _private(path: Path) -> str:
     return f"mode {mode:o}"
 
 
-def _port(address: str, port: int, ours: str) -> str:
+def _running(path: Path) -> bool:
+    """Whether a party's server holds the lock of its folder's file."""
+    try:
+        with locked(path, "it is running"):
+            return False
+    except InputError:
+        return path.exists()
+
+
+def _port(address: str, port: int, ours: Path | None) -> str:
+    """Whether the port is free, or taken by the SuperLink of this folder."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))
         except OSError as error:
-            if ours in _listener(port):
-                return f"{port}: {ours} is running"
+            holder = _listener(port)
+            if ours is not None and holder is not None and _folder_of(holder) == ours.resolve():
+                return f"{port}: the SuperLink of this folder"
+            who = f" by process {holder.pid}: {' '.join(holder.cmdline())[:80]}" if holder is not None else ""
             raise InputError(
-                f"port {port} of {address} cannot be taken ({error.strerror}); end what uses it, or set another WARMFED_PORT"
+                f"port {port} of {address} cannot be taken ({error.strerror}{who}); end what uses it, "
+                "or set another WARMFED_PORT"
             ) from error
     return f"{port} is free"
 
 
-def _listener(port: int) -> str:
-    """The command line of who listens at a port, where it is one of this user's processes."""
+def _listener(port: int) -> psutil.Process | None:
+    """Who listens at a port, where it is one of this user's processes."""
     for process in psutil.process_iter():
         try:
             if any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp")):
-                return " ".join(process.cmdline())
+                process.cmdline(), process.cwd()
+                return process
         except psutil.Error:
             continue
-    return ""
+    return None
+
+
+def _folder_of(process: psutil.Process) -> Path | None:
+    """The folder whose SuperLink a process is."""
+    words = process.cmdline()
+    place = next((i for i, word in enumerate(words) if Path(word).name == "warmfed-superlink"), None)
+    return None if place is None else (Path(process.cwd()) / words[place + 1]).resolve()
+
+
+def _doors(host: str, port: int, folder: Path, running: bool) -> Checks:
+    """Whether the server lets in whom it should not: each of Flower's paths is tried as somebody without any rights."""
+
+    def asked(path: str, headers: Mapping[str, str]) -> int:
+        try:
+            context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+            connection = http.client.HTTPSConnection(host, port, timeout=PATIENCE, context=context)
+            with closing(connection):
+                connection.request("POST", path, headers={**headers, STRANGER.decode(): "1"})
+                return connection.getresponse().status
+        except (OSError, http.client.HTTPException) as error:
+            raise _Open(f"not tried: the server does not answer ({error})") from error
+
+    def closed() -> str:
+        if not running:
+            raise _Open("not tried: the SuperLink is not running")
+        from ..transports.flower_processes import PATHS
+
+        tried = (*PATHS, "/docs", "/openapi.json", "/v1/fleet/../control/start-run")
+        opened = [path for path in tried if asked(path, {}) not in (401, 403)]
+        if opened:
+            raise InputError(
+                f"{len(opened)} of {len(tried)} paths let a stranger in ({', '.join(opened[:3])}); close the port at once: "
+                "the server must be started by ./start.sh, and reached directly, not through a proxy of its user"
+            )
+        return f"{len(tried)} paths refuse a stranger"
+
+    def unregistered() -> str:
+        if not running:
+            raise _Open("not tried: the SuperLink is not running")
+        from ..transports.flower_processes import FLEET, KEY, SIGNATURE, SIGNED
+
+        public, stamp, signature = keys.signature_of_a_new_key()
+        headers = {KEY.decode(): public, SIGNED.decode(): stamp, SIGNATURE.decode(): signature}
+        opened = [path for path in sorted(FLEET) if asked(path, headers) != 401]
+        if opened:
+            raise InputError(f"a key that nobody registered may call {', '.join(opened[:3])}; start the server by ./start.sh")
+        return "a key that is not in nodes/ is refused"
+
+    yield "closed door", closed
+    yield "strange key", unregistered
 
 
 def _same(what: str, here: object, agreed: object) -> str:

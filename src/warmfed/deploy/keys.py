@@ -3,15 +3,18 @@
 All keys are of the curve P-384, as Flower wants them. Certificates are X.509; a node's key pair is in OpenSSH's format.
 """
 
+import base64
 import ipaddress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import read_bytes
 
 try:
     from cryptography import x509
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -92,6 +95,56 @@ def pair(private: bytes, public: bytes) -> str:
     return "EC P-384"
 
 
+def registered(folder: Path) -> dict[bytes, str]:
+    """Return the names of the sites whose public keys lie in a folder as NAME.pub, by key ("ecdsa-sha2-nistp384 AAAA…").
+
+    Raises:
+        InputError: a file that is not a public key, or two names for one key.
+    """
+    found: dict[bytes, str] = {}
+    for path in sorted(folder.glob("*.pub")):
+        key = b" ".join(read_bytes(path, f"the public key of site {path.stem!r}").split()[:2])
+        _key(key, f"the public key {path}", lambda data, _: serialization.load_ssh_public_key(data))
+        if key in found:
+            raise InputError(f"{path} is the key of site {found[key]!r}; each site has its own: warmfed deploy add-site")
+        found[key] = path.stem
+    return found
+
+
+def openssh(pem: bytes) -> bytes:
+    """Return a public key in PEM as `registered` names it; empty: it is not a key."""
+    try:
+        return _public_line(serialization.load_pem_public_key(pem))
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return b""
+
+
+def pem(public: bytes) -> bytes:
+    """Return a public key of `registered` in PEM, as Flower knows it."""
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return bytes(serialization.load_ssh_public_key(public).public_bytes(_PEM, form))
+
+
+def signed(folder: Path, key: bytes, content: bytes, signature: bytes) -> bool:
+    """Return whether a key of the folder, in PEM and base64, has signed a content; the signature is base64 too."""
+    try:
+        public = serialization.load_pem_public_key(base64.b64decode(key, validate=True))
+        if _public_line(public) not in registered(folder) or not isinstance(public, ec.EllipticCurvePublicKey):
+            return False
+        public.verify(base64.b64decode(signature, validate=True), content, ec.ECDSA(hashes.SHA256()))
+    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature):
+        return False
+    return True
+
+
+def signature_of_a_new_key() -> tuple[str, str, str]:
+    """Return what an unregistered SuperNode would send: its public key, a time stamp and its signature of that; base64."""
+    key, stamp = ec.generate_private_key(ec.SECP384R1()), now().isoformat()
+    public = key.public_key().public_bytes(_PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    signature = key.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))
+    return base64.b64encode(public).decode(), stamp, base64.b64encode(signature).decode()
+
+
 def _certificate(subject: Any, issuer: Any, key: Any, signer: Any, now: datetime, valid: timedelta, path: int | None) -> Any:
     made = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
     made = made.serial_number(x509.random_serial_number()).not_valid_before(now - _EARLY).not_valid_after(now + valid)
@@ -116,8 +169,11 @@ def _private(key: Any) -> bytes:
 
 
 def _public(key: Any) -> bytes:
-    form = serialization.PublicFormat.OpenSSH
-    return bytes(key.public_key().public_bytes(serialization.Encoding.OpenSSH, form))
+    return _public_line(key.public_key())
+
+
+def _public_line(public: Any) -> bytes:
+    return bytes(public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH))
 
 
 def _read(data: bytes, what: str) -> Any:

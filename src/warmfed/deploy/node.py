@@ -1,15 +1,87 @@
-"""The command `warmfed-supernode`: Flower's SuperNode, which also ends its process when it has ended its work.
+"""The commands `warmfed-superlink FOLDER` and `warmfed-supernode FOLDER`: Flower's two servers, guarded, from a party's folder.
 
-Flower (seen in 1.41) takes a TLS connection that is cut in the middle (`UNEXPECTED_EOF_WHILE_READING`) for the end, and then
-neither hears nor exits, as its own server's thread lives on: nobody would start it again.
+A SuperNode's process also ends when its work has ended. Flower (seen in 1.41) takes a TLS connection that is cut in the
+middle (`UNEXPECTED_EOF_WHILE_READING`) for the end, and then neither hears nor exits, as its own server's thread lives on:
+nobody would start it again.
 """
 
+import json
 import os
-from importlib.metadata import entry_points
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
+from ..errors import InputError
+from ..files import locked
+from . import keys
+from .guard import SERVED, Guard
+from .project_file import environment, read_project
 
-def main() -> NoReturn:
-    (command,) = entry_points(group="console_scripts", name="flower-supernode")
-    command.load()()  # reads the words of the command line, and exits by itself where it is told to
+SERVER, SITE = "server.key", "node"
+"""The file of each party's folder that is locked while its server runs."""
+BUSY = "is running already in {}; stop that one first"
+
+
+def superlink() -> NoReturn:
+    _main("warmfed-superlink", _superlink)
+
+
+def supernode() -> NoReturn:
+    _main("warmfed-supernode", _supernode)
+
+
+def _main(name: str, run: Callable[[Path], None]) -> NoReturn:
+    os.umask(0o077)  # what Flower writes is this user's alone
+    try:
+        if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+            raise InputError(f"usage: {name} FOLDER, a folder that `warmfed deploy init` has made")
+        run(Path(sys.argv[1]).resolve())
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
     os._exit(1)
+
+
+def _superlink(folder: Path) -> None:
+    from ..transports import flower_processes as flower
+
+    values, nodes = environment(folder), folder / "nodes"
+
+    def authentic(headers: Mapping[bytes, bytes]) -> bool:
+        return keys.signed(nodes, *(headers.get(name, b"") for name in (flower.KEY, flower.SIGNED, flower.SIGNATURE)))
+
+    certificates = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
+    words = [
+        *("--host", values["WARMFED_LISTEN"], "--port", values["WARMFED_PORT"], "--database", str(folder / "superlink.db")),
+        *(word for option, name in certificates.items() for word in (option, str(folder / name))),
+        *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
+    ]
+    with locked(folder / SERVER, f"the SuperLink {BUSY.format(folder)}"):
+        flower.superlink(words, lambda app: Guard(app, flower.FLEET, authentic), SERVED)
+
+
+def _supernode(folder: Path) -> None:
+    from ..transports import flower_processes as flower
+
+    project = read_project(folder)
+    if (here := flower.app_sha256()) != project.app:
+        raise InputError(
+            f"warmfed's app here has SHA-256 {here[:12]}…, {project.app[:12] or 'none'}… was agreed; install the versions "
+            "that project.json names"
+        )
+
+    def refuse(digest: str) -> None:
+        from ..site import read_site, refused  # only then: torch takes memory that a waiting process does not need
+
+        reason = f"refused an app with SHA-256 {digest[:12]}…: this site runs warmfed's alone ({project.app[:12]}…)"
+        flower.report(reason)
+        refused(read_site(folder), "app", reason, digest)
+
+    words = [
+        *("--superlink", project.address, "--root-certificates", str(folder / "ca.crt")),
+        *("--auth-supernode-private-key", str(folder / SITE)),
+        *("--node-config", f"site-folder={json.dumps(str(folder))}"),
+    ]
+    with locked(folder / SITE, f"the SuperNode {BUSY.format(folder)}"):
+        flower.supernode(words, Guard, SERVED, project.app, refuse)

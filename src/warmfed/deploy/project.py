@@ -9,86 +9,31 @@ DIR/sites/SITE/                      site.toml, node and node.pub, ca.crt, scrip
 import hashlib
 import ipaddress
 import os
-import platform
 import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from .. import __version__
-from ..config import Config, construct, parse
+from ..config import Config, parse
 from ..data import Federation, load, told
 from ..diffusion import pipeline
 from ..errors import InputError
-from ..files import occupied, read_bytes, read_json, write_json, write_whole
+from ..files import occupied, read_bytes, write_json, write_whole
 from ..transports.project import write_project
 from . import keys
+from .project_file import Project, read_project, versions
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
-_NODES = 9094
-"""The first SuperNode's own port; each site has another, so that several can be tried on one machine."""
 _READ = ("image_size", "validation", "test", "seed")
 """Options that say how a folder of pictures is read, whosever it is."""
-
-
-@dataclass(frozen=True)
-class Project:
-    """What all parties of a deployment must have in common; project.json, of which each has a copy."""
-
-    host: str = ""
-    """Name or address by which the sites reach the server."""
-    port: int = 8000
-    sites: tuple[str, ...] = ()
-    python: str = ""
-    """Major and minor version."""
-    warmfed: str = ""
-    torch: str = ""
-    flwr: str = ""
-    """Empty: where the project was made there was none; any that warmfed[flower] takes will do."""
-    classes: tuple[str, ...] = ()
-    """In the order of their labels."""
-    prompts: str = ""
-    """The template, with one {} for the class."""
-    side: int = 0
-    """Height and width of the images in pixels; 0: not known when the project was made."""
-    base: str = ""
-    """SHA-256 of the generator's base; empty: the algorithm draws no images."""
-    base_name: str = ""
-    """Of a base that is installed with warmfed; empty: a folder, which each party has a copy of."""
-    start: str = ""
-    """SHA-256 of the classifier to start from; empty: random weights."""
-
-    @property
-    def address(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def versions() -> dict[str, str]:
-    """Of python, warmfed, torch and flwr, without importing them; empty: not installed."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2]), "warmfed": __version__}
-    for name in ("torch", "flwr"):
-        try:
-            found[name] = version(name).partition("+")[0]
-        except PackageNotFoundError:
-            found[name] = ""
-    return found
-
-
-def read_project(folder: Path) -> Project:
-    """The project that `folder`, or a party's folder of it, belongs to; raises `InputError`."""
-    table = read_json(folder / "project.json", "the project")
-    if not isinstance(table, dict):
-        raise InputError(f"{folder / 'project.json'} is damaged; restore it from the coordinator's copy")
-    return construct(Project, table, "")
 
 
 def init(
@@ -132,8 +77,8 @@ def init(
         _render(made / "server", _SERVER, port=port, address=project.address, site="", unit="warmfed-server")
         write_whole(made / "server" / "ca.crt", certificate)
         _certify(made, host, now)
-        for place, site in enumerate(sites):
-            _write_site(made, made / "sites" / site, project, settings, site, _NODES + place, own)
+        for site in sites:
+            _write_site(made, made / "sites" / site, project, settings, site, own)
         _write_common(made, project, settings)
     return project
 
@@ -150,7 +95,7 @@ def add_site(folder: Path, name: str) -> Path:
     project = replace(project, sites=tuple(dict.fromkeys((*project.sites, name))))
     with _aside(made) as aside:
         own = _own(settings, _data_here(settings, needed=False))
-        _write_site(folder, aside, project, settings, name, _NODES + project.sites.index(name), own)
+        _write_site(folder, aside, project, settings, name, own)
         _write_common(folder, project, settings)
         _copy(project, aside)
     return made
@@ -212,6 +157,7 @@ def _project(settings: Config, asked: Project, data: Federation | None) -> Proje
         warmfed=have["warmfed"],
         torch=have["torch"],
         flwr=have["flwr"],
+        app=_app(have["flwr"]),
         classes=classes,
         prompts=prompts,
         side=side,
@@ -219,6 +165,14 @@ def _project(settings: Config, asked: Project, data: Federation | None) -> Proje
         base_name="" if Path(settings.generator.base).is_dir() else settings.generator.base,
         start=start_digest(settings),
     )
+
+
+def _app(flwr: str) -> str:
+    if not flwr:
+        raise InputError("a deployment needs Flower; install warmfed with it: pip install 'warmfed[flower]'")
+    from ..transports.flower_processes import app_sha256
+
+    return app_sha256()
 
 
 def start_digest(settings: Config, start: str = "") -> str:
@@ -238,9 +192,7 @@ def _absolute(settings: Config) -> Config:
     return replace(settings, generator=generator, model=model)
 
 
-def _write_site(
-    root: Path, folder: Path, project: Project, settings: Config, name: str, port: int, own: Collection[str]
-) -> None:
+def _write_site(root: Path, folder: Path, project: Project, settings: Config, name: str, own: Collection[str]) -> None:
     """A site's folder, and its public key for the server."""
     private, public = keys.node()
     write_whole(folder / "node", private, 0o600)
@@ -255,7 +207,7 @@ def _write_site(
         write_whole(folder / table["start"], read_bytes(Path(settings.model.start), "the classifier to start from"))
     table |= {"classes": list(project.classes), "prompts": project.prompts, "data": _data(project, settings, name in own)}
     write_whole(folder / "site.toml", _HEADER + tomli_w.dumps(table))
-    _render(folder, _SITE, name=name, port=port, address=project.address, site=name, unit="warmfed-site")
+    _render(folder, _SITE, name=name, address=project.address, site=name, unit="warmfed-site")
 
 
 _HEADER = """\
@@ -333,6 +285,8 @@ def _check_name(site: str, others: Sequence[str]) -> None:
 
 def _check_host(host: str) -> None:
     try:
+        if "%" in host:  # a scope may be any text, and no certificate can name one
+            raise ValueError
         ipaddress.ip_address(host)
     except ValueError:
         if not _HOST.fullmatch(host) or len(host) > 253:

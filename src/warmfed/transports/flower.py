@@ -95,11 +95,13 @@ def server_app(serve: Callable[["GridPost", Mapping[str, Any]], None]) -> Server
 
 @dataclass
 class GridPost:
-    """A `Post` over Flower's Grid. Nodes have random numbers; a site's name is what it says of itself in `hello`."""
+    """A `Post` over Flower's Grid. Nodes have random numbers; a site's name is that of the key which its node has proved."""
 
     grid: Grid
-    introduce: Callable[[bytes], str] = field(default=lambda data: "")
-    """introduce(answer to hello) is the site's name; raises `InputError` where it does not take part."""
+    name_of: Callable[[bytes], str | None] = field(default=lambda key: None)
+    """name_of(public key in PEM) is the name of the site whose key it is; None: nobody's, and the node is sent nothing."""
+    introduce: Callable[[str, bytes], None] = field(default=lambda site, data: None)
+    """introduce(site, its answer to hello) raises `InputError` where the site does not take part."""
     hello: bytes = b""
     """The letter that asks a node for its name."""
     refusal: Callable[[str], bytes] = field(default=str.encode)
@@ -108,8 +110,12 @@ class GridPost:
     """Seconds between two looks for answers."""
     look: float = 3.0
     """Seconds between two looks for nodes that come and go."""
+    tell_every: float = 15.0
+    """Seconds between two lines of the log that say whom the beginning of a run waits for."""
     _names: dict["Node", str | None] = field(default_factory=dict, init=False)
     _asked: dict[str, "Node"] = field(default_factory=dict, init=False)
+    _proved: dict["Node", str] = field(default_factory=dict, init=False)
+    _why: dict[str, str] = field(default_factory=dict, init=False)
 
     def present(self, names: Iterable[str], needed: int, seconds: float) -> tuple[str, ...]:
         """The sites that are there: waits until all of `names` are, and at the end of the time for `needed` of them.
@@ -117,18 +123,32 @@ class GridPost:
         Without names: until every node that is connected has said who it is, and there are as many as needed.
         """
         end, names = time.monotonic() + seconds, set(names)
+        told = time.monotonic()
         while True:
             found = self._sites()
             if found.keys() >= names if names else len(found) >= max(needed, 1) and not self._asked:
                 return tuple(sorted(found))
+            missing = sorted(names - found.keys())
             if time.monotonic() >= end:
                 if len(found) >= max(needed, 1):
                     return tuple(sorted(found))
+                lacking = ", ".join(map(self._reason, missing or sorted(self._why))) or "none is known"
                 raise InputError(
                     f"{len(found)} sites have come within {seconds:g} s ({', '.join(sorted(found)) or 'none'}), "
-                    f"{max(needed, 1)} are needed; start their SuperNodes"
+                    f"{max(needed, 1)} are needed; missing: {lacking}; start their SuperNodes, or set border.least lower"
+                )
+            if time.monotonic() >= told + self.tell_every:
+                told = time.monotonic()
+                log(
+                    INFO,
+                    "waiting for %s; %d sites are there",
+                    ", ".join(map(self._reason, missing)) or "more sites",
+                    len(found),
                 )
             time.sleep(self.pause)
+
+    def _reason(self, site: str) -> str:
+        return f"{site} ({self._why[site]})" if site in self._why else site
 
     def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Absent]]:
         end, looked = time.monotonic() + seconds, float("-inf")
@@ -160,39 +180,49 @@ class GridPost:
             yield site, Absent(f"{why[site]} ({seconds:g} s)")
 
     def _sites(self) -> dict[str, "Node"]:
-        """The sites that are there now; nodes that are new are asked for their names."""
-        nodes = {(node.node_id, node.last_activated_at) for node in self.grid.get_nodes()}
-        self._asked = {message: node for message, node in self._asked.items() if node in nodes}
+        """The sites that are there now. A new node whose key is a site's is sent hello; any other is sent nothing."""
+        here = {(node.node_id, node.last_activated_at): bytes(node.public_key) for node in self.grid.get_nodes()}
+        for node in here.keys() - self._names.keys() - self._proved.keys():
+            name = self.name_of(here[node])
+            if name is None:
+                self._names[node] = None
+                log(WARNING, "node %s is refused: its key is none of the registered sites'", node[0])
+            else:
+                self._proved[node] = name
+        self._asked = {message: node for message, node in self._asked.items() if node in here}
         for reply in self._pull(self._asked):
             node, answer = self._asked.pop(reply.metadata.reply_to_message_id), _content(reply)
-            if answer is not None:  # else it is asked again
+            if answer is not None:  # else it is sent hello again
                 self._names[node] = self._named(node, answer)
-        for node in sorted(nodes - self._names.keys() - set(self._asked.values())):
+        for node in sorted(here.keys() - self._names.keys() - set(self._asked.values())):
             asked = self._push(Message(pack(self.hello), node[0], f"query.{HELLO}", ttl=600))
             if asked is not None:
                 self._asked[asked] = node
         sites: dict[str, Node] = {}
-        for node in sorted(nodes):
+        for node in sorted(here):
             name = self._names.get(node)
             if name is not None and name in sites:
-                raise InputError(f"two nodes say that they are site {name!r}; stop one of them, or give it its own name")
+                raise InputError(f"two nodes are site {name!r}; stop one of them, or give it its own key")
             if name is not None:
                 sites[name] = node
         return sites
 
     def _named(self, node: "Node", answer: bytes | Absent) -> str | None:
-        """The name of the site that a node says it is, or None, and a line in the log of both sides why it is refused."""
+        """The name of a node's site, or None, and a line in the log of both sides why it is refused."""
+        proved = self._proved[node]
         try:
             if isinstance(answer, Absent):
                 raise InputError(answer.reason)
-            name = self.introduce(answer)
+            self.introduce(proved, answer)
         except InputError as error:
-            log(WARNING, "node %s is refused: %s", node[0], error)
+            log(WARNING, "site %s (node %s) is refused: %s", proved, node[0], error)
+            self._why[proved] = f"refused: {error}"
             if not isinstance(answer, Absent):
                 self._push(Message(pack(self.refusal(str(error))), node[0], f"query.{REFUSED}", ttl=600))
             return None
-        log(INFO, "node %s is site %s", node[0], name)
-        return name
+        log(INFO, "node %s is site %s", node[0], proved)
+        self._why.pop(proved, None)
+        return proved
 
     def tell(self, reason: str, seconds: float = 30.0) -> None:
         """Tell all sites that are there why the run is not begun, and wait until they have heard it."""
@@ -277,6 +307,8 @@ def _content(reply: Message) -> bytes | Absent | None:
     if reply.has_error():
         if reply.error.code in _PASSING:
             return None
+        if reply.error.code == ErrorCode.INVALID_FAB:
+            return Absent("it runs another version of warmfed's app; install the versions that project.json names")
         log(WARNING, "a site's app has failed: %s", reply.error.reason)
         return Absent(f"its app has failed: {_first(reply.error)}")
     try:

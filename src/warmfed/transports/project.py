@@ -11,7 +11,7 @@ from warmfed.{} import app
 
 __all__ = ["app"]
 """
-_FILES = {
+FILES = {
     "pyproject.toml": """\
 [build-system]
 requires = ["hatchling"]
@@ -43,6 +43,6 @@ out = ""
 
 def write_project(folder: Path) -> Path:
     """Write the project into `folder`, which is returned; raises `InputError`."""
-    for name, text in _FILES.items():
+    for name, text in FILES.items():
         write_whole(folder / name, text)
     return folder

@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it: the environment, and the connection `here` of the command flwr.
 set -eu
+umask 077
 set -a
 . ./environment
 set +a

@@ -4,6 +4,4 @@ cd "$(dirname "$0")"
 . ./env.sh
 (nice warmfed deploy check . &) # what is not as it should be is in the log
 (./register.sh &)
-exec flower-superlink --host "$WARMFED_LISTEN" --port "$WARMFED_PORT" \
-  --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth \
-  --disable-runtime-dependency-installation --database superlink.db
+exec warmfed-superlink .

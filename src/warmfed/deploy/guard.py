@@ -1,0 +1,216 @@
+"""The guard in front of Flower's HTTP servers: who may call which path, how large a request is, how long it takes.
+
+Flower 1.42 serves three interfaces on one port: Fleet (the sites), Control (`flwr run`, `flwr supernode register`) and
+Runtime (the processes that compute). Only Fleet has authentication of its own, after the body has been read. The guard
+decides before anything of the body is read:
+
+* a process of the server's own user on the same machine may call everything; the operating system says whose it is;
+* a site whose public key is registered, and which signs the request's time stamp with it, may call Fleet;
+* everybody may ask whether the server is healthy; everything else is refused: 401 for Fleet, 403 for all other paths.
+"""
+
+import asyncio
+import ipaddress
+import os
+import struct
+import sys
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+import psutil
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+PATIENCE = 10.0
+"""Seconds for a TLS handshake, and for the head of a request."""
+PAUSE = 30.0
+"""Seconds between two pieces of a request's body."""
+LARGEST = 64 * 2**20
+"""Bytes of a request's body; Flower sends arrays in pieces of 5 MiB."""
+STRANGER = b"warmfed-stranger"
+"""Header by which a caller gives up the rights of the server's user: `warmfed deploy check` tests the door with it."""
+HEALTH = ("GET", "/health")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Guard:
+    """An ASGI application that passes on what its caller may ask for, and refuses the rest.
+
+    Args:
+        app: the application behind it.
+        fleet: the paths of Fleet; a site may POST to them.
+        authentic: authentic(headers by lower-case name) tells whether a registered site has signed the request.
+        own: own(client's address, server's address) tells whether the caller runs as the server's user.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        fleet: frozenset[str] = frozenset(),
+        authentic: Callable[[Mapping[bytes, bytes]], bool] = lambda headers: False,
+        own: Callable[[tuple[str, int], tuple[str, int]], bool] | None = None,
+    ) -> None:
+        self.app, self.fleet, self.authentic, self.own = app, fleet, authentic, own or of_this_user
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and self._own(scope)):
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})
+        headers, asked = dict(scope["headers"]), (scope["method"], scope["path"])
+        if asked == HEALTH:
+            return await self.app(scope, _nothing, send)
+        if scope["path"] not in self.fleet or scope["method"] != "POST":
+            return await _refuse(send, 403, b"only the server's own user may call this path")
+        if not self.authentic(headers):
+            return await _refuse(send, 401, b"this key is not registered, or the signature is not its own")
+        length = headers.get(b"content-length", b"")
+        if not length.isdigit():
+            return await _refuse(send, 411, b"the request must say its length")
+        if len(length) > 12 or int(length) > LARGEST:
+            return await _refuse(send, 413, b"the request is too large")
+        return await self.app(scope, _timed(receive), send)
+
+    def _own(self, scope: Scope) -> bool:
+        if any(name == STRANGER for name, _ in scope["headers"]) or not (scope["client"] and scope["server"]):
+            return False
+        return self.own(tuple(scope["client"]), tuple(scope["server"]))
+
+
+async def _refuse(send: Send, status: int, reason: bytes) -> None:
+    headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(reason)), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": reason})
+
+
+async def _nothing() -> MutableMapping[str, Any]:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+def _timed(receive: Receive) -> Receive:
+    """Return `receive` with a limit: a caller that sends nothing for `PAUSE` seconds in the middle of a body counts as gone."""
+    more = True
+
+    async def timed() -> MutableMapping[str, Any]:
+        nonlocal more
+        try:
+            event = await (asyncio.wait_for(receive(), PAUSE) if more else receive())
+        except TimeoutError:
+            return {"type": "http.disconnect"}
+        more = event.get("more_body", False)
+        return event
+
+    return timed
+
+
+def of_this_user(client: tuple[str, int], server: tuple[str, int]) -> bool:
+    """Return whether the client's end of a connection belongs to a process of this user on this machine.
+
+    On Linux the kernel's table of connections names the owner of each end. A caller on another machine has no entry
+    there. An end that its process has closed is nobody's, so only established ones count.
+    """
+    if sys.platform != "linux":
+        return _of_a_process(client, server)
+    wanted, user = (_address(*client), _address(*server)), str(os.geteuid())
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError), open(table, encoding="ascii") as file:
+            for fields in (line.split() for line in file):
+                # sl local_address rem_address st tx_queue:rx_queue tr:tm->when retrnsmt uid
+                ours = len(fields) > 7 and fields[3] == "01" and fields[7] == user
+                if ours and (_entry(fields[1]), _entry(fields[2])) == wanted:
+                    return True
+    return False
+
+
+def _entry(text: str) -> tuple[str, int]:
+    """The address and port of an entry as 0100007F:1F40: words of four bytes, each in the machine's order."""
+    host, port = text.split(":")
+    words = (int(host[i : i + 8], 16) for i in range(0, len(host), 8))
+    packed = b"".join(struct.pack("=I", word) for word in words)
+    return _address(str(ipaddress.ip_address(packed)), int(port, 16))
+
+
+def _address(host: str, port: int) -> tuple[str, int]:
+    """One spelling of an address: an IPv4 address that is written as an IPv6 one is the IPv4 address."""
+    found = ipaddress.ip_address(host.partition("%")[0])
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return str(mapped or found), port
+
+
+def _of_a_process(client: tuple[str, int], server: tuple[str, int]) -> bool:
+    """The same by the open connections of each process of this user: slower, for systems without such a table."""
+    wanted, user = (_address(*client), _address(*server)), psutil.Process().username()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.username() == user and any(
+                c.raddr and (_address(*c.laddr), _address(*c.raddr)) == wanted for c in process.net_connections("tcp")
+            ):
+                return True
+    return False
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's HTTP protocol, which also ends connections whose next request's head does not come in `PATIENCE` seconds.
+
+    uvicorn ends a connection that is idle between two requests; one that sends nothing at all, or half of a head, it keeps.
+    """
+
+    _ends: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._watch()
+        else:
+            self._unwatch()
+
+    def _watch(self) -> None:
+        if self._ends is None and not self.transport.is_closing():
+            self._ends = self.loop.call_later(PATIENCE, self._end)
+
+    def _unwatch(self) -> None:
+        if self._ends is not None:
+            self._ends.cancel()
+            self._ends = None
+
+    def _end(self) -> None:
+        self._ends = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """asyncio's loop, whose servers wait `PATIENCE` seconds for a TLS handshake and not a minute."""
+
+    async def create_server(self, *args: Any, **options: Any) -> Any:
+        patience = {"ssl_handshake_timeout": PATIENCE} if options.get("ssl") else {}
+        return await super().create_server(*args, **{**options, **patience})
+
+
+def loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of a guarded server; uvicorn calls it by name."""
+    return _Loop()
+
+
+SERVED: Mapping[str, Any] = {
+    "http": PatientProtocol,
+    "ws": "none",
+    "loop": f"{__name__}:loop",
+    "proxy_headers": False,  # else a caller could say that it is another
+    "server_header": False,
+    "h11_max_incomplete_event_size": 32_768,
+    "backlog": 512,
+}
+"""uvicorn's settings for a guarded server."""

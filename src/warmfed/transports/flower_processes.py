@@ -1,0 +1,167 @@
+"""Flower's SuperLink and SuperNode as warmfed starts them: behind a guard, and for warmfed's app alone.
+
+Flower offers no place for either, so names in its modules are replaced before it starts. A name that is not there any
+more ends the start with one line (`_replace`): a version of Flower that this file does not know runs unguarded nowhere.
+"""
+
+import hashlib
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib import import_module
+from io import StringIO
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from flwr.cli.build import build_fab_from_files
+from flwr.cli.flower_config import read_superlink_connection
+from flwr.cli.utils import init_http_client_from_connection
+from flwr.common import log
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+
+from ..errors import InputError
+from .project import FILES
+
+PATHS = tuple(sorted(path for _, path in PROTOBUF_REQUEST_TYPES))
+"""Every path of Flower's interfaces."""
+FLEET = frozenset(path for path in PATHS if path.startswith("/v1/fleet/"))
+"""Those that a SuperNode calls."""
+KEY, SIGNATURE, SIGNED = (
+    header.lower().encode() for header in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
+)
+"""Headers of a request to Fleet: the SuperNode's public key, its signature, and the time stamp that it has signed."""
+Wrap = Callable[[Any], Any]
+
+
+def app_sha256() -> str:
+    """Return the SHA-256 of warmfed's app as `flwr build` bundles it: the one app that a site runs."""
+    bundle, _ = build_fab_from_files({name: text.encode() for name, text in FILES.items()})
+    return hashlib.sha256(bundle).hexdigest()
+
+
+def superlink(words: Sequence[str], guarded: Wrap, served: Mapping[str, Any]) -> None:
+    """Run Flower's SuperLink with these words of a command line, until it ends.
+
+    Args:
+        guarded: guarded(application) is the ASGI application that is served in its place.
+        served: further settings of uvicorn.
+    """
+    cli = import_module("flwr.superlink.cli.flower_superlink")
+    run = _attribute(cli, "uvicorn").run
+    _replace(cli, "uvicorn", SimpleNamespace(run=lambda app, **options: run(guarded(app), **{**options, **served})))
+    sys.argv = ["flower-superlink", *words]
+    cli.flower_superlink()
+
+
+def supernode(
+    words: Sequence[str], guarded: Wrap, served: Mapping[str, Any], agreed: str, refused: Callable[[str], None]
+) -> None:
+    """Run Flower's SuperNode with these words of a command line, until it ends; its own server gets a free port of 127.0.0.1.
+
+    Args:
+        guarded, served: as in `superlink`, for the server that the site's own processes call.
+        agreed: the SHA-256 of the app that may run here.
+        refused: refused(sha256) is called when the server sends another one, which is not run.
+    """
+    cli, node = import_module("flwr.supernode.cli.flower_supernode"), import_module("flwr.supernode.start_client_internal")
+    uvicorn, start, connection = (
+        _attribute(cli, "uvicorn"),
+        _attribute(cli, "start_client_internal"),
+        _attribute(node, "http_request_response"),
+    )
+    held = socket.socket()  # from the choice of the port to its use, so that no other program gets it in between
+    held.bind(("127.0.0.1", 0))
+
+    class Held(uvicorn.Server):  # type: ignore[name-defined]
+        def run(self, sockets: list[socket.socket] | None = None) -> None:
+            super().run(sockets=[held])
+
+    def config(app: Any, **options: Any) -> Any:
+        return uvicorn.Config(guarded(app), **{**options, **served})
+
+    def verified(fab: Any, trusted: Mapping[str, str]) -> bool:
+        found = hashlib.sha256(fab.content).hexdigest()
+        if found == fab.hash_str == agreed:
+            return True
+        refused(found)
+        return False
+
+    @contextmanager
+    def connected(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
+        with connection(*arguments, **options) as (number, receive, send, get_run, get_fab, *rest):
+
+            def get_marked(*asked: Any) -> Any:
+                fab = get_fab(*asked)
+                fab.verifications = {"valid_license": "warmfed"}  # else Flower refuses each app that its hub has not signed
+                return fab
+
+            yield number, receive, send, get_run, get_marked, *rest
+
+    _replace(cli, "uvicorn", SimpleNamespace(Config=config, Server=Held))
+    _replace(cli, "start_client_internal", lambda **given: start(**{**given, "trusted_entities": {"warmfed": agreed}}))
+    _replace(node, "http_request_response", connected)
+    _replace(node, "_verify_fab", verified)
+    sys.argv = ["flower-supernode", *words, "--host", "127.0.0.1", "--port", str(held.getsockname()[1])]
+    cli.flower_supernode()
+
+
+def _attribute(module: ModuleType, name: str) -> Any:
+    if not hasattr(module, name):
+        raise InputError(f"this version of Flower has no {module.__name__}.{name}; install the one that the project names")
+    return getattr(module, name)
+
+
+def _replace(module: ModuleType, name: str, value: Any) -> None:
+    _attribute(module, name)
+    setattr(module, name, value)
+
+
+class Nodes:
+    """The SuperNodes that a SuperLink knows, by their public keys in PEM; Flower forgets none, also if withdrawn.
+
+    Args:
+        superlink: a connection in Flower's config.toml ($FLWR_HOME).
+
+    Raises:
+        ConnectionError: nobody answers there.
+    """
+
+    def __init__(self, superlink: str) -> None:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it says which connection it uses
+            self._client = init_http_client_from_connection(read_superlink_connection(superlink))
+
+    def all(self) -> list[tuple[bytes, str, int, str]]:
+        """Return (key, name, number, status) of each; the status is registered, online, offline or unregistered."""
+        found = self._asked(self._client.ListNodes, ListNodesRequest()).nodes_info
+        return [(bytes(node.public_key), str(node.name), int(node.node_id), str(node.status)) for node in found]
+
+    def register(self, key: bytes, name: str) -> None:
+        """Register a key; one that is registered already stays so."""
+        self._asked(self._client.RegisterNode, RegisterNodeRequest(public_key=key, name=name), known="already in use")
+
+    def withdraw(self, number: int) -> None:
+        self._asked(self._client.UnregisterNode, UnregisterNodeRequest(node_id=number))
+
+    def _asked(self, call: Callable[[Any], Any], request: Any, known: str = "") -> Any:
+        import httpx
+
+        try:
+            return call(request)
+        except httpx.HTTPStatusError as error:
+            said = " ".join(error.response.text.split())[:200]
+            if known and known in said:
+                return None
+            raise InputError(f"the SuperLink refuses ({error.response.status_code}: {said}); are you its user?") from error
+        except httpx.TransportError as error:
+            raise ConnectionError(str(error)) from error
+
+
+def report(line: str) -> None:
+    """Write a line to Flower's log."""
+    from logging import ERROR
+
+    log(ERROR, "%s", line)
