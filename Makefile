@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-deploy check lint types imports docs-run clean
+.PHONY: demo test test-security test-deploy check lint types imports docs-run clean
 
 demo: .venv/ready
 	$(BIN)/warmfed run
@@ -12,7 +12,11 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/pytest -n 2 -q
 
-# a real SuperLink and SuperNodes as processes; takes minutes
+# attacks on a real SuperLink and SuperNodes, as processes
+test-security: .venv/ready
+	$(BIN)/pytest -q tests_deploy/test_security.py
+
+# a real deployment: the guide word for word, and equal bytes; takes minutes
 test-deploy: .venv/flower
 	$(BIN)/pytest -q tests_deploy tests/test_flower.py tests/test_simulation.py tests/test_robust.py
 
@@ -31,7 +35,7 @@ imports: .venv/ready
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warmfed needs Python 3.11 or newer; name one: make PYTHON=python3.12 …")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,flower]'
 	touch $@
 
 .venv/flower: .venv/ready

@@ -158,6 +158,9 @@ class GridPost:
         while todo and time.monotonic() < end:
             if time.monotonic() >= looked + self.look:
                 looked, here = time.monotonic(), self._sites()
+                for site in [s for s in todo if s in self._why and s not in here]:
+                    del todo[site]
+                    yield site, Absent(self._why[site])
                 for site in [s for s in todo if s in here and sent.get(s) != here[s]]:
                     node = here[site][0]
                     ids = self._push(Message(pack(todo[site]), node, action, ttl=max(end - time.monotonic(), 1.0) + 60))
