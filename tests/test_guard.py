@@ -16,7 +16,8 @@ pytest.importorskip("uvicorn")
 import uvicorn
 
 from warmfed.deploy import guard
-from warmfed.deploy.guard import SERVED, STRANGER, Guard, of_this_user
+from warmfed.deploy.guard import SERVED, STRANGER, STRANGERS, Guard, Listener, of_this_user
+from warmfed.errors import InputError
 
 FLEET = "/v1/fleet/pull-messages"
 ASK = r"""
@@ -54,8 +55,9 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     def authentic(headers: Mapping[bytes, bytes]) -> bool:
         return headers.get(b"key") == b"good"
 
-    held = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(Guard(echo, frozenset({FLEET}), authentic), log_level="error", **SERVED))
+    held = Listener("127.0.0.1", 0)
+    guarded = Guard(echo, frozenset({FLEET}), authentic, listener=held)
+    server = uvicorn.Server(uvicorn.Config(guarded, log_level="error", **SERVED))
     thread = threading.Thread(target=server.run, args=([held],), daemon=True)
     thread.start()
     while not server.started:
@@ -166,3 +168,32 @@ def test_an_end_of_a_connection_belongs_to_its_user() -> None:
         both.accept()[0] as peer,  # whose addresses are written as IPv6 ones
     ):
         assert of_this_user(peer.getpeername()[:2], peer.getsockname()[:2])
+
+
+def test_strangers_hold_few_connections_and_members_any_number(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 60.0)
+    members = [http.client.HTTPConnection("127.0.0.1", port, timeout=10) for _ in range(2 * STRANGERS)]
+    for member in members:  # each of them proves itself and stays
+        member.request("POST", FLEET, b"x", headers={STRANGER.decode(): "1", "key": "good"})
+        assert member.getresponse().read() == b"1"
+    held = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(3 * STRANGERS)]
+    time.sleep(0.5)
+    ended = []
+    for raw in held:
+        raw.setblocking(False)
+        try:
+            ended.append(raw.recv(1) == b"")
+        except BlockingIOError:
+            ended.append(False)
+    assert ended.count(False) == STRANGERS
+    for raw in held:
+        raw.close()
+    time.sleep(0.5)
+    assert stranger(port, "GET", "/health") == 200
+    for member in members:
+        member.close()
+
+
+def test_a_port_that_is_taken_is_told_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="end what uses it"):
+        Listener("127.0.0.1", taken.getsockname()[1])

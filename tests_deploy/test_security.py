@@ -115,22 +115,19 @@ def test_a_stranger_takes_no_memory_and_no_connections(deployment: Deployment) -
                 for _ in range(300):
                     raw.sendall(bytes(1_000_000))
     half = [socket.create_connection(("localhost", deployment.port)) for _ in range(300)]
-    silent = [
-        context.wrap_socket(socket.create_connection(("localhost", deployment.port)), server_hostname="localhost")
-        for _ in range(30)
-    ]
-    deadline = time.monotonic() + 60
+    silent = []
+    for _ in range(300):
+        with suppress(OSError):  # the server hangs up
+            raw = socket.create_connection(("localhost", deployment.port))
+            silent.append(context.wrap_socket(raw, server_hostname="localhost"))
+    assert server.memory_info().rss - before < 5_000_000
+    deadline = time.monotonic() + 30
     for raw in (*half, *silent):
         raw.settimeout(max(deadline - time.monotonic(), 0.1))
         with suppress(ConnectionError):
             assert raw.recv(1000) == b""
         raw.close()
-    grown = server.memory_info().rss - before
-    assert grown < 5_000_000 + 20_000 * 330  # Python keeps the arenas of the connections for the next ones
-    half = [socket.create_connection(("localhost", deployment.port)) for _ in range(300)]
-    for raw in half:
-        raw.close()
-    assert server.memory_info().rss - before < 5_000_000 + 20_000 * 330
+    assert asked(deployment, "/v1/control/list-runs") == 403  # it serves as before
 
 
 def foreign(deployment: Deployment, mark: str, folder: Path) -> Path:
@@ -171,7 +168,8 @@ def test_a_withdrawn_key_is_told(deployment: Deployment, tmp_path: Path) -> None
     public = keys.node()[1]
     (deployment.server / "nodes" / "e.pub").write_bytes(public)
     assert "site e may connect" in deployment.command("warmfed", "deploy", "register", ".")
-    listed = json.loads(deployment.command("flwr", "supernode", "list", "here", "--format", "json").partition("\n")[2])
+    told = deployment.command("flwr", "supernode", "list", "here", "--format", "json")
+    listed = json.loads(told[told.index("{") :])
     newest = max(listed["nodes"], key=lambda node: node["status"] == "registered")
     deployment.command("flwr", "supernode", "unregister", str(newest["node-id"]), "here")
     with pytest.raises(RuntimeError, match=r"key of site e was withdrawn.*add-site"):

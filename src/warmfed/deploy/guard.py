@@ -10,8 +10,10 @@ decides before anything of the body is read:
 """
 
 import asyncio
+import asyncio.sslproto
 import ipaddress
 import os
+import socket
 import struct
 import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -21,12 +23,16 @@ from typing import Any
 import psutil
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..errors import InputError
+
 PATIENCE = 10.0
 """Seconds for a TLS handshake, and for the head of a request."""
 PAUSE = 30.0
 """Seconds between two pieces of a request's body."""
 LARGEST = 64 * 2**20
 """Bytes of a request's body; Flower sends arrays in pieces of 5 MiB."""
+STRANGERS, ALL_STRANGERS = 24, 512
+"""Open connections on which no request has been passed on: of one address, and of all."""
 STRANGER = b"warmfed-stranger"
 """Header by which a caller gives up the rights of the server's user: `warmfed deploy check` tests the door with it."""
 HEALTH = ("GET", "/health")
@@ -45,6 +51,7 @@ class Guard:
         fleet: the paths of Fleet; a site may POST to them.
         authentic: authentic(headers by lower-case name) tells whether a registered site has signed the request.
         own: own(client's address, server's address) tells whether the caller runs as the server's user.
+        listener: what accepts the connections; it hears of each caller whose request is passed on.
     """
 
     def __init__(
@@ -53,12 +60,16 @@ class Guard:
         fleet: frozenset[str] = frozenset(),
         authentic: Callable[[Mapping[bytes, bytes]], bool] = lambda headers: False,
         own: Callable[[tuple[str, int], tuple[str, int]], bool] | None = None,
+        listener: "Listener | None" = None,
     ) -> None:
         self.app, self.fleet, self.authentic, self.own = app, fleet, authentic, own or of_this_user
+        self.listener = listener
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and self._own(scope)):
+        if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
+        if scope["type"] == "http" and self._own(scope):
+            return await self._pass(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         headers, asked = dict(scope["headers"]), (scope["method"], scope["path"])
@@ -73,7 +84,12 @@ class Guard:
             return await _refuse(send, 411, b"the request must say its length")
         if len(length) > 12 or int(length) > LARGEST:
             return await _refuse(send, 413, b"the request is too large")
-        return await self.app(scope, _timed(receive), send)
+        return await self._pass(scope, _timed(receive), send)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.listener is not None:
+            self.listener.prove(tuple(scope["client"]))
+        await self.app(scope, receive, send)
 
     def _own(self, scope: Scope) -> bool:
         if any(name == STRANGER for name, _ in scope["headers"]) or not (scope["client"] and scope["server"]):
@@ -153,6 +169,51 @@ def _of_a_process(client: tuple[str, int], server: tuple[str, int]) -> bool:
     return False
 
 
+class Listener(socket.socket):
+    """A listening socket that bounds what strangers hold: connections on which no request has been passed on yet.
+
+    One that exceeds the bound is closed at once. A connection takes about 70 kB before it has said anything.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        self._unproved: dict[tuple[str, int], _Accepted] = {}
+        try:
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.bind((host, port))
+        except OSError as error:
+            self.close()
+            raise InputError(f"cannot listen on port {port} of {host}: {error.strerror}; end what uses it") from error
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        while True:
+            plain, address = super().accept()
+            caller = tuple(address[:2])
+            made = _Accepted(plain, lambda caller=caller: self._unproved.pop(caller, None))  # type: ignore[misc]
+            same = sum(host == caller[0] for host, _ in self._unproved)
+            if same >= STRANGERS or len(self._unproved) >= ALL_STRANGERS:
+                made.close()
+                continue
+            self._unproved[caller] = made
+            return made, address
+
+    def prove(self, caller: tuple[str, int]) -> None:
+        """Count a caller's connection no longer: a request of it has been passed on."""
+        self._unproved.pop(caller, None)
+
+
+class _Accepted(socket.socket):
+    """An accepted connection that says when it is closed."""
+
+    def __init__(self, plain: socket.socket, closed: Callable[[], object]) -> None:
+        super().__init__(plain.family, plain.type, plain.proto, fileno=plain.detach())
+        self._closed = closed
+
+    def close(self) -> None:
+        self._closed()
+        super().close()
+
+
 class PatientProtocol(H11Protocol):
     """uvicorn's HTTP protocol, which also ends connections whose next request's head does not come in `PATIENCE` seconds.
 
@@ -201,6 +262,7 @@ class _Loop(asyncio.SelectorEventLoop):
 
 def loop() -> asyncio.AbstractEventLoop:
     """Return the event loop of a guarded server; uvicorn calls it by name."""
+    asyncio.sslproto.SSLProtocol.max_size = 16_384  # bytes that each TLS connection holds for reading; 262,144 by default
     return _Loop()
 
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 from ..errors import InputError
 from ..files import locked
 from . import keys
-from .guard import SERVED, Guard
+from .guard import SERVED, Guard, Listener
 from .project_file import environment, read_project
 
 SERVER, SITE = "server.key", "node"
@@ -58,7 +58,8 @@ def _superlink(folder: Path) -> None:
         *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
     ]
     with locked(folder / SERVER, f"the SuperLink {BUSY.format(folder)}"):
-        flower.superlink(words, lambda app: Guard(app, flower.FLEET, authentic), SERVED)
+        listener = Listener(values["WARMFED_LISTEN"], int(values["WARMFED_PORT"]))
+        flower.superlink(words, lambda app: Guard(app, flower.FLEET, authentic, listener=listener), SERVED, listener)
 
 
 def _supernode(folder: Path) -> None:
@@ -78,10 +79,12 @@ def _supernode(folder: Path) -> None:
         flower.report(reason)
         refused(read_site(folder), "app", reason, digest)
 
+    listener = Listener("127.0.0.1", 0)  # held from the choice of the port on, so that no other program gets it
     words = [
+        *("--host", "127.0.0.1", "--port", str(listener.getsockname()[1])),
         *("--superlink", project.address, "--root-certificates", str(folder / "ca.crt")),
         *("--auth-supernode-private-key", str(folder / SITE)),
         *("--node-config", f"site-folder={json.dumps(str(folder))}"),
     ]
     with locked(folder / SITE, f"the SuperNode {BUSY.format(folder)}"):
-        flower.supernode(words, Guard, SERVED, project.app, refuse)
+        flower.supernode(words, lambda app: Guard(app, listener=listener), SERVED, listener, project.app, refuse)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
+from inspect import signature
 from io import StringIO
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -43,27 +44,37 @@ def app_sha256() -> str:
     return hashlib.sha256(bundle).hexdigest()
 
 
-def superlink(words: Sequence[str], guarded: Wrap, served: Mapping[str, Any]) -> None:
+def superlink(words: Sequence[str], guarded: Wrap, settings: Mapping[str, Any], listener: socket.socket) -> None:
     """Run Flower's SuperLink with these words of a command line, until it ends.
 
     Args:
         guarded: guarded(application) is the ASGI application that is served in its place.
-        served: further settings of uvicorn.
+        settings: further settings of uvicorn.
+        listener: the socket on which it is served.
     """
     cli = import_module("flwr.superlink.cli.flower_superlink")
-    run = _attribute(cli, "uvicorn").run
-    _replace(cli, "uvicorn", SimpleNamespace(run=lambda app, **options: run(guarded(app), **{**options, **served})))
+    uvicorn = _attribute(cli, "uvicorn")
+
+    def run(app: Any, **options: Any) -> None:
+        uvicorn.Server(uvicorn.Config(guarded(app), **_known(uvicorn, options), **settings)).run(sockets=[listener])
+
+    _replace(cli, "uvicorn", SimpleNamespace(run=run))
     sys.argv = ["flower-superlink", *words]
     cli.flower_superlink()
 
 
 def supernode(
-    words: Sequence[str], guarded: Wrap, served: Mapping[str, Any], agreed: str, refused: Callable[[str], None]
+    words: Sequence[str],
+    guarded: Wrap,
+    settings: Mapping[str, Any],
+    listener: socket.socket,
+    agreed: str,
+    refused: Callable[[str], None],
 ) -> None:
-    """Run Flower's SuperNode with these words of a command line, until it ends; its own server gets a free port of 127.0.0.1.
+    """Run Flower's SuperNode with these words of a command line, until it ends.
 
     Args:
-        guarded, served: as in `superlink`, for the server that the site's own processes call.
+        guarded, settings, listener: as in `superlink`, for the server that the site's own processes call.
         agreed: the SHA-256 of the app that may run here.
         refused: refused(sha256) is called when the server sends another one, which is not run.
     """
@@ -73,15 +84,13 @@ def supernode(
         _attribute(cli, "start_client_internal"),
         _attribute(node, "http_request_response"),
     )
-    held = socket.socket()  # from the choice of the port to its use, so that no other program gets it in between
-    held.bind(("127.0.0.1", 0))
 
     class Held(uvicorn.Server):  # type: ignore[name-defined]
         def run(self, sockets: list[socket.socket] | None = None) -> None:
-            super().run(sockets=[held])
+            super().run(sockets=[listener])
 
     def config(app: Any, **options: Any) -> Any:
-        return uvicorn.Config(guarded(app), **{**options, **served})
+        return uvicorn.Config(guarded(app), **_known(uvicorn, options), **settings)
 
     def verified(fab: Any, trusted: Mapping[str, str]) -> bool:
         found = hashlib.sha256(fab.content).hexdigest()
@@ -105,8 +114,13 @@ def supernode(
     _replace(cli, "start_client_internal", lambda **given: start(**{**given, "trusted_entities": {"warmfed": agreed}}))
     _replace(node, "http_request_response", connected)
     _replace(node, "_verify_fab", verified)
-    sys.argv = ["flower-supernode", *words, "--host", "127.0.0.1", "--port", str(held.getsockname()[1])]
+    sys.argv = ["flower-supernode", *words]
     cli.flower_supernode()
+
+
+def _known(uvicorn: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `uvicorn.run`'s options that are settings of the server itself."""
+    return {name: value for name, value in options.items() if name in signature(uvicorn.Config).parameters}
 
 
 def _attribute(module: ModuleType, name: str) -> Any:
