@@ -20,7 +20,7 @@ from .algorithms import ALGORITHMS, entry
 from .config import Config, nested, read_toml, resolve
 from .data import Federation
 from .errors import InputError, suggest
-from .files import occupied, read_bytes, sweep, write_json, write_whole
+from .files import PUBLIC, occupied, read_bytes, sweep, write_json, write_whole
 from .progress import Clock
 from .ready import load_data, prepare
 from .runs import Watcher, execute, read_summary, resume
@@ -222,8 +222,8 @@ def compare(
         _run(todo, folder, min(busy, len(todo)), summaries, len(cells), watcher)
     table = tabulate(cells, [summaries[cell] for cell in cells], tested)
     write_json(folder / "compare.json", table)
-    write_whole(folder / "compare.md", report.markdown(table))
-    write_whole(folder / "compare.tex", report.latex(table))
+    write_whole(folder / "compare.md", report.markdown(table), PUBLIC)
+    write_whole(folder / "compare.tex", report.latex(table), PUBLIC)
     report.write_comparison(folder)
     return table
 

@@ -12,8 +12,9 @@ import secrets
 import stat
 import tempfile
 import tomllib
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import InputError
 
@@ -123,7 +124,7 @@ def write_lines(path: Path, values: list[Any]) -> None:
     write_whole(path, "".join(json.dumps(v, sort_keys=True) + "\n" for v in values))
 
 
-def regular(path: Path) -> BinaryIO:
+def regular(path: Path) -> BufferedReader:
     """Open a regular file for reading in binary mode.
 
     The kind is checked before the file is opened, as opening a named pipe blocks and opening a device may act, and again

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -458,9 +458,6 @@ def kept(work: Path | None, name: str, make: Callable[[], Phase]) -> Phase:
             raise InputError(f"{path} is damaged ({error}); remove it, and this phase is done again") from error
     made, told = make()
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".partial")
         tensors = {key: tensor.contiguous() for key, tensor in made.items()}
-        save_file(tensors, unfinished, {"figures": json.dumps(told)})
-        unfinished.replace(path)
+        write_whole(path, save_tensors(tensors, {"figures": json.dumps(told)}))
     return made, told
