@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ FREELY = 2**30
 RATIO = 100
 """How many times its own size a compressed file may unpack to beyond that; images reach about 20."""
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0}
+DAMAGE = (OSError, ValueError, IndexError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged archive raises."""
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
 """Shape, whether columns come first, type."""
 

@@ -4,8 +4,6 @@ import gzip
 import hashlib
 import math
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, suggest
 from ..files import fits, regular
-from .archives import Archive, plausible
+from .archives import DAMAGE, Archive, plausible
 from .assembly import assemble
 from .cache import Bytes
 from .federation import SPLITS, Federation
@@ -34,7 +32,6 @@ _PIECE = 2**28
 """Bytes that are read at once, at the most, unless one row has more."""
 _LABELS = 1000
 """Classes that may go without a name, where there are fewer images."""
-_DAMAGE = (OSError, ValueError, IndexError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 Chunks = Callable[[], Iterator[NDArray[Any]]]
 
 
@@ -181,7 +178,7 @@ def npz(path: str | Path, **options: Any) -> Federation:
         raise
     except OSError as error:
         raise InputError(f"data file {path} cannot be read: {error.strerror or 'it is damaged'}; check the path") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         why = str(error).split("\n")[0]
         raise InputError(f"{path} is damaged or no .npz file of plain arrays ({why}); save it anew by numpy.savez") from error
 
@@ -268,7 +265,7 @@ def idx(path: str | Path, **options: Any) -> Federation:
             for each in (file, label_file):
                 with regular(each) as content:
                     key.update(hashlib.file_digest(content, "sha256").digest())
-        except _DAMAGE as error:
+        except DAMAGE as error:
             faults.append(f"{file.relative_to(root)} or its labels are damaged ({error}); fetch them anew")
             continue
         split = "test" if match["split"] == "t10k" else SPLIT_NAMES[match["split"]]
@@ -278,7 +275,7 @@ def idx(path: str | Path, **options: Any) -> Federation:
         return _gathered(root.resolve().name, blocks, asked, key.hexdigest(), faults)
     except InputError:
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise InputError(f"the idx files in {root} are damaged ({error}); fetch them anew") from error
 
 

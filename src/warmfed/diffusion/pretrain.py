@@ -29,7 +29,7 @@ from warmfed.diffusion.lessons import TOKENS, Captions, Pictures, digits, drawn,
 from warmfed.diffusion.objective import denoising_loss
 from warmfed.diffusion.pipeline import Parts, pixels, save
 from warmfed.errors import InputError
-from warmfed.files import read_json, write_whole
+from warmfed.files import loads_json, read_bytes, read_json, regular, write_whole
 from warmfed.fit import Training, fit
 from warmfed.randomness import named, seeded
 from warmfed.snapshots import Snapshots
@@ -438,7 +438,7 @@ def _claim(work: Path | None, made_of: Mapping[str, Any]) -> None:
         return
     note = work / "made_of.json"
     text = json.dumps(made_of, indent=2, sort_keys=True) + "\n"
-    if note.exists() and note.read_text() != text:
+    if note.exists() and read_bytes(note, "what the phases are made of").decode(errors="replace") != text:
         raise InputError(f"{work} holds phases of other settings or images; choose another --work, or remove it")
     write_whole(note, text.encode())
 
@@ -451,8 +451,9 @@ def kept(work: Path | None, name: str, make: Callable[[], Phase]) -> Phase:
     path = work and work / f"{name}.safetensors"
     if path and path.exists():
         try:
+            regular(path).close()
             with safe_open(path, "pt") as file:
-                told = json.loads((file.metadata() or {}).get("figures", "{}"))
+                told = loads_json((file.metadata() or {}).get("figures", "{}"))
             return load_file(path), told
         except (SafetensorError, ValueError, OSError) as error:
             raise InputError(f"{path} is damaged ({error}); remove it, and this phase is done again") from error
