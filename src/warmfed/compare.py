@@ -85,6 +85,11 @@ def plan(
     for key in asked:
         if key not in _ASKED:
             raise InputError(f"unknown key 'compare.{key}'{suggest(key, list(_ASKED))}")
+    for name in arms:
+        if not _ARM.fullmatch(name):
+            raise InputError(
+                f"an arm's name of at most 80 letters, digits, blanks and .=,+()-_ was expected, got {name!r}; rename it"
+            )
     points = _points(grid or _flat(swept))
     names = _each("compare.algorithms", algorithms or asked.get("algorithms") or list(arms) or ["warmfed", "fedavg"], str)
     numbers = _each("compare.seeds", seeds or asked.get("seeds") or [0, 1, 2], int)
@@ -105,6 +110,7 @@ def plan(
     return found
 
 
+_ARM = re.compile(r"[\w.=,+()-][\w.=,+() -]{0,79}")
 _ASKED = ("algorithms", "seeds", "rounds", "unseen")
 
 

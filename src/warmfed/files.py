@@ -168,9 +168,11 @@ def content(path: Path, most: int = 0) -> bytes:
 
 def fits(size: int, most: int = 0, path: str = "") -> None:
     """Raise `OSError` where `size` bytes are more than `most` (0: any number), or more than the free memory."""
-    from .memory import free
+    import psutil
 
-    allowed, which = (most, "are allowed") if most and size > most else (free("cpu"), "of memory are free")
+    allowed, which = (
+        (most, "are allowed") if most and size > most else (psutil.virtual_memory().available, "of memory are free")
+    )
     if size > allowed:
         raise OSError(errno.EFBIG, f"it holds {size / 1e6:,.0f} MB, {allowed / 1e6:,.0f} MB {which}", path)
 
