@@ -27,6 +27,7 @@ DEPTH = 64
 """Levels of nested tables and lists that a TOML file may have."""
 _SMALL = 2**26
 """Bytes up to which a file is read without a check of the free memory."""
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 _KINDS = (
     (stat.S_ISDIR, errno.EISDIR, "is a folder"),
     (stat.S_ISFIFO, errno.EINVAL, "is a named pipe"),
@@ -133,15 +134,20 @@ def regular(path: Path) -> BufferedReader:
     Raises:
         OSError: the file is missing, unreadable, or a folder, named pipe, socket or device; `strerror` says which.
     """
+    return os.fdopen(_opened(path)[0], "rb")
+
+
+def _opened(path: Path) -> tuple[int, int]:
+    """Return the descriptor and the size of a regular file."""
     _demand_regular(os.stat(path).st_mode, path)
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
-    file = os.fdopen(os.open(path, flags), "rb")
+    descriptor = os.open(path, _READ)
     try:
-        _demand_regular(os.fstat(file.fileno()).st_mode, path)
+        found = os.fstat(descriptor)
+        _demand_regular(found.st_mode, path)
     except OSError:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
+    return descriptor, found.st_size
 
 
 def _demand_regular(mode: int, path: Path) -> None:
@@ -159,8 +165,8 @@ def content(path: Path, most: int = 0) -> bytes:
     Raises:
         OSError: as `regular`, or the file is larger.
     """
-    with regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+    descriptor, size = _opened(path)
+    with os.fdopen(descriptor, "rb", 0 if size <= _SMALL else -1) as file:
         if (most and size > most) or size > _SMALL:
             fits(size, most, str(path))
         return file.read()

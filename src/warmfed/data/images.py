@@ -5,7 +5,6 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from ..files import content
 
 Pixels = NDArray[np.uint8]
 
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "GIF", "WEBP", "TIFF", "DIB", "MPO", "JPEG2000", "ICO", "PCX", "SGI", "TGA", "AVIF")
+"""What Pillow decodes by itself, the usual first; PostScript, which runs another program, is not one of them."""
 MOST = 2**30
 """Bytes of an encoded picture."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
@@ -51,17 +51,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@cache
-def _formats() -> tuple[str, ...]:
-    """The formats that Pillow decodes by itself; PostScript, which runs another program, is not one of them."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
 def picture(source: bytes, size: int, channels: int) -> tuple[Pixels, tuple[int, int]]:
     """As `decode`, of a file's content, and the width and height that it had; to be called within `quiet`."""
     try:
-        with Image.open(io.BytesIO(source), formats=_formats()) as opened:
+        with Image.open(io.BytesIO(source), formats=FORMATS) as opened:
             had = opened.size
             opened.draft(None, (4 * size, 4 * size))  # a large JPEG need not be decoded at full size
             upright = ImageOps.exif_transpose(opened)
@@ -70,7 +63,7 @@ def picture(source: bytes, size: int, channels: int) -> tuple[Pixels, tuple[int,
         raise UnreadableError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from error
     except UnreadableError:
         raise
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error) as error:
         raise UnreadableError("does not decode as an image; replace or remove it") from error
 
 
