@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, printable
 
+_MOST = 4000
+"""Characters of an error's line."""
 CODES = """exit codes:
   0    done
   1    verify found a difference
@@ -34,10 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return int(getattr(commands, asked.command)(asked))
     except InputError as error:
-        print(f"warmfed: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"warmfed: {printable(str(error), _MOST)}", file=sys.stderr)
+        return 2
+    except RecursionError:
+        print("warmfed: the input is nested too deeply; expected a few levels of tables and lists", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"warmfed: interrupted{''.join(f'; {words}' for words in stop.args)}", file=sys.stderr)
+        print(f"warmfed: interrupted{''.join(f'; {printable(str(words), _MOST)}' for words in stop.args)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # who read our output has gone (`| head`); nothing more may be written, not even at exit

@@ -17,7 +17,20 @@ from .compare import Cell, Cells
 from .compare import compare as compare_cells
 from .compare import plan as plan_cells
 from .config import Config, choices, data_table, parse, pretraining_tables, setting
-from .console import Events, Quiet, Teller, console, data_counts, data_facts, emit, rich_table, run_facts, run_table, teller
+from .console import (
+    Events,
+    Quiet,
+    Teller,
+    console,
+    data_counts,
+    data_facts,
+    emit,
+    rich_table,
+    run_facts,
+    run_table,
+    shown,
+    teller,
+)
 from .data import DataError, save_partition
 from .errors import InputError
 from .files import occupied
@@ -252,7 +265,7 @@ def personalize(asked: Namespace) -> int:
         return 0
     for name in ("global", "personal"):
         told = ", ".join(f"{split} {metrics['accuracy']:.1f} %" for split, metrics in found[name].items())
-        print(f"{name} model at site {found['site']}: {told}")
+        print(shown(f"{name} model at site {found['site']}: {told}"))
     print(found["folder"])
     return 0
 
@@ -274,7 +287,8 @@ def synthesize(asked: Namespace) -> int:
     elif isinstance(watcher, Quiet):
         print(made.get("grid") or made["out"])
     else:
-        print(f"{made['images']} images by {made['by']}: {', '.join(made[key] for key in ('grid', 'out') if key in made)}")
+        places = ", ".join(made[key] for key in ("grid", "out") if key in made)
+        print(shown(f"{made['images']} images by {made['by']}: {places}"))
     return 0
 
 
@@ -328,7 +342,7 @@ def verify(asked: Namespace) -> int:
     if isinstance(watcher, Events):
         emit("verified", identical=difference is None, history_sha256=history, difference=difference)
     else:
-        print(f"identical: history {history}" if difference is None else f"different: {difference}")
+        print(f"identical: history {history}" if difference is None else shown(f"different: {difference}"))
     return 0 if difference is None else 1
 
 
@@ -373,9 +387,9 @@ def deploy_check(asked: Namespace) -> int:
         table = Table(box=None, pad_edge=False)
         for header in ("check", "", "found"):
             table.add_column(header)
-        marks = {True: "[green]ok[/]", False: "[bold red]fails[/]", None: "[yellow]open[/]"}
+        marks = {True: Text("ok", "green"), False: Text("fails", "bold red"), None: Text("open", "yellow")}
         for row in rows:
-            table.add_row(row.check, marks[row.ok], Text(row.found))
+            table.add_row(row.check, marks[row.ok], row.found)
         console().print(table)
     return 2 if any(row.ok is False for row in rows) else 0
 

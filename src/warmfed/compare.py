@@ -20,7 +20,7 @@ from .algorithms import ALGORITHMS, entry
 from .config import Config, nested, read_toml, resolve
 from .data import Federation
 from .errors import InputError, suggest
-from .files import occupied, read_bytes, sweep, write_json, write_whole
+from .files import PUBLIC, occupied, read_bytes, sweep, write_json, write_whole
 from .progress import Clock
 from .ready import load_data, prepare
 from .runs import Watcher, execute, read_summary, resume
@@ -85,6 +85,11 @@ def plan(
     for key in asked:
         if key not in _ASKED:
             raise InputError(f"unknown key 'compare.{key}'{suggest(key, list(_ASKED))}")
+    for name in arms:
+        if not _ARM.fullmatch(name):
+            raise InputError(
+                f"an arm's name of at most 80 letters, digits, blanks and .=,+()-_ was expected, got {name!r}; rename it"
+            )
     points = _points(grid or _flat(swept))
     names = _each("compare.algorithms", algorithms or asked.get("algorithms") or list(arms) or ["warmfed", "fedavg"], str)
     numbers = _each("compare.seeds", seeds or asked.get("seeds") or [0, 1, 2], int)
@@ -105,6 +110,7 @@ def plan(
     return found
 
 
+_ARM = re.compile(r"[\w.=,+()-][\w.=,+() -]{0,79}")
 _ASKED = ("algorithms", "seeds", "rounds", "unseen")
 
 
@@ -222,8 +228,8 @@ def compare(
         _run(todo, folder, min(busy, len(todo)), summaries, len(cells), watcher)
     table = tabulate(cells, [summaries[cell] for cell in cells], tested)
     write_json(folder / "compare.json", table)
-    write_whole(folder / "compare.md", report.markdown(table))
-    write_whole(folder / "compare.tex", report.latex(table))
+    write_whole(folder / "compare.md", report.markdown(table), PUBLIC)
+    write_whole(folder / "compare.tex", report.latex(table), PUBLIC)
     report.write_comparison(folder)
     return table
 

@@ -1,7 +1,6 @@
 """The configuration of a run: dataclasses, read from TOML and the command line, checked whole before anything starts."""
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from .diffusion.denoise import Denoising
 from .diffusion.generator import LatentDiffusion
 from .diffusion.quality import Measuring
 from .errors import InputError, suggest
-from .files import read_bytes
+from .files import loads_toml, read_bytes
 from .fit import Training
 from .settings import construct
 
@@ -24,6 +23,8 @@ T = TypeVar("T")
 TASKS = ("classify", "denoise")
 STUDIES = ("compare", "arms", "sweep", "pretraining")
 """Tables of a file that are not of a run."""
+MOST = 2**24
+"""Bytes that a configuration may have."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,10 @@ def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
 def read_toml(file: Path) -> dict[str, Any]:
     """The tables of a TOML file; raises `InputError`."""
     try:
-        return tomllib.loads(read_bytes(file, "the configuration").decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return loads_toml(read_bytes(file, "the configuration", MOST))
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"{file} is not TOML: {error}; correct it") from error
 
 
@@ -204,8 +207,8 @@ def setting(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise InputError(f"--set takes key=value; got {text!r}")
     try:
-        return key.strip(), tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        return key.strip(), loads_toml(f"value = {raw}")["value"]
+    except ValueError:
         return key.strip(), raw
 
 

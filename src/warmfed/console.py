@@ -27,8 +27,22 @@ MOST_SITES = 8
 LINE_EVERY = 15.0
 
 
+class _Plain(Console):
+    """A console that shows texts as they are: names in them may look like markup or emoji, or hold control codes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(shown(text), **options)
+
+
 def console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=WIDTH, soft_wrap=True)
+    """Return the console of the standard output."""
+    plain: dict[str, Any] = {"markup": False, "emoji": False}
+    return _Plain(**plain) if sys.stdout.isatty() else _Plain(**plain, width=WIDTH, soft_wrap=True)
+
+
+def shown(text: str) -> str:
+    """Return text without the control characters that a name from a file or another machine may bring; lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else " " * c.isspace() for c in text)
 
 
 class Teller(Watcher, ABC):
@@ -133,29 +147,29 @@ class Lines(Teller):
 
     def begin(self, config: Config, sites: tuple[str, ...]) -> None:
         self._told = time.monotonic()
-        print(begun(config, sites, self.clock, self.folder), flush=True)
+        print(shown(begun(config, sites, self.clock, self.folder)), flush=True)
 
     def work(self, site: str, what: str, done: int, total: int) -> None:
         self._now_and_then(f"  {percent(self.clock)}, {spoken(self.clock.left(time.monotonic()))}")
 
     def stage(self, record: Mapping[str, Any]) -> None:
         self._told = time.monotonic()
-        print(line(record), flush=True)
+        print(shown(line(record)), flush=True)
 
     def phase(self, what: str, done: int, total: int) -> None:
         if done == total:
-            print(f"{what}: {done:,} of {total:,}", flush=True)
+            print(shown(f"{what}: {done:,} of {total:,}"), flush=True)
         else:
             self._now_and_then(f"  {what}: {done:,} of {total:,}")
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        print(shown(text), flush=True)
 
     def _now_and_then(self, text: str) -> None:
         now = time.monotonic()
         if now - self._told >= LINE_EVERY:
             self._told = now
-            print(text, flush=True)
+            print(shown(text), flush=True)
 
 
 class _Left(ProgressColumn):
@@ -177,7 +191,7 @@ class Bars(Teller):
     def __init__(self) -> None:
         super().__init__()
         self._console = console()
-        columns = (TextColumn("{task.description}"), BarColumn(30), _Left(self))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(30), _Left(self))
         self._progress = Progress(*columns, console=self._console, transient=True, refresh_per_second=5)
         self.main: TaskID | None = None
         self._sites: dict[str, TaskID] = {}
@@ -202,7 +216,7 @@ class Bars(Teller):
         self._console.print(begun(config, sites, self.clock, self.folder), highlight=False)
         self.main = self._progress.add_task(percent(self.clock), total=1.0)
         if len(sites) <= MOST_SITES:
-            self._sites = {site: self._progress.add_task(f"  {site}", total=None, visible=False) for site in sites}
+            self._sites = {site: self._progress.add_task(f"  {shown(site)}", total=None, visible=False) for site in sites}
 
     def work(self, site: str, what: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -213,7 +227,7 @@ class Bars(Teller):
             self._progress.update(self._sites[site], completed=done, total=total, visible=True)
         if self.main is not None:
             doing = "" if site or what == "sites" else f": {what} {done:,} of {total:,}"
-            self._progress.update(self.main, description=percent(self.clock) + doing)
+            self._progress.update(self.main, description=shown(percent(self.clock) + doing))
 
     def stage(self, record: Mapping[str, Any]) -> None:
         self._console.print(line(record), highlight=False)
@@ -223,7 +237,7 @@ class Bars(Teller):
             self._progress.update(self.main, description=percent(self.clock))
 
     def phase(self, what: str, done: int, total: int) -> None:
-        what, _, self._spoken = what.partition(", ")
+        what, _, self._spoken = shown(what).partition(", ")
         if self.main is None:
             self.main = self._progress.add_task(what, total=total)
         self._spoken = self._spoken or f"{done:,} of {total:,}"
@@ -304,11 +318,11 @@ def run_facts(summary: Mapping[str, Any]) -> str:
 
 def rich_table(plain: Plain) -> Table:
     """A report's table for the terminal; the winner of a column has a star."""
-    table = Table(title=plain.title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=shown(plain.title), title_justify="left", box=None, pad_edge=False)
     for place, header in enumerate(plain.header):
         table.add_column(header, justify="right" if place and header not in plain.words else "left")
     for row in plain.rows:
-        table.add_row(*(Text(f"★ {cell.text}", "bold green") if cell.best else Text(cell.text) for cell in row))
+        table.add_row(*(Text(f"★ {shown(cell.text)}", "bold green") if cell.best else shown(cell.text) for cell in row))
     return table
 
 

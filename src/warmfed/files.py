@@ -1,18 +1,42 @@
-"""Files are written whole or not at all: a reader never sees half of one, and a full disk leaves the old one."""
+"""Read regular files only; write files whole or not at all, for their owner alone.
+
+A reader never sees half of a file, and a full disk leaves the old one. State, caches, models and ledgers hold what a site
+must not show, so that files are 0600 and folders 0700 unless the caller names another mode. The umask narrows both.
+"""
 
 import errno
 import hashlib
 import json
 import os
+import secrets
+import stat
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 
 _PARTIAL = ".partial"
+PRIVATE = 0o600
+"""Mode of what a site must not show: readable and writable by the owner only."""
+PUBLIC = 0o644
+"""Mode of what is meant for others: reports and plots. The folder around them may still be private."""
+DEPTH = 64
+"""Levels of nested tables and lists that a TOML file may have."""
+_SMALL = 2**26
+"""Bytes up to which a file is read without a check of the free memory."""
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+_KINDS = (
+    (stat.S_ISDIR, errno.EISDIR, "is a folder"),
+    (stat.S_ISFIFO, errno.EINVAL, "is a named pipe"),
+    (stat.S_ISSOCK, errno.EINVAL, "is a socket"),
+    (stat.S_ISCHR, errno.EINVAL, "is a device"),
+    (stat.S_ISBLK, errno.EINVAL, "is a device"),
+)
 
 
 def occupied(folder: Path) -> bool:
@@ -20,30 +44,60 @@ def occupied(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def write_whole(path: Path, content: bytes | str, mode: int = 0o644) -> None:
+def make(folder: Path, mode: int = 0o700) -> None:
+    """Create `folder` and the missing folders above it, all with `mode`, narrowed by the umask.
+
+    A folder that exists keeps its mode.
+
+    Raises:
+        OSError: the folder cannot be created, or a file has its name.
+    """
+    try:
+        folder.mkdir(mode)
+    except FileNotFoundError:
+        make(folder.parent, mode)
+        folder.mkdir(mode, exist_ok=True)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def secure(folder: Path) -> None:
+    """Take every right of group and others from `folder` and what lies in it: libraries write with the umask alone."""
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & 0o700)
+
+
+def write_whole(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
     """Write `content` beside `path`, flush it to the disk, then move it into place in one step.
 
-    It is readable by others, where `mode` lets them, only when it is whole.
+    Args:
+        path: the file; folders above it that are missing are created, for those who may read the file.
+        content: its bytes, or text that is stored as UTF-8.
+        mode: permissions of the file; the umask narrows them.
 
-    Raises `InputError` where the disk is full, the folder cannot be written, or `path` is a folder or a device; what stood
-    at `path` is then untouched.
+    Raises:
+        InputError: the disk is full, the folder cannot be written, or `path` is a folder or a device; what stood at `path`
+            is then untouched.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = None
     if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
         raise InputError(f"cannot write {path}: it is there and no file; choose another path")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)
+        make(path.parent, 0o700 | (mode & 0o044) | (mode & 0o044) >> 2)
+        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+        temporary = unfinished
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from error
 
 
@@ -73,18 +127,107 @@ def write_lines(path: Path, values: list[Any]) -> None:
     write_whole(path, "".join(json.dumps(v, sort_keys=True) + "\n" for v in values))
 
 
-def read_bytes(path: Path, what: str) -> bytes:
-    """The content of `path`; `what` names it in the error ("the adapter of site 'ink'")."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {what} at {path}: {error.strerror}; check the path") from error
+def regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading in binary mode.
+
+    The kind is checked before the file is opened, as opening a named pipe blocks and opening a device may act, and again
+    afterwards, as the file may have been replaced meanwhile.
+
+    Raises:
+        OSError: the file is missing, unreadable, or a folder, named pipe, socket or device; `strerror` says which.
+    """
+    return os.fdopen(_opened(path)[0], "rb")
 
 
-def read_json(path: Path, what: str) -> Any:
-    content = read_bytes(path, what)
+def _opened(path: Path) -> tuple[int, int]:
+    """Return the descriptor and the size of a regular file."""
+    _demand_regular(os.stat(path).st_mode, path)
+    descriptor = os.open(path, _READ)
     try:
-        return json.loads(content)
+        found = os.fstat(descriptor)
+        _demand_regular(found.st_mode, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor, found.st_size
+
+
+def _demand_regular(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        code, kind = next(((code, kind) for holds, code, kind in _KINDS if holds(mode)), (errno.EINVAL, "is of another kind"))
+        raise OSError(code, f"it {kind}, not a regular file", str(path))
+
+
+def content(path: Path, most: int = 0) -> bytes:
+    """Return the bytes of a regular file; its size is checked before memory is taken.
+
+    Args:
+        most: bytes that the file may have; 0: as many as the free memory.
+
+    Raises:
+        OSError: as `regular`, or the file is larger.
+    """
+    descriptor, size = _opened(path)
+    with os.fdopen(descriptor, "rb", 0 if size <= _SMALL else -1) as file:
+        if (most and size > most) or size > _SMALL:
+            fits(size, most, str(path))
+        return file.read()
+
+
+def fits(size: int, most: int = 0, path: str = "") -> None:
+    """Raise `OSError` where `size` bytes are more than `most` (0: any number), or more than the free memory."""
+    import psutil
+
+    allowed, which = (
+        (most, "are allowed") if most and size > most else (psutil.virtual_memory().available, "of memory are free")
+    )
+    if size > allowed:
+        raise OSError(errno.EFBIG, f"it holds {size / 1e6:,.0f} MB, {allowed / 1e6:,.0f} MB {which}", path)
+
+
+def loads_json(text: bytes | str) -> Any:
+    """Return the value of a JSON text; raises `ValueError` also where it is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def loads_toml(text: bytes | str) -> dict[str, Any]:
+    """Return the tables of a TOML text; raises `ValueError` also where they are nested more than `DEPTH` levels deep."""
+    try:
+        tables = tomllib.loads(text.decode() if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level: list[Any] = [tables]
+    for _ in range(DEPTH):
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+        level = [each for each in level if isinstance(each, dict | list)]
+    if level:
+        raise ValueError(f"it is nested more than {DEPTH} levels deep")
+    return tables
+
+
+def read_bytes(path: Path, what: str, most: int = 0) -> bytes:
+    """Return the content of a regular file.
+
+    Args:
+        what: names the file in the error ("the adapter of site 'ink'").
+        most: bytes that it may have; 0: as many as the free memory.
+
+    Raises:
+        InputError: the file is missing, unreadable, too large, or not a regular file.
+    """
+    try:
+        return content(path, most)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise InputError(f"cannot read {what} at {path}: {getattr(error, 'strerror', error)}; check the path") from error
+
+
+def read_json(path: Path, what: str, most: int = 0) -> Any:
+    content = read_bytes(path, what, most)
+    try:
+        return loads_json(content)
     except ValueError as error:
         raise InputError(f"{what} at {path} is damaged ({error}); restore it or start the run anew") from error
 
@@ -92,7 +235,7 @@ def read_json(path: Path, what: str) -> Any:
 def read_lines(path: Path, what: str) -> list[Any]:
     content = read_bytes(path, what)
     try:
-        return [json.loads(line) for line in content.splitlines()]
+        return [loads_json(line) for line in content.splitlines()]
     except ValueError as error:
         raise InputError(f"{what} at {path} is damaged ({error}); restore it or start the run anew") from error
 

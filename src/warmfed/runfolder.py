@@ -1,6 +1,5 @@
 """A run folder as such: a new one, who may work on it, its configuration and its summary."""
 
-import tomllib
 from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
@@ -10,7 +9,7 @@ from safetensors.torch import save
 
 from .config import Config, build
 from .errors import InputError
-from .files import locked, read_bytes, read_json, write_whole
+from .files import loads_toml, locked, make, read_bytes, read_json, write_whole
 from .tensors import Tensors
 
 
@@ -19,7 +18,8 @@ def claimed(config: Config) -> Path:
     for number in count(1):
         folder = Path("runs") / (f"{config.name}-{config.seed}" + (f"-{number}" if number > 1 else ""))
         try:
-            folder.mkdir(parents=True)
+            make(folder.parent)
+            folder.mkdir(0o700)
             return folder
         except FileExistsError:
             continue
@@ -42,10 +42,10 @@ def read_config(folder: Path) -> Config:
     """The configuration of a run folder."""
     data = read_bytes(folder / "config.toml", "the run's configuration (is this a run folder?)")
     try:
-        return build(tomllib.loads(data.decode()))
+        return build(loads_toml(data))
     except InputError as error:
         raise InputError(f"{folder / 'config.toml'}: {error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{folder / 'config.toml'} is damaged ({error}); restore it or start the run anew") from error
 
 

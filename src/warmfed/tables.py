@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from .doctor import File
 from .report.parts import duration, memory, size
@@ -15,7 +16,7 @@ def files_table(files: Sequence[File]) -> Table:
     for header in ("file", "", "size", "SHA-256", "where"):
         table.add_column(header, justify="right" if header == "size" else "left", overflow="fold")
     for each in files:
-        mark = "[green]there[/]" if each.there else "[bold red]missing[/]"
+        mark = Text("there", "green") if each.there else Text("missing", "bold red")
         table.add_row(each.what, mark, size(each.bytes) if each.there else "", each.sha256[:12], each.path)
     return table
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import make as make_folder
 
 Bytes = NDArray[np.uint8]
 _PARTIAL = ".partial"
@@ -40,7 +41,10 @@ def usual() -> Path:
 
 @dataclass(frozen=True)
 class Cache:
-    """Arrays of bytes in files. What lies under a name never changes, so any number of processes may use one folder."""
+    """Arrays of bytes in files. What lies under a name never changes, so any number of processes may use one folder.
+
+    Folder and files are private: they hold a site's images.
+    """
 
     folder: Path = field(default_factory=usual)
 
@@ -72,7 +76,7 @@ class Cache:
         return sum(path.stat().st_size for path in self.folder.glob("*.u8")) if self.folder.is_dir() else 0
 
     def _make(self, path: Path, shape: tuple[int, ...], make: Callable[[Bytes], None]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         for left in self.folder.glob(f".*{_PARTIAL}"):  # of a process that was killed; a living one writes to its own
             if time.time() - left.stat().st_mtime > _DAY:
                 left.unlink(missing_ok=True)
@@ -84,7 +88,6 @@ class Cache:
                 make(content)
                 content.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """What there is to know of a federation before anything is trained on it: counts, sizes, duplicates, a plot."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import InputError
+from ..files import PUBLIC, write_whole
 from ..tensors import rows
 from .cache import Cache, usual
 from .federation import SPLITS, Federation
@@ -43,7 +45,7 @@ def counts(label: torch.Tensor, classes: int) -> list[int]:
 def plot(federation: Federation, path: Path) -> None:
     """A bar for each site: how many images of each class train there, and how many of its images validate and test.
 
-    Raises InputError where the file cannot be written, or its ending names no format.
+    Raises InputError where the file cannot be written, or its ending names no format. Others may read it: it holds counts.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,11 +64,12 @@ def plot(federation: Federation, path: Path) -> None:
     _bars(right, names, by_split, "tab10", "images by split", legend=True)
     left.invert_yaxis()
     figure.suptitle(federation.name)
+    drawn = io.BytesIO()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
+        figure.savefig(drawn, format=path.suffix.removeprefix(".").lower())
+    except ValueError as error:
         raise InputError(f"cannot draw to {path}: {error}; choose a file that ends in .png, .svg or .pdf") from error
+    write_whole(path, drawn.getvalue(), PUBLIC)
 
 
 def _bars(axes: "Axes", names: list[str], parts: Mapping[str, list[int]], colours: str, title: str, *, legend: bool) -> None:

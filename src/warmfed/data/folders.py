@@ -1,6 +1,7 @@
 """Pictures in folders, as people unpack them, and pictures named by a table (CSV)."""
 
 import csv as tables
+import io
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, suggest
+from ..files import read_bytes, regular
 from .assembly import assemble
 from .federation import Federation
 from .images import SUFFIXES
@@ -166,11 +168,11 @@ def _listed(
             notes.append(f"{path.name} was left alone, since there is no site {match['site']!r}")
             continue
         used.append(match["site"])
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        for number, line in enumerate(read_bytes(path, "the split list").decode(errors="replace").splitlines(), 1):
             if not line.strip():
                 continue
             file, _, label = line.strip().rpartition(" ")
-            if not file or not label.isdecimal():
+            if not file or not label.isdecimal() or len(label) > 9:
                 faults.append(f"{path.name}, line {number}: `path label` was expected, {line.strip()[:60]!r} came")
             elif file not in known:
                 faults.append(f"{path.name}, line {number}: {file} is not in the folder")
@@ -227,7 +229,7 @@ def csv(
         try:
             name = pattern.format_map(row)
             value = {what: row[column] if column else "" for what, column in columns.items()}
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise InputError(f"{file} has no column {error}{suggest(str(error.args[0]), list(row))}") from error
         if not name or not value["label"] or (site and not value["site"]):
             faults.append(f"line {number}: an image, a label and a site were expected, a field is empty")
@@ -241,7 +243,7 @@ def csv(
 
 def _rows(file: Path) -> Iterable[Mapping[str, str]]:
     try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
+        with io.TextIOWrapper(regular(file), encoding="utf-8-sig", newline="") as lines:
             for row in tables.DictReader(lines):
                 yield {key or "": value or "" for key, value in row.items() if isinstance(value, str | None)}
     except OSError as error:

@@ -10,10 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, suggest
+from ..files import content, make, regular
+from .archives import plausible
 from .federation import Federation
 from .folders import SPLIT_NAMES, finished
+from .images import MOST
 from .pictures import Entry
-from .pool import WHOLE, common
+from .pool import WHOLE, Common, common
 
 Ints = NDArray[np.int64]
 _EXTRA = "install it by pip install 'warmfed[data]'"
@@ -36,11 +39,15 @@ def parquet(path: str | Path, **options: Any) -> Federation:
     datasets, where = _datasets(), Path(path).expanduser()
     if (where / "dataset_info.json").is_file() or (where / "dataset_dict.json").is_file():
         try:
+            for file in where.rglob("*"):
+                if not file.is_dir():
+                    regular(file).close()
             found = datasets.load_from_disk(str(where))
         except (OSError, ValueError) as error:
             raise InputError(f"the data set saved in {where} is damaged ({error}); save it anew") from error
         return _federation(where.stem, found if isinstance(found, Mapping) else {WHOLE: found}, options)
     files = sorted(where.rglob("*.parquet")) if where.is_dir() else [Path(each) for each in sorted(glob.glob(str(where)))]
+    kept = _prepared(options)
     if not files:
         raise InputError(f"there are no Parquet files at {where}; check the path")
     parts: dict[str, list[str]] = {}
@@ -50,13 +57,37 @@ def parquet(path: str | Path, **options: Any) -> Federation:
     tables = {}
     for split, members in parts.items():
         try:
+            for each in members:
+                _sound(Path(each))
             tables[split] = datasets.concatenate_datasets(
-                [datasets.Dataset.from_parquet(each, keep_in_memory=False) for each in members]
+                [datasets.Dataset.from_parquet(each, cache_dir=kept, keep_in_memory=False) for each in members]
             )
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise InputError(f"the Parquet files at {where} do not read as one table ({reason}); check them") from error
     return _federation(where.stem, tables, options)
+
+
+def _prepared(options: Mapping[str, Any]) -> str:
+    """The private folder where `datasets` keeps the tables that it makes of Parquet files: they hold a site's images."""
+    folder = Common(cache=options.get("cache")).store.folder / "tables"
+    try:
+        make(folder)
+    except OSError as error:
+        raise InputError(f"cannot make {folder}: {error.strerror}; name another place by data.cache") from error
+    return str(folder)
+
+
+def _sound(path: Path) -> None:
+    """Raise `OSError` or `ValueError` where a Parquet file is not a regular file, or unpacks to implausibly much."""
+    import pyarrow.parquet
+
+    with regular(path) as file:
+        told = pyarrow.parquet.ParquetFile(file).metadata
+        held = file.seek(0, 2)
+    plausible(sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups)), held)
+    if told.num_rows > held:
+        raise ValueError(f"it has {told.num_rows:,} rows in {held:,} bytes")
 
 
 def hub(path: str, *, config: str = "", revision: str = "", **options: Any) -> Federation:
@@ -142,7 +173,7 @@ class _Row:
             raise OSError("the row holds no picture")
         if cell["bytes"] is not None:
             return bytes(cell["bytes"])
-        return Path(cell["path"]).read_bytes()
+        return content(Path(cell["path"]), MOST)
 
 
 def partitioned(name: str, options: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> list[Ints]:

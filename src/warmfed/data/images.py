@@ -12,8 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from ..files import content
+
 Pixels = NDArray[np.uint8]
 
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "GIF", "WEBP", "TIFF", "DIB", "MPO", "JPEG2000", "ICO", "PCX", "SGI", "TGA", "AVIF")
+"""What Pillow decodes by itself, the usual first; PostScript, which runs another program, is not one of them."""
+MOST = 2**30
+"""Bytes of an encoded picture."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 
 
@@ -25,33 +31,39 @@ def decode(path: Path, size: int, channels: int = 3) -> Pixels:
     """The picture at `path`, squeezed to a square: uint8 [channels, size, size].
 
     Turned upright as its EXIF data say; transparency is laid on white; 16-bit grey keeps its upper 8 bits.
-    Raises UnreadableError where the file holds no whole picture, or more than some 179 million pixels (Pillow's bound).
+    Raises UnreadableError where the file cannot be read, is not a regular file, holds no whole picture, or more than some 89
+    million pixels (Pillow's bound).
     """
+    try:
+        data = content(path, MOST)
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror or error}; check the path and its permissions") from error
     with quiet():
-        return picture(path, size, channels)[0]
+        return picture(data, size, channels)[0]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Pillow warns of large pictures and odd metadata; the pixels decide here. Not for threads of their own."""
+    """Refuse pictures of too many pixels, and silence Pillow's other warnings. Not for threads of their own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 
 
-def picture(source: Path | bytes, size: int, channels: int) -> tuple[Pixels, tuple[int, int]]:
-    """As `decode`, of a file or its content, and the width and height that it had; to be called within `quiet`."""
+def picture(source: bytes, size: int, channels: int) -> tuple[Pixels, tuple[int, int]]:
+    """As `decode`, of a file's content, and the width and height that it had; to be called within `quiet`."""
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
+        with Image.open(io.BytesIO(source), formats=FORMATS) as opened:
             had = opened.size
             opened.draft(None, (4 * size, 4 * size))  # a large JPEG need not be decoded at full size
             upright = ImageOps.exif_transpose(opened)
             return _square(_colour(upright) if channels == 3 else _colour(upright).convert("L"), size), had
-    except Image.DecompressionBombError as error:
-        raise UnreadableError("has too many pixels; make it smaller") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from error
     except UnreadableError:
         raise
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error) as error:
         raise UnreadableError("does not decode as an image; replace or remove it") from error
 
 
@@ -59,7 +71,7 @@ def _colour(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
         raise UnreadableError("holds floating-point pixels, of unknown range; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):
-        wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
+        wide = np.asarray(picture).astype(np.int32).clip(0, 65535)
         return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")

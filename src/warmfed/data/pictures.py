@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import PIL
 
+from ..files import content
 from .cache import Bytes
-from .images import UnreadableError, picture, quiet
+from .images import MOST, UnreadableError, picture, quiet
 from .pool import WHOLE, Common, Pool, digests, texts
 
 SIZE = 32
@@ -33,7 +34,7 @@ class Entry:
     group: str = ""
 
     def content(self) -> bytes:
-        return self.open.read_bytes() if isinstance(self.open, Path) else self.open()
+        return content(self.open, MOST) if isinstance(self.open, Path) else self.open()
 
 
 def pictures(entries: Sequence[Entry], classes: Sequence[str], options: Common, faults: list[str]) -> Pool:
@@ -44,8 +45,8 @@ def pictures(entries: Sequence[Entry], classes: Sequence[str], options: Common, 
     size, channels, store = options.image_size or SIZE, options.channels, options.store
     told: dict[int, str] = {}
     key = hashlib.sha256(f"{_VERSION} {PIL.__version__} {size} {channels}".encode())
-    for content in _hashed(entries, told):
-        key.update(content)
+    for digest in _hashed(entries, told):
+        key.update(digest)
     name = key.hexdigest()
     shape, had = (len(entries), channels, size, size), np.zeros((len(entries), 2), "<u4")
 

@@ -4,11 +4,9 @@ import gzip
 import hashlib
 import math
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,18 +15,23 @@ import PIL
 from numpy.typing import NDArray
 
 from ..errors import InputError, suggest
+from ..files import fits, regular
+from .archives import DAMAGE, Archive, plausible
 from .assembly import assemble
 from .cache import Bytes
 from .federation import SPLITS, Federation
 from .folders import SPLIT_NAMES
 from .images import UnreadableError, from_array
 from .partition import Deal
-from .pool import WHOLE, Common, Pool, common, digests, refuse, texts
+from .pool import WHOLE, Common, Pool, Texts, common, digests, refuse, texts
 
 _ROWS = 1024
 _VERSION = 1
 _IDX = re.compile(r"(?P<prefix>.*?)-?(?P<split>train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
-_DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+_PIECE = 2**28
+"""Bytes that are read at once, at the most, unless one row has more."""
+_LABELS = 1000
+"""Classes that may go without a name, where there are fewer images."""
 Chunks = Callable[[], Iterator[NDArray[Any]]]
 
 
@@ -75,6 +78,10 @@ def arrays(sites: Mapping[str, Any], **options: Any) -> Federation:
         if isinstance(given, Mapping) and "train" not in given:
             faults.append(f"site {site!r}: a train split was expected, {', '.join(given) or 'nothing'} came")
     return _gathered("arrays", blocks, asked, "", faults)
+
+
+def _names(site: str | Sequence[str]) -> Texts:
+    return texts([site] if isinstance(site, str) else site)
 
 
 def _whole(values: NDArray[Any]) -> Chunks:
@@ -131,11 +138,14 @@ def _gathered(name: str, blocks: Sequence[Block], asked: Common, key: str, fault
         fill(images)
         digests(images, found)
     label = np.concatenate(labels)
-    classes = asked.classes or [str(value) for value in range(int(label.max(initial=0)) + 1)]
+    most, last = max(_LABELS, len(label)), int(label.max(initial=0))
+    if not asked.classes and last >= most:
+        refuse(name, [f"labels 0 to {most - 1} were expected, {last} came; number the classes from 0, or name them by classes"])
+    classes = asked.classes or [str(value) for value in range(last + 1)]
     pool = Pool(
         images,
         label,
-        np.concatenate([np.broadcast_to(np.asarray(block.site, dtype=np.str_), block.count) for block in blocks]),
+        np.concatenate([np.broadcast_to(_names(block.site), block.count) for block in blocks]),
         np.concatenate([np.full(block.count, block.split) for block in blocks]),
         texts(f"{block.stem}/{row}" for block in blocks for row in range(block.count)),
         found,
@@ -155,24 +165,25 @@ def npz(path: str | Path, **options: Any) -> Federation:
     """
     asked, path = common(options), Path(path).expanduser()
     try:
-        with path.open("rb") as file:
-            key = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+        with regular(path) as file:
+            if file.read(6) == b"\x93NUMPY":
                 raise InputError(f"{path} holds one array, an .npz file with several was expected; save it anew by numpy.savez")
-            if asked.classes is None and "classes" in archive and archive["classes"].dtype.kind == "U":
-                asked = replace(asked, classes=[str(name) for name in archive["classes"]])
-            return _gathered(path.stem, _grouped(archive, path), asked, key, [])
+            archive = Archive(path)
+            file.seek(0)
+            key = hashlib.file_digest(file, "sha256").hexdigest()
+        if asked.classes is None and "classes" in archive and archive.header("classes")[2].kind == "U":
+            asked = replace(asked, classes=[str(name) for name in archive["classes"]])
+        return _gathered(path.stem, _grouped(archive, path), asked, key, [])
     except InputError:
         raise
     except OSError as error:
         raise InputError(f"data file {path} cannot be read: {error.strerror or 'it is damaged'}; check the path") from error
-    except _DAMAGE as error:
-        raise InputError(f"{path} is damaged or no .npz file of plain arrays; save it anew by numpy.savez") from error
+    except DAMAGE as error:
+        why = str(error).split("\n")[0]
+        raise InputError(f"{path} is damaged or no .npz file of plain arrays ({why}); save it anew by numpy.savez") from error
 
 
-def _grouped(archive: Any, path: Path) -> list[Block]:
+def _grouped(archive: Archive, path: Path) -> list[Block]:
     blocks = []
     for key in archive.files:
         head, _, tail = key.rpartition("_")
@@ -186,10 +197,11 @@ def _grouped(archive: Any, path: Path) -> list[Block]:
         elif key == "x":
             split, partner = WHOLE, "y"
             if "domain" in archive and "domains" in archive:
-                sites = archive["domains"][archive["domain"]].tolist()
+                names = archive["domains"].tolist()
+                sites = [names[number] for number in archive["domain"].tolist()]
         else:
             continue
-        count, chunks = _member(path, archive, key)
+        count, chunks = _member(archive, key)
         if partner not in archive:
             raise InputError(f"{path} has {key!r} but no {partner!r}; save the labels beside the images")
         blocks.append(Block(sites, split, count, chunks, archive[partner], key))
@@ -199,33 +211,26 @@ def _grouped(archive: Any, path: Path) -> list[Block]:
     return blocks
 
 
-def _member(path: Path, archive: Any, key: str) -> tuple[int, Chunks]:
+def _member(archive: Archive, key: str) -> tuple[int, Chunks]:
     """How many rows an array of the archive has, and its rows piece by piece, without reading all of it."""
-
-    def opened(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-        version = np.lib.format.read_magic(stream)
-        return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)
-
-    with zipfile.ZipFile(path) as file, file.open(f"{key}.npy") as stream:
-        shape, columns_first, kind = opened(stream)
-    if columns_first or kind.hasobject or len(shape) < 3:
+    shape, columns_first, kind = archive.header(key)
+    if columns_first or len(shape) < 3:
         values = archive[key]
         return (len(values) if values.ndim else 0), _whole(values)
 
     def chunks() -> Iterator[NDArray[Any]]:
-        with zipfile.ZipFile(path) as file, file.open(f"{key}.npy") as stream:
-            opened(stream)
+        with archive.rows(key) as stream:
             yield from _read(stream, shape, kind)
 
     return shape[0], chunks
 
 
-def _read(
-    stream: IO[bytes] | gzip.GzipFile | BufferedReader, shape: tuple[int, ...], kind: np.dtype[Any]
-) -> Iterator[NDArray[Any]]:
+def _read(stream: IO[bytes] | gzip.GzipFile, shape: tuple[int, ...], kind: np.dtype[Any]) -> Iterator[NDArray[Any]]:
     each = math.prod(shape[1:]) * kind.itemsize
-    for start in range(0, max(1, shape[0]), _ROWS):
-        count = min(_ROWS, shape[0] - start)
+    most = max(1, min(_ROWS, _PIECE // max(each, 1)))
+    for start in range(0, max(1, shape[0]), most):
+        count = min(most, shape[0] - start)
+        fits(count * each)
         data = stream.read(count * each)
         if len(data) != count * each:
             raise EOFError("the file ends too early")
@@ -258,9 +263,9 @@ def idx(path: str | Path, **options: Any) -> Federation:
             shape, chunks = _idx(file, 3)
             label = np.concatenate(list(_idx(label_file, 1)[1]()))
             for each in (file, label_file):
-                with each.open("rb") as content:
+                with regular(each) as content:
                     key.update(hashlib.file_digest(content, "sha256").digest())
-        except _DAMAGE as error:
+        except DAMAGE as error:
             faults.append(f"{file.relative_to(root)} or its labels are damaged ({error}); fetch them anew")
             continue
         split = "test" if match["split"] == "t10k" else SPLIT_NAMES[match["split"]]
@@ -270,21 +275,29 @@ def idx(path: str | Path, **options: Any) -> Federation:
         return _gathered(root.resolve().name, blocks, asked, key.hexdigest(), faults)
     except InputError:
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise InputError(f"the idx files in {root} are damaged ({error}); fetch them anew") from error
 
 
 def _idx(path: Path, dimensions: int) -> tuple[tuple[int, ...], Chunks]:
     """Shape and rows of one idx file of bytes."""
 
-    def opened() -> gzip.GzipFile | BufferedReader:
-        return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    @contextmanager
+    def opened() -> Iterator[IO[bytes] | gzip.GzipFile]:
+        with regular(path) as raw:
+            yield gzip.GzipFile(fileobj=raw) if packed else raw
 
+    packed = path.suffix == ".gz"
     with opened() as stream:
         head = stream.read(4 + 4 * dimensions)
     if head[:4] != bytes([0, 0, 8, dimensions]) or len(head) != 4 + 4 * dimensions:
         raise ValueError(f"{path.name} does not begin as an idx file of bytes with {dimensions} dimensions does")
     shape = tuple(int(side) for side in np.frombuffer(head[4:], ">u4"))
+    needed, held = math.prod(shape) + len(head), path.stat().st_size
+    if packed:
+        plausible(needed, held)
+    elif needed > held:
+        raise EOFError("the file ends too early")
 
     def chunks() -> Iterator[NDArray[Any]]:
         with opened() as stream:

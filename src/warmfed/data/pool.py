@@ -16,6 +16,8 @@ Texts = NDArray[np.str_]
 WHOLE = "all"
 """Split of images that none has claimed yet, beside "train", "validation" and "test"."""
 TEMPLATE = "a photo of a {}"
+_DIGITS = 20
+"""From so many on, a number is a name like any other."""
 
 
 class DataError(InputError):
@@ -121,9 +123,16 @@ class Pool:
         return {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name in ("label", "site", "split", "name")}
 
 
+LONGEST = 1024
+"""Characters of a name; every row of a column takes the memory of the longest one."""
+
+
 def texts(values: Iterable[str]) -> Texts:
-    """A column of text."""
-    return np.array(list(values), dtype=np.str_)
+    """Return a column of text; raises `InputError` where a name is longer than `LONGEST`."""
+    names = list(values)
+    if (longest := max(map(len, names), default=0)) > LONGEST:
+        raise InputError(f"names of at most {LONGEST} characters were expected, {longest} came; shorten it in the data")
+    return np.array(names, dtype=np.str_)
 
 
 def digests(images: Bytes, into: Bytes) -> None:
@@ -135,4 +144,6 @@ def digests(images: Bytes, into: Bytes) -> None:
 def names_in_order(found: Iterable[str]) -> tuple[str, ...]:
     """Sorted; by value where all are numbers, so that class 10 follows 9."""
     names = set(found)
-    return tuple(sorted(names, key=lambda name: (int(name), name)) if all(n.isdecimal() for n in names) else sorted(names))
+    if all(name.isdecimal() and len(name) < _DIGITS for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))

@@ -25,7 +25,7 @@ from ..config import Config, parse
 from ..data import Federation, load, told
 from ..diffusion import pipeline
 from ..errors import InputError
-from ..files import occupied, read_bytes, write_json, write_whole
+from ..files import PUBLIC, occupied, read_bytes, write_json, write_whole
 from ..transports.project import write_project
 from . import keys
 from .project_file import Project, read_project, versions
@@ -71,11 +71,11 @@ def init(
     now = keys.now()
     with _aside(folder) as made:
         certificate, key = keys.authority(f"warmfed {host}", now)
-        write_whole(made / "authority" / "ca.crt", certificate)
+        write_whole(made / "authority" / "ca.crt", certificate, PUBLIC)
         write_whole(made / "authority" / "ca.key", key, 0o600)
         write_project(made / "server" / "app")
         _render(made / "server", _SERVER, port=port, address=project.address, site="", unit="warmfed-server")
-        write_whole(made / "server" / "ca.crt", certificate)
+        write_whole(made / "server" / "ca.crt", certificate, PUBLIC)
         _certify(made, host, now)
         for site in sites:
             _write_site(made, made / "sites" / site, project, settings, site, own)
@@ -196,9 +196,9 @@ def _write_site(root: Path, folder: Path, project: Project, settings: Config, na
     """A site's folder, and its public key for the server."""
     private, public = keys.node()
     write_whole(folder / "node", private, 0o600)
-    write_whole(folder / "node.pub", public)
-    write_whole(root / "server" / "nodes" / f"{name}.pub", public)
-    write_whole(folder / "ca.crt", read_bytes(root / "authority" / "ca.crt", "the authority's certificate"))
+    write_whole(folder / "node.pub", public, PUBLIC)
+    write_whole(root / "server" / "nodes" / f"{name}.pub", public, PUBLIC)
+    write_whole(folder / "ca.crt", read_bytes(root / "authority" / "ca.crt", "the authority's certificate"), PUBLIC)
     table: dict[str, Any] = {"name": name, "work": "work", "device": "cpu"}
     if project.base and not project.base_name:
         table["base"] = "base"
@@ -244,7 +244,7 @@ def _certify(root: Path, host: str, now: datetime) -> None:
     certificate, key = (read_bytes(root / "authority" / name, "the authority") for name in ("ca.crt", "ca.key"))
     made, private = keys.server(certificate, key, host, now)
     write_whole(root / "server" / "server.key", private, 0o600)
-    write_whole(root / "server" / "server.crt", made)
+    write_whole(root / "server" / "server.crt", made, PUBLIC)
 
 
 def _render(folder: Path, names: Mapping[str, str], **values: Any) -> None:

@@ -48,6 +48,9 @@ class Family:
         told = {name: table.to(dtype) for name, table in condition.items()}
         return self.predict(denoiser, noisy.to(dtype), time, told, scale).float()
 
+    classes: Mapping[str, tuple[str, ...]]
+    """By folder, the classes of transformers and diffusers that a part may be of; no other is ever created."""
+
     @property
     def models(self) -> tuple[str, ...]:
         """The folders that hold weights."""
@@ -123,6 +126,25 @@ def _predict_sana(net: Any, noisy: Tensor, time: Tensor, condition: Condition, s
     return found[:, : noisy.shape[1]]  # some also predict a variance
 
 
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+SCHEDULERS = tuple(
+    f"{name}Scheduler"
+    for name in (
+        "DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "EDMEuler", "EulerAncestralDiscrete",
+        "EulerDiscrete", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", "HeunDiscrete",
+        "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "SCM", "TCD", "UniPCMultistep",
+    )
+)  # fmt: skip
+_CLIP_WORDS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_COMMON = {"tokenizer": _CLIP_WORDS, "text_encoder": ("CLIPTextModel",), "vae": AUTOENCODERS, "scheduler": SCHEDULERS}
+LIBRARIES = ("diffusers", "transformers")
+
+
+def library(part: str) -> str:
+    """The library that a folder's class is of."""
+    return LIBRARIES[part.startswith(("tokenizer", "text_encoder"))]
+
+
 STABLE = Family(
     "Stable Diffusion",
     ("StableDiffusionPipeline",),
@@ -131,6 +153,7 @@ STABLE = Family(
     _embed_stable,
     _predict_stable,
     lambda made: {"prompt": (made["text_encoder"]["max_position_embeddings"], made["text_encoder"]["hidden_size"])},
+    {**_COMMON, "unet": ("UNet2DConditionModel",)},
 )
 XL = Family(
     "Stable Diffusion XL",
@@ -143,6 +166,12 @@ XL = Family(
         "prompt": (made["text_encoder"]["max_position_embeddings"], made["unet"]["cross_attention_dim"]),
         "pooled": (made["text_encoder_2"]["projection_dim"],),
     },
+    {
+        **_COMMON,
+        "tokenizer_2": _CLIP_WORDS,
+        "text_encoder_2": ("CLIPTextModelWithProjection",),
+        "unet": ("UNet2DConditionModel",),
+    },
 )
 SANA = Family(
     "Sana",
@@ -152,6 +181,12 @@ SANA = Family(
     _embed_sana,
     _predict_sana,
     lambda made: {"prompt": (SANA_TOKENS, made["text_encoder"]["hidden_size"]), "mask": (SANA_TOKENS,)},
+    {
+        **_COMMON,
+        "tokenizer": ("GemmaTokenizer", "GemmaTokenizerFast"),
+        "text_encoder": ("Gemma2Model", "Gemma2ForCausalLM"),
+        "transformer": ("SanaTransformer2DModel",),
+    },
 )
 FAMILIES = (STABLE, XL, SANA)
 

@@ -1,7 +1,6 @@
 """Adapters that were made elsewhere, by diffusers, peft or kohya's scripts, as adapters of a site."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import read_bytes, read_json
+from ..files import loads_json, read_bytes, read_json
 from ..tensors import Tensors
 from . import adapter as lora
 from .pipeline import Parts
@@ -96,7 +95,7 @@ def _modules(path: Path, who: str, base: Parts) -> dict[str, dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
         try:
-            kept = dict(json.loads(text))
+            kept = dict(loads_json(text))
         except (TypeError, ValueError) as error:
             raise InputError(f"{who} ({path}) has settings that are no JSON ({error}); export it again") from error
         told = {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}

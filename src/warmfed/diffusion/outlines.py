@@ -101,12 +101,11 @@ def outline(base: str) -> tuple[Family, Outline]:
             raise
         known = dict(KNOWN[base.partition("@")[0]])
         return family(known.pop("_class_name")), known
-    index = pipeline.json_of(folder / "model_index.json")
-    kind = family(index["_class_name"])
+    kind, index = pipeline.index_of(folder)
     made: Outline = {}
     for part in kind.parts:
         file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-        made[part] = (*index[part], pipeline.json_of(file) if part in (*kind.models, "scheduler") else {})
+        made[part] = (*index.get(part, ("", "")), pipeline.json_of(file) if part in (*kind.models, "scheduler") else {})
     return kind, made
 
 

@@ -22,13 +22,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import content, loads_json, make, read_bytes, regular, secure
 from ..tensors import finite
-from .families import STABLE, Condition, Family, family
+from .families import AUTOENCODERS, STABLE, Condition, Family, family, library
 
 BASES = Path(__file__).parent.parent / "bases"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """How each library calls its weights."""
+_MOST = 2**28
+"""Bytes that a JSON file of a pipeline may have: Gemma's tokenizer has 2^25."""
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
+_STRANGE = {"quantization_config", "attn_implementation"}
+"""Settings that make a library load other code or read the weights in another way."""
 _WANTED = "--include '*.json' --include '*/*.txt' --include '*/*.model' --include '*/*.safetensors' --exclude '*.fp16.*'"
 _SMALL = 2**28
 """Bytes of a network up to which its convolutions get the layout that they like best."""
@@ -145,7 +151,8 @@ def _named(base: str | Path) -> tuple[Path, str]:
     name, _, revision = str(base).partition("@")
     cache = Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     reference = cache / "refs" / (revision or "main")
-    commit = reference.read_text().strip() if reference.is_file() else revision or "main"
+    told = read_bytes(reference, "the hub cache's reference", 1024).decode(errors="replace") if reference.is_file() else ""
+    commit = told.strip() or revision or "main"
     return cache / "snapshots" / commit, f"hf download {name}{f' --revision {revision}' if revision else ''} {_WANTED}"
 
 
@@ -185,30 +192,77 @@ def find(base: str | Path, *, weights: bool = True) -> Path:
             raise InputError(f"{folder} is no whole diffusers pipeline: {name} is missing{kind}; {advice(base)}")
         if path.suffix == ".json":
             told = json_of(path)
+            if not name.startswith("tokenizer") and not isinstance(told, dict):
+                raise InputError(f"{path} is damaged: an object was expected; save or download the pipeline again")
             if why := _foreign(name, told if isinstance(told, dict) else {}):
                 raise InputError(f"{folder}: {name} {why}, which would be drawn wrongly here; choose another base")
+    _enclosed(base, folder)
     return folder
+
+
+def _enclosed(base: str | Path, folder: Path) -> None:
+    """Raise `InputError` where a part of a base holds what is no regular file, or a link that leads out of the base.
+
+    The libraries choose what they read from a part's folder, so that every file in it counts. A link may lead to any place
+    below the base, or, in the hub's cache, below the repository's folder there.
+    """
+    if str(base) in embedded():
+        return
+    root = folder.resolve()
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        root = root.parent.parent
+    for part in index_of(folder)[0].parts:
+        if not (folder / part).resolve().is_relative_to(root):
+            raise InputError(f"{folder / part} leads out of {root}; copy the folder into the base")
+        for path in (folder / part).iterdir():
+            if path.name == "adapter_config.json":
+                raise InputError(f"{path} replaces the base by another; remove it, or name the adapter by generator.adapters")
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise InputError(f"{path} leads out of {root}; copy the file into the base")
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise InputError(f"{path} is not a regular file; save or download the pipeline again")
 
 
 def _foreign(name: str, config: Mapping[str, Any]) -> str:
     """What in a part's configuration is not done here: diffusers would draw other images by it."""
+    if "auto_map" in config:
+        return "names code of its own (auto_map), which is never run"
+    if name.endswith("/config.json") and config.keys() & _STRANGE:
+        return f"has the setting {min(config.keys() & _STRANGE)}"
     if name.endswith("/config.json") and config.get("time_cond_proj_dim"):
         return "makes the denoiser take the guidance as an input (time_cond_proj_dim)"
     if name == "vae/config.json" and (config.get("latents_mean") or config.get("latents_std")):
         return "shifts every channel of the latents by its own mean (latents_mean, latents_std)"
-    if name == "vae/config.json" and config.get("_class_name", "AutoencoderKL") not in _LATENTS:
-        return f"is of an {config['_class_name']}, not one of {', '.join(_LATENTS)}"
+    if name == "vae/config.json" and config.get("_class_name", "AutoencoderKL") not in AUTOENCODERS:
+        return f"is of an {config['_class_name']}, not one of {', '.join(AUTOENCODERS)}"
     if name == "scheduler/scheduler_config.json" and "sigma_data" in config:
         return f"is of an {config.get('_class_name')}, whose noise has no steps (EDM)"
     return ""
 
 
 def json_of(path: Path) -> Any:
-    """A JSON file of a pipeline; raises `InputError`."""
+    """Return the value of a pipeline's JSON file; raises `InputError`."""
     try:
-        return json.loads(path.read_text())
+        return loads_json(content(path, _MOST))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is missing or damaged ({error}); save or download the pipeline again") from error
+
+
+def index_of(folder: Path) -> tuple[Family, dict[str, Any]]:
+    """Return the family of a pipeline's folder, and model_index.json.
+
+    Raises:
+        InputError: model_index.json is damaged, of an unknown kind of pipeline, or names a class that its family has not.
+    """
+    path = folder / "model_index.json"
+    index = json_of(path)
+    kind = family(str(index.get("_class_name") if isinstance(index, dict) else None))
+    for part, known in kind.classes.items():
+        wanted = [[library(part), name] for name in known]
+        if part in index and index[part] not in wanted:
+            expected = " or ".join(f"{library(part)}.{name}" for name in known)
+            raise InputError(f"{path} names {str(index[part])[:80]} for {part}, {expected} was expected; choose another base")
+    return kind, index
 
 
 def files(base: str | Path) -> dict[str, Path]:
@@ -221,12 +275,10 @@ def files(base: str | Path) -> dict[str, Path]:
     found = {"model_index.json": folder / "model_index.json"}
     if not found["model_index.json"].is_file():
         return found
-    index = json_of(found["model_index.json"])
-    kind = family(str(index.get("_class_name") if isinstance(index, dict) else None))
+    kind, _ = index_of(folder)
     for part in kind.parts:
-        library = (index.get(part) or ("diffusers",))[0]
         if part in kind.models:
-            names = ["config.json", *_weights(folder / part, WEIGHTS.get(library, "model"))]
+            names = ["config.json", *_weights(folder / part, WEIGHTS[library(part)])]
         elif part == "scheduler":
             names = ["scheduler_config.json"]
         else:
@@ -242,7 +294,12 @@ def _weights(folder: Path, stem: str) -> Iterator[str]:
         whole, shards = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
         if (folder / shards).is_file():
             yield shards
-            yield from sorted(set(json_of(folder / shards).get("weight_map", {}).values()))
+            told = json_of(folder / shards)
+            held = told.get("weight_map") if isinstance(told, dict) else None
+            names = {str(name) for name in held.values()} if isinstance(held, dict) else {""}
+            if not all(_SHARD.fullmatch(name) for name in names):
+                raise InputError(f"{folder / shards} names files that are no safetensors beside it; save the pipeline again")
+            yield from sorted(names)
             return
         if (folder / whole).is_file():
             yield whole
@@ -254,7 +311,7 @@ def configuration(base: str | Path, part: str) -> dict[str, Any]:
     """config.json of a part; "denoiser" is that of the family. Raises `InputError` as `find`."""
     folder = find(base, weights=False)
     if part == "denoiser":
-        part = family(json_of(folder / "model_index.json")["_class_name"]).denoiser
+        part = index_of(folder)[0].denoiser
     return dict(json_of(folder / part / "config.json"))
 
 
@@ -287,21 +344,22 @@ def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
 
     quiet()
 
-    index = json_of(folder / "model_index.json")
-    kind, held = family(index["_class_name"]), files(base)
+    (kind, index), held = index_of(folder), files(base)
     loaded: dict[str, Any] = {}
     size = {part: sum(path.stat().st_size for name, path in held.items() if name.startswith(f"{part}/")) for part in kind.parts}
     # the largest first: where another type is asked for, the file's is in memory until all of it has been turned
     for part in sorted(kind.parts, key=lambda part: -size[part]):
-        library, name = index.get(part) or ("", "")
+        name = (index.get(part) or ("", ""))[1]
         options: dict[str, Any] = {"local_files_only": True}
+        if library(part) == "transformers":
+            options["trust_remote_code"] = False
         if part in kind.models:
             options["use_safetensors"] = True
-            options["dtype" if library == "transformers" else "torch_dtype"] = DTYPES[dtype]
+            options["dtype" if library(part) == "transformers" else "torch_dtype"] = DTYPES[dtype]
             if any(key.startswith(f"{part}/") and ".fp16" in key for key in held):
                 options["variant"] = "fp16"
         try:
-            source = {"diffusers": diffusers, "transformers": transformers}[library]
+            source = {"diffusers": diffusers, "transformers": transformers}[library(part)]
             with torch.device("cpu"):  # whoever asks for shapes alone still needs a base that can be read
                 loaded[part] = getattr(source, name).from_pretrained(folder / part, **options)
         except Exception as error:  # each library has its own; all mean that the folder is damaged or of another kind
@@ -372,6 +430,7 @@ def save(parts: Parts, folder: Path, extra: dict[str, str] | None = None) -> Non
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    make(partial)
     index: dict[str, Any] = {"_class_name": parts.family.pipelines[0]}
     if parts.family is STABLE:
         index |= {"requires_safety_checker": False}
@@ -385,6 +444,7 @@ def save(parts: Parts, folder: Path, extra: dict[str, str] | None = None) -> Non
     texts = {"model_index.json": json.dumps(index, indent=2, sort_keys=True) + "\n"} | (extra or {})
     for name, text in texts.items():
         (partial / name).write_text(text)
+    secure(partial)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -397,11 +457,11 @@ def fingerprint(base: str | Path) -> str:
     """SHA-256 over the names and bytes of a base's weights, configurations and tokenizer."""
     folder, total = find(base), hashlib.sha256()
     # model_index.json names classes, and stays out but for what one family reads in it
-    if not json_of(folder / "model_index.json").get("force_zeros_for_empty_prompt", True):
+    if not index_of(folder)[1].get("force_zeros_for_empty_prompt", True):
         total.update(b"the empty prompt is read as any other")
     for path in sorted(path for name, path in files(base).items() if "/" in name):
         total.update(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}:".encode())
-        with path.open("rb") as file:
+        with regular(path) as file:
             while block := file.read(2**24):
                 total.update(block)
     return total.hexdigest()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ from warmfed.diffusion.lessons import TOKENS, Captions, Pictures, digits, drawn,
 from warmfed.diffusion.objective import denoising_loss
 from warmfed.diffusion.pipeline import Parts, pixels, save
 from warmfed.errors import InputError
-from warmfed.files import read_json, write_whole
+from warmfed.files import loads_json, read_bytes, read_json, regular, write_whole
 from warmfed.fit import Training, fit
 from warmfed.randomness import named, seeded
 from warmfed.snapshots import Snapshots
@@ -438,7 +438,7 @@ def _claim(work: Path | None, made_of: Mapping[str, Any]) -> None:
         return
     note = work / "made_of.json"
     text = json.dumps(made_of, indent=2, sort_keys=True) + "\n"
-    if note.exists() and note.read_text() != text:
+    if note.exists() and read_bytes(note, "what the phases are made of").decode(errors="replace") != text:
         raise InputError(f"{work} holds phases of other settings or images; choose another --work, or remove it")
     write_whole(note, text.encode())
 
@@ -451,16 +451,14 @@ def kept(work: Path | None, name: str, make: Callable[[], Phase]) -> Phase:
     path = work and work / f"{name}.safetensors"
     if path and path.exists():
         try:
+            regular(path).close()
             with safe_open(path, "pt") as file:
-                told = json.loads((file.metadata() or {}).get("figures", "{}"))
+                told = loads_json((file.metadata() or {}).get("figures", "{}"))
             return load_file(path), told
         except (SafetensorError, ValueError, OSError) as error:
             raise InputError(f"{path} is damaged ({error}); remove it, and this phase is done again") from error
     made, told = make()
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".partial")
         tensors = {key: tensor.contiguous() for key, tensor in made.items()}
-        save_file(tensors, unfinished, {"figures": json.dumps(told)})
-        unfinished.replace(path)
+        write_whole(path, save_tensors(tensors, {"figures": json.dumps(told)}))
     return made, told

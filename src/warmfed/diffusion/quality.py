@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import models
 from ..core import Central, Round
 from ..data import Federation
+from ..data.archives import DAMAGE, Archive
 from ..errors import InputError
 from ..files import read_bytes
 from ..fit import Training, fit
@@ -98,12 +99,10 @@ def _batched(look: Extractor, image: Tensor, batch: int = 256) -> Tensor:
 
 def _arrays(path: Path) -> Extractor:
     """A network of `warmfed.models` that its weights' names tell, from .npz."""
-    import numpy as np
-
     try:
-        with np.load(path, allow_pickle=False) as file:
-            weights = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
-    except (OSError, ValueError) as error:
+        held = Archive(path)
+        weights = {name: torch.from_numpy(held[name]) for name in held.files}
+    except DAMAGE as error:
         raise InputError(f"{path} is damaged or no .npz of arrays ({error}); restore it") from error
     for eyes in models.EYES.values():
         net = eyes()
@@ -119,9 +118,10 @@ def _arrays(path: Path) -> Extractor:
 def _hugging(folder: Path) -> Extractor:
     from transformers import AutoImageProcessor, AutoModel
 
+    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        net = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().requires_grad_(False)
-        look = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        net = AutoModel.from_pretrained(folder, use_safetensors=True, **own).eval().requires_grad_(False)
+        look = AutoImageProcessor.from_pretrained(folder, **own)
     except Exception as error:  # each model has its own; all mean that the folder is not what it should be
         raise InputError(f"cannot load a vision model from {folder} ({str(error).splitlines()[0]}); save it again") from error
 

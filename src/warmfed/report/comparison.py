@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from warmfed.errors import printable
+
 from . import plots
 from .accuracy import headline, mean, milestones
 from .page import publish
 from .parts import Cell, Figure, Picture, Section, Table, cells, duration, number, percent, signed, size
+from .parts import markdown as escaped
 from .record import read_comparison, read_panel, read_rounds
 from .sections import LOSSLESS, embed
 
@@ -178,7 +181,7 @@ def markdown(compare: Mapping[str, Any]) -> str:
     """The table, and the paired tests where there are some, as Markdown; winners in bold."""
     parts = by_rounds(compare)
     titled = len(parts) > 1 or any(even(part) for part in parts)
-    return "\n".join(f"## {each.title}\n\n" * titled + _markdown(each) for each in _tables(compare))
+    return "\n".join(f"## {escaped(each.title)}\n\n" * titled + _markdown(each) for each in _tables(compare))
 
 
 def latex(compare: Mapping[str, Any]) -> str:
@@ -192,7 +195,7 @@ _TEX |= {each: f"\\{each}" for each in "&%$#_{}"} | {"^": r"\textasciicircum{}"}
 
 def _latex(each: Table) -> str:
     def text(words: str) -> str:
-        return "".join(_TEX.get(letter, letter) for letter in words)
+        return "".join(_TEX.get(letter, letter) for letter in printable(words, 1000))
 
     def line(texts: Iterable[str]) -> str:
         return f"{' & '.join(texts)} \\\\\n"
@@ -200,7 +203,7 @@ def _latex(each: Table) -> str:
     rows = ([rf"\textbf{{{text(cell.text)}}}" if cell.best else text(cell.text) for cell in row] for row in each.rows)
     columns = "".join("l" if not place or name in each.words else "r" for place, name in enumerate(each.header))
     return (
-        f"% {each.title}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(map(text, each.header))}\\midrule\n"
+        f"% {printable(each.title)}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(map(text, each.header))}\\midrule\n"
         f"{''.join(map(line, rows))}\\bottomrule\n\\end{{tabular}}\n"
     )
 
@@ -215,11 +218,12 @@ def _markdown(each: Table) -> str:
         return f"| {' | '.join(texts)} |\n"
 
     def text(cell: Cell) -> str:
-        escaped = cell.text.replace("\\", "\\\\").replace("|", "\\|")
-        return f"**{escaped}**" if cell.best else escaped
+        return f"**{escaped(cell.text)}**" if cell.best else escaped(cell.text)
 
     rule = ["---", *["---:"] * (len(each.header) - 1)]
-    return "".join(line(row) for row in (list(each.header), rule, *([text(cell) for cell in row] for row in each.rows)))
+    return "".join(
+        line(row) for row in (list(map(escaped, each.header)), rule, *([text(cell) for cell in row] for row in each.rows))
+    )
 
 
 def write_comparison(folder: Path) -> Path:

@@ -1,8 +1,11 @@
 """What a page is made of (sections, figures, tables), and how numbers are written for people."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from warmfed.errors import printable
 
 MISSING = "–"
 
@@ -122,6 +125,14 @@ def without_gaps(title: str, header: tuple[str, ...], rows: Sequence[tuple[Cell,
         tuple(tuple(row[place] for place in kept) for row in rows),
         words=words,
     )
+
+
+_TAG = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|[\\`|\[\]*~]")
+
+
+def markdown(text: str) -> str:
+    """Return text as one line of Markdown that renders as itself: no HTML, link, code or table cell can begin in it."""
+    return _TAG.sub(lambda found: f"\\{found[0]}", printable(text, 1000))
 
 
 def cells(*values: str | Cell) -> tuple[Cell, ...]:
