@@ -3,6 +3,7 @@
 The site checks every request against its policy before it reads an image, and every reply before it records or sends it.
 """
 
+import functools
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -53,7 +54,7 @@ class Policy:
                 raise InputError(f"policy.algorithms: there is no algorithm {name!r}{suggest(name, sorted(ALGORITHMS))}")
         if min(self.max_runs, self.max_requests, self.max_bytes) < 0 or self.min_batch < 1:
             raise InputError("max_runs, max_requests and max_bytes must be at least 0, min_batch at least 1; check [policy]")
-        known = {key for name in self.algorithms for key, _ in numbers(_settings(_default(name)))}
+        known = {key for name in self.algorithms if self.limits for key, _ in _usual(name)}
         for key, value in _leaves(self.limits):
             if type(value) is not int or value < 0:
                 raise InputError(f"policy.limits: {key} must be a whole number of at least 0; got {value!r}")
@@ -68,7 +69,7 @@ class Policy:
                 f"algorithm.name is {config.name!r}, {there}; if the site agrees, it writes "
                 f'algorithms = ["{config.name}"] below [policy] in its site.toml'
             ]
-        bounds = dict(numbers(_settings(_default(config.name)))) | dict(numbers(self.limits))
+        bounds = dict(_usual(config.name)) | dict(numbers(self.limits))
         found = [
             f"{key} is {value}, at most {bounds.get(key, 0)} is allowed (policy.limits)"
             for key, value in numbers(_settings(config))
@@ -127,8 +128,10 @@ def _settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in tomllib.loads(config.toml()).items() if key not in _APART}
 
 
-def _default(name: str) -> Config:
-    return resolve({"algorithm": {"name": name}})
+@functools.cache
+def _usual(name: str) -> tuple[tuple[str, int], ...]:
+    """The whole numbers of an algorithm's settings, by warmfed's defaults."""
+    return tuple(numbers(_settings(resolve({"algorithm": {"name": name}}))))
 
 
 def images_in(reply: Message, tables: Iterable[Tensor]) -> str:
@@ -173,7 +176,7 @@ def _standard(rows: Tensor) -> Tensor:
 
 def agreed(config: Config) -> Policy:
     """Return the policy that allows a run with these very settings, and no images."""
-    usual = dict(numbers(_settings(_default(config.name))))
+    usual = dict(_usual(config.name))
     limits = {
         key: value
         for key, value in numbers(_settings(config))

@@ -325,8 +325,8 @@ def _finished(site: SiteConfig, folder: Path, ready: Ready, body: Models, memori
         write_model(folder / "models" / f"{name}.safetensors", model)
     write_whole(folder / "config.toml", ready.config.toml())
     digests = {name: sha256(model) for name, model in there.items()}
-    summary = {"warmfed": __version__, "site": site.name, "algorithm": ready.config.name, "seed": ready.config.seed, "models_sha256": digests}
-    data = {"federation": ready.federation.name, "classes": ready.federation.classes, "image": ready.federation.shape}
+    summary = {"warmfed": __version__, "algorithm": ready.config.name, "seed": ready.config.seed, "models_sha256": digests}
+    data = {"site": site.name, "federation": ready.federation.name, "classes": ready.federation.classes, "image": ready.federation.shape}
     write_json(folder / "summary.json", summary | data)
     return Kept(digests.get(f"personal/{site.name}", ""))
 
