@@ -45,8 +45,8 @@ class Policy:
     min_batch: int = 1
     """Fewest images of an optimizer step: a gradient of one image tells that image."""
     limits: Mapping[str, Any] = field(default_factory=dict)
-    """Largest value of a whole number of the run's configuration, as "algorithm.local.epochs" = 5. A number that is not
-    listed may not be above the algorithm's default in warmfed."""
+    """Bounds of the run's configuration: the largest value of a whole number ("algorithm.local.epochs" = 5), the only value of
+    an algorithm's text ("algorithm.private" = "head."). What is not listed is bounded by warmfed's default."""
 
     def __post_init__(self) -> None:
         for name in self.algorithms:
@@ -56,10 +56,12 @@ class Policy:
             raise InputError("max_runs, max_requests and max_bytes must be at least 0, min_batch at least 1; check [policy]")
         known = {key for name in self.algorithms if self.limits for key, _ in _usual(name)}
         for key, value in _leaves(self.limits):
-            if type(value) is not int or value < 0:
-                raise InputError(f"policy.limits: {key} must be a whole number of at least 0; got {value!r}")
+            if not isinstance(value, str) and (type(value) is not int or value < 0):
+                raise InputError(f"policy.limits: {key} must be a text, or a whole number of at least 0; got {value!r}")
             if known and key not in known:
-                raise InputError(f"policy.limits: these algorithms have no such setting: {key!r}{suggest(key, sorted(known))}")
+                raise InputError(
+                    f"policy.limits: these algorithms have no setting {key!r} that is bounded{suggest(key, sorted(known))}"
+                )
 
     def excess(self, config: Config) -> list[str]:
         """Return what of a run's configuration is outside the policy: setting, asked value and bound, one text each."""
@@ -69,11 +71,12 @@ class Policy:
                 f"algorithm.name is {config.name!r}, {there}; if the site agrees, it writes "
                 f'algorithms = ["{config.name}"] below [policy] in its site.toml'
             ]
-        bounds = dict(_usual(config.name)) | dict(numbers(self.limits))
+        bounds = dict(_usual(config.name)) | dict(_leaves(self.limits))
         found = [
-            f"{key} is {value}, at most {bounds.get(key, 0)} is allowed (policy.limits)"
-            for key, value in numbers(_settings(config))
-            if value > bounds.get(key, 0)
+            f"{key} is {value!r}, {'only' if isinstance(value, str) else 'at most'} {bounds.get(key)!r} is allowed "
+            "(policy.limits)"
+            for key, value in bounded(config)
+            if _beyond(value, bounds.get(key))
         ]
         return found + [
             f"{key} takes {training.batch * training.accumulate} images a step, at least {self.min_batch} must be "
@@ -94,12 +97,22 @@ class Policy:
         return found
 
 
-def numbers(table: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield the whole numbers in nested tables by their dotted names; of a list, the largest."""
+def bounded(config: Config) -> Iterator[tuple[str, Any]]:
+    """Yield the settings that a policy bounds, by their dotted names: whole numbers (of a list, the largest), and the texts of
+    the algorithm, which say what stays at a site."""
+    table = {key: value for key, value in tomllib.loads(config.toml()).items() if key not in _APART}
+    table["algorithm"] = {key: value for key, value in table["algorithm"].items() if key != "name"}
     for key, value in _leaves(table):
-        whole = [item for item in (value if isinstance(value, list | tuple) else [value]) if type(item) is int]
+        whole = [item for item in (value if isinstance(value, list) else [value]) if type(item) is int]
         if whole:
             yield key, max(whole)
+        elif isinstance(value, str) and key.startswith("algorithm."):
+            yield key, value
+
+
+def _beyond(value: Any, bound: Any) -> bool:
+    """Whether a setting is outside its bound: another text, or a larger number."""
+    return value != bound if isinstance(value, str) else type(bound) is not int or value > bound
 
 
 def _leaves(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -123,15 +136,10 @@ def trainings(settings: Any, above: str = "") -> Iterator[tuple[str, Training]]:
             yield from trainings(value, f"{key}.")
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """The settings that concern a site."""
-    return {key: value for key, value in tomllib.loads(config.toml()).items() if key not in _APART}
-
-
 @functools.cache
-def _usual(name: str) -> tuple[tuple[str, int], ...]:
-    """The whole numbers of an algorithm's settings, by warmfed's defaults."""
-    return tuple(numbers(_settings(resolve({"algorithm": {"name": name}}))))
+def _usual(name: str) -> tuple[tuple[str, Any], ...]:
+    """The bounds of an algorithm's settings that no policy has to list: warmfed's defaults."""
+    return tuple(bounded(resolve({"algorithm": {"name": name}})))
 
 
 def images_in(reply: Message, tables: Iterable[Tensor]) -> str:
@@ -179,8 +187,8 @@ def agreed(config: Config) -> Policy:
     usual = dict(_usual(config.name))
     limits = {
         key: value
-        for key, value in numbers(_settings(config))
-        if key.rpartition(".")[2] in ("rounds", "epochs") or value > usual.get(key, 0)
+        for key, value in bounded(config)
+        if key.rpartition(".")[2] in ("rounds", "epochs") or _beyond(value, usual.get(key))
     }
     asked = sum(stage.client is not None for stage in config.algorithm.stages())
     return Policy(
@@ -200,14 +208,14 @@ _COMMENTS = {
     "max_requests": "Requests of one run that are answered; the server repeats requests after a failure.",
     "max_bytes": "Bytes that may leave in one run.",
     "min_batch": "Fewest images of a training step: what is learned from one image alone tells that image.",
-    "limits": "Largest values of the run's settings, as agreed. A number that is not listed: warmfed's own default.",
+    "limits": "Largest numbers, and texts, of the run's settings, as agreed. What is not listed: warmfed's own default.",
 }
 
 
 def table(policy: Policy) -> dict[str, Any]:
     """Return a policy as the table of site.toml that says the same."""
     found = {f.name: getattr(policy, f.name) for f in fields(policy)}
-    return {**found, "algorithms": list(policy.algorithms), "limits": dict(numbers(policy.limits))}
+    return {**found, "algorithms": list(policy.algorithms), "limits": dict(_leaves(policy.limits))}
 
 
 def toml(policy: Policy) -> str:

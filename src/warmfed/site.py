@@ -65,6 +65,11 @@ class SiteConfig:
     def path(self, name: str) -> Path:
         return (self.folder / name).resolve()
 
+    def generator(self, asked: str) -> str:
+        """The base that the site uses where the run or the project names one: its own folder, or the agreed name."""
+        own = self.path(self.base) if self.base else None
+        return str(own) if own is not None and own.is_dir() else self.base or asked
+
     def federation(self) -> Federation:
         """The site's tables, as a federation of one site with the consortium's classes; raises `InputError`."""
         source, path = self.data.source, self.data.path
@@ -296,12 +301,13 @@ def _local(site: SiteConfig, text: str) -> Config:
 
 
 def _base(site: SiteConfig, setting: str, asked: str) -> str:
-    """The base that a site uses where the run names one: its own folder, or the very name that was agreed."""
+    """The base that a site uses where the run names one; raises `InputError` where it is another than was agreed."""
     if not asked or (asked in pipeline.embedded() and setting != "generator.base"):
         return asked
-    if site.base and site.path(site.base).is_dir():
-        return str(site.path(site.base))
-    if asked != site.base if site.base else asked not in pipeline.embedded():
+    found = site.generator(asked)
+    if Path(found).is_absolute() and site.base:
+        return found
+    if found != asked or (not site.base and asked not in pipeline.embedded()):
         agreed = f"{site.base!r} was agreed" if site.base else f"this site has only {', '.join(pipeline.embedded())}"
         raise InputError(f"{setting} is {asked!r}, {agreed}; name this site's own by base in site.toml")
     return asked
@@ -326,8 +332,8 @@ def _finished(site: SiteConfig, folder: Path, ready: Ready, body: Models, memori
     write_whole(folder / "config.toml", ready.config.toml())
     digests = {name: sha256(model) for name, model in there.items()}
     summary = {"warmfed": __version__, "algorithm": ready.config.name, "seed": ready.config.seed, "models_sha256": digests}
-    data = {"site": site.name, "federation": ready.federation.name, "classes": ready.federation.classes, "image": ready.federation.shape}
-    write_json(folder / "summary.json", summary | data)
+    data = {"federation": ready.federation.name, "classes": ready.federation.classes, "image": ready.federation.shape}
+    write_json(folder / "summary.json", {"site": site.name, **summary, **data})
     return Kept(digests.get(f"personal/{site.name}", ""))
 
 
@@ -374,6 +380,7 @@ def _record(work: Path, before: Sequence[Mapping[str, Any]], asked: Request, bod
     line: dict[str, Any] = {
         "when": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "run": printable(asked.run, 40), "algorithm": _asked(asked.config),
+        "asked": "" if asked.body is None else kind(type(asked.body)),
         "stage": printable(asked.stage, 40), "step": asked.step, "number": asked.number,
         "kind": kind(type(what)), "bytes": crossed.bytes, "sha256": crossed.sha256,
         "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in sorted(tensors_of(what).items())},
