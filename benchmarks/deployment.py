@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import tomli_w
 
+from warmfed.algorithms import ALGORITHMS
 from warmfed.deploy.project import init
 
 BIN = Path(sys.executable).parent
@@ -69,7 +70,11 @@ class Deployment:
                 file.write(f'WARMFED_BIN="{BIN}"\n')
         for name in self.sites:
             path = self.site(name) / "site.toml"
-            path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | self.table))
+            table = tomllib.loads(path.read_text()) | self.table
+            rules = table["policy"]  # a benchmark has many runs of many kinds
+            rules |= {"algorithms": sorted(ALGORITHMS), "max_runs": 1000, "max_requests": 10_000, "max_bytes": 10**12}
+            rules["limits"]["algorithm.rounds"] = 1000
+            path.write_text(tomli_w.dumps(table))
 
     def site(self, name: str) -> Path:
         return self.folder / "sites" / name

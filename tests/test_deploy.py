@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import tiny
 
+from warmfed import policy
 from warmfed.cli import main
 from warmfed.config import parse
 from warmfed.diffusion import pipeline
@@ -134,6 +135,13 @@ def test_the_project_is_complete_and_its_secrets_are_private(made: Path) -> None
     site = read_site(made / "sites" / "ink")
     assert (site.name, site.classes, site.prompts) == ("ink", ("cat", "dog"), "a picture of a {}")
     assert site.federation().shape == (3, 8, 8)
+    agreed = parse(made / "server" / "config.toml")
+    assert site.policy == policy.agreed(agreed)
+    assert (site.policy.algorithms, site.policy.images, site.policy.limits["algorithm.local.epochs"]) == (
+        ("fedavg",), False, agreed.algorithm.local.epochs,
+    )  # fmt: skip
+    assert site.policy.excess(agreed) == []
+    assert "# Whether images of this site may leave it" in (made / "sites/ink/site.toml").read_text()
     assert parse(made / "server" / "config.toml").border.sites == ("ink", "paper")
     assert (made / "sites/ink/node.pub").read_bytes() == (made / "server/nodes/ink.pub").read_bytes()
     assert read_project(made).app == app_sha256()
@@ -370,6 +378,7 @@ def test_a_site_is_added_and_a_certificate_renewed(project: Path, capsys: pytest
     assert parse(project / "server" / "config.toml").border.sites == ("ink", "paper", "street")
     site = read_site(project / "sites" / "street")
     assert (site.classes, site.data.source, site.data.options) == (("cat", "dog"), "data", {"image_size": 8})
+    assert site.policy == read_site(project / "sites" / "ink").policy
     assert (project / "server/nodes/street.pub").read_bytes() == (project / "sites/street/node.pub").read_bytes()
     for name in ("street", "Ink", "a/b"):
         before = tiny.digest(project)

@@ -59,6 +59,12 @@ def settings(path: Path, **changes: Any) -> Path:
     return path
 
 
+OPEN: dict[str, Any] = {
+    "algorithms": sorted(ALGORITHMS), "images": True, "max_runs": 9, "max_requests": 99, "max_bytes": 10**9,
+}  # fmt: skip
+"""A policy that lets a site take part in everything here."""
+
+
 class Consortium:
     """Four sites' folders, and a server's, below one folder."""
 
@@ -70,7 +76,7 @@ class Consortium:
     def site(self, name: str, **config: Any) -> Path:
         folder = self.folder / f"site-{name}"
         folder.mkdir(exist_ok=True)
-        (folder / "site.toml").write_text(tomli_w.dumps({"name": name, **config}))
+        (folder / "site.toml").write_text(tomli_w.dumps({"name": name, "policy": OPEN, **config}))
         if not (folder / "node.pub").exists():
             (folder / "node.pub").write_bytes(keys.node()[1])
             (self.folder / "nodes").mkdir(exist_ok=True)
@@ -257,7 +263,7 @@ def test_a_late_site_joins(consortium: Consortium) -> None:
     [
         ({"classes": ["2", "1", "0"]}, "has classes"),
         ({"prompts": "the digit {}"}, "has template"),
-        ({"algorithms": ["fedavg"]}, "takes part in fedavg only"),
+        ({"policy": OPEN | {"algorithms": ["fedavg"]}}, "only fedavg may"),
         ({"classes": ["0", "1"]}, "not among the consortium"),
     ],
 )

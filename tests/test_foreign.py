@@ -20,6 +20,7 @@ from warmfed.diffusion import adapter as lora
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.once import Once
 from warmfed.errors import InputError
+from warmfed.policy import Policy
 from warmfed.randomness import named, seeded
 from warmfed.ready import prepare
 from warmfed.site import SiteConfig, _local
@@ -226,7 +227,7 @@ def test_what_is_shared_between_runs_knows_the_files_content(base: str, tmp_path
 
 
 def test_in_a_deployment_a_site_names_its_own_file(tmp_path: Path) -> None:
-    site = SiteConfig(name="ink", adapter="mine.safetensors", folder=tmp_path)
+    site = SiteConfig(name="ink", adapter="mine.safetensors", policy=Policy(algorithms=("warmfed",)), folder=tmp_path)
     assert _local(site, parse().toml()).generator.adapters == {"ink": str(tmp_path / "mine.safetensors")}
     assert _local(replace(site, adapter=""), parse().toml()).generator.adapters == {}
     with pytest.raises(InputError, match=r"name this site's own by adapter in site\.toml"):

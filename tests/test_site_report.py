@@ -22,7 +22,8 @@ def site(tmp_path: Path) -> Path:
     folder = tmp_path / "a"
     folder.mkdir()
     data = tiny.arrays(tmp_path / "toy.npz")
-    (folder / "site.toml").write_text(f'name = "a"\ndata.source = "{data}"\n')
+    rules = 'algorithms = ["fedavg-finetune"]\nmax_runs = 1\nmax_requests = 9\nmax_bytes = 1_000_000'
+    (folder / "site.toml").write_text(f'name = "a"\ndata.source = "{data}"\n[policy]\n{rules}\n')
     config = tiny.config(data).toml()
     for name, stage in (("", "hello"), ("b", "train")):
         answer(folder, encode(Request("0123456789abcdef", name, config, stage, 0, 0, None)))
@@ -32,13 +33,17 @@ def site(tmp_path: Path) -> Path:
 def test_the_ledger_of_a_site(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ledger = read(site)
     assert (ledger.site, [line["kind"] for line in ledger.lines]) == ("a", ["wire.Card", "wire.Refusal"])
-    overview, contents, every = tables(ledger)
+    overview, contents, every, refused, rules = tables(ledger)
     assert [cell.text for cell in overview.rows[0]][:2] == ["wire.Card", "1"]
     assert overview.rows[0][3].text.startswith("A site presents itself")
     named = {(row[0].text, row[1].text): row[2].text for row in contents.rows}
     assert named["classes", "wire.Card"] == "texts"
     assert named["rows", "wire.Card"] == "numbers by name"
-    assert every.rows[0][6].text == ledger.lines[0]["sha256"]
+    assert every.rows[0][7].text == ledger.lines[0]["sha256"]
+    (row,) = ([cell.text for cell in row][1:] for row in refused.rows)
+    assert row == ["0123456789abcdef", "fedavg-finetune", "train", "the request is for site 'b', this is 'a'"]
+    said = {row[0].text: row[1].text for row in rules.rows}
+    assert (said["algorithms"], said["images"], said["max_bytes"]) == ("fedavg-finetune", "no", "1,000,000")
     assert main(["site-report", str(site), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["site"], told["bytes"], len(told["messages"])) == ("a", sum(line["bytes"] for line in ledger.lines), 2)
@@ -54,6 +59,9 @@ def test_the_page_loads_nothing_and_shows_what_came_as_text(site: Path, tmp_path
     page = (tmp_path / "page.html").read_text()
     assert "What left site a" in page
     assert "2 × 3" in page
+    assert "Refused requests" in page
+    assert "this is &#39;a&#39;" in page or "this is 'a'" in page
+    assert "fedavg-finetune" in page
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
 

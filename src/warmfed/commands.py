@@ -401,7 +401,8 @@ def site_report(asked: Namespace) -> int:
     if asked.html is not None:
         print(write(ledger, asked.html))
     elif asked.json:
-        print(json.dumps({"site": ledger.site, "bytes": ledger.bytes, "messages": ledger.lines}, indent=1))
+        policy = {} if ledger.policy is None else {"policy": asdict(ledger.policy)}
+        print(json.dumps({"site": ledger.site, "bytes": ledger.bytes, "messages": ledger.lines, **policy}, indent=1))
     else:
         for table in tables(ledger):
             console().print(rich_table(table))

@@ -188,6 +188,8 @@ class Stage:
     """Whether the models are measured after it; not where it leaves them as they were."""
     check: Callable[[Reply, str, Central], None] | None = None
     """check(reply, site, ctx) raises `InputError` where a reply cannot be used: the site is then left out of the round."""
+    images: bool | None = None
+    """Whether its replies hold images of the site, raw or encoded; None: not declared, and every site refuses the stage."""
 
 
 class Algorithm(Protocol):

@@ -4,9 +4,10 @@ The folder holds site.toml and, by default, work/: for each run the site's memor
 them), and ledger.jsonl, a line for each message that has left.
 """
 
+import re
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,9 +21,12 @@ from .config import Config, Data, Unseen, build, read_toml
 from .core import Nothing, Reply
 from .data import SPLITS, Federation, Roster
 from .data import Site as Tables
-from .errors import InputError, suggest
+from .diffusion import pipeline
+from .diffusion.quality import Measuring
+from .errors import InputError, printable, suggest
 from .files import read_lines, write_json, write_lines, write_whole
 from .messages import Message, decode, encode, kind, tensors_of
+from .policy import Policy, images_in
 from .ready import Ready, load_data, prepare
 from .runfolder import write_model
 from .settings import construct
@@ -43,7 +47,7 @@ class SiteConfig:
     device: str = "cpu"
     """cpu or cuda."""
     base: str = ""
-    """The generator's folder; empty: the name in the run's configuration."""
+    """The generator: its folder, or the agreed name of one; empty: only those that come with warmfed."""
     adapter: str = ""
     """An adapter that was made elsewhere, a safetensors file: the site then learns none."""
     start: str = ""
@@ -52,8 +56,8 @@ class SiteConfig:
     """The consortium's classes in order; empty: those of the data."""
     prompts: str = ""
     """The template of the prompts, with one {} for the class; empty: that of the data."""
-    algorithms: tuple[str, ...] = ()
-    """The algorithms that this site takes part in; empty: all."""
+    policy: Policy = field(default_factory=Policy)
+    """What the server may ask of this site; without it every run is refused."""
     data: Data = field(default_factory=Data)
     """Where its images are; of a federation, the site of this name."""
     folder: Path = Path()
@@ -61,6 +65,11 @@ class SiteConfig:
 
     def path(self, name: str) -> Path:
         return (self.folder / name).resolve()
+
+    def generator(self, asked: str) -> str:
+        """The base that the site uses where the run or the project names one: its own folder, or the agreed name."""
+        own = self.path(self.base) if self.base else None
+        return str(own) if own is not None and own.is_dir() else self.base or asked
 
     def federation(self) -> Federation:
         """The site's tables, as a federation of one site with the consortium's classes; raises `InputError`."""
@@ -92,20 +101,42 @@ def _relabelled(table: Mapping[str, Any], was: tuple[str, ...], now: tuple[str, 
 def read_site(folder: Path) -> SiteConfig:
     """The configuration of a site's folder; raises `InputError`."""
     path = folder / "site.toml"
-    found = construct(SiteConfig, read_toml(path), "", skip=("folder",))
+    table = read_toml(path)
+    if "algorithms" in table:
+        raise InputError(f"{path}: algorithms is a setting of [policy] now; move it there: policy.algorithms = [...]")
+    found = construct(SiteConfig, table, "", skip=("folder",))
     if not found.name or found.name != Path(found.name).name or found.name.startswith("."):
         raise InputError(f"{path}: name must be the site's name, without slashes; got {found.name!r}")
     return replace(found, folder=folder.resolve())
 
 
+_CONFIG = 65_536
+"""Bytes of a request's configuration at the most."""
+_LEAST = 1_000_000
+"""Bytes that a request may have in any case."""
+_RUN = re.compile(r"[0-9a-f]{16}")
+
+
 def answer(folder: Path, letter: bytes) -> bytes:
-    """A site's answer to a request, recorded in its ledger before it leaves. Bad requests are refused with the reason."""
-    asked = decode(letter, Request, "the request")
+    """Return a site's answer to a request; it is in the site's ledger before it leaves.
+
+    A request that makes no sense, or that the site's policy does not allow, is refused: the answer holds the reason alone.
+
+    Raises:
+        InputError: the site's folder cannot be read or written, or the letter is not a request; the ledger says so.
+    """
     site = read_site(folder)
     work = site.path(site.work)
     with _alone(work):
-        made = answered(asked, site.name, lambda: _answered(site, work, asked))
-        _record(work, asked, made.body)
+        before = _ledger(work)
+        try:
+            asked = decode(letter, Request, "the request")
+        except InputError as error:
+            lost = Request("", "", "", "", 0, 0, None)
+            _record(work, before, lost, _refusal(str(error)))
+            raise
+        made = answered(asked, site.name, lambda: _answered(site, work, asked, len(letter), before))
+        _record(work, before, asked, made.body)
     return encode(made)
 
 
@@ -115,19 +146,32 @@ def answered(asked: Request, site: str, work: Callable[[], tuple[float, Message]
     try:
         seconds, body = work()
     except InputError as error:
-        seconds, body = 0.0, Refusal(str(error))
+        seconds, body = 0.0, _refusal(str(error), asked)
     return Answer(asked.run, site, asked.stage, asked.step, asked.number, seconds, body)
 
 
-def _answered(site: SiteConfig, work: Path, asked: Request) -> tuple[float, Message]:
+def _refusal(reason: str, asked: Request | None = None) -> Refusal:
+    """The refusal for a reason, which is also printed here."""
+    refusal = Refusal(printable(reason))
+    stage = f" ({printable(asked.stage, 40)})" if asked else ""
+    print(f"this site has refused a request{stage}: {refusal.reason}", flush=True)
+    return refusal
+
+
+def _answered(
+    site: SiteConfig, work: Path, asked: Request, size: int, before: Sequence[Mapping[str, Any]]
+) -> tuple[float, Message]:
     if asked.stage == REFUSED and isinstance(asked.body, Refusal):
-        print(f"the server has refused this site: {asked.body.reason}", flush=True)
+        print(f"the server has refused this site: {printable(asked.body.reason)}", flush=True)
         return 0.0, Nothing()
     if asked.stage != HELLO and asked.site != site.name:
         raise InputError(f"the request is for site {asked.site!r}, this is {site.name!r}")
-    if asked.run and not (len(asked.run) == 16 and asked.run.isalnum()):
+    if not _RUN.fullmatch(asked.run):
         raise InputError(f"{asked.run!r} is no run's name")
     config = _local(site, asked.config)
+    if asked.stage in (HELLO, EVALUATE, FINISH) and (asked.step, asked.number) != (0, 0):
+        raise InputError(f"a request to {asked.stage} is at step 0, number 0; got {asked.step}, {asked.number}")
+    _within(site.policy, asked, size, before)
     ready = prepare(config, site.federation(), weights=asked.stage == HELLO)
     if asked.stage == HELLO:
         return 0.0, _card(site, ready)
@@ -136,7 +180,48 @@ def _answered(site: SiteConfig, work: Path, asked: Request) -> tuple[float, Mess
     worker = replace(ready.workers()[site.name], unfinished=unfinished(folder, site.name))
     if asked.stage == FINISH and isinstance(asked.body, Models):
         return 0.0, _finished(site, folder, ready, asked.body, memories)
-    return perform(asked, worker, memories)
+    seconds, body = perform(asked, worker, memories)
+    _leaving(site, ready, body, sum(_size(line) for line in _of(before, asked.run)))
+    return seconds, body
+
+
+def _of(lines: Sequence[Mapping[str, Any]], run: str) -> list[Mapping[str, Any]]:
+    """The lines of a ledger that record answers to a run, not refusals."""
+    return [line for line in lines if line.get("run") == run and "reason" not in line]
+
+
+def _size(line: Mapping[str, Any]) -> int:
+    size = line.get("bytes", 0)
+    return size if isinstance(size, int) else 0
+
+
+def _within(policy: Policy, asked: Request, size: int, before: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `InputError` where a request is beyond what the policy allows of runs, requests and bytes."""
+    begun = {line.get("run") for line in before if "reason" not in line and line.get("stage") not in (HELLO, REFUSED)}
+    if (runs := len(begun | {asked.run})) > policy.max_runs:
+        raise InputError(f"this is run {runs} of the site, at most {policy.max_runs} are answered (policy.max_runs)")
+    if (count := len(_of(before, asked.run)) + 1) > policy.max_requests:
+        raise InputError(
+            f"this is request {count} of the run, at most {policy.max_requests} are answered (policy.max_requests)"
+        )
+    if size > max(policy.max_bytes, _LEAST):
+        raise InputError(f"the request has {size:,} bytes, at most {policy.max_bytes:,} are taken (policy.max_bytes)")
+
+
+def _leaving(site: SiteConfig, ready: Ready, body: Message, left: int) -> None:
+    """Raise `InputError` where a reply may not leave: too many bytes of the run would have, or it holds images."""
+    message = body.message if isinstance(body, Reply) else body
+    size, most = len(encode(message)), site.policy.max_bytes
+    if left + size > most:
+        raise InputError(
+            f"the reply has {size:,} bytes, {left:,} of this run have left, at most {most:,} may (policy.max_bytes)"
+        )
+    if not site.policy.images:
+        tables = (split["image"] for split in ready.images.sites[site.name].splits.values())
+        if name := images_in(message, tables):
+            raise InputError(
+                f"tensor {name!r} of the reply holds images of the site; they leave only with images = true below [policy]"
+            )
 
 
 def perform(asked: Request, worker: Worker, memories: Memories) -> tuple[float, Message]:
@@ -155,6 +240,9 @@ def perform(asked: Request, worker: Worker, memories: Memories) -> tuple[float, 
         case _:
             if not (0 <= asked.step < len(plan) and plan[asked.step].name == asked.stage):
                 raise InputError(f"step {asked.step} is not stage {asked.stage!r} in this version of the algorithm")
+            number = sum(stage.name == asked.stage for stage in plan[: asked.step])
+            if asked.number != number:
+                raise InputError(f"step {asked.step} is number {number} of stage {asked.stage!r}, not {asked.number}")
             memory = memories.answered(site, asked.step)
             if memory is not None:
                 return memory.seconds, replace(memory.reply, state=None)
@@ -165,14 +253,24 @@ def perform(asked: Request, worker: Worker, memories: Memories) -> tuple[float, 
             return seconds, replace(reply, state=None)
 
 
-def _local(site: SiteConfig, text: str) -> Config:
-    """The run's configuration with what is the site's own business."""
+def _tables(text: str) -> dict[str, Any]:
+    """The tables of a request's configuration; raises `InputError`."""
+    if len(text) > _CONFIG:
+        raise InputError(f"the request's configuration has {len(text):,} characters, at most {_CONFIG:,} are read")
     try:
-        config = build(tomllib.loads(text))
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"the request's configuration is not TOML ({error})") from error
-    if site.algorithms and config.name not in site.algorithms:
-        raise InputError(f"site {site.name!r} takes part in {', '.join(site.algorithms)} only, not in {config.name}")
+    except RecursionError as error:
+        raise InputError("the request's configuration is nested too deeply; it is refused") from error
+
+
+def _local(site: SiteConfig, text: str) -> Config:
+    """The run's configuration with what is the site's own business; raises `InputError` where the policy does not allow it."""
+    try:
+        config = build(_tables(text))
+    except RecursionError as error:
+        raise InputError("the request's configuration is nested too deeply; it is refused") from error
     if config.generator.adapters:
         raise InputError("the run names adapters by files of the server; name this site's own by adapter in site.toml")
     start = config.model.start
@@ -180,19 +278,40 @@ def _local(site: SiteConfig, text: str) -> Config:
         if not site.start:
             raise InputError("the run starts from a file; name this site's copy of it by start in site.toml")
         start = str(site.path(site.start))
-    return replace(
+    local = replace(
         config,
         data=site.data,
         device=site.device,
         workers=1,
         unseen=Unseen(),
+        measuring=Measuring(samples=0),
         generator=replace(
             config.generator,
-            base=str(site.path(site.base)) if site.base else config.generator.base,
+            base=_base(site, "generator.base", config.generator.base),
             adapters={site.name: str(site.path(site.adapter))} if site.adapter else {},
+            compile="",
         ),
+        denoising=replace(config.denoising, latent=_base(site, "denoising.latent", config.denoising.latent)),
         model=replace(config.model, start=start),
     )
+    # first the numbers: a plan of a thousand million rounds is not to be made
+    if outside := site.policy.excess(local) or site.policy.sending(local.algorithm.stages()):
+        more = f"; and {len(outside) - 2} more" if len(outside) > 2 else ""
+        raise InputError(f"site {site.name!r} does not allow this run: {'; '.join(outside[:2])}{more}")
+    return local
+
+
+def _base(site: SiteConfig, setting: str, asked: str) -> str:
+    """The base that a site uses where the run names one; raises `InputError` where it is another than was agreed."""
+    if not asked or (asked in pipeline.embedded() and setting != "generator.base"):
+        return asked
+    found = site.generator(asked)
+    if Path(found).is_absolute() and site.base:
+        return found
+    if found != asked or (not site.base and asked not in pipeline.embedded()):
+        agreed = f"{site.base!r} was agreed" if site.base else f"this site has only {', '.join(pipeline.embedded())}"
+        raise InputError(f"{setting} is {asked!r}, {agreed}; name this site's own by base in site.toml")
+    return asked
 
 
 def _card(site: SiteConfig, ready: Ready) -> Card:
@@ -214,9 +333,8 @@ def _finished(site: SiteConfig, folder: Path, ready: Ready, body: Models, memori
     write_whole(folder / "config.toml", ready.config.toml())
     digests = {name: sha256(model) for name, model in there.items()}
     summary = {"warmfed": __version__, "algorithm": ready.config.name, "seed": ready.config.seed, "models_sha256": digests}
-    summary["site"] = site.name
     data = {"federation": ready.federation.name, "classes": ready.federation.classes, "image": ready.federation.shape}
-    write_json(folder / "summary.json", summary | data)
+    write_json(folder / "summary.json", {"site": site.name, **summary, **data})
     return Kept(digests.get(f"personal/{site.name}", ""))
 
 
@@ -238,13 +356,33 @@ def _alone(work: Path) -> Iterator[None]:
         yield
 
 
-def _record(work: Path, asked: Request, body: Message) -> None:
+def _ledger(work: Path) -> list[dict[str, Any]]:
+    """The lines of the site's ledger so far; raises `InputError` where it is damaged."""
+    path = work / "ledger.jsonl"
+    lines = read_lines(path, "the site's ledger") if path.exists() else []
+    if not all(isinstance(line, dict) for line in lines):
+        raise InputError(f"{path} is damaged: a line is not a table; restore it from a backup")
+    return lines
+
+
+def _asked(text: str) -> str:
+    """The algorithm's name in a request's configuration; empty: it has none."""
+    try:
+        found = _tables(text).get("algorithm", {})
+    except InputError:
+        return ""
+    return printable(str(found.get("name", "")), 40) if isinstance(found, dict) else ""
+
+
+def _record(work: Path, before: Sequence[Mapping[str, Any]], asked: Request, body: Message) -> None:
     """A line in the site's ledger; it is there before the message leaves."""
     what = body.message if isinstance(body, Reply) else body
     crossed = exchange("", "up", what)
     line: dict[str, Any] = {
         "when": _now(),
-        "run": asked.run, "stage": asked.stage, "step": asked.step, "number": asked.number,
+        "run": printable(asked.run, 40), "algorithm": _asked(asked.config),
+        "asked": "" if asked.body is None else kind(type(asked.body)),
+        "stage": printable(asked.stage, 40), "step": asked.step, "number": asked.number,
         "kind": kind(type(what)), "bytes": crossed.bytes, "sha256": crossed.sha256,
         "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in sorted(tensors_of(what).items())},
     }  # fmt: skip
@@ -254,7 +392,9 @@ def _record(work: Path, asked: Request, body: Message) -> None:
         line["metrics"] = dict(body.metrics)
     elif isinstance(body, Refusal):
         line["reason"] = body.reason
-    _append(work, line)
+    elif isinstance(asked.body, Refusal):
+        line["reason"] = printable(asked.body.reason)
+    write_lines(work / "ledger.jsonl", [*before, line])
 
 
 def refused(site: SiteConfig, stage: str, reason: str, sha256: str) -> None:
@@ -266,16 +406,10 @@ def refused(site: SiteConfig, stage: str, reason: str, sha256: str) -> None:
     """
     work = site.path(site.work)
     with _alone(work):
-        _append(work, {
+        write_lines(work / "ledger.jsonl", [*_ledger(work), {
             "when": _now(), "run": "", "stage": stage, "step": 0, "number": 0,
             "kind": f"refused {stage}", "bytes": 0, "sha256": sha256, "tensors": {}, "reason": reason,
-        })  # fmt: skip
-
-
-def _append(work: Path, line: Mapping[str, Any]) -> None:
-    path = work / "ledger.jsonl"
-    lines = read_lines(path, "the site's ledger") if path.exists() else []
-    write_lines(path, [*lines, line])
+        }])  # fmt: skip
 
 
 def _now() -> str:

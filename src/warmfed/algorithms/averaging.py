@@ -76,7 +76,7 @@ class Rounds(ABC):
         return None
 
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage("train", self.merge, self.train, sample=self.sample, check=self.check),) * self.rounds
+        return (Stage("train", self.merge, self.train, sample=self.sample, check=self.check, images=False),) * self.rounds
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:  # noqa: B027 - most methods have nothing to add
         """Raise `InputError` where a reply cannot be used for what the border does not know."""
@@ -157,8 +157,8 @@ class Personalized(Averaging):
         """A site's own model, from the last global one."""
 
     def stages(self) -> tuple[Stage, ...]:
-        train = Stage("train", self.merge, self.train, sample=self.sample, check=self.check)
-        return (train,) * self.rounds + (Stage("personalize", self.done, self.personalize),)
+        train = Stage("train", self.merge, self.train, sample=self.sample, check=self.check, images=False)
+        return (train,) * self.rounds + (Stage("personalize", self.done, self.personalize, images=False),)
 
     def personalize(self, down: Message, state: State, ctx: Local) -> Reply:
         model, info = self.own(down.model, ctx)

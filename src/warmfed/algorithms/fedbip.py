@@ -10,7 +10,7 @@ samples are filtered as WarmFed's are; `rounds` of FedAvg with fine-tuning on th
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from ..core import Central, Generator, Local
 from ..errors import InputError
@@ -22,6 +22,8 @@ from .synthetic import WarmStarted, generator_of
 @dataclass(frozen=True)
 class FedBiP(WarmStarted):
     """Warm start from noised latents and concept vectors; the latents tell something of the images."""
+
+    images: ClassVar[bool] = True  # the latents are the site's images, encoded and noised
 
     concepts: Training = Training(optimizer="adam", lr=3e-2, epochs=12, schedule="cosine", warmup=5, clip=1.0)
     """A site's training of its domain and class vectors (the paper: Adam with 0.1, 50 epochs of 16 images a class)."""

@@ -95,9 +95,12 @@ class FedDDPM(Averaging):
             )
 
     def stages(self) -> tuple[Stage, ...]:
-        local = Stage("local", self.collect, self.draw, down=lambda server, site: Nothing(), evaluated=False, check=self.check)
+        local = Stage(
+            "local", self.collect, self.draw, down=lambda server, site: Nothing(), evaluated=False, check=self.check,
+            images=False,
+        )  # fmt: skip
         auxiliary = Stage("auxiliary", self.auxiliary, evaluated=False)
-        train = Stage("train", self.merge, self.train, sample=self.sample)
+        train = Stage("train", self.merge, self.train, sample=self.sample, images=False)
         alone = Stage("alone", self.alone)
         return (local, auxiliary, *(alone if self.correct == "only" else train,) * self.rounds)
 

@@ -9,7 +9,7 @@ WarmFed's are. `rounds` of FedAvg with fine-tuning on the samples follow, as FGL
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from ..core import Central, Generator, Local
 from ..fit import Training
@@ -20,6 +20,8 @@ from .synthetic import WarmStarted, generator_of
 @dataclass(frozen=True)
 class FedDEO(WarmStarted):
     """Warm start from the sites' learned class descriptions, without any weights."""
+
+    images: ClassVar[bool] = False
 
     description: Training = Training(optimizer="adamw", lr=3e-2, epochs=12, schedule="cosine", warmup=5, clip=1.0)
     """A site's training of its descriptions."""

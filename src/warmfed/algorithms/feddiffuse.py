@@ -65,8 +65,8 @@ class FedDiffuse(Averaging):
         one_of(self, exchange=tuple(TRAVELS))
 
     def stages(self) -> tuple[Stage, ...]:
-        train = Stage("train", self.merge, self.train, sample=self.sample, check=self.check)
-        start = Stage("start", self.started, self.keep, evaluated=False)
+        train = Stage("train", self.merge, self.train, sample=self.sample, check=self.check, images=False)
+        start = Stage("start", self.started, self.keep, evaluated=False, images=False)
         return ((start,) if self.private else ()) + (train,) * self.rounds
 
     @property

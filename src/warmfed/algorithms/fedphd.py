@@ -83,8 +83,8 @@ class FedPhD(Averaging):
             raise InputError("edges and period from 1, dense and trust from 0 and pruned from 0 to below 1 were expected")
 
     def stages(self) -> tuple[Stage, ...]:
-        enrol = Stage("enrol", self.enrolled, self.tell, down=lambda server, site: Nothing(), evaluated=False)
-        return (enrol, *(Stage("train", self.merge, self.train, sample=self.sample),) * self.rounds)
+        enrol = Stage("enrol", self.enrolled, self.tell, down=lambda server, site: Nothing(), evaluated=False, images=False)
+        return (enrol, *(Stage("train", self.merge, self.train, sample=self.sample, images=False),) * self.rounds)
 
     def init(self, ctx: Central) -> ServerState:
         return Server(ctx.task.init(ctx.rng), {}, {}, {}, 0)

@@ -74,8 +74,8 @@ class LocalOnly:
         return Model(ctx.task.init(ctx.rng))
 
     def stages(self) -> tuple[Stage, ...]:
-        first = Stage("train", self.done, self.train)
-        later = Stage("train", self.done, self.train, down=lambda server, site: Nothing())
+        first = Stage("train", self.done, self.train, images=False)
+        later = replace(first, down=lambda server, site: Nothing())
         count = self.rounds if self.budget.until == "budget" else 1
         return ((first,) + (later,) * count)[:count]
 
@@ -136,7 +136,9 @@ class Centralized:
         return None
 
     def stages(self) -> tuple[Stage, ...]:
-        collect = Stage("collect", self.pool, self.send, down=lambda server, site: Nothing(), evaluated=False)
+        collect = Stage(
+            "collect", self.pool, self.send, down=lambda server, site: Nothing(), evaluated=False, images=True
+        )  # fmt: skip
         return (collect,) + (Stage("train", self.train),) * (self.rounds if self.budget.until == "budget" else 1)
 
     def send(self, down: Message, state: State, ctx: Local) -> Reply:

@@ -7,6 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -254,6 +255,9 @@ class Offer:
 class WarmStarted(Averaging):
     """Abstract: a classifier trained on samples of the sites' own generators, then FedAvg with fine-tuning on S_sub."""
 
+    images: ClassVar[bool]
+    """Whether what a site sends for the warm start holds its images, in any form."""
+
     synthesis: Synthesis = Synthesis()
     """How S is drawn and learned."""
     tune: bool = True
@@ -272,8 +276,11 @@ class WarmStarted(Averaging):
         return Model(server.model)
 
     def stages(self) -> tuple[Stage, ...]:
-        adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=self.check)
-        train = Stage("train", self.merge, self.train, sample=self.sample)
+        adapt = Stage(
+            "adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=self.check,
+            images=self.images,
+        )  # fmt: skip
+        train = Stage("train", self.merge, self.train, sample=self.sample, images=False)
         return (adapt, Stage("warm", self.start)) + (train,) * self.rounds
 
     def adapt(self, down: Message, state: State, ctx: Local) -> Reply:

@@ -145,12 +145,18 @@ class WarmFed:
         return self.warm and self.tune
 
     def stages(self) -> tuple[Stage, ...]:
-        adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=self.check)
+        adapt = Stage(
+            "adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=self.check,
+            images=False,
+        )  # fmt: skip
         warm = Stage("warm", self.start)
         evaluated = not (self.tunes and self.gate)
-        train = Stage("train", self.merge, self.train, self.invite, sample=self.sample, evaluated=evaluated, check=self.check)
-        gate = Stage("gate", self.decide, self.judge, down=self.candidates, check=self.judged)
-        personalize = Stage("personalize", self.done, self.personalize)
+        train = Stage(
+            "train", self.merge, self.train, self.invite, sample=self.sample, evaluated=evaluated, check=self.check,
+            images=False,
+        )  # fmt: skip
+        gate = Stage("gate", self.decide, self.judge, down=self.candidates, check=self.judged, images=False)
+        personalize = Stage("personalize", self.done, self.personalize, images=False)
         one_round = (train, gate) if self.tunes and self.gate else (train,)
         return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
 

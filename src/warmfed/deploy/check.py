@@ -370,7 +370,7 @@ def _equal(what: str, agreed: str, digest: Callable[[], str]) -> str:
 
 
 def _base(site: SiteConfig, project: Project) -> str:
-    return str(site.path(site.base)) if site.base else project.base_name
+    return site.generator(project.base_name)
 
 
 def _start(site: SiteConfig, base: str) -> str:

@@ -13,6 +13,7 @@ from .. import algorithms  # noqa: F401  the messages of all algorithms are know
 from ..errors import InputError
 from ..files import read_lines
 from ..messages import KINDS
+from ..policy import Policy, table
 from ..report.page import publish
 from ..report.parts import MISSING, Section, Table, cells, size
 from ..site import read_site
@@ -24,6 +25,8 @@ class Ledger:
 
     site: str
     lines: tuple[Mapping[str, Any], ...]
+    policy: Policy | None = None
+    """The site's policy now; None: it is a run folder's ledger, and there is none."""
 
     @property
     def bytes(self) -> int:
@@ -44,10 +47,10 @@ def read(folder: Path, site: str = "") -> Ledger:
         config = read_site(folder)
         if site not in ("", config.name):
             raise InputError(f"{folder} is the folder of site {config.name!r}, not of {site!r}; leave --site out")
-        site, path = config.name, config.path(config.work) / "ledger.jsonl"
+        site, policy, path = config.name, config.policy, config.path(config.work) / "ledger.jsonl"
         lines = read_lines(path, "the site's ledger") if path.exists() else []
     else:
-        path = folder / "ledger.jsonl"
+        policy, path = None, folder / "ledger.jsonl"
         sent = [_line(line, path) for line in read_lines(path, "the run's ledger")]
         sites = sorted({line["site"] for line in sent if line.get("direction") == "up"})
         if site not in sites:
@@ -56,7 +59,7 @@ def read(folder: Path, site: str = "") -> Ledger:
     for line in lines:
         if not {"stage", "number", "bytes", "sha256"} <= _line(line, path).keys():
             raise InputError(f"{path} is damaged: a line lacks stage, number, bytes or sha256; restore it from a backup")
-    return Ledger(site, tuple(lines))
+    return Ledger(site, tuple(lines), policy)
 
 
 def _line(line: Any, path: Path) -> Mapping[str, Any]:
@@ -70,8 +73,11 @@ def meaning(kind: str) -> str:
     return " ".join((KINDS[kind].__doc__ or "").split("\n\n")[0].split()) if kind in KINDS else MISSING
 
 
-def tables(ledger: Ledger) -> tuple[Table, Table, Table]:
-    """What kinds of messages left, which tensors and numbers were in them, and every message."""
+def tables(ledger: Ledger) -> tuple[Table, ...]:
+    """Return what kinds of messages left, which tensors and numbers were in them, and every message.
+
+    Of a site's own ledger also what it has refused, and its policy.
+    """
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for line in ledger.lines:
         kinds.setdefault(line.get("kind", f"the reply to {line['stage']}"), []).append(line)
@@ -90,17 +96,46 @@ def tables(ledger: Ledger) -> tuple[Table, Table, Table]:
         ),
         Table(
             "Every message",
-            ("when", "run", "stage", "round", "kind", "bytes", "SHA-256"),
+            ("when", "run", "algorithm", "stage", "round", "kind", "bytes", "SHA-256"),
             tuple(
                 cells(
-                    line.get("when", MISSING), line.get("run", MISSING), line["stage"], str(line["number"] + 1),
+                    *_where(line), str(line["number"] + 1),
                     line.get("kind", MISSING), f"{line['bytes']:,}", line["sha256"],
                 )
                 for line in ledger.lines
             ),
-            words=("run", "stage", "kind", "SHA-256"),
+            words=("run", "algorithm", "stage", "kind", "SHA-256"),
         ),
+        *(() if ledger.policy is None else (refusals(ledger), rules(ledger.policy))),
     )  # fmt: skip
+
+
+def _where(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """When a message left, and to which request."""
+    return tuple(str(line.get(name) or MISSING) for name in ("when", "run", "algorithm", "stage"))
+
+
+def refusals(ledger: Ledger) -> Table:
+    """Return what the site has refused, and why."""
+    rows = tuple(cells(*_where(line), line["reason"]) for line in ledger.lines if "reason" in line)
+    header = ("when", "run", "algorithm", "stage", "reason")
+    return Table("Refused requests", header, rows, words=header[1:])
+
+
+def rules(policy: Policy) -> Table:
+    """Return a site's policy, a row for each setting."""
+    plain = table(policy)
+    limits = {f"limits: {name}": value for name, value in plain.pop("limits").items()}
+    rows = tuple(cells(name, _told(value)) for name, value in {**plain, **limits}.items())
+    return Table("The site's policy", ("setting", "value"), rows, words=("value",))
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return (value if isinstance(value, str) else ", ".join(value)) or "none"
 
 
 def _contents(kind: str, messages: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
@@ -115,8 +150,6 @@ def _contents(kind: str, messages: Sequence[Mapping[str, Any]]) -> list[tuple[An
             found[f"{tensors} tensors", "not named here", MISSING] = None
         numbers = [*message.get("metrics", {}), *(["weight"] if "weight" in message else [])]
         found |= dict.fromkeys((name, "number", "one") for name in numbers)
-        if "reason" in message:
-            found["reason", "text", message["reason"]] = None
     return [cells(name, kind, dtype, shape) for name, dtype, shape in found]
 
 
@@ -135,7 +168,7 @@ def _declared(kind: str) -> dict[str, str]:
 
 def write(ledger: Ledger, path: Path) -> Path:
     """The ledger as one HTML page that loads nothing."""
-    overview, contents, every = tables(ledger)
+    overview, contents, every, *own = tables(ledger)
     how = "Each message that has left the site, recorded by the site itself before it left. Nothing else has."
     return publish(
         path,
@@ -145,5 +178,10 @@ def write(ledger: Ledger, path: Path) -> Path:
             Section("kinds", "What was sent", how, tables=[overview]),
             Section("contents", "What was in it", "Names, types and shapes of all tensors and numbers.", tables=[contents]),
             Section("messages", "Every message", "SHA-256 is of the bytes that left.", tables=[every]),
+            *(
+                [Section("policy", "What is refused", "Refused requests, and the site's policy now.", tables=own)]
+                if own
+                else []
+            ),
         ],
     )

@@ -21,6 +21,7 @@ from typing import Any
 
 import tomli_w
 
+from .. import policy
 from ..config import Config, parse
 from ..data import Federation, load, told
 from ..diffusion import pipeline
@@ -200,18 +201,18 @@ def _write_site(root: Path, folder: Path, project: Project, settings: Config, na
     write_whole(root / "server" / "nodes" / f"{name}.pub", public, PUBLIC)
     write_whole(folder / "ca.crt", read_bytes(root / "authority" / "ca.crt", "the authority's certificate"), PUBLIC)
     table: dict[str, Any] = {"name": name, "work": "work", "device": "cpu"}
-    if project.base and not project.base_name:
-        table["base"] = "base"
+    if project.base:
+        table["base"] = project.base_name or "base"
     if project.start and settings.model.start != "public":
         table["start"] = "start.safetensors"
         write_whole(folder / table["start"], read_bytes(Path(settings.model.start), "the classifier to start from"))
     table |= {"classes": list(project.classes), "prompts": project.prompts, "data": _data(project, settings, name in own)}
-    write_whole(folder / "site.toml", _HEADER + tomli_w.dumps(table))
+    write_whole(folder / "site.toml", f"{_HEADER}{tomli_w.dumps(table)}\n{policy.toml(policy.agreed(settings))}")
     _render(folder, _SITE, name=name, address=project.address, site=name, unit="warmfed-site")
 
 
 _HEADER = """\
-# Yours: work, device (cpu or cuda) and [data]; paths are relative to this file. The rest is the consortium's.
+# Yours: work, device (cpu or cuda), [data] and [policy]; paths are relative to this file. The rest is the consortium's.
 # data.source: a folder with NAME/CLASS/*.png below it, or an .npz file. base: your copy of the generator's folder.
 """
 
