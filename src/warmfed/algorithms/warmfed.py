@@ -22,9 +22,10 @@ from ..errors import InputError, one_of
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child
-from ..tensors import Tensors, join, mean, mix, rows, select
-from .averaging import Model, average, expect, upload
+from ..tensors import Tensors, join, mix, rows, select
+from .averaging import Model, expect, upload
 from .distillation import Distillation, distilled, dynamic
+from .robust import Robust
 from .synthetic import Synthesis, draw, fits, gather, generator_of, held, labelled, likely, warm_start
 
 
@@ -136,6 +137,8 @@ class WarmFed:
     """How the teacher teaches."""
     upload: str = "local"
     """Which model is averaged: local (trained for it), or personal (reading B: the distilled one)."""
+    robust: Robust = Robust()
+    """How the models that come back are combined; the default is the weighted mean."""
 
     def __post_init__(self) -> None:
         one_of(self, before=("client", "server", "none"), distill=("dynamic", "static", "none"), upload=("local", "personal"))
@@ -240,10 +243,11 @@ class WarmFed:
         server, added = self.welcome(server, late, ctx) if late else (server, {})
         if self.before == "server" and self.warm:
             # reading R1: each uploaded model, before they are averaged
-            models = ((fit(ctx, r.message.model, self.before_training, server.subset)[0], r.weight) for r in replies.values())
-            merged = mean(models)
-        else:
-            merged = dict(average(replies))
+            replies = {
+                site: replace(r, message=Model(fit(ctx, r.message.model, self.before_training, server.subset)[0]))
+                for site, r in replies.items()
+            }
+        merged = self.robust.combine(server.model, replies)
         if not self.tunes:
             return replace(server, model=merged), added
         tuned, info = fit(ctx, merged, self.tune_training, server.subset)  # e_f epochs
