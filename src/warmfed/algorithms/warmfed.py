@@ -195,7 +195,9 @@ class WarmFed:
     def start(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
         model, subset, metrics = warm_start(ctx, server.adapters, classes, self.synthesis)
-        return replace(server, model=model, subset=subset, adapters={}), metrics
+        # none of its classes is in S_sub, from which a late site's share is counted
+        held = {site: y[:0] if f"set_aside/{site}" in metrics else y for site, y in server.classes.items()}
+        return replace(server, model=model, subset=subset, classes=held, adapters={}), metrics
 
     # train: rounds t = 1..R
 
