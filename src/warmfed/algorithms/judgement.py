@@ -103,9 +103,8 @@ def contradicted(opinions: Sequence[Mapping[int, int]], least: int = 2) -> float
 def suspects(samples: Table, sites: Sequence[str], limit: float) -> tuple[tuple[str, ...], Metrics]:
     """Return the sites whose samples the others contradict, and what the record shows of it.
 
-    The site with the largest share of contradicted classes goes first, and the others are judged anew without it, until
-    all shares are below the limit. If half of the sites or more would go, no majority is left to trust: none goes, and
-    the record says that the adapters are disputed.
+    A minority of sites that lie alike cannot have an honest site set aside, since most judges must agree. If half of the
+    sites or more would go, no majority is left to trust: none goes, and the record says that the adapters are disputed.
 
     Args:
         samples: {"image", "label", "site"}, the site by its place in `sites`.
@@ -125,19 +124,31 @@ def suspects(samples: Table, sites: Sequence[str], limit: float) -> tuple[tuple[
         if len(known[judge]) > 1:
             found = votes(seen[place[judge]], label[judge], seen)
             opinions[judge] = [favourites(found[rows], label[i], known[judge]) for i, rows in enumerate(place)]
-    aside: list[int] = []
-    first: dict[int, float] = {}
-    while True:
-        left = [i for i in range(len(sites)) if i not in aside]
-        share = {i: contradicted([opinions[j][i] for j in left if j in opinions and j != i]) for i in left}
-        first = first or share
-        worst = max(left, key=lambda i: (share[i], -i))
-        if share[worst] < limit:
-            break
-        aside.append(worst)
+    share = {s: contradicted([told[i] for j, told in opinions.items() if j != i]) for i, s in enumerate(sites)}
+    aside = tuple(site for site in sites if share[site] >= limit)
     if not aside:
         return (), {}
-    metrics = {f"contradicted/{sites[i]}": value for i, value in first.items()}
+    metrics = {f"contradicted/{site}": value for site, value in share.items()}
     if 2 * len(aside) >= len(sites):
         return (), {**metrics, "disputed": 1.0}
-    return tuple(sites[i] for i in sorted(aside)), {**metrics, **{f"set_aside/{sites[i]}": 1.0 for i in aside}}
+    return aside, {**metrics, **{f"set_aside/{site}": 1.0 for site in aside}}
+
+
+def late_suspects(samples: Table, sites: Sequence[str], trusted: Table, limit: float) -> tuple[tuple[str, ...], Metrics]:
+    """Return the late sites whose samples are contradicted by those that are in use, and what the record shows of it.
+
+    There is one judge only, so the limit is halfway between `limit` and all classes.
+
+    Args:
+        samples: {"image", "label", "site"} of the late sites, the site by its place in `sites`.
+        trusted: {"image", "label"} of the synthetic samples in use.
+        limit: as for `suspects`.
+    """
+    known = trusted["label"].unique().tolist()
+    if not limit or len(known) < 2:
+        return (), {}
+    found = votes(gradients(trusted["image"]), trusted["label"], gradients(samples["image"]))
+    mine = {site: samples["site"] == i for i, site in enumerate(sites)}
+    share = {s: contradicted([favourites(found[rows], samples["label"][rows], known)], least=1) for s, rows in mine.items()}
+    aside = tuple(site for site in sites if share[site] >= (1 + limit) / 2)
+    return aside, {name: value for s in aside for name, value in ((f"contradicted/{s}", share[s]), (f"set_aside/{s}", 1.0))}

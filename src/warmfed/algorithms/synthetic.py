@@ -174,7 +174,8 @@ def warm_start(
     Training begins with random weights.
 
     Returns:
-        θ_g^0; S_sub as `labelled` makes it; and what the record shows: how many samples were drawn and kept, by site, and who was set aside.
+        θ_g^0; S_sub as `labelled` makes it; and what the record shows: how many samples were drawn and kept, by site,
+        and who was set aside.
     """
     first = max(1, round(settings.per_class * (1 - settings.focus)))
     samples = draw(ctx, adapters, classes, first)

@@ -25,8 +25,9 @@ from ..randomness import child
 from ..tensors import Tensors, join, mix, rows, select
 from .averaging import Model, expect, upload
 from .distillation import Distillation, distilled, dynamic
+from .judgement import late_suspects
 from .robust import Robust
-from .synthetic import Synthesis, draw, fits, gather, generator_of, held, labelled, likely, warm_start
+from .synthetic import Synthesis, draw, fits, gather, generator_of, held, labelled, likely, warm_start, without
 
 
 @message
@@ -259,17 +260,23 @@ class WarmFed:
         return replace(server, model=tuned), {**metrics, "gate_kept": 1.0, "gate_strength": 1.0}
 
     def welcome(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        """Draw from the adapters that came late, and add to S_sub as much of each as the others have in it."""
+        """Draw from the adapters that came late, and add to S_sub as much of each as the others have in it.
+
+        Samples that S_sub contradicts are not added.
+        """
         adapters, classes = gather(ctx, ctx.generator, replies)
         share = round(rows(server.subset) / max(sum(len(held) for held in server.classes.values()), 1))
         samples = draw(ctx, adapters, {site: tuple(held.tolist()) for site, held in classes.items()}, max(share, 1))
+        aside, told = late_suspects(samples, tuple(adapters), server.subset, self.synthesis.contradicted)
+        samples = without(samples, tuple(adapters), aside)
         # the model that there is by now does what the two halves of S did for each other
         belief = ctx.task.predict(server.model, samples, device=ctx.device).softmax(-1)
         table = labelled(samples, belief, self.synthesis.soft)
         if self.synthesis.filter == "cross":
             table = select(table, likely(belief, samples["label"]) >= self.synthesis.least)
+        classes = {site: held[:0] if site in aside else held for site, held in classes.items()}
         server = replace(server, subset=join([server.subset, table]), classes={**server.classes, **classes})
-        return server, {"joined_samples": float(rows(table))}
+        return server, {"joined_samples": float(rows(table)), **told}
 
     # gate: the sites judge the fine-tuning
 

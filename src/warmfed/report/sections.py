@@ -189,7 +189,7 @@ def samples(run: Run) -> Section | None:
     how = (
         "The server draws images from every adapter and drops those in which a check does not find the class that was "
         "asked for; the first classifier learns from those kept. Many dropped: the adapter may need more steps. "
-        "“Contradicted” is the share of a site's classes that most other sites' samples show as one other class; it stands here "
+        "“Contradicted” is the share of a site's classes that most other sites' samples show as one other class, shown "
         "if a site was set aside or the adapters are in dispute. Samples of a site that was set aside are not used."
     )
     header = ("adapter of", "kept, share", "kept", "dropped", "drawn", "recognised", "contradicted", "verdict")
