@@ -27,7 +27,7 @@ from .runs import SITES, Place, Watcher, proceed, server_side
 from .site import agree, roster
 from .transports import flower
 from .transports.remote import Remote
-from .transports.wire import HELLO, REFUSED, Card, Refusal, Request, opened
+from .transports.wire import HELLO, REFUSED, Card, Refusal, Request, check_card, opened
 
 
 @dataclass
@@ -39,13 +39,16 @@ class There(Place):
     _run: str = ""
     _sites: tuple[str, ...] = ()
     _cards: dict[str, Card] = field(default_factory=dict)
+    _rows: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    """What each site has declared first: a site that comes again cannot declare more."""
 
     def prepare(self, config: Config) -> Ready:
         kept = self.folder / "checkpoint" / SITES
         begun = read_json(kept, "the run's sites") if kept.exists() else None
         self._run = begun["run"] if begun else secrets.token_hex(8)
+        self._rows = {site: rows for site, rows in begun["roster"]["rows"].items() if any(rows.values())} if begun else {}
         asked = Request(self._run, "", config.toml(), HELLO, 0, 0, None)
-        self.post.hello, self.post.introduce = encode(asked), lambda data: self._introduced(asked, data)
+        self.post.hello, self.post.introduce = encode(asked), lambda data: self._introduced(asked, data, config)
         self.post.refusal = lambda reason: encode(replace(asked, stage=REFUSED, body=Refusal(reason)))
         names = begun["sites"] if begun else config.border.sites
         needed = config.border.needed(len(names)) if names else config.border.least
@@ -66,15 +69,16 @@ class There(Place):
                 raise InputError(f"the server's {what} is {here!r}, that of site {site!r} {there!r}; they must be equal")
         return ready
 
-    def _introduced(self, asked: Request, data: bytes) -> str:
+    def _introduced(self, asked: Request, data: bytes, config: Config) -> str:
         """The name of who has answered hello; raises `InputError` where it does not take part."""
-        site, card = opened_card(asked, data)
+        site, card = opened_card(asked, data, config.border.rows)
         if self._sites and site not in self._sites:
             raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
         if self._cards and self._sites:
             first = min(self._cards)
             agree(card, site, self._cards[first], first)
         self._cards[site] = card
+        self._rows.setdefault(site, {split: int(count) for split, count in card.rows.items()})
         return site
 
     def rounds(
@@ -85,7 +89,8 @@ class There(Place):
         sites = {"run": self._run, "sites": self._sites, "roster": asdict(ready.federation)}
         write_json(folder / "checkpoint" / SITES, sites)
         transport = self._transport(config)
-        central = server_side(ready.task, transport, ready.federation.prompts, generator, config.device, folder, watcher)
+        prompts = ready.federation.prompts
+        central = server_side(ready.task, transport, prompts, generator, config.device, folder, watcher, self._rows)
         yield from run(
             config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, border=config.border
         )
@@ -99,9 +104,10 @@ class There(Place):
         return Remote(self.post, self._sites, self._run, config.toml(), config.border)
 
 
-def opened_card(asked: Request, data: bytes) -> tuple[str, Card]:
-    """The name and card in an answer to hello; raises `InputError`."""
+def opened_card(asked: Request, data: bytes, most: int = 0) -> tuple[str, Card]:
+    """Return the name and card in an answer to hello; raise `InputError` if the card is not one, or declares too many rows."""
     found = opened(data, asked, None, Card)
+    check_card(found.body, most)
     return found.site, found.body
 
 

@@ -20,14 +20,27 @@ from .config import Config, Data, Unseen, build, construct, read_toml
 from .core import Nothing, Reply
 from .data import SPLITS, Federation, Roster
 from .data import Site as Tables
-from .errors import InputError, suggest
+from .errors import InputError, printable, suggest
 from .files import read_lines, write_json, write_lines, write_whole
 from .messages import Message, decode, encode, kind, tensors_of
 from .ready import Ready, load_data, prepare
 from .runfolder import write_model
 from .tensors import sha256
 from .transports.memories import Memories, unfinished
-from .transports.wire import EVALUATE, FINISH, HELLO, REFUSED, Answer, Card, Kept, Measures, Models, Refusal, Request
+from .transports.wire import (
+    EVALUATE,
+    FINISH,
+    HELLO,
+    REFUSED,
+    Answer,
+    Card,
+    Kept,
+    Measures,
+    Models,
+    Refusal,
+    Request,
+    check_card,
+)
 from .transports.worker import Worker, exchange
 
 
@@ -261,8 +274,10 @@ def roster(cards: Mapping[str, Card], sites: tuple[str, ...]) -> Roster:
     """The federation as these cards describe it; a site that has shown none has no rows yet.
 
     Raises:
-        InputError: two cards differ in what must be equal everywhere, naming the sites and both values.
+        InputError: a card is not one, or two differ in what must be equal everywhere, naming the sites and both values.
     """
+    for card in cards.values():
+        check_card(card)
     first = next(iter(sorted(cards)))
     for site in sorted(cards):
         agree(cards[site], site, cards[first], first)
@@ -278,5 +293,6 @@ def agree(card: Card, site: str, other: Card, whose: str) -> None:
     for name in ("version", "classes", "template", "shape", "base", "start"):
         if getattr(card, name) != getattr(other, name):
             raise InputError(
-                f"site {site!r} has {name} {getattr(card, name)!r}, {whose} has {getattr(other, name)!r}; they must be equal"
+                f"site {site!r} has {name} {printable(repr(getattr(card, name)), 120)}, "
+                f"{whose} has {printable(repr(getattr(other, name)), 120)}; they must be equal"
             )

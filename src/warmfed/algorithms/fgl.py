@@ -6,7 +6,7 @@ Departures: the samples are filtered as WarmFed's are, so that only the adapters
 """
 
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
@@ -27,6 +27,8 @@ class Classes:
 @dataclass(frozen=True)
 class FGL(WarmStarted):
     """Warm start from prompts alone, then FedAvg with server fine-tuning on a synthetic subset."""
+
+    offers: ClassVar[tuple[type, ...]] = (Classes,)
 
     def generator(self, ctx: Local | Central) -> Generator:
         return generator_of(ctx)

@@ -7,6 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -282,6 +283,8 @@ class WarmStarted(Averaging):
     """Whether the server fine-tunes the aggregated model on S_sub."""
     tune_training: Training = Training(lr=0.01, epochs=2, clip=1.0)
     """That fine-tuning."""
+    offers: ClassVar[tuple[type, ...]] = (Offer,)
+    """Kinds of message that a site may send before the warm start."""
 
     @abstractmethod
     def generator(self, ctx: Local | Central) -> Generator:
@@ -295,7 +298,7 @@ class WarmStarted(Averaging):
 
     def stages(self) -> tuple[Stage, ...]:
         adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=self.check)
-        train = Stage("train", self.merge, self.train, sample=self.sample)
+        adapt, train = replace(adapt, replies=self.offers), Stage("train", self.merge, self.train, sample=self.sample)
         return (adapt, Stage("warm", self.start)) + (train,) * self.rounds
 
     def adapt(self, down: Message, state: State, ctx: Local) -> Reply:

@@ -150,11 +150,14 @@ class WarmFed:
 
     def stages(self) -> tuple[Stage, ...]:
         adapt = Stage("adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=self.check)
+        adapt = replace(adapt, replies=(Adapter,))
         warm = Stage("warm", self.start)
         evaluated = not (self.tunes and self.gate)
         train = Stage("train", self.merge, self.train, self.invite, sample=self.sample, evaluated=evaluated, check=self.check)
-        gate = Stage("gate", self.decide, self.judge, down=self.candidates, check=self.judged)
-        personalize = Stage("personalize", self.done, self.personalize)
+        train = replace(train, replies=(Model, Joined))
+        gate = Stage("gate", self.decide, self.judge, self.candidates, check=self.judged, replies=(Verdict,))
+        gate = replace(gate, weighs="validation")
+        personalize = Stage("personalize", self.done, self.personalize, replies=(Nothing,))
         one_round = (train, gate) if self.tunes and self.gate else (train,)
         return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
 
@@ -242,7 +245,7 @@ class WarmFed:
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         server = replace(server, holders=tuple(sorted({*server.holders, *replies})))
-        late = {site: reply for site, reply in replies.items() if isinstance(reply.message, Joined)}
+        late = {s: reply for s, reply in replies.items() if isinstance(reply.message, Joined) and s not in server.classes}
         server, added = self.welcome(server, late, ctx) if late else (server, {})
         if self.before == "server" and self.warm:
             # reading R1: each uploaded model, before they are averaged
@@ -290,18 +293,17 @@ class WarmFed:
     def judged(self, reply: Reply, site: str, ctx: Central) -> None:
         """Raise `InputError` where a verdict lacks a share of the fine-tuning, or holds numbers that cannot be."""
         right, loss, count = reply.message.right, reply.message.loss, reply.message.count
-        known = right.keys() == loss.keys() == set(_SHARES)
-        if not known or count < 0 or not all(0 <= right[s] < count + 0.5 and math.isfinite(loss[s]) for s in _SHARES):
+        known = right.keys() == loss.keys() == set(_SHARES) and count == reply.weight
+        if not known or not all(0 <= right[s] < count + 0.5 and 0 <= loss[s] < math.inf for s in _SHARES):
             raise InputError(f"right answers and losses of {', '.join(_SHARES)} were expected, {reply.message} came")
 
     def decide(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         """Keep the share of the fine-tuning with most right answers; of equal ones the lower loss."""
-        total = Verdict(
-            {share: sum(r.message.right[share] for r in replies.values()) for share in _SHARES},
-            {share: sum(r.message.loss[share] for r in replies.values()) for share in _SHARES},
-            sum(r.message.count for r in replies.values()),
-        )
-        best, right, count = _best(total), total.right, total.count
+        heard = [(r.message, r.weight / r.message.count) for r in replies.values()]  # below 1 if the border reduced its weight
+        right = {share: sum(verdict.right[share] * part for verdict, part in heard) for share in _SHARES}
+        loss = {share: sum(verdict.loss[share] * part for verdict, part in heard) for share in _SHARES}
+        count = sum(reply.weight for reply in replies.values())
+        best = _best(right, loss)
         metrics = {
             "gate_kept": float(best != _SHARES[0]),
             "gate_strength": float(best),
@@ -316,7 +318,8 @@ class WarmFed:
     def personalize(self, down: Message, state: State, ctx: Local) -> Reply:
         state, info = self.personal_step(down.model, state, ctx)
         if self.personal_gate:
-            share = float(_best(_verdict(ctx, down.model, state.personal)))
+            verdict = _verdict(ctx, down.model, state.personal)
+            share = float(_best(verdict.right, verdict.loss))
             state = replace(state, personal=mix(down.model, state.personal, share))
             info = {**info, "personal_strength": share}
         return Reply(Nothing(), state, float(rows(ctx.data["train"])), info)
@@ -336,6 +339,6 @@ def _verdict(ctx: Local, before: Tensors, after: Tensors) -> Verdict:
     return Verdict(right, {share: m["loss"] * m["count"] for share, m in found.items()}, rows(table))
 
 
-def _best(verdict: Verdict) -> str:
+def _best(right: Mapping[str, float], loss: Mapping[str, float]) -> str:
     """The share with most right answers; of equal ones the lower loss."""
-    return max(_SHARES, key=lambda share: (round(verdict.right[share]), -verdict.loss[share]))
+    return max(_SHARES, key=lambda share: (round(right[share]), -loss[share]))

@@ -276,7 +276,7 @@ def gate(run: Run) -> Section | None:
         site: m["personal_strength"]
         for record in run.rounds
         for site, m in sorted(record["train"].items())
-        if "personal_strength" in m
+        if m.get("personal_strength") is not None
     }
     if own:
         how += " At the end each site lets its own validation decide the same of its last personal step."
