@@ -216,7 +216,7 @@ def warm_start(config: Config, cell: Cell, federation: Federation, liar: str, wo
     path = work / "warm" / f"{lie.replace(' ', '_')}-{'judged' if judged else 'plain'}-{cell.seed}.bin"
     told = path.with_suffix(".json")
     if told.exists():
-        return decode(read_sealed(path, "a warm start")), read_json(told)
+        return decode(read_sealed(path, "a warm start")), read_json(told, "a warm start")
     tampers = {"adapt": ADAPTERS[lie]} if lie in ADAPTERS else {}
     for done in rounds(config, federation, liar, tampers, work, None):
         if done.stage == "warm":
@@ -281,8 +281,8 @@ def main() -> None:
         path = asked.work / "cells" / f"{cell.name}.json"
         if not path.exists():
             write_json(path, measured(cell, asked.work))
-            print(cell.name, read_json(path), flush=True)
-    found = [read_json(path) for path in sorted((asked.work / "cells").glob("*.json"))]
+            print(cell.name, read_json(path, "a cell"), flush=True)
+    found = [read_json(path, "a cell") for path in sorted((asked.work / "cells").glob("*.json"))]
     machine = f"{platform.machine()}, one core, torch {torch.__version__}"
     command = f"python benchmarks/poisoning.py --work {asked.work.name} --seeds {' '.join(map(str, asked.seeds))}"
     date = datetime.now(UTC).date().isoformat()
