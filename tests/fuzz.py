@@ -24,12 +24,11 @@ from warmfed.core import Absent, Central, Reply, Round, Stage
 from warmfed.errors import InputError
 from warmfed.messages import KINDS, Message, decode, encode, kind, tensors_of
 from warmfed.randomness import named
-from warmfed.serverapp import opened_card
 from warmfed.site import roster
 from warmfed.tensors import finite
 from warmfed.transports.inprocess import InProcess
 from warmfed.transports.remote import Remote
-from warmfed.transports.wire import EVALUATE, HELLO, Answer, Card, Measures, Request
+from warmfed.transports.wire import EVALUATE, HELLO, Answer, Card, Measures, Request, check_card, opened
 
 RUN, BORDER, SITE = "0" * 16, Border(least=3), "b"
 ROWS = {site: {split: len(table["label"]) for split, table in tables.items()} for site, tables in toy.SITES.items()}
@@ -168,8 +167,9 @@ def beside() -> list[Case]:
 
     def introduce(data: bytes) -> str:
         try:
-            name, shown = opened_card(hello, data)
-            roster({name: shown}, (name,))
+            shown = opened(data, hello, None, Card)
+            check_card(shown.body)
+            roster({shown.site: shown.body}, (shown.site,))
         except InputError as error:
             return str(error)
         return ""

@@ -33,9 +33,9 @@ class Border:
     norm: float = 0.0
     """Largest L2 norm of a reply's change (`Stage.change`); 0: any finite one."""
     far: float = 5.0
-    """Largest size of a reply's change, in medians of the other sites' changes: a larger one that is also more than half as
-    large as what was sent is left out by name. A site with more rows than the median may go as many times farther. It takes
-    three replies to judge; 0: any size."""
+    """Largest size of a reply's change, in medians of the other sites' changes: a larger one, if it is also more than a
+    quarter as large as what was sent, is left out by name. A site with more rows than the median may go as many times
+    farther. It takes three replies to judge; 0: any size."""
     bytes: int = 0
     """Largest reply in bytes; 0: any that the wire takes. Only where the sites are elsewhere."""
     rows: int = 0
@@ -128,7 +128,7 @@ class Border:
             return ""
         middle, rows = median(changes[other][field][0] for other in others), median(weights[other] for other in others)
         times = self.far * max(1.0, weights[site] / rows)
-        if not 0 < middle * times < size or size <= sent / 2:
+        if not 0 < middle * times < size or size <= sent / 4:
             return ""
         return f"the change of its {field!r} is {size / middle:.4g} times the others' median, at most {times:.4g} is taken"
 
