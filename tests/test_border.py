@@ -143,7 +143,12 @@ def shorter(tensors: Tensors) -> Tensors:
         ("fednova", 0, bent(accumulated=lambda count: 0.0), "it accumulated 0.0 gradients"),
         ("fedbabu", 0, bent(model=shorter), "is missing, expected float32"),
         ("fedproto", 0, bent(feature=lambda f: {"mean": f["mean"][:, :1]}), "tensor 'mean' is float32 [3, 1], expected"),
-        ("fedproto", 0, bent(count=lambda c: {"images": c["images"] - 99}), "its counts are [-89, -90, -90], expected 3 whole numbers"),
+        (
+            "fedproto",
+            0,
+            bent(count=lambda c: {"images": c["images"] - 99}),
+            "its counts are [-89, -90, -90], expected 3 whole numbers",
+        ),
         ("fedddpm", 0, bent(model=shorter), "is missing, expected float32"),
         ("fedddpm", 0, bent(labels=lambda labels: (1, 2)), "its counts are [1, 2], expected 3 whole numbers whose sum is 28"),
     ],

@@ -33,8 +33,9 @@ class Border:
     norm: float = 0.0
     """Largest L2 norm of a reply's change (`Stage.change`); 0: any finite one."""
     far: float = 5.0
-    """Largest size of a reply's change, in medians of the other sites' changes; larger ones are left out by name. A site with
-    more rows than the median may go as many times farther. It takes three replies to judge; 0: any size."""
+    """Largest size of a reply's change, in medians of the other sites' changes: a larger one, if it is also more than a
+    quarter as large as what was sent, is left out by name. A site with more rows than the median may go as many times
+    farther. It takes three replies to judge; 0: any size."""
     bytes: int = 0
     """Largest reply in bytes; 0: any that the wire takes. Only where the sites are elsewhere."""
     rows: int = 0
@@ -90,7 +91,7 @@ class Border:
         if stage.check is not None:
             stage.check(reply, site, ctx)
         if self.norm:
-            norm = math.hypot(*(size * math.sqrt(count) for size, count in _changes(reply.message, down, stage).values()))
+            norm = math.hypot(*(size * math.sqrt(count) for size, count, _ in _changes(reply.message, down, stage).values()))
             if norm > self.norm:
                 raise InputError(f"its norm is {norm:.4g}, at most {self.norm:.4g} is taken")
         return reply
@@ -119,7 +120,7 @@ class Border:
 
     def _far(self, site: str, field: str, changes: Mapping[str, Any], weights: Mapping[str, float]) -> str:
         """Why the change of one field of a site's reply is too large; empty: it is not."""
-        size = changes[site][field][0]
+        size, _, sent = changes[site][field]
         if not size <= _FAR:
             return f"the change of its {field!r} is {size:.4g}, root mean square; at most {_FAR:.0e} is taken"
         others = [other for other in changes if other != site and field in changes[other]]
@@ -127,7 +128,7 @@ class Border:
             return ""
         middle, rows = median(changes[other][field][0] for other in others), median(weights[other] for other in others)
         times = self.far * max(1.0, weights[site] / rows)
-        if not 0 < middle * times < size:
+        if not 0 < middle * times < size or size <= sent / 4:
             return ""
         return f"the change of its {field!r} is {size / middle:.4g} times the others' median, at most {times:.4g} is taken"
 
@@ -204,23 +205,28 @@ def _measures(views: Mapping[str, Metrics], shared: bool, rows: Mapping[str, int
     return views
 
 
-def _changes(message: Message, down: Message, stage: Stage) -> dict[str, tuple[float, int]]:
-    """By field of a reply's message: the root mean square of its change, and of how many numbers."""
-    came = tensors_of(message)
+def _changes(message: Message, down: Message, stage: Stage) -> dict[str, tuple[float, int, float]]:
+    """By field of a reply's message: the root mean square of its change, of how many numbers, and that of what was sent."""
+    came, sent = tensors_of(message), tensors_of(down)
     if stage.change is not None:
         moved: Tensors = stage.change(message, down)
     else:
-        sent = tensors_of(down)
         both = [name for name in came if name in sent and sent[name].shape == came[name].shape]
-        moved = {name: came[name].double() - sent[name].double() for name in both} if both else came
+        floating = [name for name in both if came[name].is_floating_point()]
+        moved = {name: came[name].double() - sent[name].double() for name in floating} if both else came
+    before, after = _by_field(sent), _by_field(moved)
+    return {field: (*_size(parts), _size(before.get(field, []))[0]) for field, parts in after.items()}
+
+
+def _by_field(tensors: Tensors) -> dict[str, list[Tensor]]:
     fields: dict[str, list[Tensor]] = {}
-    for name, value in sorted(moved.items()):
-        if value.is_floating_point() and value.numel() and (name not in came or came[name].is_floating_point()):
+    for name, value in sorted(tensors.items()):
+        if value.is_floating_point() and value.numel():
             fields.setdefault(name.partition("/")[0], []).append(value)
-    return {field: _size(parts) for field, parts in fields.items()}
+    return fields
 
 
 def _size(parts: list[Tensor]) -> tuple[float, int]:
     count = sum(part.numel() for part in parts)
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64).item() for part in parts]
-    return math.hypot(*norms) / math.sqrt(count), count
+    return math.hypot(*norms) / math.sqrt(max(count, 1)), count

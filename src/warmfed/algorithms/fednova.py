@@ -48,6 +48,9 @@ class FedNova(Rounds):
         if not 0 < reply.message.accumulated <= most:
             raise InputError(f"it accumulated {reply.message.accumulated} gradients, expected at most {most}")
 
+    def change(self, message: Message, down: Message) -> Tensors:
+        return {f"model/{name}": value.double() * message.accumulated for name, value in message.direction.items()}
+
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         direction = mean((reply.message.direction, reply.weight) for reply in replies.values())
         total = sum(reply.weight for reply in replies.values())

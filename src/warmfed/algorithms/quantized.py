@@ -103,7 +103,7 @@ class FedDMQuant(Averaging):
         if not self.bits:
             return sub(message.model, down.model)
         return {
-            f"codes/{name}": restore(codes, message.grids[name].double(), self.bits, down.model[name].double())
+            f"model/{name}": restore(codes, message.grids[name].double(), self.bits, down.model[name].double())
             for name, codes in message.codes.items()
         }
 
