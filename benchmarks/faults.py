@@ -127,7 +127,9 @@ class Without(Place):
                     yield (site, Absent(self.reason), ()) if (site, step) == (SITE, self.step) else (site, answer, crossed)
 
             transport.send = sent  # type: ignore[method-assign]
-            central = server_side(ready.task, transport, ready.images.prompts, generator, "cpu", folder, watcher)
+            central = server_side(
+                ready.task, transport, ready.images.prompts, generator, "cpu", folder, watcher, ready.images.rows
+            )
             yield from run(config.algorithm, central, transport, config.seed, evaluate=config.evaluate, border=config.border)
 
 

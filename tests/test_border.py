@@ -61,7 +61,7 @@ def test_a_stage_may_demand_more() -> None:
     def picky(reply: Reply, site: str, ctx: object) -> None:
         raise InputError(f"{site} must send more")
 
-    assert verdict(Nothing(), stage=replace(STAGE, check=picky)) == "a must send more"
+    assert verdict(Nothing(), stage=replace(STAGE, check=picky, replies=(Nothing,))) == "a must send more"
 
 
 @dataclass
@@ -143,9 +143,14 @@ def shorter(tensors: Tensors) -> Tensors:
         ("fednova", 0, bent(accumulated=lambda count: 0.0), "it accumulated 0.0 gradients"),
         ("fedbabu", 0, bent(model=shorter), "is missing, expected float32"),
         ("fedproto", 0, bent(feature=lambda f: {"mean": f["mean"][:, :1]}), "tensor 'mean' is float32 [3, 1], expected"),
-        ("fedproto", 0, bent(count=lambda c: {"images": c["images"] - 99}), "fewer than no images"),
+        (
+            "fedproto",
+            0,
+            bent(count=lambda c: {"images": c["images"] - 99}),
+            "its counts are [-89, -90, -90], expected 3 whole numbers",
+        ),
         ("fedddpm", 0, bent(model=shorter), "is missing, expected float32"),
-        ("fedddpm", 0, bent(labels=lambda labels: (1, 2)), "images of 3 classes were expected, [1, 2] of each came"),
+        ("fedddpm", 0, bent(labels=lambda labels: (1, 2)), "its counts are [1, 2], expected 3 whole numbers whose sum is 28"),
     ],
 )
 def test_a_reply_that_cannot_be_used_leaves_its_site_out(name: str, step: int, change: Any, reason: str) -> None:

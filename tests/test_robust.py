@@ -1,5 +1,7 @@
 """Robust combination against numbers by hand, and against Flower's own implementations where Flower is installed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import toy
@@ -76,7 +78,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) ->
         parse(None, {"algorithm.name": "fedavg", **{f"algorithm.robust.{key}": value for key, value in settings.items()}})
 
 
-@pytest.mark.parametrize("name", ["feddyn", "fednova", "scaffold", "fedamp", "fedproto", "dense", "warmfed", "local"])
+@pytest.mark.parametrize("name", ["feddyn", "fednova", "scaffold", "fedamp", "fedproto", "dense", "local"])
 def test_a_method_that_does_not_average_has_no_such_setting(name: str) -> None:
     with pytest.raises(InputError, match=rf"{name} has no setting algorithm\.robust; .* fedavg, .*fedper"):
         parse(None, {"algorithm.name": name, "algorithm.robust.rule": "median"})
@@ -113,3 +115,23 @@ def test_as_flower_combines(count: int) -> None:
         wanted = aggregate_arrayrecords(kept, "num-examples")["w"].numpy()
         found = Robust("krum", faulty=1, chosen=chosen).combine(START, some)["w"].numpy()
         assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_warmfed_combines_by_the_same_rules() -> None:
+    algorithm = toy.quick("warmfed", tune=False, robust=Robust("median"))
+    sent = algorithm.init(toy.central())
+    back = {
+        site: Reply(Model({name: value + change for name, value in sent.model.items()}), None, 1.0, {})
+        for site, change in {"a": 1.0, "b": 2.0, "c": 3.0, "d": -1e30}.items()
+    }
+    known = replace(sent, classes={site: torch.tensor([0]) for site in back})
+    merged = algorithm.merge(known, back, toy.central())[0].model
+    assert toy.same(merged, Robust("median").combine(sent.model, back))
+    assert merged["head.bias"].abs().max() < 3
+    mean = replace(algorithm, robust=Robust()).merge(known, back, toy.central())[0].model
+    assert toy.same(mean, average(back))
+
+
+def test_warmfed_says_before_the_start_how_many_answers_krum_needs() -> None:
+    with pytest.raises(InputError, match="needs 5 answers or more, 4 sites are too few"):
+        prepare(parse(None, {"algorithm.name": "warmfed", "algorithm.robust.rule": "krum"}))

@@ -286,6 +286,10 @@ def line(record: Mapping[str, Any]) -> str:
         shown.append("corrected")
     if "gate_kept" in record["aggregate"]:
         shown.append("fine-tuning kept" if record["aggregate"]["gate_kept"] else "fine-tuning undone")
+    if aside := [key.removeprefix("set_aside/") for key in record["aggregate"] if key.startswith("set_aside/")]:
+        shown.append(f"set aside: {', '.join(aside)}")
+    if record["aggregate"].get("disputed"):
+        shown.append("adapters disputed, none set aside")
     return f"  {name:<12} {duration(record['seconds']):>12}   {'   '.join(shown)}".rstrip()
 
 

@@ -4,6 +4,7 @@ State and payload are values, never attributes: a site's state is an argument an
 wire by accident, be forgotten by a checkpoint, or depend on which process a site ran in.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .errors import printable
 from .messages import Message, message
 from .tensors import Table, Tensors
 
 Metrics = Mapping[str, float]
+SPLITS = ("train", "validation", "test")
+"""The tables of a site, in the order in which digests are given."""
 ServerState = Message
 State = Message
 
@@ -140,6 +144,8 @@ class Central:
     rng: torch.Generator
     sites: tuple[str, ...] = ()
     """Every site of the federation, sorted by name."""
+    rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Rows that each site has declared, by split; a site that is missing has declared none, and may have any number."""
     prompts: tuple[str, ...] = ()
     generator: Any = None
     device: str = "cpu"
@@ -186,8 +192,16 @@ class Stage:
     """Share of the sites that is asked."""
     evaluated: bool = True
     """Whether the models are measured after it; not where it leaves them as they were."""
+    replies: tuple[type, ...] = ()
+    """Kinds of message that it takes; empty: the kind that was sent, with the layout that was sent."""
     check: Callable[[Reply, str, Central], None] | None = None
-    """check(reply, site, ctx) raises `InputError` where a reply cannot be used: the site is then left out of the round."""
+    """check(reply, site, ctx) raises an error if a reply cannot be used: the site is then left out of the round. It checks the
+    layout of what is not of the kind that was sent, and the range of every number."""
+    change: Callable[[Message, Message], Tensors] | None = None
+    """change(reply's message, what was sent): how far the site went, by `field/name`; its size is compared with the other
+    sites'. None: the difference of the tensors that both have, or the reply's tensors if there are none."""
+    weighs: str = "train"
+    """Split whose rows a reply's weight counts."""
     images: bool | None = None
     """Whether its replies hold images of the site, raw or encoded; None: not declared, and every site refuses the stage."""
 
@@ -236,9 +250,12 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Absent:
-    """What comes in the place of a reply: why a site is left out of this round."""
+    """What comes in the place of a reply: why a site is left out of this round, as one printable line."""
 
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", printable(self.reason))
 
 
 class Transport(Protocol):
@@ -252,11 +269,8 @@ class Transport(Protocol):
         """Send each site its message; yield replies as they come, with what crossed the wire."""
         ...
 
-    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics]]:
-        """By site: the metrics of "global/validation", "global/test", "personal/validation", "personal/test".
-
-        A site that did not answer is missing.
-        """
+    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics] | Absent]:
+        """By site: the metrics of "global/validation", "global/test", "personal/validation", "personal/test", or why not."""
         ...
 
 
@@ -278,23 +292,46 @@ class Round:
     exchanges: tuple[Exchange, ...]
     seconds: float
     absent: Mapping[str, str] = field(default_factory=dict)
-    """Sites of the cohort that were left out, and why."""
+    """Sites that were left out of the stage or of its evaluation, and why."""
+    share: float = 1.0
+    """Largest part of the union of test sets that any one site may have."""
 
     def results(self) -> dict[str, Any]:
-        """What must be equal in every rerun: everything but times."""
+        """Return what must be equal in every rerun: everything but times. A number that is not finite is None."""
         return {
             "step": self.step,
             "stage": self.stage,
             "number": self.number,
             "cohort": list(self.cohort),
-            "train": {site: dict(m) for site, m in self.train.items()},
-            "aggregate": dict(self.aggregate),
+            "train": {site: _numbers(m) for site, m in self.train.items()},
+            "aggregate": _numbers(self.aggregate),
             "global": _view(self.evaluation, "global"),
             "personal": _view(self.evaluation, "personal"),
-            "union": _union(self.evaluation),
+            "union": _union(self.evaluation, self.share),
             "bytes_up": _traffic(self.exchanges, "up"),
             "bytes_down": _traffic(self.exchanges, "down"),
         } | ({"absent": dict(self.absent)} if self.absent else {})
+
+
+def bounded(weights: Mapping[str, float], share: float) -> dict[str, float]:
+    """Return weights of which none is more than `share` of their sum: heavier ones are reduced to it.
+
+    If there are too few for that (`share` below one divided by their number), all become equal to the smallest.
+    """
+    most, heavy = math.inf, sorted(weights.values(), reverse=True)
+    for reduced in range(len(heavy) if share < 1 else 0):
+        most = share * sum(heavy[reduced:]) / (1 - share * reduced) if share * reduced < 1 else heavy[-1]
+        if heavy[reduced] <= most:
+            break
+    return {name: min(weight, most) for name, weight in weights.items()}
+
+
+LARGEST = 1e30
+"""Largest number that is recorded: sums and squares of such stay finite."""
+
+
+def _numbers(metrics: Metrics) -> dict[str, float | None]:
+    return {name: value if abs(value) <= LARGEST else None for name, value in metrics.items()}
 
 
 def _view(evaluation: Mapping[str, Mapping[str, Metrics]], model: str) -> dict[str, dict[str, dict[str, float]]]:
@@ -307,17 +344,19 @@ def _view(evaluation: Mapping[str, Mapping[str, Metrics]], model: str) -> dict[s
 
 def _counted(metrics: Metrics) -> dict[str, float]:
     # a metric is a float on the wire; a count reads better as what it is
-    return {name: int(value) if name == "count" else value for name, value in metrics.items()}
+    return {name: int(value) if name == "count" else value for name, value in metrics.items() if abs(value) <= LARGEST}
 
 
-def _union(evaluation: Mapping[str, Mapping[str, Metrics]]) -> dict[str, dict[str, float]]:
+def _union(evaluation: Mapping[str, Mapping[str, Metrics]], share: float) -> dict[str, dict[str, float]]:
     """The global model on all test sets joined: means weighted by the sites' counts."""
-    tests = [views["global/test"] for views in evaluation.values() if "global/test" in views]
-    count = sum(m["count"] for m in tests)
-    if not count:
+    tests = {site: _counted(views["global/test"]) for site, views in evaluation.items() if "global/test" in views}
+    weights = bounded({site: m["count"] for site, m in tests.items()}, share)
+    total = sum(weights.values())
+    if not total:
         return {}
-    names = [name for name in ("accuracy", "loss") if all(name in m for m in tests)]
-    return {"global": {name: sum(m[name] * m["count"] for m in tests) / count for name in names} | {"count": int(count)}}
+    names = [name for name in ("accuracy", "loss") if all(name in m for m in tests.values())]
+    joined = {name: sum(m[name] * weights[site] for site, m in tests.items()) / total for name in names}
+    return {"global": joined | {"count": sum(int(m["count"]) for m in tests.values())}}
 
 
 def _traffic(exchanges: Iterable[Exchange], direction: str) -> dict[str, int]:

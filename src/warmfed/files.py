@@ -123,8 +123,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_lines(path: Path, values: list[Any]) -> None:
-    """One JSON value a line."""
-    write_whole(path, "".join(json.dumps(v, sort_keys=True) + "\n" for v in values))
+    """Write one JSON value a line; raise `ValueError` for a number that is not finite, which JSON does not have."""
+    write_whole(path, "".join(json.dumps(v, sort_keys=True, allow_nan=False) + "\n" for v in values))
 
 
 def regular(path: Path) -> BufferedReader:

@@ -40,9 +40,11 @@ class Ready:
 
     @property
     def fingerprint(self) -> str:
-        """Names a run: its settings (but for workers and border), data, base and start."""
+        """Return the name of a run: its settings (but for workers, and of the border all but a share), data, base and start."""
         values = tomllib.loads(self.config.toml())
-        del values["workers"], values["border"]
+        del values["workers"]
+        if (share := values.pop("border")["share"]) != 1:
+            values["share"] = share
         del values["data"]["cache"]  # where copies lie is no setting of the run
         text = json.dumps([values, self.federation.fingerprint, self.base, self.start], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

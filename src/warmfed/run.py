@@ -2,13 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from .border import STRICT, Border
-from .core import Absent, Algorithm, Central, Exchange, Reply, Round, ServerState, Stage, Transport
+from .core import Absent, Algorithm, Central, Exchange, Metrics, Reply, Round, ServerState, Stage, Transport
 from .errors import InputError
 from .randomness import named
 
@@ -57,8 +57,7 @@ def run(
         for site, answer, crossed in transport.send(step, stage.name, number, sent):
             answers[site] = border.admit(answer, site, sent[site], stage, central)
             exchanges += crossed
-        replies = {site: answer for site, answer in sorted(answers.items()) if isinstance(answer, Reply)}
-        absent = {site: answer.reason for site, answer in sorted(answers.items()) if isinstance(answer, Absent)}
+        replies, absent = border.settle(answers, sent, stage)
         if len(replies) < border.needed(len(asked)):
             told = "; ".join(f"site {site!r}: {reason}" for site, reason in absent.items())
             raise InputError(
@@ -66,13 +65,15 @@ def run(
                 f"{border.needed(len(asked))} are needed ({told}); mend them and resume, or set border.least lower"
             )
         server, aggregate = stage.server(server, replies, replace(central, rng=named(seed, stage.name, number, "server")))
+        border.sound(server, f"{stage.name} {number + 1}")
         last = step == len(plan) - 1
         measured = (evaluate == "every" and (stage.evaluated or last)) or (evaluate == "last" and last)
-        evaluation = (
-            transport.evaluate({s: algorithm.down(server, s) for s in sites}, algorithm.global_model(server))
-            if measured
-            else {}
-        )
+        evaluation: Mapping[str, Mapping[str, Metrics]] = {}
+        if measured:
+            model = algorithm.global_model(server)
+            views = transport.evaluate({s: algorithm.down(server, s) for s in sites}, model)
+            evaluation, unmeasured = border.measured(views, model, central)
+            absent = dict(sorted((unmeasured | absent).items()))
         yield Round(
             step=step,
             stage=stage.name,
@@ -85,4 +86,5 @@ def run(
             exchanges=tuple(sorted(exchanges, key=lambda e: (e.direction, e.site))),
             seconds=time.perf_counter() - began,
             absent=absent,
+            share=border.share,
         )

@@ -98,7 +98,8 @@ def simulate(
     task = task or Classify(federation.shape, len(federation.classes))
     sites = workers_of(algorithm, federation, task, seed, generator, device)
     with InProcess(sites, min(workers, len(sites)), memories_folder(folder) if folder else None, watcher.progress) as transport:
-        central = server_side(task, transport, federation.prompts, generator, device, folder, watcher, transport.spread)
+        prompts, rows = federation.prompts, federation.rows
+        central = server_side(task, transport, prompts, generator, device, folder, watcher, rows, transport.spread)
         yield from run(algorithm, central, transport, seed, start=start, evaluate=evaluate, border=border)
 
 
@@ -110,13 +111,19 @@ def server_side(
     device: str,
     folder: Path | None,
     watcher: Watcher,
+    rows: Mapping[str, Mapping[str, int]],
     spread: Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], list[Any]] = in_turn,
 ) -> Central:
-    """What the server may see in a run over this transport."""
+    """Return what the server may see in a run over this transport.
+
+    Args:
+        rows: what each site has declared, by split; it may grow while sites come.
+    """
     return Central(
         task=task,
         rng=torch.Generator(),
         sites=transport.sites,
+        rows=rows,
         prompts=prompts,
         generator=generator,
         device=device,
@@ -263,7 +270,8 @@ def proceed(config: Config, folder: Path, watcher: Watcher | None = None, place:
     if not (folder / "config.toml").exists():
         return execute(config, folder, watcher, place=place)
     begun = read_config(folder)
-    if replace(begun, border=config.border, workers=config.workers) != config:
+    border = replace(config.border, share=begun.border.share)  # of the border, the only setting that changes results
+    if replace(begun, border=border, workers=config.workers) != config:
         raise InputError(f"{folder} holds a run of other settings than the configuration names; choose another out")
     return resume(folder, watcher, place=place)
 

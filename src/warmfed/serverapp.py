@@ -28,7 +28,7 @@ from .runs import SITES, Place, Watcher, proceed, server_side
 from .site import agree, roster
 from .transports import flower
 from .transports.remote import Remote
-from .transports.wire import HELLO, REFUSED, Card, Refusal, Request, opened
+from .transports.wire import HELLO, REFUSED, Card, Refusal, Request, check_card, opened
 
 
 @dataclass
@@ -42,15 +42,19 @@ class There(Place):
     _run: str = ""
     _sites: tuple[str, ...] = ()
     _cards: dict[str, Card] = field(default_factory=dict)
+    _rows: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    """What each site has declared first: a site that comes again cannot declare more."""
 
     def prepare(self, config: Config) -> Ready:
         kept = self.folder / "checkpoint" / SITES
         begun = read_json(kept, "the run's sites") if kept.exists() else None
         self._run = begun["run"] if begun else secrets.token_hex(8)
+        self._rows = {site: rows for site, rows in begun["roster"]["rows"].items() if any(rows.values())} if begun else {}
         asked = Request(self._run, "", config.toml(), HELLO, 0, 0, None)
         names_of = self._registered()
         self.post.name_of = lambda key: names_of.get(openssh(key))
-        self.post.hello, self.post.introduce = encode(asked), lambda site, data: self._introduced(asked, site, data)
+        self.post.hello = encode(asked)
+        self.post.introduce = lambda site, data: self._introduced(asked, site, data, config.border.rows)
         self.post.refusal = lambda reason: encode(replace(asked, stage=REFUSED, body=Refusal(reason)))
         names = begun["sites"] if begun else config.border.sites
         needed = config.border.needed(len(names)) if names else config.border.least
@@ -81,15 +85,21 @@ class There(Place):
                 raise InputError(f"the server's {what} is {here!r}, that of site {site!r} {there!r}; they must be equal")
         return ready
 
-    def _introduced(self, asked: Request, site: str, data: bytes) -> None:
-        """Keep the card in a site's answer to hello; raises `InputError` where the site does not take part."""
+    def _introduced(self, asked: Request, site: str, data: bytes, most: int) -> None:
+        """Keep the card in a site's answer to hello; raises `InputError` where the site does not take part.
+
+        Args:
+            most: rows that a site may declare in all; 0: any number.
+        """
         card = opened(data, asked, site, Card).body
+        check_card(card, most)
         if self._sites and site not in self._sites:
             raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
         if self._cards and self._sites:
             first = min(self._cards)
             agree(card, site, self._cards[first], first)
         self._cards[site] = card
+        self._rows.setdefault(site, {split: int(count) for split, count in card.rows.items()})
 
     def rounds(
         self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator, watcher: Watcher
@@ -99,7 +109,8 @@ class There(Place):
         sites = {"run": self._run, "sites": self._sites, "roster": asdict(ready.federation)}
         write_json(folder / "checkpoint" / SITES, sites)
         transport = self._transport(config)
-        central = server_side(ready.task, transport, ready.federation.prompts, generator, config.device, folder, watcher)
+        prompts = ready.federation.prompts
+        central = server_side(ready.task, transport, prompts, generator, config.device, folder, watcher, self._rows)
         yield from run(
             config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, border=config.border
         )

@@ -39,7 +39,8 @@ class OnRay(Place):
     ) -> abc.Generator[Round, None, None]:
         config = ready.config
         transport = Remote(self.post, tuple(sorted(ready.images.sites)), "", config.toml(), config.border)
-        central = server_side(ready.task, transport, ready.images.prompts, generator, config.device, folder, watcher)
+        images = ready.images
+        central = server_side(ready.task, transport, images.prompts, generator, config.device, folder, watcher, images.rows)
         yield from run(
             config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, border=config.border
         )

@@ -32,7 +32,20 @@ from .runfolder import write_model
 from .settings import construct
 from .tensors import sha256
 from .transports.memories import Memories, unfinished
-from .transports.wire import EVALUATE, FINISH, HELLO, REFUSED, Answer, Card, Kept, Measures, Models, Refusal, Request
+from .transports.wire import (
+    EVALUATE,
+    FINISH,
+    HELLO,
+    REFUSED,
+    Answer,
+    Card,
+    Kept,
+    Measures,
+    Models,
+    Refusal,
+    Request,
+    check_card,
+)
 from .transports.worker import Worker, exchange
 
 
@@ -420,8 +433,10 @@ def roster(cards: Mapping[str, Card], sites: tuple[str, ...]) -> Roster:
     """The federation as these cards describe it; a site that has shown none has no rows yet.
 
     Raises:
-        InputError: two cards differ in what must be equal everywhere, naming the sites and both values.
+        InputError: a card is not one, or two differ in what must be equal everywhere, naming the sites and both values.
     """
+    for card in cards.values():
+        check_card(card)
     first = next(iter(sorted(cards)))
     for site in sorted(cards):
         agree(cards[site], site, cards[first], first)
@@ -437,5 +452,6 @@ def agree(card: Card, site: str, other: Card, whose: str) -> None:
     for name in ("version", "classes", "template", "shape", "base", "start"):
         if getattr(card, name) != getattr(other, name):
             raise InputError(
-                f"site {site!r} has {name} {getattr(card, name)!r}, {whose} has {getattr(other, name)!r}; they must be equal"
+                f"site {site!r} has {name} {printable(repr(getattr(card, name)), 120)}, "
+                f"{whose} has {printable(repr(getattr(other, name)), 120)}; they must be equal"
             )

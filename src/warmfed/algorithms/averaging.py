@@ -1,10 +1,12 @@
 """The abstract families "rounds of training" and "average what comes back": defaults for everything except `train`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State, Task
 from ..errors import InputError
@@ -49,6 +51,19 @@ def expect(model: Tensors, ctx: Central, keep: Callable[[str], bool] = lambda na
         raise InputError(f"{wrong}; do all run one version of warmfed?")
 
 
+def count_fits(count: Sequence[int | float], classes: int, weight: float) -> None:
+    """Raise `InputError` if these are not how often each class occurs in as many rows as a reply's weight says."""
+    whole = len(count) == classes and all(0 <= n <= weight and n == int(n) for n in count)
+    if not whole or sum(count) != weight:
+        raise InputError(f"its counts are {list(count)[:20]}, expected {classes} whole numbers whose sum is {weight:.0f}")
+
+
+def counted(count: Tensor, weight: float) -> Tensor:
+    """Return how often each class occurs at a site, reduced so that the sum is the weight that its reply was admitted with."""
+    total = int(count.sum())
+    return count if total <= weight else count.double() * (weight / total)
+
+
 @dataclass(frozen=True)
 class Rounds(ABC):
     """Abstract: rounds of local training, whose results the server combines in a way of the method's own."""
@@ -59,6 +74,10 @@ class Rounds(ABC):
     """Share of the sites asked in each round."""
     local: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """A site's training in one round."""
+    replies: ClassVar[tuple[type, ...]] = ()
+    """Kinds of message that a site may answer a round with; empty: the kind that it was sent."""
+    change: ClassVar[Any] = None
+    """`Stage.change` of a round."""
 
     @abstractmethod
     def train(self, down: Message, state: State, ctx: Local) -> Reply: ...
@@ -76,7 +95,21 @@ class Rounds(ABC):
         return None
 
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage("train", self.merge, self.train, sample=self.sample, check=self.check, images=False),) * self.rounds
+        return (self.round,) * self.rounds
+
+    @property
+    def round(self) -> Stage:
+        """One round of training."""
+        return Stage(
+            "train",
+            self.merge,
+            self.train,
+            sample=self.sample,
+            replies=self.replies,
+            check=self.check,
+            change=self.change,
+            images=False,
+        )
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:  # noqa: B027 - most methods have nothing to add
         """Raise `InputError` where a reply cannot be used for what the border does not know."""
@@ -157,8 +190,8 @@ class Personalized(Averaging):
         """A site's own model, from the last global one."""
 
     def stages(self) -> tuple[Stage, ...]:
-        train = Stage("train", self.merge, self.train, sample=self.sample, check=self.check, images=False)
-        return (train,) * self.rounds + (Stage("personalize", self.done, self.personalize, images=False),)
+        personalize = Stage("personalize", self.done, self.personalize, replies=(Nothing,), images=False)
+        return (self.round,) * self.rounds + (personalize,)
 
     def personalize(self, down: Message, state: State, ctx: Local) -> Reply:
         model, info = self.own(down.model, ctx)

@@ -5,7 +5,7 @@ whole model, which the paper found best.
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from ..core import Central, Local, Metrics, Reply, State
 from ..fit import Training, fit
@@ -30,6 +30,7 @@ class FedBABU(Personalized):
     """How the names of the tensors begin that stay as they were drawn until then."""
     personal: Training = Training(lr=0.02, epochs=5, clip=1.0)
     """That fine-tuning."""
+    replies: ClassVar[tuple[type, ...]] = (Body,)
 
     def train(self, down: Message, state: State, ctx: Local) -> Reply:
         model, metrics = fit(ctx, down.model, self.local, ctx.data["train"], trainable=self.body)

@@ -24,7 +24,7 @@ from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child
 from ..tensors import Tensors, dealt, flat, rows, select, sub
-from .averaging import DRAWING, Averaging, Model, expect, upload
+from .averaging import DRAWING, Averaging, Model, count_fits, counted, expect, upload
 from .synthetic import keep_samples
 
 SIGNALS = ("progress", "update", "dispersion")
@@ -96,9 +96,15 @@ class FedDDPM(Averaging):
 
     def stages(self) -> tuple[Stage, ...]:
         local = Stage(
-            "local", self.collect, self.draw, down=lambda server, site: Nothing(), evaluated=False, check=self.check,
+            "local",
+            self.collect,
+            self.draw,
+            down=lambda server, site: Nothing(),
+            evaluated=False,
+            replies=(Drawing,),
+            check=self.check,
             images=False,
-        )  # fmt: skip
+        )
         auxiliary = Stage("auxiliary", self.auxiliary, evaluated=False)
         train = Stage("train", self.merge, self.train, sample=self.sample, images=False)
         alone = Stage("alone", self.alone)
@@ -120,12 +126,10 @@ class FedDDPM(Averaging):
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
         expect(reply.message.model, ctx)
-        counts = reply.message.labels
-        if len(counts) != ctx.task.classes or min(counts) < 0 or not sum(counts):
-            raise InputError(f"images of {ctx.task.classes} classes were expected, {list(counts)} of each came")
+        count_fits(reply.message.labels, ctx.task.classes, reply.weight)
 
     def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        labels = {site: torch.tensor(reply.message.labels) for site, reply in replies.items()}
+        labels = {site: counted(torch.tensor(reply.message.labels), reply.weight) for site, reply in replies.items()}
         return replace(server, locals={site: r.message.model for site, r in replies.items()}, labels=labels), {}
 
     # auxiliary: the server draws from all of them, in proportion to the sites' images

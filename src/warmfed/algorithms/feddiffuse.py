@@ -10,7 +10,7 @@ A transformer has no bottleneck by itself: its one or two middle blocks count as
 """
 
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
@@ -60,14 +60,14 @@ class FedDiffuse(Averaging):
     exchange: str = "full"
     """full: the whole network both ways; usplit: all of it down, and of each pair of sites one returns the decoder, the other
     the encoder; ulatdec: bottleneck and decoder; udec: the decoder."""
+    replies: ClassVar[tuple[type, ...]] = (Returned,)
 
     def __post_init__(self) -> None:
         one_of(self, exchange=tuple(TRAVELS))
 
     def stages(self) -> tuple[Stage, ...]:
-        train = Stage("train", self.merge, self.train, sample=self.sample, check=self.check, images=False)
-        start = Stage("start", self.started, self.keep, evaluated=False, images=False)
-        return ((start,) if self.private else ()) + (train,) * self.rounds
+        start = Stage("start", self.started, self.keep, evaluated=False, replies=(Nothing,), images=False)
+        return ((start,) if self.private else ()) + (self.round,) * self.rounds
 
     @property
     def private(self) -> tuple[str, ...]:

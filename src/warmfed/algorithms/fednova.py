@@ -5,9 +5,8 @@ goes the mean length in their mean direction.
 Departures: none; with momentum ‖a_i‖₁ is the paper's (section 4), without it the number of steps. No server momentum.
 """
 
-import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
 from ..errors import InputError
@@ -30,6 +29,8 @@ class Normalized:
 class FedNova(Rounds):
     """FedAvg of normalized changes: how many steps a site takes no longer decides how much it counts."""
 
+    replies: ClassVar[tuple[type, ...]] = (Normalized,)
+
     def __post_init__(self) -> None:
         self.local.accumulated(1)  # refuses a training whose steps are no sum of gradients
 
@@ -42,8 +43,13 @@ class FedNova(Rounds):
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
         expect(reply.message.direction, ctx)
-        if not 0 < reply.message.accumulated < math.inf:
-            raise InputError(f"it accumulated {reply.message.accumulated} gradients")
+        # the weight is a number of rows by now, at most those that the site has declared
+        most = self.local.accumulated(int(reply.weight))
+        if not 0 < reply.message.accumulated <= most:
+            raise InputError(f"it accumulated {reply.message.accumulated} gradients, expected at most {most}")
+
+    def change(self, message: Message, down: Message) -> Tensors:
+        return {f"model/{name}": value.double() * message.accumulated for name, value in message.direction.items()}
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         direction = mean((reply.message.direction, reply.weight) for reply in replies.values())

@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..tensors import Tensors, mean, rows
-from .averaging import DRAWING, Averaging, Model, upload
+from .averaging import DRAWING, Averaging, Model, count_fits, counted, upload
 
 
 @message
@@ -83,7 +83,16 @@ class FedPhD(Averaging):
             raise InputError("edges and period from 1, dense and trust from 0 and pruned from 0 to below 1 were expected")
 
     def stages(self) -> tuple[Stage, ...]:
-        enrol = Stage("enrol", self.enrolled, self.tell, down=lambda server, site: Nothing(), evaluated=False, images=False)
+        enrol = Stage(
+            "enrol",
+            self.enrolled,
+            self.tell,
+            down=lambda server, site: Nothing(),
+            evaluated=False,
+            replies=(Labels,),
+            check=self.told,
+            images=False,
+        )
         return (enrol, *(Stage("train", self.merge, self.train, sample=self.sample, images=False),) * self.rounds)
 
     def init(self, ctx: Central) -> ServerState:
@@ -99,8 +108,12 @@ class FedPhD(Averaging):
         counts = ctx.data["train"]["label"].bincount(minlength=ctx.task.classes)
         return Reply(Labels(tuple(map(float, counts.tolist()))), state, float(rows(ctx.data["train"])), {})
 
+    def told(self, reply: Reply, site: str, ctx: Central) -> None:
+        """Raise `InputError` if the counts are not those of the site's rows."""
+        count_fits(reply.message.counts, ctx.task.classes, reply.weight)
+
     def enrolled(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        labels = {site: torch.tensor(reply.message.counts) for site, reply in replies.items()}
+        labels = {site: counted(torch.tensor(reply.message.counts), reply.weight) for site, reply in replies.items()}
         return self.joined(replace(server, labels=labels), ctx), {}
 
     def joined(self, server: Server, ctx: Central) -> Server:

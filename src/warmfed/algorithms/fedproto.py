@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..fit import Loss, fit
 from ..messages import Message, message
 from ..tensors import Table, Tensors, misfit, rows
-from .averaging import Model, Rounds
+from .averaging import Model, Rounds, count_fits, counted
 
 
 @message
@@ -85,14 +85,23 @@ class FedProto(Rounds):
             mean = torch.empty_like(ctx.task.build().head.weight)
             count = torch.empty(ctx.task.classes, dtype=torch.int64)
         wrong = misfit(reply.message.feature, {"mean": mean}) or misfit(reply.message.count, {"images": count})
-        if wrong or reply.message.count["images"].min() < 0:
-            raise InputError(wrong or "it counts fewer than no images")
+        if wrong:
+            raise InputError(wrong)
+        count_fits(reply.message.count["images"].tolist(), ctx.task.classes, reply.weight)
+
+    def change(self, message: Message, down: Message) -> Tensors:
+        # of classes that the site holds: of the others it sends zeros
+        known = message.count["images"] > 0
+        now = message.feature["mean"][known].double()
+        return {"feature/mean": now - down.feature["mean"][known].double() if down.feature else now}
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        sent = [reply.message for reply in replies.values()]
-        count = torch.stack([p.count["images"] for p in sent]).sum(0)
-        total = torch.stack([p.feature["mean"].double() * p.count["images"][:, None] for p in sent]).sum(0)
-        mean = (total / count.clamp_min(1)[:, None]).float()
+        counts = [counted(reply.message.count["images"], reply.weight) for reply in replies.values()]
+        sent = [reply.message.feature["mean"].double() for reply in replies.values()]
+        weight = torch.stack(counts).sum(0)
+        total = torch.stack([mean * n[:, None] for mean, n in zip(sent, counts, strict=True)]).sum(0)
+        mean = (total / torch.where(weight > 0, weight, 1)[:, None]).float()
+        count = torch.stack([reply.message.count["images"] for reply in replies.values()]).sum(0)
         if server.feature:
             # a class that nobody of this round holds keeps its prototype
             old = count == 0

@@ -29,6 +29,7 @@ class FGL(WarmStarted):
     """Warm start from prompts alone, then FedAvg with server fine-tuning on a synthetic subset."""
 
     images: ClassVar[bool] = False
+    offers: ClassVar[tuple[type, ...]] = (Classes,)
 
     def generator(self, ctx: Local | Central) -> Generator:
         return generator_of(ctx)

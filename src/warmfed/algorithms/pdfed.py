@@ -12,7 +12,7 @@ As in the paper there is no global model: each site has its own.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
 from ..errors import InputError
@@ -50,6 +50,7 @@ class PDFed(Averaging):
     """Images that a site draws from each model to score it; the paper has 1,000."""
     novelty: float = 1.0
     """Weight of the share of copies (in percent) in the score, beside the Fréchet distance."""
+    replies: ClassVar[tuple[type, ...]] = (Submission,)
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.novelty < 0:

@@ -8,7 +8,7 @@ expectation is what it was (QSGD, Alistarh et al., NeurIPS 2017, arXiv:1610.0213
 """
 
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from torch import Tensor
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
 from ..errors import InputError
 from ..fit import Training, fit
-from ..messages import Message, message
-from ..randomness import aside, named
-from ..tensors import Tensors, add, rows, sub
+from ..messages import Message, kind, message
+from ..randomness import aside
+from ..tensors import Tensors, add, misfit, rows, sub
 from .averaging import DRAWING, Averaging, Model, upload
 
 BITS = (0, 1, 2, 4, 8)
@@ -63,6 +63,7 @@ class FedDMQuant(Averaging):
     """A site's training in one round."""
     bits: int = 8
     """Bits of a number: 8, 4, 2 or 1; 0: changes are not quantized, and this is FedAvg."""
+    replies: ClassVar[tuple[type, ...]] = (Quantized, Model)
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -84,18 +85,27 @@ class FedDMQuant(Averaging):
         return Reply(sent, state, float(rows(data)), metrics)
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        if type(reply.message) is not (Quantized if self.bits else Model):
+            raise InputError(f"it sent {kind(type(reply.message))}, expected its change in {self.bits} bits")
         if not self.bits:
             return
-        for name, value in ctx.task.init(named("layout")).items():
-            if value.is_floating_point():
-                codes, grid = reply.message.codes.get(name), reply.message.grids.get(name)
-                good = codes is not None and (codes.shape, codes.dtype) == ((-(-value.numel() * self.bits // 8),), torch.uint8)
-                good = good and grid is not None and (grid.shape, grid.dtype) == ((2,), torch.float32)
-            else:
-                plain = reply.message.plain.get(name)
-                good = plain is not None and (plain.shape, plain.dtype) == (value.shape, value.dtype)
-            if not good:
-                raise InputError(f"tensor {name!r} is not the model's in {self.bits} bits; it is refused")
+        with torch.device("meta"):  # only shapes are needed
+            model = ctx.task.build().state_dict()
+            floating = {name: value.numel() for name, value in model.items() if value.is_floating_point()}
+            codes = {name: torch.empty(-(-n * self.bits // 8), dtype=torch.uint8) for name, n in floating.items()}
+            grids = {name: torch.empty(2) for name in floating}
+        plain = {name: value for name, value in model.items() if name not in floating}
+        sent: Any = reply.message
+        if wrong := misfit(sent.codes, codes) or misfit(sent.grids, grids) or misfit(sent.plain, plain):
+            raise InputError(f"{wrong}, for the model's change in {self.bits} bits")
+
+    def change(self, message: Message, down: Message) -> Tensors:
+        if not self.bits:
+            return sub(message.model, down.model)
+        return {
+            f"model/{name}": restore(codes, message.grids[name].double(), self.bits, down.model[name].double())
+            for name, codes in message.codes.items()
+        }
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         restored = {site: self._restored(server.model, reply) for site, reply in replies.items()} if self.bits else replies

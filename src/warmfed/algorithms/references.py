@@ -7,13 +7,14 @@ until validation stops improving (`until` validation): the best validated weight
 from dataclasses import dataclass, replace
 from typing import final
 
+import torch
 from torch import Tensor
 
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
 from ..errors import InputError
 from ..fit import Context, Training, fit
 from ..messages import Message, message
-from ..tensors import Table, Tensors, join, rows
+from ..tensors import Table, Tensors, join, misfit, rows
 from .averaging import Model
 
 
@@ -74,7 +75,7 @@ class LocalOnly:
         return Model(ctx.task.init(ctx.rng))
 
     def stages(self) -> tuple[Stage, ...]:
-        first = Stage("train", self.done, self.train, images=False)
+        first = Stage("train", self.done, self.train, replies=(Nothing,), images=False)
         later = replace(first, down=lambda server, site: Nothing())
         count = self.rounds if self.budget.until == "budget" else 1
         return ((first,) + (later,) * count)[:count]
@@ -137,13 +138,33 @@ class Centralized:
 
     def stages(self) -> tuple[Stage, ...]:
         collect = Stage(
-            "collect", self.pool, self.send, down=lambda server, site: Nothing(), evaluated=False, images=True
-        )  # fmt: skip
+            "collect",
+            self.pool,
+            self.send,
+            down=lambda server, site: Nothing(),
+            evaluated=False,
+            replies=(Images,),
+            check=self.check,
+            images=True,
+        )
         return (collect,) + (Stage("train", self.train),) * (self.rounds if self.budget.until == "budget" else 1)
 
     def send(self, down: Message, state: State, ctx: Local) -> Reply:
         images = Images(ctx.data["train"], ctx.data["validation"])
         return Reply(images, None, float(rows(ctx.data["train"])), {})
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        """Raise `InputError` if a table does not have the columns that the task learns from, or unknown labels."""
+        blank = {"image": torch.zeros(1, *ctx.task.shape, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.int64)}
+        like = ctx.task.tables({"train": blank})["train"]
+        declared = {"train": reply.weight, **ctx.rows.get(site, {})}
+        for split, table in (("train", reply.message.train), ("validation", reply.message.validation)):
+            label = table.get("label", torch.empty(0))
+            count = int(declared.get(split, label.numel()))
+            if wrong := misfit(table, {name: column.expand(count, *column.shape[1:]) for name, column in like.items()}):
+                raise InputError(f"{split}: {wrong}")
+            if not count or not 0 <= int(label.min()) <= int(label.max()) < ctx.task.classes:
+                raise InputError(f"{split}: it has no labels, or one that is not from 0 to {ctx.task.classes - 1}")
 
     def pool(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         train = join(reply.message.train for reply in replies.values())

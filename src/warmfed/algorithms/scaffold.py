@@ -6,13 +6,13 @@ Departures: none with `local.momentum` and `local.clip` 0; clipping bounds the c
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
 from ..fit import fit
-from ..messages import Message, message
+from ..messages import Message, message, tensors_of
 from ..tensors import Tensors, add, mean, rows, scale, sub, to, zeros
-from .averaging import Rounds
+from .averaging import Rounds, expect
 
 
 @message
@@ -45,6 +45,7 @@ class Scaffold(Rounds):
 
     server_lr: float = 1.0
     """η_g, by which the mean change of the models is multiplied."""
+    replies: ClassVar[tuple[type, ...]] = (Change,)
 
     def __post_init__(self) -> None:
         self.local.accumulated(1)  # refuses a training whose steps are no sum of gradients
@@ -64,6 +65,13 @@ class Scaffold(Rounds):
         reach = self.local.accumulated(rows(data)) * self.local.lr  # K·η
         control = sub(scale(change, -1 / reach), shift)  # c_i⁺ = c_i - c + (x - y_i)/(K·η)
         return Reply(Change(change, sub(control, state.control)), Control(control), float(rows(data)), metrics)
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        expect(reply.message.model, ctx)
+        expect(reply.message.control, ctx)
+
+    def change(self, message: Message, down: Message) -> Tensors:
+        return tensors_of(message)
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         model = mean((reply.message.model, 1.0) for reply in replies.values())

@@ -22,6 +22,7 @@ from ..messages import Message, message
 from ..randomness import child, named, number
 from ..tensors import Table, Tensors, dealt, join, rows, select, sha256
 from .averaging import Averaging, Model, upload
+from .judgement import suspects
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Synthesis:
 
     per_class: int = 80
     """Images per site and class."""
+    contradicted: float = 0.4
+    """Share of a site's classes that most others see as another class, from which on it is set aside; 0: none is."""
     filter: str = "cross"
     """cross: drop samples whose class a classifier trained on the other half of S holds for unlikely; none."""
     least: float = 0.1
@@ -52,6 +55,8 @@ class Synthesis:
             raise InputError(f"filter must be cross or none; got {self.filter!r}")
         if self.per_class < 1 or self.subset < 1:
             raise InputError("per_class and subset must be at least 1; check [algorithm.synthesis]")
+        if not 0 <= self.contradicted <= 1:
+            raise InputError(f"contradicted must be from 0 to 1; got {self.contradicted}; check [algorithm.synthesis]")
         if not (0 <= self.least < 1 and 0 <= self.focus < 1 and self.distinct >= 0 and 0 <= self.soft <= 1):
             raise InputError(
                 "least and focus must be at least 0 and below 1, distinct at least 0, soft from 0 to 1; "
@@ -140,6 +145,15 @@ def repeated(samples: Table, distance: float) -> Tensor:
     return again
 
 
+def without(samples: Table, sites: tuple[str, ...], aside: tuple[str, ...]) -> Table:
+    """The samples of the sites that are not set aside, whose places in the column "site" are counted anew."""
+    if not aside:
+        return samples
+    left = torch.tensor([site not in aside for site in sites])
+    kept = select(samples, left[samples["site"]])
+    return {**kept, "site": (left.long().cumsum(0) - 1)[kept["site"]]}
+
+
 def even(samples: Table, count: int, rng: torch.Generator) -> Table:
     """`count` rows at most, as even over sites and classes as the samples allow."""
     order = torch.randperm(rows(samples), generator=rng)
@@ -156,13 +170,21 @@ def even(samples: Table, count: int, rng: torch.Generator) -> Table:
 def warm_start(
     ctx: Central, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], settings: Synthesis
 ) -> tuple[Tensors, Table, Metrics]:
-    """Draw S, filter it and train the task's model on it from random weights.
+    """Draw S, set aside the sites whose samples the others contradict, filter the rest and train the task's model on it.
+
+    Training begins with random weights.
 
     Returns:
-        θ_g^0; S_sub as `labelled` makes it; and what the record shows: how many samples were drawn and kept, by site.
+        θ_g^0; S_sub as `labelled` makes it; and what the record shows: how many samples were drawn and kept, by site,
+        and who was set aside.
     """
     first = max(1, round(settings.per_class * (1 - settings.focus)))
     samples = draw(ctx, adapters, classes, first)
+    aside, told = suspects(samples, tuple(adapters), settings.contradicted)
+    told = {**told, **{f"samples/{site}": float(first * len(classes[site])) for site in aside}}
+    told |= {f"kept/{site}": 0.0 for site in aside}
+    samples = without(samples, tuple(adapters), aside)
+    adapters = {site: adapter for site, adapter in adapters.items() if site not in aside}
     belief = judged(ctx, samples, settings.filter_training)
     if settings.focus and first < settings.per_class:
         more = (settings.per_class - first) * sum(len(classes[site]) for site in adapters)
@@ -179,7 +201,7 @@ def warm_start(
     columns = {name: column for name, column in kept.items() if name != "site"}
     model, info = fit(replace(ctx, rng=child(ctx.rng)), ctx.task.init(child(ctx.rng)), settings.training, columns)
     subset = even(kept, settings.subset, child(ctx.rng))
-    metrics = {"samples": float(rows(samples)), "kept": float(rows(kept)), "loss": info["loss"]}
+    metrics = {"samples": float(rows(samples)), "kept": float(rows(kept)), "loss": info["loss"], **told}
     for i, site in enumerate(adapters):
         mine = samples["site"] == i
         metrics |= {
@@ -264,6 +286,8 @@ class WarmStarted(Averaging):
     """Whether the server fine-tunes the aggregated model on S_sub."""
     tune_training: Training = Training(lr=0.01, epochs=2, clip=1.0)
     """That fine-tuning."""
+    offers: ClassVar[tuple[type, ...]] = (Offer,)
+    """Kinds of message that a site may send before the warm start."""
 
     @abstractmethod
     def generator(self, ctx: Local | Central) -> Generator:
@@ -277,9 +301,15 @@ class WarmStarted(Averaging):
 
     def stages(self) -> tuple[Stage, ...]:
         adapt = Stage(
-            "adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=self.check,
+            "adapt",
+            self.collect,
+            self.adapt,
+            down=lambda server, site: Nothing(),
+            evaluated=False,
+            replies=self.offers,
+            check=self.check,
             images=self.images,
-        )  # fmt: skip
+        )
         train = Stage("train", self.merge, self.train, sample=self.sample, images=False)
         return (adapt, Stage("warm", self.start)) + (train,) * self.rounds
 

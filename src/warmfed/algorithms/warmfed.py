@@ -22,10 +22,12 @@ from ..errors import InputError, one_of
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child
-from ..tensors import Tensors, join, mean, mix, rows, select
-from .averaging import Model, average, expect, upload
+from ..tensors import Tensors, join, mix, rows, select
+from .averaging import Model, expect, upload
 from .distillation import Distillation, distilled, dynamic
-from .synthetic import Synthesis, draw, fits, gather, generator_of, held, labelled, likely, warm_start
+from .judgement import late_suspects
+from .robust import Robust
+from .synthetic import Synthesis, draw, fits, gather, generator_of, held, labelled, likely, warm_start, without
 
 
 @message
@@ -136,6 +138,8 @@ class WarmFed:
     """How the teacher teaches."""
     upload: str = "local"
     """Which model is averaged: local (trained for it), or personal (reading B: the distilled one)."""
+    robust: Robust = Robust()
+    """How the models that come back are combined; the default is the weighted mean."""
 
     def __post_init__(self) -> None:
         one_of(self, before=("client", "server", "none"), distill=("dynamic", "static", "none"), upload=("local", "personal"))
@@ -146,17 +150,38 @@ class WarmFed:
 
     def stages(self) -> tuple[Stage, ...]:
         adapt = Stage(
-            "adapt", self.collect, self.adapt, down=lambda server, site: Nothing(), evaluated=False, check=self.check,
+            "adapt",
+            self.collect,
+            self.adapt,
+            down=lambda server, site: Nothing(),
+            evaluated=False,
+            replies=(Adapter,),
+            check=self.check,
             images=False,
-        )  # fmt: skip
+        )
         warm = Stage("warm", self.start)
-        evaluated = not (self.tunes and self.gate)
         train = Stage(
-            "train", self.merge, self.train, self.invite, sample=self.sample, evaluated=evaluated, check=self.check,
+            "train",
+            self.merge,
+            self.train,
+            self.invite,
+            sample=self.sample,
+            evaluated=not (self.tunes and self.gate),
+            replies=(Model, Joined),
+            check=self.check,
             images=False,
-        )  # fmt: skip
-        gate = Stage("gate", self.decide, self.judge, down=self.candidates, check=self.judged, images=False)
-        personalize = Stage("personalize", self.done, self.personalize, images=False)
+        )
+        gate = Stage(
+            "gate",
+            self.decide,
+            self.judge,
+            self.candidates,
+            replies=(Verdict,),
+            check=self.judged,
+            weighs="validation",
+            images=False,
+        )
+        personalize = Stage("personalize", self.done, self.personalize, replies=(Nothing,), images=False)
         one_round = (train, gate) if self.tunes and self.gate else (train,)
         return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
 
@@ -198,7 +223,9 @@ class WarmFed:
     def start(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
         model, subset, metrics = warm_start(ctx, server.adapters, classes, self.synthesis)
-        return replace(server, model=model, subset=subset, adapters={}), metrics
+        # none of its classes is in S_sub, from which a late site's share is counted
+        held = {site: y[:0] if f"set_aside/{site}" in metrics else y for site, y in server.classes.items()}
+        return replace(server, model=model, subset=subset, classes=held, adapters={}), metrics
 
     # train: rounds t = 1..R
 
@@ -242,14 +269,15 @@ class WarmFed:
 
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         server = replace(server, holders=tuple(sorted({*server.holders, *replies})))
-        late = {site: reply for site, reply in replies.items() if isinstance(reply.message, Joined)}
+        late = {s: reply for s, reply in replies.items() if isinstance(reply.message, Joined) and s not in server.classes}
         server, added = self.welcome(server, late, ctx) if late else (server, {})
         if self.before == "server" and self.warm:
             # reading R1: each uploaded model, before they are averaged
-            models = ((fit(ctx, r.message.model, self.before_training, server.subset)[0], r.weight) for r in replies.values())
-            merged = mean(models)
-        else:
-            merged = dict(average(replies))
+            replies = {
+                site: replace(r, message=Model(fit(ctx, r.message.model, self.before_training, server.subset)[0]))
+                for site, r in replies.items()
+            }
+        merged = self.robust.combine(server.model, replies)
         if not self.tunes:
             return replace(server, model=merged), added
         tuned, info = fit(ctx, merged, self.tune_training, server.subset)  # e_f epochs
@@ -259,17 +287,23 @@ class WarmFed:
         return replace(server, model=tuned), {**metrics, "gate_kept": 1.0, "gate_strength": 1.0}
 
     def welcome(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        """Draw from the adapters that came late, and add to S_sub as much of each as the others have in it."""
+        """Draw from the adapters that came late, and add to S_sub as much of each as the others have in it.
+
+        Samples that S_sub contradicts are not added.
+        """
         adapters, classes = gather(ctx, ctx.generator, replies)
         share = round(rows(server.subset) / max(sum(len(held) for held in server.classes.values()), 1))
         samples = draw(ctx, adapters, {site: tuple(held.tolist()) for site, held in classes.items()}, max(share, 1))
+        aside, told = late_suspects(samples, tuple(adapters), server.subset, self.synthesis.contradicted)
+        samples = without(samples, tuple(adapters), aside)
         # the model that there is by now does what the two halves of S did for each other
         belief = ctx.task.predict(server.model, samples, device=ctx.device).softmax(-1)
         table = labelled(samples, belief, self.synthesis.soft)
         if self.synthesis.filter == "cross":
             table = select(table, likely(belief, samples["label"]) >= self.synthesis.least)
+        classes = {site: held[:0] if site in aside else held for site, held in classes.items()}
         server = replace(server, subset=join([server.subset, table]), classes={**server.classes, **classes})
-        return server, {"joined_samples": float(rows(table))}
+        return server, {"joined_samples": float(rows(table)), **told}
 
     # gate: the sites judge the fine-tuning
 
@@ -283,18 +317,17 @@ class WarmFed:
     def judged(self, reply: Reply, site: str, ctx: Central) -> None:
         """Raise `InputError` where a verdict lacks a share of the fine-tuning, or holds numbers that cannot be."""
         right, loss, count = reply.message.right, reply.message.loss, reply.message.count
-        known = right.keys() == loss.keys() == set(_SHARES)
-        if not known or count < 0 or not all(0 <= right[s] < count + 0.5 and math.isfinite(loss[s]) for s in _SHARES):
+        known = right.keys() == loss.keys() == set(_SHARES) and count == reply.weight
+        if not known or not all(0 <= right[s] < count + 0.5 and 0 <= loss[s] < math.inf for s in _SHARES):
             raise InputError(f"right answers and losses of {', '.join(_SHARES)} were expected, {reply.message} came")
 
     def decide(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         """Keep the share of the fine-tuning with most right answers; of equal ones the lower loss."""
-        total = Verdict(
-            {share: sum(r.message.right[share] for r in replies.values()) for share in _SHARES},
-            {share: sum(r.message.loss[share] for r in replies.values()) for share in _SHARES},
-            sum(r.message.count for r in replies.values()),
-        )
-        best, right, count = _best(total), total.right, total.count
+        heard = [(r.message, r.weight / r.message.count) for r in replies.values()]  # below 1 if the border reduced its weight
+        right = {share: sum(verdict.right[share] * part for verdict, part in heard) for share in _SHARES}
+        loss = {share: sum(verdict.loss[share] * part for verdict, part in heard) for share in _SHARES}
+        count = sum(reply.weight for reply in replies.values())
+        best = _best(right, loss)
         metrics = {
             "gate_kept": float(best != _SHARES[0]),
             "gate_strength": float(best),
@@ -309,7 +342,8 @@ class WarmFed:
     def personalize(self, down: Message, state: State, ctx: Local) -> Reply:
         state, info = self.personal_step(down.model, state, ctx)
         if self.personal_gate:
-            share = float(_best(_verdict(ctx, down.model, state.personal)))
+            verdict = _verdict(ctx, down.model, state.personal)
+            share = float(_best(verdict.right, verdict.loss))
             state = replace(state, personal=mix(down.model, state.personal, share))
             info = {**info, "personal_strength": share}
         return Reply(Nothing(), state, float(rows(ctx.data["train"])), info)
@@ -329,6 +363,6 @@ def _verdict(ctx: Local, before: Tensors, after: Tensors) -> Verdict:
     return Verdict(right, {share: m["loss"] * m["count"] for share, m in found.items()}, rows(table))
 
 
-def _best(verdict: Verdict) -> str:
+def _best(right: Mapping[str, float], loss: Mapping[str, float]) -> str:
     """The share with most right answers; of equal ones the lower loss."""
-    return max(_SHARES, key=lambda share: (round(verdict.right[share]), -verdict.loss[share]))
+    return max(_SHARES, key=lambda share: (round(right[share]), -loss[share]))

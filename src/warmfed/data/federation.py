@@ -9,12 +9,11 @@ from functools import cached_property
 
 import torch
 
-from ..core import prompt, prompts_of
+from ..core import SPLITS, prompt, prompts_of
 from ..errors import InputError, suggest
 from ..tensors import Table, rows, sha256
 
 _PLAIN = re.compile(r'[^/\\:*?"<>|\x00-\x1f]*')
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, eq=False)

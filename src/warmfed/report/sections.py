@@ -181,13 +181,18 @@ def samples(run: Run) -> Section | None:
     rows = []
     for site in sorted(key.removeprefix("kept/") for key in record if key.startswith("kept/")):
         kept, drawn = record[f"kept/{site}"], record.get(f"samples/{site}")
-        rows.append(_kept(site, kept, drawn, record.get(f"recognised/{site}")))
-    rows.append(_kept("all sites", record["kept"], record.get("samples"), record.get("recognised")))
+        wrong, aside = record.get(f"contradicted/{site}"), f"set_aside/{site}" in record
+        shown = "set aside" if aside else "in dispute" if record.get("disputed") and wrong else number(None)
+        rows.append((*_kept(site, kept, drawn, record.get(f"recognised/{site}")), *cells(_share(wrong), shown)))
+    whole = _kept("all sites", record["kept"], record.get("samples"), record.get("recognised"))
+    rows.append((*whole, *cells(number(None), number(None))))
     how = (
         "The server draws images from every adapter and drops those in which a check does not find the class that was "
-        "asked for; the first classifier learns from those kept. Many dropped: the adapter may need more steps."
+        "asked for; the first classifier learns from those kept. Many dropped: the adapter may need more steps. "
+        "“Contradicted” is the share of a site's classes that most other sites' samples show as one other class, shown "
+        "if a site was set aside or the adapters are in dispute. Samples of a site that was set aside are not used."
     )
-    header = ("adapter of", "kept, share", "kept", "dropped", "drawn", "recognised")
+    header = ("adapter of", "kept, share", "kept", "dropped", "drawn", "recognised", "contradicted", "verdict")
     return Section("filter", "Synthetic images kept and dropped", how, tables=[without_gaps("Filter", header, rows)])
 
 
@@ -271,7 +276,7 @@ def gate(run: Run) -> Section | None:
         site: m["personal_strength"]
         for record in run.rounds
         for site, m in sorted(record["train"].items())
-        if "personal_strength" in m
+        if m.get("personal_strength") is not None
     }
     if own:
         how += " At the end each site lets its own validation decide the same of its last personal step."

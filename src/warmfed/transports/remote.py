@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
-from ..border import Border
+from ..border import Border, guarded
 from ..core import Absent, Exchange, Metrics, Reply
-from ..errors import InputError
 from ..messages import Message, encode
 from ..tensors import Tensors
-from .wire import EVALUATE, FINISH, Kept, Measures, Models, Request, nest, opened
+from .wire import DIGEST, EVALUATE, FINISH, Kept, Measures, Models, Request, nest, opened
 from .worker import exchange
 
 
@@ -40,22 +40,24 @@ class Remote:
             if isinstance(answer, Absent):
                 yield site, answer, ()
                 continue
-            reply = answer.body
-            up = replace(exchange(site, "up", reply.message), seconds=round(answer.seconds, 3))
-            yield site, reply, (exchange(site, "down", down[site]), up)
+            up = guarded(partial(exchange, site, "up", answer.body.message))  # what is no message has no bytes either
+            if isinstance(up, Absent):
+                yield site, up, ()
+                continue
+            yield site, answer.body, (exchange(site, "down", down[site]), replace(up, seconds=round(answer.seconds, 3)))
 
-    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, dict[str, Metrics]]:
+    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, Mapping[str, Metrics] | Absent]:
         asked = Request(self.run, "", self.config, EVALUATE, 0, 0, None)
         bodies = {site: Models(content, model) for site, content in down.items()}
         answers = dict(self._ask("evaluate", asked, bodies, Measures))
-        return {s: dict(nest(answers[s].body.metrics)) for s in down if not isinstance(answers[s], Absent)}
+        return {s: a if isinstance(a, Absent) else nest(a.body.metrics) for s, a in ((s, answers[s]) for s in down)}
 
     def finish(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, str]:
         """Have each site make and keep its personal model; their digests by site. Who does not answer is missing."""
         asked = Request(self.run, "", self.config, FINISH, 0, 0, None)
         bodies = {site: Models(content, model) for site, content in down.items()}
         answers = {s: a for s, a in self._ask("query.finish", asked, bodies, Kept) if not isinstance(a, Absent)}
-        return {site: answers[site].body.personal for site in sorted(answers) if answers[site].body.personal}
+        return {site: answers[site].body.personal for site in sorted(answers) if DIGEST.fullmatch(answers[site].body.personal)}
 
     def _ask(self, action: str, asked: Request, bodies: Mapping[str, Message], body: type) -> Iterator[tuple[str, Any]]:
         letters = {site: encode(replace(asked, site=site, body=content)) for site, content in bodies.items()}
@@ -63,7 +65,4 @@ class Remote:
             if isinstance(data, Absent):
                 yield site, data
                 continue
-            try:
-                yield site, opened(data, asked, site, body, self.border.bytes)
-            except InputError as error:
-                yield site, Absent(str(error))
+            yield site, guarded(partial(opened, data, asked, site, body, self.border.bytes))

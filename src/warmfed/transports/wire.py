@@ -4,10 +4,12 @@ A request and its answer are messages like all others: `messages.encode` makes t
 nothing on trust. An answer names run, site, step and stage; one that was made for anything else is refused.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import InputError
+from ..core import SPLITS
+from ..errors import InputError, printable
 from ..messages import Message, decode, message
 from ..tensors import Tensors
 
@@ -63,9 +65,42 @@ class Card:
     shape: tuple[float, ...]
     rows: Mapping[str, float]
     digests: tuple[str, ...]
-    """SHA-256 of the tables in the order of `data.SPLITS`."""
+    """SHA-256 of the tables in the order of `core.SPLITS`."""
     base: str
     start: str
+
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+_ROWS, _SECONDS = 10**12, 10**9
+
+
+def check_card(card: Card, most: int = 0) -> None:
+    """Raise `InputError` if a card holds anything but what a site's card may hold.
+
+    Args:
+        most: rows that a site may declare, all splits together; 0: any number.
+    """
+    texts = {"version": card.version, "federation": card.federation, "base": card.base, "start": card.start}
+    for name, text in (*texts.items(), *((f"class {i}", each) for i, each in enumerate(card.classes[:10_001]))):
+        _expect(len(text) <= 200 and text.isprintable(), name, text, "at most 200 printable characters")
+    _expect(len(card.template) <= 1000 and card.template.isprintable(), "template", card.template, "1,000 printable characters")
+    count = len(card.classes)
+    _expect(2 <= count <= 10_000 and len(set(card.classes)) == count, "number of classes", count, "2 to 10,000 different ones")
+    sides = len(card.shape) == 3 and all(n in range(1, 65_536) for n in card.shape)
+    _expect(sides, "shape", card.shape, "three whole numbers from 1 to 65,535")
+    rows = card.rows.keys() == set(SPLITS) and all(n in range(_ROWS + 1) for n in card.rows.values())
+    _expect(rows, "rows", dict(card.rows), f"a whole number for each of {', '.join(SPLITS)}")
+    total = int(sum(card.rows.values()))
+    _expect(not most or total <= most, "number of rows", total, f"at most {most}")
+    digests = len(card.digests) == len(SPLITS) and all(DIGEST.fullmatch(each) for each in card.digests)
+    _expect(digests, "digests", card.digests, f"{len(SPLITS)} SHA-256 in hexadecimal")
+
+
+def _expect(good: bool, what: str, value: object, wanted: str) -> None:
+    if not good:
+        raise InputError(
+            f"its card's {what} is {printable(repr(value), 80)}, expected {wanted}; run one version of warmfed everywhere"
+        )
 
 
 @message
@@ -102,12 +137,15 @@ def opened(data: bytes, asked: Request, site: str | None, body: type, limit: int
     for field in ("run", "step", "stage", "number"):
         if getattr(answer, field) != getattr(asked, field):
             raise InputError(
-                f"its answer is for {field} {getattr(answer, field)!r}, expected {getattr(asked, field)!r} (a replay?)"
+                f"its answer is for {field} {printable(repr(getattr(answer, field)), 80)}, "
+                f"expected {getattr(asked, field)!r} (a replay?)"
             )
     if site is not None and answer.site != site:
-        raise InputError(f"its answer is signed by site {answer.site!r}, expected {site!r}")
+        raise InputError(f"its answer is signed by site {printable(repr(answer.site), 80)}, expected {site!r}")
+    if not 0 <= answer.seconds <= _SECONDS:
+        raise InputError(f"it worked for {answer.seconds} seconds, expected 0 to {_SECONDS}")
     if isinstance(answer.body, Refusal):
-        raise InputError(f"it refused: {answer.body.reason}")
+        raise InputError(f"it refused: {printable(answer.body.reason)}")
     if not isinstance(answer.body, body):
         raise InputError(f"its answer is of kind {type(answer.body).__name__}, expected {body.__name__}")
     return answer
