@@ -91,7 +91,7 @@ class Border:
         if stage.check is not None:
             stage.check(reply, site, ctx)
         if self.norm:
-            norm = math.hypot(*(size * math.sqrt(count) for size, count, _ in _changes(reply.message, down, stage).values()))
+            norm = math.hypot(*(size * math.sqrt(count) for size, count in _changes(reply.message, down, stage).values()))
             if norm > self.norm:
                 raise InputError(f"its norm is {norm:.4g}, at most {self.norm:.4g} is taken")
         return reply
@@ -108,7 +108,7 @@ class Border:
         changes = {site: _changes(reply.message, sent[site], stage) for site, reply in replies.items()}
         weights = {site: reply.weight for site, reply in replies.items()}
         for site, fields in changes.items():
-            if wrong := next(filter(None, (self._far(site, field, changes, weights) for field in fields)), ""):
+            if wrong := next(filter(None, (self._far(site, field, changes, weights, sent[site]) for field in fields)), ""):
                 answers[site] = Absent(wrong)
                 del replies[site]
         weights = bounded({site: reply.weight for site, reply in replies.items()}, self.share)
@@ -118,9 +118,9 @@ class Border:
         }
         return replies, {site: answer.reason for site, answer in answers.items() if isinstance(answer, Absent)}
 
-    def _far(self, site: str, field: str, changes: Mapping[str, Any], weights: Mapping[str, float]) -> str:
+    def _far(self, site: str, field: str, changes: Mapping[str, Any], weights: Mapping[str, float], sent: Message) -> str:
         """Why the change of one field of a site's reply is too large; empty: it is not."""
-        size, _, sent = changes[site][field]
+        size = changes[site][field][0]
         if not size <= _FAR:
             return f"the change of its {field!r} is {size:.4g}, root mean square; at most {_FAR:.0e} is taken"
         others = [other for other in changes if other != site and field in changes[other]]
@@ -128,7 +128,7 @@ class Border:
             return ""
         middle, rows = median(changes[other][field][0] for other in others), median(weights[other] for other in others)
         times = self.far * max(1.0, weights[site] / rows)
-        if not 0 < middle * times < size or size <= sent / 4:
+        if not 0 < middle * times < size or size <= _size(_by_field(tensors_of(sent)).get(field, []))[0] / 4:
             return ""
         return f"the change of its {field!r} is {size / middle:.4g} times the others' median, at most {times:.4g} is taken"
 
@@ -205,17 +205,16 @@ def _measures(views: Mapping[str, Metrics], shared: bool, rows: Mapping[str, int
     return views
 
 
-def _changes(message: Message, down: Message, stage: Stage) -> dict[str, tuple[float, int, float]]:
-    """By field of a reply's message: the root mean square of its change, of how many numbers, and that of what was sent."""
-    came, sent = tensors_of(message), tensors_of(down)
+def _changes(message: Message, down: Message, stage: Stage) -> dict[str, tuple[float, int]]:
+    """By field of a reply's message: the root mean square of its change, and of how many numbers."""
     if stage.change is not None:
         moved: Tensors = stage.change(message, down)
     else:
+        came, sent = tensors_of(message), tensors_of(down)
         both = [name for name in came if name in sent and sent[name].shape == came[name].shape]
         floating = [name for name in both if came[name].is_floating_point()]
-        moved = {name: came[name].double() - sent[name].double() for name in floating} if both else came
-    before, after = _by_field(sent), _by_field(moved)
-    return {field: (*_size(parts), _size(before.get(field, []))[0]) for field, parts in after.items()}
+        moved = {name: came[name].sub(sent[name]) for name in floating} if both else came
+    return {field: _size(parts) for field, parts in _by_field(moved).items()}
 
 
 def _by_field(tensors: Tensors) -> dict[str, list[Tensor]]:
