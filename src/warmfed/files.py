@@ -254,11 +254,14 @@ def read_sealed(path: Path, what: str) -> bytes:
 
 
 @contextmanager
-def locked(path: Path, busy: str) -> Iterator[None]:
+def locked(path: Path, busy: str = "") -> Iterator[None]:
     """Hold a file's lock meanwhile; it ends with this process, however that ends.
 
+    Args:
+        busy: the error's text if another process holds the lock; empty: wait until it has ended.
+
     Raises:
-        InputError: there is no such file, or another process holds the lock: `busy` says what to do then.
+        InputError: there is no such file, or `busy`.
     """
     try:
         file = path.open("rb")
@@ -268,7 +271,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         try:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except ImportError:
             pass  # no such locks on this system
         except OSError as error:

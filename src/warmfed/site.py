@@ -6,7 +6,6 @@ them), and ledger.jsonl, a line for each message that has left.
 
 import re
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from .data import Site as Tables
 from .diffusion import pipeline
 from .diffusion.quality import Measuring
 from .errors import InputError, printable, suggest
-from .files import read_lines, write_json, write_lines, write_whole
+from .files import PRIVATE, loads_toml, locked, make, read_lines, write_json, write_lines, write_whole
 from .messages import Message, decode, encode, kind, tensors_of
 from .policy import Policy, images_in
 from .ready import Ready, load_data, prepare
@@ -271,8 +270,8 @@ def _tables(text: str) -> dict[str, Any]:
     if len(text) > _CONFIG:
         raise InputError(f"the request's configuration has {len(text):,} characters, at most {_CONFIG:,} are read")
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return loads_toml(text)
+    except ValueError as error:
         raise InputError(f"the request's configuration is not TOML ({error})") from error
     except RecursionError as error:
         raise InputError("the request's configuration is nested too deeply; it is refused") from error
@@ -355,17 +354,11 @@ def _finished(site: SiteConfig, folder: Path, ready: Ready, body: Models, memori
 def _alone(work: Path) -> Iterator[None]:
     """One answer at a time: a SuperNode may start two apps."""
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        file = (work / ".lock").open("w")
+        make(work)
+        (work / ".lock").touch(PRIVATE)
     except OSError as error:
         raise InputError(f"cannot write to {work}: {error.strerror}; free some space, or choose another work folder") from error
-    with file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:
-            pass  # no such locks on this system
+    with locked(work / ".lock"):
         yield
 
 

@@ -26,13 +26,15 @@ from ..config import Config, parse
 from ..data import Federation, load, told
 from ..diffusion import pipeline
 from ..errors import InputError
-from ..files import PUBLIC, occupied, read_bytes, write_json, write_whole
+from ..files import PUBLIC, make, occupied, read_bytes, write_json, write_whole
 from ..transports.project import write_project
 from . import keys
 from .project_file import Project, read_project, versions
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
+SHARE = 0.5
+"""Largest part of the total weight that one site of a deployment may have, if the configuration names none."""
 _READ = ("image_size", "validation", "test", "seed")
 """Options that say how a folder of pictures is read, whosever it is."""
 
@@ -228,7 +230,10 @@ def _data(project: Project, settings: Config, own: bool) -> dict[str, Any]:
 
 def _write_common(root: Path, project: Project, settings: Config) -> None:
     """What names the sites; project.json at the root is written last."""
-    settings = replace(settings, border=replace(settings.border, sites=project.sites))
+    border = replace(settings.border, sites=project.sites)
+    if border.share == 1 and len(project.sites) > 2:  # with two sites, one has half of the weight or more
+        border = replace(border, share=SHARE)
+    settings = replace(settings, border=border)
     write_whole(root / "server" / "config.toml", settings.toml())
     for folder in (*(root / "sites" / site for site in project.sites), root / "server"):
         if folder.is_dir():
@@ -262,7 +267,7 @@ def _render(folder: Path, names: Mapping[str, str], **values: Any) -> None:
 def _aside(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` when all is there, and vanishes where something goes wrong."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make(folder.parent)
         made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
         raise InputError(f"cannot write to {folder.parent}: {error.strerror}; choose another folder") from error
