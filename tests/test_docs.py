@@ -134,3 +134,10 @@ def test_the_page_on_bases_is_true() -> None:
     known = {field.name for cls in (LatentDiffusion, Synthesis) for field in dataclasses.fields(cls)}
     assert named - known == set()
     assert (len(commands), len(tables), len(named) > 8) == (2, 2, True)
+
+
+def test_each_claim_of_the_threat_model_has_its_test() -> None:
+    claims = re.findall(r"`(tests\w*/test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "security.md").read_text())
+    assert len(claims) > 15
+    for path, name in claims:
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
