@@ -78,7 +78,7 @@ TRAIN: dict[str, tuple[Tamper, str]] = {
 MEASURED: dict[str, tuple[Tamper, str]] = {
     "accuracy NaN": (metric("global/test/accuracy", NAN), "accuracy of global/test is nan"),
     "accuracy 1e308": (metric("global/test/accuracy", 1e308), "accuracy of global/test is 1e+308"),
-    "count 1e15": (metric("global/test/count", 1e15), "count of global/test is 1e+15, expected the 6 rows"),
+    "count 1e16": (metric("global/test/count", 1e16), "count of global/test is 1e+16, expected the 6 rows"),
     "no metrics": (body(metrics={}), "it measured []"),
     "an unknown view": (metric("ours/test/accuracy", 1.0), "it measured"),
     "a count of 400 digits": (

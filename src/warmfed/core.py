@@ -320,7 +320,7 @@ def bounded(weights: Mapping[str, float], share: float) -> dict[str, float]:
     """
     most, heavy = math.inf, sorted(weights.values(), reverse=True)
     for reduced in range(len(heavy) if share < 1 else 0):
-        most = share * sum(heavy[reduced:]) / (1 - share * reduced) if share * reduced < 1 else heavy[-1]
+        most = max(heavy[-1], share * sum(heavy[reduced:]) / (1 - share * reduced) if share * reduced < 1 else 0.0)
         if heavy[reduced] <= most:
             break
     return {name: min(weight, most) for name, weight in weights.items()}
