@@ -64,6 +64,28 @@ def counted(count: Tensor, weight: float) -> Tensor:
     return count if total <= weight else count.double() * (weight / total)
 
 
+def gathering(
+    name: str,
+    server: Callable[[ServerState, Replies, Central], tuple[ServerState, Metrics]],
+    client: Callable[[Message, State, Local], Reply],
+    *,
+    replies: tuple[type, ...],
+    check: Callable[[Reply, str, Central], None],
+    images: bool,
+) -> Stage:
+    """Return a stage before the rounds: it sends the sites nothing, and leaves the models as they are."""
+    return Stage(
+        name,
+        server,
+        client,
+        down=lambda server, site: Nothing(),
+        evaluated=False,
+        replies=replies,
+        check=check,
+        images=images,
+    )
+
+
 @dataclass(frozen=True)
 class Rounds(ABC):
     """Abstract: rounds of local training, whose results the server combines in a way of the method's own."""

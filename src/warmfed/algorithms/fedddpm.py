@@ -18,13 +18,13 @@ from typing import final
 
 import torch
 
-from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..core import Central, Local, Metrics, Replies, Reply, ServerState, Stage, State
 from ..errors import InputError, one_of
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child
 from ..tensors import Tensors, dealt, flat, rows, select, sub
-from .averaging import DRAWING, Averaging, Model, count_fits, counted, expect, upload
+from .averaging import DRAWING, Averaging, Model, count_fits, counted, expect, gathering, upload
 from .synthetic import keep_samples
 
 SIGNALS = ("progress", "update", "dispersion")
@@ -95,16 +95,7 @@ class FedDDPM(Averaging):
             )
 
     def stages(self) -> tuple[Stage, ...]:
-        local = Stage(
-            "local",
-            self.collect,
-            self.draw,
-            down=lambda server, site: Nothing(),
-            evaluated=False,
-            replies=(Drawing,),
-            check=self.check,
-            images=False,
-        )
+        local = gathering("local", self.collect, self.draw, replies=(Drawing,), check=self.check, images=False)
         auxiliary = Stage("auxiliary", self.auxiliary, evaluated=False)
         train = Stage("train", self.merge, self.train, sample=self.sample, images=False)
         alone = Stage("alone", self.alone)

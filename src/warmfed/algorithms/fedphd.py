@@ -18,12 +18,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..core import Central, Local, Metrics, Replies, Reply, ServerState, Stage, State
 from ..errors import InputError
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..tensors import Tensors, mean, rows
-from .averaging import DRAWING, Averaging, Model, count_fits, counted, upload
+from .averaging import DRAWING, Averaging, Model, count_fits, counted, gathering, upload
 
 
 @message
@@ -83,16 +83,7 @@ class FedPhD(Averaging):
             raise InputError("edges and period from 1, dense and trust from 0 and pruned from 0 to below 1 were expected")
 
     def stages(self) -> tuple[Stage, ...]:
-        enrol = Stage(
-            "enrol",
-            self.enrolled,
-            self.tell,
-            down=lambda server, site: Nothing(),
-            evaluated=False,
-            replies=(Labels,),
-            check=self.told,
-            images=False,
-        )
+        enrol = gathering("enrol", self.enrolled, self.tell, replies=(Labels,), check=self.told, images=False)
         return (enrol, *(Stage("train", self.merge, self.train, sample=self.sample, images=False),) * self.rounds)
 
     def init(self, ctx: Central) -> ServerState:

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..fit import Context, Training, fit
 from ..messages import Message, message
 from ..tensors import Table, Tensors, join, misfit, rows
-from .averaging import Model
+from .averaging import Model, gathering
 
 
 @dataclass(frozen=True)
@@ -137,16 +137,7 @@ class Centralized:
         return None
 
     def stages(self) -> tuple[Stage, ...]:
-        collect = Stage(
-            "collect",
-            self.pool,
-            self.send,
-            down=lambda server, site: Nothing(),
-            evaluated=False,
-            replies=(Images,),
-            check=self.check,
-            images=True,
-        )
+        collect = gathering("collect", self.pool, self.send, replies=(Images,), check=self.check, images=True)
         return (collect,) + (Stage("train", self.train),) * (self.rounds if self.budget.until == "budget" else 1)
 
     def send(self, down: Message, state: State, ctx: Local) -> Reply:

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from ..core import Central, Generator, Local, Metrics, Nothing, Prompted, Replies, Reply, ServerState, Stage, State, prompts_of
+from ..core import Central, Generator, Local, Metrics, Prompted, Replies, Reply, ServerState, Stage, State, prompts_of
 from ..errors import InputError
 from ..files import write_json, write_whole
 from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child, named, number
 from ..tensors import Table, Tensors, dealt, join, rows, select, sha256
-from .averaging import Averaging, Model, upload
+from .averaging import Averaging, Model, gathering, upload
 from .judgement import suspects
 
 
@@ -300,16 +300,7 @@ class WarmStarted(Averaging):
         return Model(server.model)
 
     def stages(self) -> tuple[Stage, ...]:
-        adapt = Stage(
-            "adapt",
-            self.collect,
-            self.adapt,
-            down=lambda server, site: Nothing(),
-            evaluated=False,
-            replies=self.offers,
-            check=self.check,
-            images=self.images,
-        )
+        adapt = gathering("adapt", self.collect, self.adapt, replies=self.offers, check=self.check, images=self.images)
         train = Stage("train", self.merge, self.train, sample=self.sample, images=False)
         return (adapt, Stage("warm", self.start)) + (train,) * self.rounds
 

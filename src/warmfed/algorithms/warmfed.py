@@ -23,7 +23,7 @@ from ..fit import Training, fit
 from ..messages import Message, message
 from ..randomness import child
 from ..tensors import Tensors, join, mix, rows, select
-from .averaging import Model, expect, upload
+from .averaging import Model, expect, gathering, upload
 from .distillation import Distillation, distilled, dynamic
 from .judgement import late_suspects
 from .robust import Robust
@@ -149,16 +149,7 @@ class WarmFed:
         return self.warm and self.tune
 
     def stages(self) -> tuple[Stage, ...]:
-        adapt = Stage(
-            "adapt",
-            self.collect,
-            self.adapt,
-            down=lambda server, site: Nothing(),
-            evaluated=False,
-            replies=(Adapter,),
-            check=self.check,
-            images=False,
-        )
+        adapt = gathering("adapt", self.collect, self.adapt, replies=(Adapter,), check=self.check, images=False)
         warm = Stage("warm", self.start)
         train = Stage(
             "train",

@@ -124,7 +124,7 @@ def _known(uvicorn: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attribute(module: ModuleType, name: str) -> Any:
-    if not hasattr(module, name):
+    if name not in vars(module):
         raise InputError(f"this version of Flower has no {module.__name__}.{name}; install the one that the project names")
     return getattr(module, name)
 

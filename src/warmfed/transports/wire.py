@@ -86,14 +86,18 @@ def check_card(card: Card, most: int = 0) -> None:
     _expect(len(card.template) <= 1000 and card.template.isprintable(), "template", card.template, "1,000 printable characters")
     count = len(card.classes)
     _expect(2 <= count <= 10_000 and len(set(card.classes)) == count, "number of classes", count, "2 to 10,000 different ones")
-    sides = len(card.shape) == 3 and all(n in range(1, 65_536) for n in card.shape)
+    sides = len(card.shape) == 3 and all(_whole(n, 1, 65_535) for n in card.shape)
     _expect(sides, "shape", card.shape, "three whole numbers from 1 to 65,535")
-    rows = card.rows.keys() == set(SPLITS) and all(n in range(_ROWS + 1) for n in card.rows.values())
+    rows = card.rows.keys() == set(SPLITS) and all(_whole(n, 0, _ROWS) for n in card.rows.values())
     _expect(rows, "rows", dict(card.rows), f"a whole number for each of {', '.join(SPLITS)}")
     total = int(sum(card.rows.values()))
     _expect(not most or total <= most, "number of rows", total, f"at most {most}")
     digests = len(card.digests) == len(SPLITS) and all(DIGEST.fullmatch(each) for each in card.digests)
     _expect(digests, "digests", card.digests, f"{len(SPLITS)} SHA-256 in hexadecimal")
+
+
+def _whole(number: float, least: int, most: int) -> bool:
+    return least <= number <= most and number == int(number)  # `in range` looks at each whole number for a float
 
 
 def _expect(good: bool, what: str, value: object, wanted: str) -> None:
