@@ -32,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(1)
     began, cases = time.process_time(), fuzz.corpus()
     counts: dict[str, dict[str, int]] = {case.name: {"refused": 0, "taken": 0} for case in cases}
-    piece = 2000
+    piece = 500
     for first in range(0, args.number, piece):
         done = fuzz.attack(cases, range(first, min(first + piece, args.number)), args.seed)
         for name, found in done.items():
