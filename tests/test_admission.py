@@ -285,7 +285,7 @@ def test_a_card_holds_what_a_card_may_hold(changes: dict[str, Any], reason: str)
 
 def test_a_bad_card_is_refused_and_the_run_goes_on(tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     consortium = Consortium(tmp_path, data)
-    border = SETTINGS["border"] | {"least": 3, "deadline": 2.0}
+    border = SETTINGS["border"] | {"least": 3, "deadline": 10.0}
     consortium.config = settings(tmp_path / "server.toml", **SETTING | {"border": border})
 
     def tamper(node: int, message: Message, reply: Message) -> Message | None:

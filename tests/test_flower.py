@@ -236,12 +236,12 @@ def test_a_fault_leaves_its_site_out_of_one_round(fault: str, tmp_path: Path, da
 
 def test_who_must_be_there_is_waited_for(consortium: Consortium, data: Path) -> None:
     del consortium.folders[consortium.node("c")]
-    settings(consortium.config, border=SETTINGS["border"] | {"deadline": 0.3})
+    settings(consortium.config, border=SETTINGS["border"] | {"deadline": 1.5})
     with pytest.raises(InputError, match="3 sites have come"):
         consortium.serve()
-    settings(consortium.config, border=SETTINGS["border"] | {"deadline": 0.3, "least": 3})
+    settings(consortium.config, border=SETTINGS["border"] | {"deadline": 1.5, "least": 3})
     consortium.serve()
-    assert consortium.records()[0]["absent"] == {"c": "it is not connected (0.3 s)"}
+    assert consortium.records()[0]["absent"] == {"c": "it is not connected (1.5 s)"}
 
 
 def test_a_late_site_joins(consortium: Consortium) -> None:

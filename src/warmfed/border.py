@@ -35,7 +35,7 @@ class Border:
     far: float = 5.0
     """Largest size of a reply's change, in medians of the other sites' changes: a larger one, if it is also more than a
     quarter as large as what was sent, is left out by name. A site with more rows than the median may go as many times
-    farther. It takes three replies to judge; 0: any size."""
+    farther, as far as it has no more rows than all others together. It takes three replies to judge; 0: any size."""
     bytes: int = 0
     """Largest reply in bytes; 0: any that the wire takes. Only where the sites are elsewhere."""
     rows: int = 0
@@ -106,7 +106,7 @@ class Border:
         answers = dict(sorted(answers.items()))
         replies = {site: answer for site, answer in answers.items() if isinstance(answer, Reply)}
         changes = {site: _changes(reply.message, sent[site], stage) for site, reply in replies.items()}
-        weights = {site: reply.weight for site, reply in replies.items()}
+        weights = bounded({site: reply.weight for site, reply in replies.items()}, 0.5)  # declared, and perhaps inflated
         for site, fields in changes.items():
             if wrong := next(filter(None, (self._far(site, field, changes, weights, sent[site]) for field in fields)), ""):
                 answers[site] = Absent(wrong)
