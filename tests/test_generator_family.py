@@ -181,7 +181,7 @@ def test_codes_of_another_size_are_refused() -> None:
     codes, grids = ({name: pair[i] for name, pair in packed.items()} for i in (0, 1))
     algorithm.check(Reply(Quantized(codes, grids, {}), None, 1.0, {}), "a", ctx)
     codes["net.proj_out_1.bias"] = codes["net.proj_out_1.bias"][:-1]
-    with pytest.raises(InputError, match="not the model's in 8 bits"):
+    with pytest.raises(InputError, match="for the model's change in 8 bits"):
         algorithm.check(Reply(Quantized(codes, grids, {}), None, 1.0, {}), "a", ctx)
     with pytest.raises(InputError, match="bits must be one of 0, 1, 2, 4, 8; got 3"):
         FedDMQuant(bits=3)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from warmfed.algorithms import ALGORITHMS, entry
 from warmfed.algorithms.references import Budget
 from warmfed.algorithms.synthetic import Synthesis
+from warmfed.border import STRICT, Border
 from warmfed.core import Algorithm, Central, Exchange, Local, Metrics, Reply, Round
 from warmfed.diffusion.denoise import Denoise, Denoising
 from warmfed.errors import InputError
@@ -203,11 +204,13 @@ def play(
     artefacts: Path | None = None,
     start: tuple[int, Message] | None = None,
     evaluate: str = "every",
+    border: Border = STRICT,
 ) -> Outcome:
     """Run an algorithm to its end, one site after another."""
     transport = InProcess(workers(algorithm, seed=seed, task=task, generator=generator, sites=sites), folder=folder)
     server = central(task=task, generator=generator, sites=sites, folder=artefacts)
-    return Outcome(algorithm, list(run(algorithm, server, transport, seed, start=start, evaluate=evaluate)), transport)
+    rounds = run(algorithm, server, transport, seed, start=start, evaluate=evaluate, border=border)
+    return Outcome(algorithm, list(rounds), transport)
 
 
 @dataclass

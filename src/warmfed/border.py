@@ -32,7 +32,7 @@ class Border:
     """Sites that must have answered a stage, or the run stops at its last checkpoint; 0: all that were asked."""
     norm: float = 0.0
     """Largest L2 norm of a reply's change (`Stage.change`); 0: any finite one."""
-    far: float = 5.0
+    far: float = 8.0
     """Largest size of a reply's change, in medians of the other sites' changes: a larger one, if it is also more than a
     quarter as large as what was sent, is left out by name. A site with more rows than the median may go as many times
     farther, as far as it has no more rows than all others together. It takes three replies to judge; 0: any size."""
@@ -130,7 +130,7 @@ class Border:
         times = self.far * max(1.0, weights[site] / rows)
         if not 0 < middle * times < size or size <= _size(_by_field(tensors_of(sent)).get(field, []))[0] / 4:
             return ""
-        return f"the change of its {field!r} is {size / middle:.4g} times the others' median, at most {times:.4g} is taken"
+        return f"the change of its {field!r} is {size / middle:.4g} times the others' median, at most {times:.4g} (border.far) is taken"
 
     def measured(
         self, answers: Mapping[str, Mapping[str, Metrics] | Absent], model: Tensors | None, ctx: Central
