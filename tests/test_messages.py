@@ -22,7 +22,7 @@ from warmfed.messages import KINDS, Message, _fields, decode, encode, kind, mess
 from warmfed.tensors import Tensors
 
 
-@message
+@message("test_messages.Everything")
 class Everything:
     """One field of every type that may be declared."""
 
@@ -212,7 +212,7 @@ def test_a_flipped_byte_is_refused_or_read_as_the_same_kind(place: int, flip: in
 
 def test_two_kinds_of_one_name_are_an_error() -> None:
     def declare() -> None:
-        @message
+        @message("test_messages.Everything")
         class Everything:
             other: int
 

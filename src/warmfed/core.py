@@ -156,7 +156,7 @@ class Central:
     progress: Callable[[str, int, int], None] = silent
 
 
-@message
+@message("core.Reply")
 class Reply:
     """What a client function returns."""
 
@@ -168,7 +168,7 @@ class Reply:
     metrics: Mapping[str, float]
 
 
-@message
+@message("core.Nothing")
 class Nothing:
     """A message without content."""
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import torch
@@ -24,6 +24,7 @@ from .tensors import Tensors
 Message = Any
 """An instance of a class declared with `@message`."""
 
+_NAMES: dict[type, str] = {}
 KINDS: dict[str, type] = {}
 """Every kind of message declared in this process, by its name: `fedavg.Model`."""
 
@@ -32,22 +33,30 @@ T = TypeVar("T")
 
 
 @dataclass_transform(frozen_default=True)
-def message(cls: type[T]) -> type[T]:
-    """Declare a message: a frozen dataclass whose fields are of these types (or `| None`):
+def message(name: str) -> Callable[[type[T]], type[T]]:
+    """Declare a message of the kind `name`: a frozen dataclass whose fields are of these types (or `| None`):
 
     `Tensors`, `Mapping[str, Tensors]`, `int`, `float`, `bool`, `str`, `tuple[str, ...]`, `tuple[float, ...]`,
     `Mapping[str, float]`, and `Message` (another message, or none).
+
+    Args:
+        name: the kind as it stands on the wire, in checkpoints and in ledgers ("fedavg.Model"): it is part of the format, and
+            stays as it is when the class or its file is renamed.
     """
-    frozen = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    name = kind(frozen)
-    if name in KINDS and KINDS[name].__qualname__ != frozen.__qualname__:
-        raise TypeError(f"two messages are called {name}")
-    KINDS[name] = frozen
-    return frozen
+
+    def declare(cls: type[T]) -> type[T]:
+        frozen = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        if name in KINDS and KINDS[name].__qualname__ != frozen.__qualname__:
+            raise TypeError(f"two messages are called {name}")
+        KINDS[name], _NAMES[frozen] = frozen, name
+        return frozen
+
+    return declare
 
 
 def kind(cls: type) -> str:
-    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+    """Return the kind of a declared message; of any other class, its name."""
+    return _NAMES.get(cls, cls.__name__)
 
 
 @functools.cache

@@ -58,7 +58,7 @@ SITES = "sites.json"
 """In checkpoint/: the sites of a run whose sites are elsewhere, as they presented themselves."""
 
 
-@message
+@message("runs.Checkpoint")
 class Checkpoint:
     """The server after `steps` stages."""
 

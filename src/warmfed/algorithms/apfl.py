@@ -21,7 +21,7 @@ from ..tensors import Table, Tensors, mix, prefixed, under
 from .averaging import Averaging, upload
 
 
-@message
+@message("apfl.Site")
 class Site:
     """A site's personal branch and how much of it there is in its model."""
 

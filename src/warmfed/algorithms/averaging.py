@@ -19,14 +19,14 @@ DRAWING = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
 """A site's training in one round where a diffusion model is learned."""
 
 
-@message
+@message("averaging.Model")
 class Model:
     """A model's weights, or the part of them that is shared."""
 
     model: Tensors
 
 
-@message
+@message("averaging.Personal")
 class Personal:
     """A site's own last model; none before its first round."""
 

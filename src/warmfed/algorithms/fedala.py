@@ -20,7 +20,7 @@ from ..tensors import Table, Tensors, only, prefixed, rows, select, to, under
 from .averaging import Averaging, upload
 
 
-@message
+@message("fedala.Site")
 class Site:
     """A site's last model and its weights of aggregation; none before they have been learned."""
 

@@ -22,7 +22,7 @@ from ..tensors import Tensors, mean
 from .averaging import Model, Rounds, upload
 
 
-@message
+@message("fedamp.Server")
 class Server:
     """By site, its last model and what the server has mixed for it; and what a site is sent that has no model yet."""
 

@@ -14,7 +14,7 @@ from ..tensors import Tensors, only, rows
 from .averaging import Personalized, expect
 
 
-@message
+@message("fedbabu.Body")
 class Body:
     """All of a model but its head."""
 

@@ -30,7 +30,7 @@ from .synthetic import keep_samples
 SIGNALS = ("progress", "update", "dispersion")
 
 
-@message
+@message("fedddpm.Server")
 class Server:
     """What the server keeps between stages."""
 
@@ -43,7 +43,7 @@ class Server:
     corrected: tuple[int, ...]  # rounds after which the server has trained
 
 
-@message
+@message("fedddpm.Drawing")
 class Drawing:
     """A site's own diffusion model, and what it needs to be sampled: how often each class occurs."""
 

@@ -25,7 +25,7 @@ PARTS = ("encoder", "bottleneck", "decoder")
 TRAVELS = {"full": PARTS, "usplit": PARTS, "ulatdec": PARTS[1:], "udec": PARTS[2:]}
 
 
-@message
+@message("feddiffuse.Server")
 class Server:
     """What travels (at first the whole model), and who returns which part in the next round."""
 
@@ -35,7 +35,7 @@ class Server:
     decoder: tuple[str, ...]
 
 
-@message
+@message("feddiffuse.Asked")
 class Asked:
     """What a site trains from, and the parts that it is to return."""
 
@@ -43,7 +43,7 @@ class Asked:
     parts: tuple[str, ...]
 
 
-@message
+@message("feddiffuse.Returned")
 class Returned:
     """The parts that a site was asked for."""
 

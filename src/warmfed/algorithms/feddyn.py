@@ -14,7 +14,7 @@ from ..tensors import Tensors, mean, scale, sub, to, zeros
 from .averaging import Model, Rounds, upload
 
 
-@message
+@message("feddyn.Server")
 class Server:
     """The model, and the running sum of how far the sites' models went."""
 
@@ -22,7 +22,7 @@ class Server:
     drift: Tensors  # h
 
 
-@message
+@message("feddyn.Gradient")
 class Gradient:
     """The gradient of a site's loss at its last model, as the proximal problem's solution tells it."""
 

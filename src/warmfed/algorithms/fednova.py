@@ -16,7 +16,7 @@ from ..tensors import Tensors, add, mean, rows, scale, sub
 from .averaging import Model, Rounds, expect
 
 
-@message
+@message("fednova.Normalized")
 class Normalized:
     """A site's change per accumulated gradient, and how many it accumulated."""
 

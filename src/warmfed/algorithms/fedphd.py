@@ -26,7 +26,7 @@ from ..tensors import Tensors, mean, rows
 from .averaging import DRAWING, Averaging, Model, count_fits, counted, gathering, upload
 
 
-@message
+@message("fedphd.Server")
 class Server:
     """The cloud's last model, the edges', and which sites each edge has."""
 
@@ -37,7 +37,7 @@ class Server:
     done: int  # rounds so far
 
 
-@message
+@message("fedphd.Labels")
 class Labels:
     """How often each class occurs at a site."""
 

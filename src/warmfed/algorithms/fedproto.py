@@ -20,7 +20,7 @@ from ..tensors import Table, Tensors, misfit, rows
 from .averaging import Model, Rounds, count_fits, counted
 
 
-@message
+@message("fedproto.Prototypes")
 class Prototypes:
     """The mean feature of each class and how many images it is the mean of: float [classes, width] and int64 [classes]."""
 

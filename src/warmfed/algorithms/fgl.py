@@ -16,7 +16,7 @@ from ..tensors import rows
 from .synthetic import WarmStarted, generator_of, held, known
 
 
-@message
+@message("fgl.Classes")
 class Classes:
     """All that a site sends before the warm start: which classes it holds."""
 

@@ -23,7 +23,7 @@ from ..tensors import Tensors, rows
 from .averaging import DRAWING, Averaging, Personal, expect
 
 
-@message
+@message("pdfed.Board")
 class Board:
     """The last submission of each site, and what a site begins with where there is none; what a site is sent."""
 
@@ -31,7 +31,7 @@ class Board:
     start: Tensors | None
 
 
-@message
+@message("pdfed.Submission")
 class Submission:
     """A site's model, and the site whose last one it voted for (empty: there was none)."""
 

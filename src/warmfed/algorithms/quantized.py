@@ -24,7 +24,7 @@ from .averaging import DRAWING, Averaging, Model, upload
 BITS = (0, 1, 2, 4, 8)
 
 
-@message
+@message("quantized.Quantized")
 class Quantized:
     """A change of the model in whole numbers; tensors that are not floating-point travel as they are."""
 

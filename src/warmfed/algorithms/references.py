@@ -98,7 +98,7 @@ class LocalOnly:
         return state.model
 
 
-@message
+@message("references.Pool")
 class Pool:
     """All sites' images in one place, and the model trained on them."""
 
@@ -107,7 +107,7 @@ class Pool:
     validation: Tensors
 
 
-@message
+@message("references.Images")
 class Images:
     """A site's images: what federated learning exists to avoid."""
 

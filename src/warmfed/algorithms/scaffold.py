@@ -15,7 +15,7 @@ from ..tensors import Tensors, add, mean, rows, scale, sub, to, zeros
 from .averaging import Rounds, expect
 
 
-@message
+@message("scaffold.Server")
 class Server:
     """The model and the server's control variate: what a site is sent."""
 
@@ -23,14 +23,14 @@ class Server:
     control: Tensors  # c
 
 
-@message
+@message("scaffold.Control")
 class Control:
     """A site's control variate."""
 
     control: Tensors  # c_i
 
 
-@message
+@message("scaffold.Change")
 class Change:
     """How a site's model and control variate have changed."""
 

@@ -18,7 +18,7 @@ from ..tensors import Tensors, add, mix, scale, sub, zeros
 from .averaging import Averaging, Model, upload
 
 
-@message
+@message("server_optimizer.Server")
 class Server:
     """The model and the optimizer's moments."""
 

@@ -14,7 +14,7 @@ from ..messages import Message, message
 from ..tensors import Tensors, mix
 
 
-@message
+@message("smoothed.Server")
 class Server:
     """The algorithm's own state, the average, and of how many models."""
 

@@ -255,7 +255,7 @@ def gather(ctx: Central, generator: Generator, replies: Replies) -> tuple[dict[s
     return adapters, {site: torch.tensor(reply.message.classes) for site, reply in replies.items()}
 
 
-@message
+@message("synthetic.Server")
 class Server:
     """What the server keeps between stages."""
 
@@ -265,7 +265,7 @@ class Server:
     subset: Tensors
 
 
-@message
+@message("synthetic.Offer")
 class Offer:
     """All that a site sends before the warm start: an adapter of some kind, and which classes it holds."""
 

@@ -30,7 +30,7 @@ from .robust import Robust
 from .synthetic import Synthesis, draw, fits, gather, generator_of, held, labelled, likely, warm_start, without
 
 
-@message
+@message("warmfed.Server")
 class Server:
     """What the server keeps between stages."""
 
@@ -42,7 +42,7 @@ class Server:
     adapters: Mapping[str, Tensors]  # A_n, B_n and prompt embeddings, until S is drawn
 
 
-@message
+@message("warmfed.Adapter")
 class Adapter:
     """All that a site sends before the warm start."""
 
@@ -50,7 +50,7 @@ class Adapter:
     classes: tuple[int, ...]
 
 
-@message
+@message("warmfed.Down")
 class Down:
     """The global model, and once S_sub, where the sites fine-tune on it."""
 
@@ -58,7 +58,7 @@ class Down:
     subset: Tensors | None
 
 
-@message
+@message("warmfed.Late")
 class Late:
     """What a site is sent that has sent no adapter yet: to train as the others do, and to send one too."""
 
@@ -66,7 +66,7 @@ class Late:
     subset: Tensors | None
 
 
-@message
+@message("warmfed.Joined")
 class Joined:
     """A late site's model, with all that the others have sent before the warm start."""
 
@@ -75,7 +75,7 @@ class Joined:
     classes: tuple[int, ...]
 
 
-@message
+@message("warmfed.Candidates")
 class Candidates:
     """The global model before and after the server's fine-tuning."""
 
@@ -83,7 +83,7 @@ class Candidates:
     tuned: Tensors
 
 
-@message
+@message("warmfed.Verdict")
 class Verdict:
     """A site's validation of each share of fine-tuning."""
 
@@ -92,7 +92,7 @@ class Verdict:
     count: int
 
 
-@message
+@message("warmfed.Site")
 class Site:
     """What a site keeps: its last two personal models, its selector and S_sub."""
 

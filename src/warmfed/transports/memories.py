@@ -9,7 +9,7 @@ from ..files import read_sealed, write_sealed
 from ..messages import Message, decode, encode, message
 
 
-@message
+@message("memories.Memory")
 class Memory:
     """A site's last reply, with the state in it; the step that it answered, and how long it worked for it."""
 

@@ -17,7 +17,7 @@ HELLO, EVALUATE, FINISH, REFUSED = "hello", "evaluate", "finish", "refused"
 """What is asked beside the algorithm's own stages."""
 
 
-@message
+@message("wire.Request")
 class Request:
     """What the server asks of a site."""
 
@@ -33,7 +33,7 @@ class Request:
     body: Message
 
 
-@message
+@message("wire.Answer")
 class Answer:
     """What a site answers."""
 
@@ -47,14 +47,14 @@ class Answer:
     body: Message
 
 
-@message
+@message("wire.Refusal")
 class Refusal:
     """The body of an answer that is none: why."""
 
     reason: str
 
 
-@message
+@message("wire.Card")
 class Card:
     """A site presents itself: what must be equal everywhere, and its tables' rows and digests."""
 
@@ -107,7 +107,7 @@ def _expect(good: bool, what: str, value: object, wanted: str) -> None:
         )
 
 
-@message
+@message("wire.Models")
 class Models:
     """The last message to a site, and the global model: what it takes to measure, or to finish."""
 
@@ -115,14 +115,14 @@ class Models:
     model: Tensors | None
 
 
-@message
+@message("wire.Measures")
 class Measures:
     """A site's metrics, by view/split/name."""
 
     metrics: Mapping[str, float]
 
 
-@message
+@message("wire.Kept")
 class Kept:
     """Digest of the personal model that the site keeps; empty: it has none."""
 
