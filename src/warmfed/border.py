@@ -130,7 +130,8 @@ class Border:
         times = self.far * max(1.0, weights[site] / rows)
         if not 0 < middle * times < size or size <= _size(_by_field(tensors_of(sent)).get(field, []))[0] / 4:
             return ""
-        return f"the change of its {field!r} is {size / middle:.4g} times the others' median, at most {times:.4g} (border.far) is taken"
+        found = f"the change of its {field!r} is {size / middle:.4g} times the others' median"
+        return f"{found}, at most {times:.4g} is taken (border.far)"
 
     def measured(
         self, answers: Mapping[str, Mapping[str, Metrics] | Absent], model: Tensors | None, ctx: Central
