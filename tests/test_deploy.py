@@ -358,6 +358,12 @@ def test_a_host_is_a_name_or_an_address(host: str, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["..", "a b", "a.b", "x" * 65])
+def test_a_key_s_file_names_a_site(name: str, project: Path) -> None:
+    shutil.copy(project / "server/nodes/ink.pub", project / f"server/nodes/{name}.pub")
+    assert "a site's name has letters" in failing(project / "server")["sites' keys"]
+
+
 def test_each_site_has_a_key_of_its_own(project: Path) -> None:
     shutil.copy(project / "server/nodes/ink.pub", project / "server/nodes/paper.pub")
     assert "is the key of site 'ink'" in failing(project / "server")["sites' keys"]

@@ -5,6 +5,7 @@ All keys are of the curve P-384, as Flower wants them. Certificates are X.509; a
 
 import base64
 import ipaddress
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ try:
 except ModuleNotFoundError as error:
     raise InputError("certificates need the package cryptography; install warmfed with it: warmfed[flower]") from error
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+"""What a site's name may be."""
 AUTHORITY = timedelta(days=3650)
 """How long a project's authority is valid."""
 SERVER = timedelta(days=825)
@@ -99,10 +102,12 @@ def registered(folder: Path) -> dict[bytes, str]:
     """Return the names of the sites whose public keys lie in a folder as NAME.pub, by key ("ecdsa-sha2-nistp384 AAAA…").
 
     Raises:
-        InputError: a file that is not a public key, or two names for one key.
+        InputError: a file that is not a public key, two names for one key, or a name that cannot be a site's.
     """
     found: dict[bytes, str] = {}
     for path in sorted(folder.glob("*.pub")):
+        if not NAME.fullmatch(path.stem):  # it becomes part of paths
+            raise InputError(f"{path}: a site's name has letters, digits, - and _, 64 at most; rename the file")
         key = b" ".join(read_bytes(path, f"the public key of site {path.stem!r}").split()[:2])
         _key(key, f"the public key {path}", lambda data, _: serialization.load_ssh_public_key(data))
         if key in found:

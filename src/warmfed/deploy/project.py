@@ -31,7 +31,6 @@ from ..transports.project import write_project
 from . import keys
 from .project_file import Project, read_project, versions
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
 SHARE = 0.5
 """Largest part of the total weight that one site of a deployment may have, if the configuration names none."""
@@ -281,7 +280,7 @@ def _aside(folder: Path) -> Iterator[Path]:
 
 
 def _check_name(site: str, others: Sequence[str]) -> None:
-    if not _NAME.fullmatch(site):
+    if not keys.NAME.fullmatch(site):
         raise InputError(
             f"a site's name has letters, digits, - and _, 64 at most, and begins with none of these signs; got {site!r}"
         )
