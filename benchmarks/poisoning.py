@@ -35,6 +35,8 @@ from warmfed.tensors import Tensors
 from warmfed.transports.worker import Worker
 
 Tamper = Callable[[Reply, Message], Reply]
+SHARE = 0.5
+"""What `warmfed deploy init` writes for `border.share`: no site weighs more than all others together."""
 FACTOR = 10**6
 """How many times its rows a site declares if it inflates them."""
 
@@ -92,7 +94,7 @@ ATTACKS = ("none", "site left out", *UPDATES, *ADAPTERS)
 ONE_SHOT = tuple(ADAPTERS)[1:]
 """Attacks of which only the warm start is measured."""
 ARMS: dict[str, dict[str, Any]] = {
-    "warmfed": {"algorithm.name": "warmfed"},
+    "warmfed": {"algorithm.name": "warmfed", "border.share": SHARE},
     "warmfed, no defence": {"algorithm.name": "warmfed", "algorithm.synthesis.contradicted": 0.0, "border.far": 0.0},
     **{
         f"fedavg, {rule}": {"algorithm.name": "fedavg", "algorithm.robust.rule": rule, "border.far": 0.0}
@@ -101,7 +103,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 ARMS["fedavg, trimmed"]["algorithm.robust.trim"] = 0.25  # one of four at each end
 ARMS["fedavg, krum"]["algorithm.robust.faulty"] = 0  # against one faulty site it needs five answers
-ARMS["fedavg, mean, norm bound"] = {"algorithm.name": "fedavg"}
+ARMS["fedavg, mean, norm bound"] = {"algorithm.name": "fedavg", "border.share": SHARE}
 
 
 @dataclass
