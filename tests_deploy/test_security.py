@@ -63,11 +63,13 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | values))
 
 
-def asked(deployment: Deployment, path: str, headers: Mapping[str, str] | None = None, body: bytes = b"") -> int:
+def asked(
+    deployment: Deployment, path: str, headers: Mapping[str, str] | None = None, body: bytes = b"", method: str = "POST"
+) -> int:
     """The status of a request by somebody who has no right but to reach the port."""
     context = ssl.create_default_context(cafile=str(deployment.server / "ca.crt"))
     with closing(http.client.HTTPSConnection("localhost", deployment.port, timeout=30, context=context)) as connection:
-        connection.request("POST", path, body, headers={STRANGER.decode(): "1", **(headers or {})})
+        connection.request(method, path, body, headers={STRANGER.decode(): "1", **(headers or {})})
         return connection.getresponse().status
 
 
@@ -87,6 +89,9 @@ def test_every_path_of_flower_refuses_a_stranger(deployment: Deployment) -> None
     assert len(PATHS) > 60
     for path in (*PATHS, "/docs", "/openapi.json", "/redoc"):
         assert asked(deployment, path) == (401 if path in FLEET else 403), path
+    for body in (b"", bytes(1_000_000)):
+        assert asked(deployment, "/health", body=body, method="GET") == 200
+    assert asked(deployment, "/docs") == 403  # it serves as before
 
 
 def test_a_key_that_nobody_registered_or_a_false_signature_is_refused(deployment: Deployment) -> None:

@@ -74,7 +74,7 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1008})
         headers, asked = dict(scope["headers"]), (scope["method"], scope["path"])
         if asked == HEALTH:
-            return await self.app(scope, _nothing, send)
+            return await self.app(scope, _timed(receive), send)
         if scope["path"] not in self.fleet or scope["method"] != "POST":
             return await _refuse(send, 403, b"only the server's own user may call this path")
         if not self.authentic(headers):
@@ -101,10 +101,6 @@ async def _refuse(send: Send, status: int, reason: bytes) -> None:
     headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(reason)), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": reason})
-
-
-async def _nothing() -> MutableMapping[str, Any]:
-    return {"type": "http.request", "body": b"", "more_body": False}
 
 
 def _timed(receive: Receive) -> Receive:
