@@ -141,9 +141,15 @@ def test_a_metric_that_is_not_a_number_is_written_as_none(tmp_path: Path, data: 
 ROWS = fuzz.ROWS
 
 
-def played(name: str, faults: Any, border: Border = Border(least=3), **changes: Any) -> list[Round]:  # noqa: B008
+def played(
+    name: str,
+    faults: Any,
+    border: Border = Border(least=3),
+    rows: Any = ROWS,
+    **changes: Any,  # noqa: B008
+) -> list[Round]:
     algorithm, task = toy.quick(name, **changes), toy.task_of(name)
-    central = replace(toy.central(task=task), rows=ROWS)
+    central = replace(toy.central(task=task), rows=rows)
     return list(run(algorithm, central, Faulty(InProcess(toy.workers(algorithm, task=task)), faults), border=border))
 
 
@@ -196,6 +202,16 @@ def test_a_far_change_is_left_out_by_name_and_by_default() -> None:
     assert both[0].absent.keys() == {"b", "c"}
     with pytest.raises(InputError, match=r"3 of 4 sites gave a usable answer .* \(site 'b': the change of its 'model' is"):
         played("fedavg", {(0, "b"): scaled(1000.0)}, Border())
+
+
+def test_inflated_rows_let_nobody_go_far() -> None:
+    inflated = {**ROWS, "b": {split: rows * 10**6 for split, rows in ROWS["b"].items()}}
+
+    def liar(reply: Reply) -> Reply:
+        return replace(scaled(1000.0)(reply), weight=reply.weight * 10**6)
+
+    found = played("fedavg", {(0, "b"): liar}, rows=inflated)[0]
+    assert "times the others' median, at most 23 is taken" in found.absent["b"]
 
 
 @pytest.mark.parametrize(
