@@ -138,15 +138,15 @@ def test_a_metric_that_is_not_a_number_is_written_as_none(tmp_path: Path, data: 
     assert (tmp_path / "run" / "report.html").exists()
 
 
-ROWS = fuzz.ROWS
+ROWS, THREE = fuzz.ROWS, Border(least=3)
 
 
 def played(
     name: str,
     faults: Any,
-    border: Border = Border(least=3),
+    border: Border = THREE,
     rows: Any = ROWS,
-    **changes: Any,  # noqa: B008
+    **changes: Any,
 ) -> list[Round]:
     algorithm, task = toy.quick(name, **changes), toy.task_of(name)
     central = replace(toy.central(task=task), rows=rows)
