@@ -273,16 +273,11 @@ def _tables(text: str) -> dict[str, Any]:
         return loads_toml(text)
     except ValueError as error:
         raise InputError(f"the request's configuration is not TOML ({error})") from error
-    except RecursionError as error:
-        raise InputError("the request's configuration is nested too deeply; it is refused") from error
 
 
 def _local(site: SiteConfig, text: str) -> Config:
     """The run's configuration with what is the site's own business; raises `InputError` where the policy does not allow it."""
-    try:
-        config = build(_tables(text))
-    except RecursionError as error:
-        raise InputError("the request's configuration is nested too deeply; it is refused") from error
+    config = build(_tables(text))
     if config.generator.adapters:
         raise InputError("the run names adapters by files of the server; name this site's own by adapter in site.toml")
     start = config.model.start
