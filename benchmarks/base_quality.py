@@ -24,14 +24,14 @@ from PIL import Image
 from torch import Tensor
 
 from warmfed.core import Central
-from warmfed.data.digits4 import CLASSES, TEMPLATE
-from warmfed.data.rendered import rendered
+from warmfed.core.rng import named
+from warmfed.core.tensors import Table, Tensors
+from warmfed.data.readers.digits4 import CLASSES, TEMPLATE
+from warmfed.data.rendered_digits import rendered
 from warmfed.diffusion import pipeline
-from warmfed.files import write_json, write_whole
 from warmfed.fit import Training, fit
-from warmfed.randomness import named
 from warmfed.tasks import Classify
-from warmfed.tensors import Table, Tensors
+from warmfed.utils.files import write_json, write_whole
 
 GUIDANCES = (1.0, 2.0, 4.0)
 STEPS = (8, 12, 25)

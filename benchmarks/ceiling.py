@@ -14,14 +14,14 @@ from statistics import fmean, stdev
 import torch
 from safetensors.torch import load_file
 
-from warmfed.algorithms.synthetic import Synthesis
+from warmfed.algorithms.shared.synthetic_data import Synthesis
 from warmfed.core import Central
-from warmfed.data.digits4 import digits4
-from warmfed.files import write_json
+from warmfed.core.rng import named
+from warmfed.core.tensors import Table, join, select
+from warmfed.data.readers.digits4 import digits4
 from warmfed.fit import Training, fit
-from warmfed.randomness import named
 from warmfed.tasks import Classify
-from warmfed.tensors import Table, join, select
+from warmfed.utils.files import write_json
 
 BUDGET = Training(lr=0.02, epochs=25, clip=1.0)
 COSINE = Training(lr=0.02, epochs=25, clip=1.0, schedule="cosine")

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from warmfed.files import read_json
-from warmfed.tabulate import paired
+from warmfed.experiments.aggregate import paired
+from warmfed.utils.files import read_json
 
 Values = Mapping[int, float]
 OURS, REFERENCES = "warmfed", ("local", "centralized")

@@ -24,7 +24,7 @@ import psutil
 from PIL import Image
 
 from warmfed.data import Federation, folder
-from warmfed.files import write_json
+from warmfed.utils.files import write_json
 
 SITES, CLASSES, SIDE = 4, 10, 96
 
@@ -93,7 +93,7 @@ def train(federation: Federation) -> float:
     """Seconds of FedAvg's round of 20 steps on each site, in two worker processes."""
     from warmfed.algorithms.fedavg import FedAvg
     from warmfed.fit import Training
-    from warmfed.runs import simulate
+    from warmfed.runs.execute import simulate
     from warmfed.tasks import Classify
 
     algorithm = FedAvg(rounds=1, local=Training(lr=0.02, steps=20, batch=32))

@@ -31,12 +31,12 @@ from deployment import Deployment, arrays, end, free_port
 
 from warmfed.config import parse
 from warmfed.core import Absent, Round
-from warmfed.files import read_json, read_lines, write_json, write_whole
-from warmfed.ready import Ready
 from warmfed.run import run
-from warmfed.runs import HERE, Place, execute, memories_folder, server_side
-from warmfed.transports.inprocess import InProcess
-from warmfed.transports.project import write_project
+from warmfed.runs.execute import HERE, Place, execute, memories_folder, server_side
+from warmfed.runs.prepare import Ready
+from warmfed.transports.flower_project import write_project
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.files import read_json, read_lines, write_json, write_whole
 
 SITES = ("a", "b", "c", "d")
 SITE = "a"

@@ -22,8 +22,8 @@ from typing import Any
 import tomli_w
 from deployment import Deployment, arrays
 
-from warmfed.files import read_lines, write_json, write_whole
-from warmfed.transports.project import write_project
+from warmfed.transports.flower_project import write_project
+from warmfed.utils.files import read_lines, write_json, write_whole
 
 SITES = ("a", "b", "c", "d")
 _CLIENT = """\

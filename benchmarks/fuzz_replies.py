@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from warmfed.files import write_json
+from warmfed.utils.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import fuzz

@@ -31,11 +31,11 @@ import lora_speed
 import sampling_speed
 import torch
 
-from warmfed.diffusion import adapter as lora
+from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
-from warmfed.diffusion.estimate import plan
+from warmfed.diffusion.cost import plan
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.files import write_json
+from warmfed.utils.files import write_json
 
 DATA_SHEET = 989e12
 """Dense bf16 FLOP/s of an H100 SXM and of an H200."""

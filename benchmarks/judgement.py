@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from warmfed.algorithms.judgement import suspects
-from warmfed.algorithms.synthetic import Synthesis
+from warmfed.algorithms.shared.adapter_screening import suspects
+from warmfed.algorithms.shared.synthetic_data import Synthesis
 from warmfed.config import parse, setting
-from warmfed.ready import load_data
-from warmfed.tensors import Table, join, select
+from warmfed.core.tensors import Table, join, select
+from warmfed.runs.prepare import load_data
 
 PER_CLASS = 80
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from warmfed.files import read_json, write_json
+from warmfed.utils.files import read_json, write_json
 
 SMALL = ["generator.training.epochs=1", "generator.views=1", "algorithm.synthesis.per_class=6", "generator.steps=4"]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from warmfed.diffusion.denoise import Denoise
-from warmfed.diffusion.quality import distances, extractor
-from warmfed.panel import read_synthetic
-from warmfed.ready import prepare
-from warmfed.runfolder import read_config
-from warmfed.tensors import join, spread
+from warmfed.core.tensors import join, spread
+from warmfed.evaluation.generators import distances, extractor
+from warmfed.runs.folder import read_config
+from warmfed.runs.prepare import prepare
+from warmfed.runs.report_images import read_synthetic
+from warmfed.tasks.denoising import Denoise
 
 
 def main(folder: Path) -> dict[str, float]:

@@ -36,15 +36,15 @@ import transformers
 from peft import LoraConfig
 
 from warmfed.core import Local
+from warmfed.core.rng import named, seeded
+from warmfed.core.tensors import rows
 from warmfed.diffusion import pipeline
-from warmfed.diffusion.adapting import latents
-from warmfed.diffusion.estimate import plan
+from warmfed.diffusion.cost import plan
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.files import read_json, write_json
+from warmfed.diffusion.lora_training import latents
 from warmfed.fit import Training
-from warmfed.memory import Meter, now
-from warmfed.randomness import named, seeded
-from warmfed.tensors import rows
+from warmfed.utils.files import read_json, write_json
+from warmfed.utils.memory import Meter, now
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PROMPTS = tuple(f"a photo of the digit {word}" for word in ("zero", "one", "two", "three", "four"))

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 
 from warmfed.algorithms.fedavg import FedAvg
 from warmfed.core import Central
-from warmfed.files import write_json
+from warmfed.core.rng import named
+from warmfed.core.tensors import Table
 from warmfed.fit import Training
-from warmfed.randomness import named
 from warmfed.run import run
 from warmfed.tasks import Classify
-from warmfed.tensors import Table
-from warmfed.transports.inprocess import InProcess
-from warmfed.transports.worker import Worker
+from warmfed.transports.client import Worker
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.files import write_json
 
 WORKS = {"cnn": (20, 2625, 64, "pfllib-cnn", 1), "small": (100, 50, 10, "linear", 10)}
 """clients, images of each, batch, model, rounds that are timed together"""

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from warmfed.config import pretraining_tables
 from warmfed.core import Central
+from warmfed.core.rng import named
+from warmfed.core.tensors import Table, select, spread
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.lessons import pictures
-from warmfed.diffusion.quality import Extractor, distances, neighbourhoods
-from warmfed.files import write_json
-from warmfed.randomness import named
-from warmfed.ready import load_data
+from warmfed.evaluation.generators import Extractor, distances, neighbourhoods
+from warmfed.pretraining.captions import pictures
+from warmfed.runs.prepare import load_data
 from warmfed.tasks import Classify
-from warmfed.tensors import Table, select, spread
+from warmfed.utils.files import write_json
 
 SHOWN = [
     "goldfish", "king_penguin", "golden_retriever", "monarch_butterfly", "orange_fruit", "sports_car", "school_bus",

@@ -21,18 +21,18 @@ import torch
 
 from warmfed.config import Config, parse
 from warmfed.core import Central, Exchange, Metrics, Nothing, Reply, Round
+from warmfed.core.messages import Message, decode, encode
+from warmfed.core.tensors import Tensors
 from warmfed.data import Federation
-from warmfed.data.digits4 import digits4
-from warmfed.diffusion.once import Once
-from warmfed.errors import InputError
-from warmfed.files import read_json, read_sealed, write_json, write_sealed, write_whole
-from warmfed.messages import Message, decode, encode
-from warmfed.ready import workers_of
+from warmfed.data.readers.digits4 import digits4
+from warmfed.diffusion.result_cache import Once
 from warmfed.run import run
-from warmfed.runs import Watcher, server_side
+from warmfed.runs.execute import Watcher, server_side
+from warmfed.runs.prepare import workers_of
 from warmfed.tasks import Classify
-from warmfed.tensors import Tensors
-from warmfed.transports.worker import Worker
+from warmfed.transports.client import Worker
+from warmfed.utils.errors import InputError
+from warmfed.utils.files import read_json, read_sealed, write_json, write_sealed, write_whole
 
 Tamper = Callable[[Reply, Message], Reply]
 SHARE = 0.5

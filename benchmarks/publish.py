@@ -19,9 +19,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from warmfed import report
-from warmfed.files import read_json, write_whole
+from warmfed.experiments.aggregate import tabulate
 from warmfed.report.record import read_panel
-from warmfed.tabulate import tabulate
+from warmfed.utils.files import read_json, write_whole
 
 RESULTS = Path(__file__).parent / "results"
 MARK = "<!-- below: the tables of warmfed compare, put here by benchmarks/publish.py -->\n"

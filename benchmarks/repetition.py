@@ -10,7 +10,7 @@ import ast
 from itertools import combinations
 from pathlib import Path
 
-from warmfed.files import write_json
+from warmfed.utils.files import write_json
 
 
 def code(path: Path) -> list[tuple[int, str]]:
@@ -42,7 +42,7 @@ def blocks(one: list[tuple[int, str]], other: list[tuple[int, str]], size: int) 
 
 def repetition(folder: Path, size: int) -> list[dict[str, object]]:
     """Every repeated block of a folder's files."""
-    files = {path.name: code(path) for path in sorted(folder.glob("*.py"))}
+    files = {path.relative_to(folder).as_posix(): code(path) for path in sorted(folder.rglob("*.py"))}
     return [
         {"files": [a, b], "lines": [first, second], "length": length}
         for a, b in combinations(files, 2)
@@ -59,14 +59,14 @@ def main() -> None:
     found = repetition(args.folder, args.lines)
     for block in found:
         print(block)
-    print(f"{len(found)} blocks of {args.lines} equal lines in {len(list(args.folder.glob('*.py')))} files")
+    print(f"{len(found)} blocks of {args.lines} equal lines in {len(list(args.folder.rglob('*.py')))} files")
     if args.out:
         write_json(
             args.out,
             {
                 "folder": args.folder.as_posix(),
                 "lines": args.lines,
-                "files": len(list(args.folder.glob("*.py"))),
+                "files": len(list(args.folder.rglob("*.py"))),
                 "blocks": found,
             },
         )

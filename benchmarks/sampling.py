@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from warmfed.core import Central
-from warmfed.diffusion.denoise import Denoise, Denoising, _scheduler
-from warmfed.files import write_json
+from warmfed.core.rng import named
 from warmfed.fit import Training, fit
-from warmfed.randomness import named
+from warmfed.tasks.denoising import Denoise, Denoising, _scheduler
+from warmfed.utils.files import write_json
 
 DENOISERS = {
     "dit, latents": Denoise((3, 32, 32), 10, Denoising()),

@@ -23,15 +23,15 @@ from lora_speed import clock
 from torch import Tensor
 
 from warmfed.core import Central
-from warmfed.data.rendered import rendered
-from warmfed.diffusion import adapter as lora
+from warmfed.core.rng import named, seeded
+from warmfed.data.rendered_digits import rendered
+from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
-from warmfed.diffusion.estimate import plan
-from warmfed.diffusion.families import stacked
+from warmfed.diffusion.cost import plan
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.lessons import digits, tokenizer
+from warmfed.diffusion.pipeline_families import stacked
 from warmfed.fit import Training, fit
-from warmfed.randomness import named, seeded
+from warmfed.pretraining.captions import digits, tokenizer
 from warmfed.tasks import Classify
 
 warnings.simplefilter("ignore")

@@ -21,13 +21,13 @@ import torch
 
 from warmfed.algorithms.fedavg import FedAvg
 from warmfed.core import Central
-from warmfed.files import write_json
+from warmfed.core.rng import named
 from warmfed.fit import Training
-from warmfed.randomness import named
 from warmfed.run import run
 from warmfed.tasks import Classify
-from warmfed.transports.inprocess import InProcess
-from warmfed.transports.worker import Worker
+from warmfed.transports.client import Worker
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.files import write_json
 
 TASK = Classify((1, 8, 8), 10, "linear")
 

@@ -2,7 +2,7 @@
 
 python benchmarks/sd15_size.py --out benchmarks/results/sd15_size.json
 
-Nothing is downloaded; the architecture is that of `warmfed.diffusion.outlines`. It takes minutes and about 8 GB.
+Nothing is downloaded; the architecture is that of `warmfed.diffusion.known_pipelines`. It takes minutes and about 8 GB.
 """
 
 import argparse
@@ -16,15 +16,15 @@ import psutil
 import torch
 from safetensors.torch import save
 
-from warmfed.diffusion import adapter as lora
+from warmfed.core.rng import named, seeded
+from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
-from warmfed.diffusion.adapting import Adapting, Lora
-from warmfed.diffusion.estimate import plan, told
+from warmfed.diffusion.cost import plan, told
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.outlines import build, outline
+from warmfed.diffusion.known_pipelines import build, outline
+from warmfed.diffusion.lora_training import Adapting, Lora
 from warmfed.fit import Training
-from warmfed.memory import Meter, now
-from warmfed.randomness import named, seeded
+from warmfed.utils.memory import Meter, now
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 

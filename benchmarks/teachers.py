@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from warmfed.algorithms.averaging import Model, Personal
-from warmfed.algorithms.distillation import Distillation, dynamic
 from warmfed.algorithms.fedbsd import FedBSD
 from warmfed.algorithms.moon import MOON
 from warmfed.algorithms.pfedsd import PFedSD
+from warmfed.algorithms.shared.base import Model, Personal
+from warmfed.algorithms.shared.distillation import Distillation, dynamic
 from warmfed.core import Local
-from warmfed.files import write_json
+from warmfed.core.tensors import only
 from warmfed.fit import Training, fit
 from warmfed.tasks import Classify
-from warmfed.tensors import only
+from warmfed.utils.files import write_json
 
 
 def main() -> None:

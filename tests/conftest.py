@@ -14,7 +14,7 @@ import pytest
 import torch
 import toy
 
-from warmfed.tensors import Table
+from warmfed.core.tensors import Table
 
 torch.set_num_threads(1)
 atexit.register(shutil.rmtree, os.environ["WARMFED_CACHE"], ignore_errors=True)

@@ -19,16 +19,16 @@ import torch
 import toy
 
 from warmfed.algorithms import ALGORITHMS
-from warmfed.border import Border
 from warmfed.core import Absent, Central, Reply, Round, Stage
-from warmfed.errors import InputError
-from warmfed.messages import KINDS, Message, decode, encode, kind, tensors_of
-from warmfed.randomness import named
-from warmfed.site import roster
-from warmfed.tensors import finite
-from warmfed.transports.inprocess import InProcess
+from warmfed.core.admission import Border
+from warmfed.core.messages import KINDS, Message, decode, encode, kind, tensors_of
+from warmfed.core.rng import named
+from warmfed.core.tensors import finite
+from warmfed.deploy.site import roster
+from warmfed.transports.in_process import InProcess
+from warmfed.transports.protocol import EVALUATE, HELLO, Answer, Card, Measures, Request, check_card, opened
 from warmfed.transports.remote import Remote
-from warmfed.transports.wire import EVALUATE, HELLO, Answer, Card, Measures, Request, check_card, opened
+from warmfed.utils.errors import InputError
 
 RUN, BORDER, SITE = "0" * 16, Border(least=3), "b"
 ROWS = {site: {split: len(table["label"]) for split, table in tables.items()} for site, tables in toy.SITES.items()}

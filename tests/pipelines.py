@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from warmfed.randomness import named, seeded
+from warmfed.core.rng import named, seeded
 
 with warnings.catch_warnings():
     # diffusers and transformers import modules of their own that are deprecated

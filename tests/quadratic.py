@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from warmfed.tensors import Table, Tensors
+from warmfed.core.tensors import Table, Tensors
 
 
 class Point(nn.Module):

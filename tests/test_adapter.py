@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from warmfed.core import Central, Local
-from warmfed.diffusion import adapter as lora
+from warmfed.core.rng import named, seeded
+from warmfed.core.tensors import sha256
+from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.objective import denoising_loss
-from warmfed.errors import InputError
+from warmfed.diffusion.losses import denoising_loss
 from warmfed.fit import Training
-from warmfed.randomness import named, seeded
-from warmfed.tensors import sha256
+from warmfed.utils.errors import InputError
 
 with warnings.catch_warnings():
     # diffusers and transformers import modules of their own that are deprecated
@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
     from diffusers.training_utils import compute_snr
 
-    from warmfed.diffusion.pretrain import Pretraining, build
+    from warmfed.pretraining.pretrain import Pretraining, build
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"  # diffusers' schedulers, NumPy 2

@@ -16,17 +16,17 @@ import fuzz
 from flwr.app import Message
 from test_flower import SETTINGS, SITES, Consortium, settings, spoil, tampered
 
-from warmfed.algorithms.averaging import Model
-from warmfed.border import Border
+from warmfed.algorithms.shared.base import Model
 from warmfed.config import parse
 from warmfed.core import Absent, Nothing, Reply, Round, bounded
-from warmfed.errors import InputError
-from warmfed.ready import prepare
+from warmfed.core.admission import Border
+from warmfed.core.tensors import mean, sub
 from warmfed.run import run
-from warmfed.tensors import mean, sub
+from warmfed.runs.prepare import prepare
 from warmfed.transports.flower import unpack
-from warmfed.transports.inprocess import InProcess
-from warmfed.transports.wire import Card, check_card
+from warmfed.transports.in_process import InProcess
+from warmfed.transports.protocol import Card, check_card
+from warmfed.utils.errors import InputError
 
 NAN, SETTING = float("nan"), SETTINGS | {"algorithm": {"name": "fedavg", "rounds": 2, "local": {"epochs": 1}}}
 Tamper = Callable[[Message, Message], Message | None]

@@ -14,15 +14,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from warmfed.cli import main
+from warmfed.cli.parser import main
+from warmfed.core.rng import named, seeded
 from warmfed.data import Federation, arrays
-from warmfed.data.rendered import rendered
+from warmfed.data.rendered_digits import rendered
 from warmfed.diffusion import pipeline
-from warmfed.diffusion.families import STABLE
-from warmfed.diffusion.lessons import Pictures, digits, pictures, tokenizer
-from warmfed.diffusion.pretrain import Pretraining, build, pretrain, principal_patches
-from warmfed.errors import InputError
-from warmfed.randomness import named, seeded
+from warmfed.diffusion.pipeline_families import STABLE
+from warmfed.pretraining.captions import Pictures, digits, pictures, tokenizer
+from warmfed.pretraining.pretrain import Pretraining, build, pretrain, principal_patches
+from warmfed.utils.errors import InputError
 
 TINY = Pretraining(
     images=64, channels=4, decoder_width=8, decoder_steps=2, decoder_batch=8, widths=(16, 16), text_width=16, text_layers=1,

@@ -11,15 +11,15 @@ import toy
 from safetensors.torch import save_file
 
 from warmfed.algorithms import ALGORITHMS, entry
-from warmfed.algorithms.averaging import PartlyShared
-from warmfed.errors import InputError
+from warmfed.algorithms.shared.base import PartlyShared
+from warmfed.core.messages import Message, decode, encode, tensors_of
+from warmfed.core.rng import named
+from warmfed.core.tensors import join, sha256
 from warmfed.fit import Training, fit
-from warmfed.messages import Message, decode, encode, tensors_of
-from warmfed.randomness import named
 from warmfed.run import run
 from warmfed.tasks import Classify
-from warmfed.tensors import join, sha256
-from warmfed.transports.inprocess import InProcess
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.errors import InputError
 
 NAMES = sorted(ALGORITHMS)
 every = pytest.mark.parametrize("name", NAMES)

@@ -8,14 +8,14 @@ import pytest
 import torch
 import toy
 
-from warmfed.algorithms.averaging import Model
-from warmfed.border import STRICT, Border
+from warmfed.algorithms.shared.base import Model
 from warmfed.core import Absent, Exchange, Metrics, Nothing, Reply, Stage
-from warmfed.errors import InputError
-from warmfed.messages import Message
+from warmfed.core.admission import STRICT, Border
+from warmfed.core.messages import Message
+from warmfed.core.tensors import Tensors
 from warmfed.run import run
-from warmfed.tensors import Tensors
-from warmfed.transports.inprocess import InProcess
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.errors import InputError
 
 DOWN = Model({"w": torch.tensor([3.0, 4.0]), "n": torch.tensor(7)})
 STAGE = Stage("train", lambda server, replies, ctx: (server, {}))

@@ -14,13 +14,14 @@ import torch
 from test_sources import pets
 
 from warmfed.algorithms.fedavg import FedAvg
-from warmfed.data import Federation, assembly, folder
-from warmfed.data.cache import Cache, Mapped, usual
-from warmfed.errors import InputError
+from warmfed.core.tensors import join
+from warmfed.data import Federation, folder
+from warmfed.data import build as assembly
+from warmfed.data.image_cache import Cache, Mapped, usual
 from warmfed.fit import Training
-from warmfed.runs import simulate
+from warmfed.runs.execute import simulate
 from warmfed.tasks import Classify
-from warmfed.tensors import join
+from warmfed.utils.errors import InputError
 
 
 def one_to_six(into: np.ndarray) -> None:
@@ -153,7 +154,7 @@ def test_a_mapped_table_goes_to_other_processes_by_name(mapped: Federation, tmp_
     assert torch.equal(back["label"], table["label"])
     for path in (tmp_path / "cache").iterdir():
         path.unlink()
-    from warmfed.data import cache
+    from warmfed.data import image_cache as cache
 
     cache._mapped.cache_clear()
     with pytest.raises(InputError, match="gone or damaged"):

@@ -5,10 +5,10 @@ import torch
 
 from warmfed import models
 from warmfed.core import Central
+from warmfed.core.rng import named, seeded
+from warmfed.core.tensors import prefixed, sha256
 from warmfed.fit import Training, fit
-from warmfed.randomness import named, seeded
 from warmfed.tasks import Classify
-from warmfed.tensors import prefixed, sha256
 
 
 def test_a_named_stream_leaves_torch_as_it_was() -> None:

@@ -12,11 +12,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from warmfed import models
 from warmfed.core import Central
-from warmfed.errors import InputError
+from warmfed.core.rng import named
 from warmfed.fit import Training, fit
-from warmfed.randomness import named
 from warmfed.tasks import Classify
-from warmfed.tasks.classify import measure, pixels
+from warmfed.tasks.classification import measure, pixels
+from warmfed.utils.errors import InputError
 
 
 @pytest.mark.parametrize("case", range(4))

@@ -15,10 +15,10 @@ from PIL import Image
 
 import warmfed
 from warmfed.algorithms import ALGORITHMS
-from warmfed.cli import main
-from warmfed.files import write_json, write_lines
-from warmfed.runs import execute
-from warmfed.summary import history_sha256
+from warmfed.cli.parser import main
+from warmfed.runs.execute import execute
+from warmfed.runs.summary import history_sha256
+from warmfed.utils.files import write_json, write_lines
 
 QUICK = ["--workers", "1", "--rounds", "1", "--set", "model.name=linear", "algorithm.local.epochs=1"]
 

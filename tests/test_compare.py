@@ -9,12 +9,12 @@ import pytest
 import tiny
 from scipy.stats import ttest_rel
 
-from warmfed.cli import main
-from warmfed.compare import Cell, Cells, compare, plan
+from warmfed.cli.parser import main
 from warmfed.data import load
-from warmfed.errors import InputError
+from warmfed.experiments.aggregate import holm, paired, tabulate
+from warmfed.experiments.compare import Cell, Cells, compare, plan
 from warmfed.report import latex
-from warmfed.tabulate import holm, paired, tabulate
+from warmfed.utils.errors import InputError
 
 QUICK = {"model.name": "linear", "algorithm.local.epochs": 1}
 

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from warmfed.core import Central, Local
-from warmfed.diffusion import adapter as lora
+from warmfed.core.rng import named, seeded
+from warmfed.core.tensors import sha256
+from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
-from warmfed.diffusion.concepts import Concepts
+from warmfed.diffusion.concept_inversion import Concepts
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.once import Once
-from warmfed.errors import InputError
+from warmfed.diffusion.result_cache import Once
 from warmfed.fit import Training
-from warmfed.randomness import named, seeded
-from warmfed.tensors import sha256
+from warmfed.utils.errors import InputError
 
 with warnings.catch_warnings():
     # diffusers and transformers import modules of their own that are deprecated
     warnings.simplefilter("ignore")
-    from warmfed.diffusion.pretrain import Pretraining, build
+    from warmfed.pretraining.pretrain import Pretraining, build
 
 PROMPTS = ("a photo of the digit zero", "a photo of the digit one", "a photo of the digit two")
 TABLE = {

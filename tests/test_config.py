@@ -8,8 +8,8 @@ import pytest
 
 from warmfed.algorithms import ALGORITHMS
 from warmfed.config import build, parse, setting
-from warmfed.errors import InputError
-from warmfed.ready import prepare
+from warmfed.runs.prepare import prepare
+from warmfed.utils.errors import InputError
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))

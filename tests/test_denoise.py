@@ -9,10 +9,10 @@ import toy
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
-from warmfed.diffusion.denoise import Denoise, Denoising, _autoencoder
-from warmfed.errors import InputError
+from warmfed.core.rng import named, seeded
 from warmfed.fit import Training, fit
-from warmfed.randomness import named, seeded
+from warmfed.tasks.denoising import Denoise, Denoising, _autoencoder
+from warmfed.utils.errors import InputError
 
 TASK = toy.DRAWING
 TABLE = TASK.encoded(toy.SITES["a"]["train"])

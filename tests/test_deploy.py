@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 import tiny
 
-from warmfed import policy
-from warmfed.cli import main
+from warmfed.cli.parser import main
 from warmfed.config import parse
+from warmfed.deploy import policy
+from warmfed.deploy.site import read_site
 from warmfed.diffusion import pipeline
-from warmfed.errors import InputError
-from warmfed.files import locked
-from warmfed.site import read_site
+from warmfed.utils.errors import InputError
+from warmfed.utils.files import locked
 
 pytest.importorskip("flwr")
 

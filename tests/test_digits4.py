@@ -6,10 +6,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from warmfed.data import digits4
-from warmfed.data.digits4 import SIZE
 from warmfed.data.federation import Federation
 from warmfed.data.partition import dirichlet, iid
-from warmfed.errors import InputError
+from warmfed.data.readers.digits4 import SIZE
+from warmfed.utils.errors import InputError
 
 FINGERPRINT = "89aaf5f0e091d6d6f9c13b19da7bfc82f939cf0a050fb262a1687173e0f9e1e6"
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from warmfed import compare
 from warmfed.algorithms import ALGORITHMS
-from warmfed.algorithms.synthetic import Synthesis
-from warmfed.cli import parser
+from warmfed.algorithms.shared.synthetic_data import Synthesis
+from warmfed.cli.parser import parser
 from warmfed.config import data_table, parse, pretraining_tables, read_toml, resolve, setting
 from warmfed.data import load
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.pretrain import Pretraining
-from warmfed.errors import InputError
+from warmfed.experiments import compare
+from warmfed.pretraining.pretrain import Pretraining
+from warmfed.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]

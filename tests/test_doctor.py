@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from warmfed.cli import main
+from warmfed.cli.parser import main
 from warmfed.config import parse
 from warmfed.core import Local
-from warmfed.diffusion.adapting import Lora
-from warmfed.diffusion.estimate import Machine, counted, plan, skeleton
+from warmfed.core.rng import named
+from warmfed.diffusion.cost import Machine, counted, plan, skeleton
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.outlines import KNOWN
+from warmfed.diffusion.known_pipelines import KNOWN
+from warmfed.diffusion.lora_training import Lora
 from warmfed.fit import Training
-from warmfed.randomness import named
-from warmfed.rehearsal import rehearse
+from warmfed.runs.dry_run import rehearse
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -63,7 +63,7 @@ def test_attention_is_fused() -> None:
 
 
 def test_time_is_the_sum_of_three() -> None:
-    from warmfed.diffusion.estimate import Cost
+    from warmfed.diffusion.cost import Cost
 
     assert Machine(100.0, 10.0, 0.5).seconds(Cost(1000.0, 30.0, 4.0)) == 10 + 3 + 2
 
@@ -71,7 +71,7 @@ def test_time_is_the_sum_of_three() -> None:
 @pytest.mark.parametrize("kind", list(pipelines.CLASSES))
 def test_a_skeleton_tells_what_the_pipeline_tells(kind: str, tmp_path: Path) -> None:
     """A plan without weights knows the adapter of the base that has them, tensor by tensor."""
-    from warmfed.diffusion import adapter as lora
+    from warmfed.diffusion import lora as lora
     from warmfed.diffusion import pipeline
 
     base = pipelines.write(kind, tmp_path / kind)
@@ -105,7 +105,7 @@ def test_known_bases_have_their_published_size(base: str) -> None:
     parts = skeleton(base, "bf16")
     assert sum(p.numel() for p in parts.denoiser.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
     if rank_one:
-        from warmfed.diffusion.adapter import inject
+        from warmfed.diffusion.lora import inject
 
         layers = [p for n, p in inject(parts.denoiser, 1, "attention").named_parameters() if ".lora_" in n]
         assert sum(p.numel() for p in layers) == rank_one

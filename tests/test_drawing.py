@@ -9,7 +9,7 @@ import tiny
 from PIL import Image
 from safetensors.torch import load_file
 
-from warmfed.cli import main
+from warmfed.cli.parser import main
 
 QUICK = [
     "denoising.width=32", "denoising.depth=1", "denoising.latent=", "denoising.steps=2", "denoising.times=20",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from warmfed.errors import printable
+from warmfed.utils.errors import printable
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from warmfed.core import Central, Local
-from warmfed.diffusion import adapter as lora
+from warmfed.core.rng import named, seeded
+from warmfed.core.tensors import sha256
+from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.objective import flow_loss
+from warmfed.diffusion.losses import flow_loss
 from warmfed.diffusion.sampler import draw, scheduler
-from warmfed.errors import InputError
 from warmfed.fit import Training
-from warmfed.randomness import named, seeded
-from warmfed.tensors import sha256
+from warmfed.utils.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",  # diffusers' schedulers, NumPy 2

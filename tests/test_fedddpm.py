@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from warmfed.algorithms.fedavg import FedAvg
 from warmfed.algorithms.fedddpm import FedDDPM
-from warmfed.errors import InputError
 from warmfed.fit import Training
+from warmfed.utils.errors import InputError
 
 QUICK: dict[str, Any] = {
     "rounds": 3,

@@ -7,7 +7,7 @@ import torch
 from warmfed.data import deal
 from warmfed.data.federation import Federation, Site
 from warmfed.data.partition import dirichlet, iid, quantity, shards, stream
-from warmfed.errors import InputError
+from warmfed.utils.errors import InputError
 
 LABELS = np.repeat(np.arange(10), 60)
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from warmfed.core import Central
-from warmfed.errors import InputError
+from warmfed.core.rng import named
+from warmfed.core.tensors import Table, Tensors
 from warmfed.fit import Training, fit, proximal
-from warmfed.randomness import named
-from warmfed.tensors import Table, Tensors
+from warmfed.utils.errors import InputError
 
 
 class Net(nn.Module):

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from test_fit import DATA, SGD, START, Rows, close, ctx, rates, same
 from torch import Tensor, nn
 
-from warmfed.errors import InputError
+from warmfed.core.tensors import Table, Tensors
+from warmfed.core.training_snapshot import Snapshots
 from warmfed.fit import Stop, Training, fit
-from warmfed.snapshots import Snapshots
-from warmfed.tensors import Table, Tensors
+from warmfed.utils.errors import InputError
 
 ADAM = replace(SGD, optimizer="adamw", epochs=4, schedule="cosine", warmup=2, ema=0.9)
 

@@ -19,19 +19,20 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from flwr.common.constant import ErrorCode
 from loopback import Loopback
 
-from warmfed import clientapp, serverapp
 from warmfed.algorithms import ALGORITHMS
-from warmfed.algorithms.averaging import Model
+from warmfed.algorithms.shared.base import Model
 from warmfed.config import parse
+from warmfed.core.messages import decode, digest, encode
+from warmfed.deploy import client_app as clientapp
 from warmfed.deploy import keys
-from warmfed.errors import InputError
-from warmfed.files import read_lines
-from warmfed.messages import decode, digest, encode
-from warmfed.predict import predict
-from warmfed.runs import execute, read_summary
-from warmfed.site import answer
+from warmfed.deploy import server_app as serverapp
+from warmfed.deploy.site import answer
+from warmfed.runs.execute import execute, read_summary
+from warmfed.runs.predict import predict
 from warmfed.transports.flower import GridPost, pack, unpack
-from warmfed.transports.wire import Answer, Request
+from warmfed.transports.protocol import Answer, Request
+from warmfed.utils.errors import InputError
+from warmfed.utils.files import read_lines
 
 SITES = "abcd"
 SETTINGS: dict[str, Any] = {
@@ -129,7 +130,7 @@ def test_an_answer_starts_without_what_it_does_not_need() -> None:
         "warmfed.report",
         "warmfed.run",
     )
-    words = f"import sys, warmfed.clientapp; print([name for name in {heavy} if name in sys.modules])"
+    words = f"import sys, warmfed.deploy.client_app; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from warmfed.config import parse
 from warmfed.core import Local
-from warmfed.diffusion import adapter as lora
+from warmfed.core.rng import named, seeded
+from warmfed.core.tensors import sha256
+from warmfed.deploy.policy import Policy
+from warmfed.deploy.site import SiteConfig, _local
+from warmfed.diffusion import lora as lora
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.once import Once
-from warmfed.errors import InputError
-from warmfed.policy import Policy
-from warmfed.randomness import named, seeded
-from warmfed.ready import prepare
-from warmfed.site import SiteConfig, _local
-from warmfed.tensors import sha256
+from warmfed.diffusion.result_cache import Once
+from warmfed.runs.prepare import prepare
+from warmfed.utils.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",  # diffusers' schedulers, NumPy 2

@@ -10,24 +10,24 @@ import torch
 import toy
 
 from warmfed.algorithms import Smoothed, entry
-from warmfed.algorithms.averaging import Model
 from warmfed.algorithms.fedavg import FedAvg
 from warmfed.algorithms.fedddpm import FedDDPM
 from warmfed.algorithms.feddiffuse import PARTS, TRAVELS, FedDiffuse
+from warmfed.algorithms.feddm_quant import FedDMQuant, Quantized, quantize, restore
 from warmfed.algorithms.fedphd import FedPhD, homogeneity
 from warmfed.algorithms.pdfed import PDFed
-from warmfed.algorithms.quantized import FedDMQuant, Quantized, quantize, restore
+from warmfed.algorithms.shared.base import Model
 from warmfed.core import Reply
+from warmfed.core.messages import encode
+from warmfed.core.rng import named
+from warmfed.core.tensors import mean
 from warmfed.diffusion import pruning
-from warmfed.diffusion.denoise import Denoise, _scheduler
-from warmfed.errors import InputError
-from warmfed.messages import encode
-from warmfed.randomness import named
 from warmfed.run import run
-from warmfed.runs import execute
-from warmfed.synthesize import synthesize
-from warmfed.tensors import mean
-from warmfed.transports.inprocess import InProcess
+from warmfed.runs.execute import execute
+from warmfed.runs.synthesize import synthesize
+from warmfed.tasks.denoising import Denoise, _scheduler
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.errors import InputError
 
 TASK = toy.DRAWING
 UNET = replace(TASK, settings=replace(TASK.settings, denoiser="unet"))

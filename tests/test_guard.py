@@ -17,7 +17,7 @@ import uvicorn
 
 from warmfed.deploy import guard
 from warmfed.deploy.guard import SERVED, STRANGER, STRANGERS, Guard, Listener, of_this_user
-from warmfed.errors import InputError
+from warmfed.utils.errors import InputError
 
 FLEET = "/v1/fleet/pull-messages"
 ASK = r"""

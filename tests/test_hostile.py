@@ -23,18 +23,18 @@ from PIL import Image
 from rich.table import Table
 
 from warmfed import report
-from warmfed.cli import main
-from warmfed.compare import plan
+from warmfed.cli.parser import main
 from warmfed.config import read_toml
-from warmfed.console import Lines, console
 from warmfed.data import arrays, load
-from warmfed.data.archives import Archive
+from warmfed.data.readers.archives import Archive
 from warmfed.diffusion import pipeline
-from warmfed.diffusion.adapter import opened
-from warmfed.diffusion.pretrain import kept
-from warmfed.diffusion.quality import extractor
-from warmfed.errors import InputError
-from warmfed.files import loads_json, read_bytes, read_json, read_lines, write_whole
+from warmfed.diffusion.lora import opened
+from warmfed.evaluation.generators import extractor
+from warmfed.experiments.compare import plan
+from warmfed.pretraining.pretrain import kept
+from warmfed.runs.console import Lines, console
+from warmfed.utils.errors import InputError
+from warmfed.utils.files import loads_json, read_bytes, read_json, read_lines, write_whole
 
 BOUND = 60
 """Seconds that a reader may take with everything that it imports."""

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from test_sources import picture, refused, sizes
 
-from warmfed.data import hub, load, parquet
+from warmfed.data import load, parquet
 from warmfed.data.partition import dirichlet, iid, shards
+from warmfed.data.readers import huggingface as hub
 
 datasets: Any = pytest.importorskip("datasets", reason="needs the extra: pip install 'warmfed[data]'")
 datasets.disable_progress_bars()
@@ -75,7 +76,7 @@ LABELS = np.repeat(np.arange(10), 60)
 
 def theirs(name: str, **options: object) -> list[np.ndarray]:
     pytest.importorskip("flwr_datasets", reason="needs the extra: pip install 'warmfed[data]'")
-    from warmfed.data.hub import partitioned
+    from warmfed.data.readers.huggingface import partitioned
 
     return partitioned(name, options, {"label": LABELS})
 

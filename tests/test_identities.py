@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from warmfed.algorithms.dense import frozen
-from warmfed.algorithms.distillation import Distillation, distilled, divergence, dynamic
-from warmfed.algorithms.synthetic import Synthesis, draw, even, judged, warm_start
+from warmfed.algorithms.shared.distillation import Distillation, distilled, divergence, dynamic
+from warmfed.algorithms.shared.synthetic_data import Synthesis, draw, even, judged, warm_start
 from warmfed.algorithms.warmfed import Verdict, WarmFed
 from warmfed.core import Local, Reply
-from warmfed.errors import InputError
+from warmfed.core.rng import child, named
+from warmfed.core.tensors import Table, mean, mix, rows, select, sub
 from warmfed.fit import Training, fit
-from warmfed.randomness import child, named
 from warmfed.run import run
 from warmfed.tasks import Classify
-from warmfed.tensors import Table, mean, mix, rows, select, sub
-from warmfed.transports.inprocess import InProcess
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.errors import InputError
 
 TRAINING = toy.TRAINING
 ASIDE = "abcd"

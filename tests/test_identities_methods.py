@@ -9,19 +9,19 @@ import torch
 import toy
 from torch import Tensor
 
-from warmfed.algorithms.averaging import Model
 from warmfed.algorithms.fedbsd import distance
+from warmfed.algorithms.fedopt import ServerOptimizer
 from warmfed.algorithms.moon import contrast
 from warmfed.algorithms.scaffold import Control, Server
-from warmfed.algorithms.server_optimizer import ServerOptimizer
+from warmfed.algorithms.shared.base import Model
 from warmfed.core import Local
-from warmfed.errors import InputError
+from warmfed.core.messages import tensors_of
+from warmfed.core.rng import named
+from warmfed.core.tensors import Tensors, mean, only, sub
 from warmfed.fit import Training, fit
-from warmfed.messages import tensors_of
-from warmfed.randomness import named
 from warmfed.run import run
-from warmfed.tensors import Tensors, mean, only, sub
-from warmfed.transports.inprocess import InProcess
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.errors import InputError
 
 ASIDE = "abcd"
 quick = toy.quick

@@ -14,19 +14,19 @@ from sklearn.neighbors import KNeighborsClassifier
 from tiny import arrays
 
 from warmfed.algorithms.dense import Ensemble, Imagination, frozen
-from warmfed.algorithms.distillation import divergence
 from warmfed.algorithms.fedala import FedALA, Site, mixed
 from warmfed.algorithms.fedproto import nearest, prototypes
-from warmfed.border import Border
+from warmfed.algorithms.shared.distillation import divergence
 from warmfed.config import resolve
 from warmfed.core import Local, Reply
-from warmfed.errors import InputError
+from warmfed.core.admission import Border
+from warmfed.core.rng import aside, named, seeded
+from warmfed.core.tensors import mix, sub
 from warmfed.fit import Training, at, fit, minibatches
 from warmfed.models import initial
-from warmfed.predict import predict
-from warmfed.randomness import aside, named, seeded
-from warmfed.runs import execute
-from warmfed.tensors import mix, sub
+from warmfed.runs.execute import execute
+from warmfed.runs.predict import predict
+from warmfed.utils.errors import InputError
 
 ASIDE = "abcd"
 TRAINING = toy.TRAINING

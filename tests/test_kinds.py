@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_sources import pets, picture, refused, sizes
 
-from warmfed.cli import main
+from warmfed.cli.parser import main
 from warmfed.data import DataError, Federation, camelyon17, csv, folder, idx, load, npz, save_partition
-from warmfed.data.pool import Pool, texts
+from warmfed.data.examples import Pool, texts
 from warmfed.data.splits import split, units
 
 
@@ -143,7 +143,7 @@ def test_size_and_channels_are_settings(tmp_path: Path, size: int, channels: int
 
 
 def test_grey_is_the_same_from_a_file_and_from_an_array(tmp_path: Path) -> None:
-    from warmfed.data.images import decode, from_array
+    from warmfed.data.image_io import decode, from_array
 
     saved(tmp_path / "x.png", 3)
     grey = np.asarray(picture(3).convert("L"))
@@ -152,7 +152,7 @@ def test_grey_is_the_same_from_a_file_and_from_an_array(tmp_path: Path) -> None:
 
 
 def test_more_kinds_of_files(tmp_path: Path) -> None:
-    from warmfed.data.images import UnreadableError, decode
+    from warmfed.data.image_io import UnreadableError, decode
 
     Image.fromarray(np.full((20, 20), 50 * 256 + 99, np.uint16)).save(tmp_path / "deep.tiff")
     assert (decode(tmp_path / "deep.tiff", 8) == 50).all()

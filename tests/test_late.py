@@ -13,15 +13,15 @@ import tomli_w
 import toy
 from test_border import Faulty
 
-from warmfed.border import Border
-from warmfed.cli import main
+from warmfed.cli.parser import main
 from warmfed.config import parse
 from warmfed.core import Absent, Round
-from warmfed.predict import predict
+from warmfed.core.admission import Border
+from warmfed.core.tensors import only
 from warmfed.run import run
-from warmfed.runs import execute, read_summary
-from warmfed.tensors import only
-from warmfed.transports.inprocess import InProcess
+from warmfed.runs.execute import execute, read_summary
+from warmfed.runs.predict import predict
+from warmfed.transports.in_process import InProcess
 
 SETTINGS = {"algorithm.name": "fedavg", "algorithm.rounds": 1, "algorithm.local.epochs": 1, "workers": 1}
 

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from warmfed.algorithms.warmfed import WarmFed
 from warmfed.config import parse
 from warmfed.core import Central, Local, Nothing
-from warmfed.diffusion import adapter as lora
-from warmfed.diffusion import adapting
-from warmfed.diffusion.adapting import Adapting, Lora, fitting, latents
-from warmfed.diffusion.estimate import plan
+from warmfed.core.messages import Message
+from warmfed.core.rng import named, seeded
+from warmfed.core.tensors import Table, Tensors, sha256
+from warmfed.diffusion import lora as lora
+from warmfed.diffusion import lora_training as adapting
+from warmfed.diffusion.cost import plan
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.objective import denoising_loss, drawn
-from warmfed.errors import InputError
+from warmfed.diffusion.lora_training import Adapting, Lora, fitting, latents
+from warmfed.diffusion.losses import denoising_loss, drawn
 from warmfed.fit import Training
-from warmfed.messages import Message
-from warmfed.randomness import named, seeded
-from warmfed.tensors import Table, Tensors, sha256
-from warmfed.transports.inprocess import InProcess
-from warmfed.transports.worker import Worker
+from warmfed.transports.client import Worker
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",  # diffusers' schedulers, NumPy 2

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 import warmfed.algorithms  # declares the algorithms' messages
-import warmfed.transports.memories  # noqa: F401
-from warmfed.algorithms.averaging import Model
+import warmfed.transports.client_state  # noqa: F401
+from warmfed.algorithms.shared.base import Model
 from warmfed.algorithms.warmfed import Adapter, Verdict
 from warmfed.core import Nothing, Reply
-from warmfed.errors import InputError
-from warmfed.messages import KINDS, Message, _fields, decode, encode, kind, message, tensors_of
-from warmfed.tensors import Tensors
+from warmfed.core.messages import KINDS, Message, _fields, decode, encode, kind, message, tensors_of
+from warmfed.core.tensors import Tensors
+from warmfed.utils.errors import InputError
 
 
 @message("test_messages.Everything")

@@ -9,19 +9,19 @@ import tiny
 import torch
 
 from warmfed.core import Central, Local
-from warmfed.diffusion.adapting import Lora
-from warmfed.diffusion.denoise import Denoise, Denoising
+from warmfed.core.rng import named
+from warmfed.core.tensors import sha256
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.once import Once
-from warmfed.errors import InputError
+from warmfed.diffusion.lora_training import Lora
+from warmfed.diffusion.result_cache import Once
 from warmfed.fit import Training
-from warmfed.randomness import named
-from warmfed.tensors import sha256
+from warmfed.tasks.denoising import Denoise, Denoising
+from warmfed.utils.errors import InputError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from warmfed.diffusion import pipeline
-    from warmfed.diffusion.pretrain import Pretraining, build
+    from warmfed.pretraining.pretrain import Pretraining, build
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 PROMPTS = ("zero", "one")

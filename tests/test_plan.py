@@ -9,12 +9,12 @@ import torch.nn.functional as F
 import toy
 from safetensors.torch import load_file
 
-from warmfed.algorithms.synthetic import Synthesis, confused, draw, labelled, repeated, warm_start
+from warmfed.algorithms.shared.synthetic_data import Synthesis, confused, draw, labelled, repeated, warm_start
 from warmfed.core import Local, prompt, prompts_of
-from warmfed.errors import InputError
+from warmfed.core.rng import named
+from warmfed.core.tensors import Table, Tensors
 from warmfed.fit import Training
-from warmfed.randomness import named
-from warmfed.tensors import Table, Tensors
+from warmfed.utils.errors import InputError
 
 SITED = ("{site|a=a|b=a} left bar", "a middle bar", "{site|a=a|b=a} right bar")
 

@@ -9,20 +9,20 @@ import torch
 import toy
 from test_border import Faulty
 
-from warmfed.algorithms.judgement import contradicted, favourites, gradients, late_suspects, suspects, votes
-from warmfed.algorithms.synthetic import Synthesis, draw, warm_start
-from warmfed.border import Border
+from warmfed.algorithms.shared.adapter_screening import contradicted, favourites, gradients, late_suspects, suspects, votes
+from warmfed.algorithms.shared.synthetic_data import Synthesis, draw, warm_start
 from warmfed.config import parse
-from warmfed.console import line
 from warmfed.core import Absent, Central, Reply, Round
-from warmfed.data.digits4 import digits4
-from warmfed.errors import InputError
+from warmfed.core.admission import Border
+from warmfed.core.rng import named
+from warmfed.core.tensors import Table, Tensors, join, select
+from warmfed.data.readers.digits4 import digits4
 from warmfed.fit import Training
-from warmfed.randomness import named
 from warmfed.report import write
 from warmfed.run import run
-from warmfed.tensors import Table, Tensors, join, select
-from warmfed.transports.inprocess import InProcess
+from warmfed.runs.console import line
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.errors import InputError
 
 SETTINGS = Synthesis(per_class=40, filter_training=Training(lr=0.02, epochs=3), training=Training(lr=0.02, epochs=4), subset=36)
 

@@ -18,17 +18,17 @@ from flwr.app import Message
 from test_flower import OPEN, SITES, Consortium, settings
 
 from warmfed.algorithms import ALGORITHMS
-from warmfed.algorithms.averaging import Model
-from warmfed.algorithms.references import Images
+from warmfed.algorithms.baselines import Images
+from warmfed.algorithms.shared.base import Model
 from warmfed.config import parse, resolve
 from warmfed.core import Nothing
-from warmfed.errors import InputError
-from warmfed.files import read_lines
-from warmfed.messages import decode, encode
-from warmfed.policy import Policy, agreed, images_in, toml
-from warmfed.site import SiteConfig, _local, answer, read_site
+from warmfed.core.messages import decode, encode
+from warmfed.deploy.policy import Policy, agreed, images_in, toml
+from warmfed.deploy.site import SiteConfig, _local, answer, read_site
 from warmfed.transports.flower import unpack
-from warmfed.transports.wire import Answer, Models, Refusal, Request
+from warmfed.transports.protocol import Answer, Models, Refusal, Request
+from warmfed.utils.errors import InputError
+from warmfed.utils.files import read_lines
 
 RUN = "0123456789abcdef"
 CENTRALIZED = {"algorithm": {"name": "centralized", "rounds": 1, "local": {"epochs": 1}}}

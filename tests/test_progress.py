@@ -3,7 +3,7 @@
 import pytest
 
 from warmfed.config import parse
-from warmfed.progress import END, EXPECTED, Clock, spoken
+from warmfed.runs.progress import END, EXPECTED, Clock, spoken
 
 
 def test_before_anything_is_known() -> None:

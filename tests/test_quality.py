@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from warmfed import models
+from warmfed.core.rng import named
+from warmfed.core.tensors import dealt
 from warmfed.data import Federation, Site
-from warmfed.diffusion.quality import adapter_scores, copies, distances, diversity, extractor, nearest, neighbourhoods
-from warmfed.errors import InputError
+from warmfed.evaluation.generators import adapter_scores, copies, distances, diversity, extractor, nearest, neighbourhoods
 from warmfed.models import EYES
-from warmfed.randomness import named
 from warmfed.tasks import Classify
-from warmfed.tensors import dealt
+from warmfed.utils.errors import InputError
 
 
 def points(name: str, n: int = 400, shift: float = 0.0) -> torch.Tensor:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from warmfed.data.rendered import FONTS, blurred, characters, glyphs, looks, rendered, spline
-from warmfed.randomness import named
+from warmfed.core.rng import named
+from warmfed.data.rendered_digits import FONTS, blurred, characters, glyphs, looks, rendered, spline
 
 
 def test_the_generator_names_the_images() -> None:

@@ -25,11 +25,11 @@ from report_folders import (
 )
 
 from warmfed import report
-from warmfed.errors import InputError
 from warmfed.report import parts, sections
 from warmfed.report.accuracy import milestones
 from warmfed.report.plots import _apart, features, lines, short
 from warmfed.report.record import DRAWN, read_run
+from warmfed.utils.errors import InputError
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 

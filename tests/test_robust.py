@@ -6,13 +6,13 @@ import pytest
 import torch
 import toy
 
-from warmfed.algorithms.averaging import Model, average
-from warmfed.algorithms.robust import Robust
+from warmfed.algorithms.shared.base import Model, average
+from warmfed.algorithms.shared.robust_aggregation import Robust
 from warmfed.config import parse
 from warmfed.core import Reply
-from warmfed.errors import InputError
-from warmfed.randomness import named
-from warmfed.ready import prepare
+from warmfed.core.rng import named
+from warmfed.runs.prepare import prepare
+from warmfed.utils.errors import InputError
 
 START = {"w": torch.tensor([0.0, 0.0]), "n": torch.tensor(7)}
 

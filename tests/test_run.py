@@ -8,11 +8,11 @@ import pytest
 import toy
 
 from warmfed.core import Exchange, Metrics, Nothing, Reply, Stage
-from warmfed.messages import Message, decode, encode
-from warmfed.randomness import named
+from warmfed.core.messages import Message, decode, encode
+from warmfed.core.rng import named
+from warmfed.core.tensors import Tensors
 from warmfed.run import cohort, run
-from warmfed.tensors import Tensors
-from warmfed.transports.inprocess import InProcess
+from warmfed.transports.in_process import InProcess
 
 SITES = tuple("abcdef")
 

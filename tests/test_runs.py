@@ -22,22 +22,22 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from warmfed.cli import main
+from warmfed.cli.parser import main
 from warmfed.config import Config, parse
+from warmfed.core.messages import decode, encode
+from warmfed.core.rng import named, seeded
 from warmfed.diffusion import pipeline
-from warmfed.diffusion.quality import Measuring
-from warmfed.errors import InputError
-from warmfed.files import read_sealed, sweep, write_sealed, write_whole
-from warmfed.messages import decode, encode
-from warmfed.randomness import named, seeded
-from warmfed.ready import prepare
-from warmfed.runs import Checkpoint, execute, read_summary, resume
-from warmfed.verify import DifferenceError, verify
+from warmfed.evaluation.generators import Measuring
+from warmfed.runs.execute import Checkpoint, execute, read_summary, resume
+from warmfed.runs.prepare import prepare
+from warmfed.runs.verify import DifferenceError, verify
+from warmfed.utils.errors import InputError
+from warmfed.utils.files import read_sealed, sweep, write_sealed, write_whole
 
 with warnings.catch_warnings():
     # diffusers and transformers import modules of their own that are deprecated
     warnings.simplefilter("ignore")
-    from warmfed.diffusion.pretrain import Pretraining, build
+    from warmfed.pretraining.pretrain import Pretraining, build
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"  # diffusers' schedulers, NumPy 2

@@ -12,11 +12,11 @@ import tiny
 pytest.importorskip("flwr")
 
 from warmfed.config import Config, parse
-from warmfed.errors import InputError
-from warmfed.files import read_lines
-from warmfed.runs import Watcher, execute, read_summary, resume
-from warmfed.simulation import simulate_on_ray
+from warmfed.deploy.ray_simulation import simulate_on_ray
+from warmfed.runs.execute import Watcher, execute, read_summary, resume
 from warmfed.transports import flower
+from warmfed.utils.errors import InputError
+from warmfed.utils.files import read_lines
 
 SETTINGS = {"algorithm.name": "scaffold", "algorithm.rounds": 40, "algorithm.local.epochs": 1, "model.name": "linear"}
 

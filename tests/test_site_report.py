@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import tiny
 
-from warmfed.cli import main
+from warmfed.cli.parser import main
+from warmfed.core.messages import digest, encode
 from warmfed.deploy.ledger import read, tables
-from warmfed.errors import InputError
-from warmfed.files import write_lines
-from warmfed.messages import digest, encode
-from warmfed.runs import execute
-from warmfed.site import answer
-from warmfed.transports.wire import Answer, Request, opened
+from warmfed.deploy.site import answer
+from warmfed.runs.execute import execute
+from warmfed.transports.protocol import Answer, Request, opened
+from warmfed.utils.errors import InputError
+from warmfed.utils.files import write_lines
 
 
 @pytest.fixture

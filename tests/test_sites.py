@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from warmfed.core import Central, Local
+from warmfed.core.rng import named
+from warmfed.core.tensors import Tensors
 from warmfed.data import digits4
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.fit import Training, fit
-from warmfed.randomness import named
 from warmfed.tasks import Classify
-from warmfed.tensors import Tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 FEDERATION, TASK = digits4(), Classify((3, 32, 32), 10)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from warmfed.data import Federation, arrays, folder, load, npz, save_partition
-from warmfed.errors import InputError
+from warmfed.utils.errors import InputError
 
 
 def picture(seed: int, height: int = 8, width: int = 8) -> Image.Image:
@@ -116,7 +116,7 @@ def test_all_kinds_of_pictures_become_rgb(tmp_path: Path) -> None:
 
 
 def test_exif_rotation_is_undone(tmp_path: Path) -> None:
-    from warmfed.data.images import decode
+    from warmfed.data.image_io import decode
 
     sketch = Image.new("L", (16, 16), 0)
     sketch.paste(255, (0, 0, 16, 8))  # light above
@@ -129,7 +129,7 @@ def test_exif_rotation_is_undone(tmp_path: Path) -> None:
 
 
 def test_large_pictures_are_read(tmp_path: Path) -> None:
-    from warmfed.data.images import decode
+    from warmfed.data.image_io import decode
 
     Image.new("RGB", (4000, 3000), (10, 200, 30)).save(tmp_path / "large.jpg")
     pixels = decode(tmp_path / "large.jpg", 32)

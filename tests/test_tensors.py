@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from warmfed.randomness import child, named, number, numpy_named, seeded
-from warmfed.tensors import add, finite, join, mean, mix, only, rows, scale, select, sha256, spread, sub, to, zeros
+from warmfed.core.rng import child, named, number, numpy_named, seeded
+from warmfed.core.tensors import add, finite, join, mean, mix, only, rows, scale, select, sha256, spread, sub, to, zeros
 
 A = {"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(3)}
 B = {"w": torch.tensor([3.0, 6.0]), "steps": torch.tensor(5)}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import toy
 
-from warmfed.errors import InputError
-from warmfed.messages import encode
+from warmfed.core.messages import encode
 from warmfed.run import run
-from warmfed.transports.inprocess import InProcess
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.errors import InputError
 
 ALGORITHM = toy.quick("ditto")
 

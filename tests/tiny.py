@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load
 
 from warmfed.config import Config, parse
+from warmfed.core.rng import named, seeded
+from warmfed.core.tensors import sha256
 from warmfed.models import EYES
-from warmfed.randomness import named, seeded
-from warmfed.runs import execute, resume
-from warmfed.tensors import sha256
+from warmfed.runs.execute import execute, resume
 
 SETTINGS = {
     "algorithm.name": "fedavg-finetune",

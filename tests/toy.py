@@ -13,22 +13,22 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from warmfed.algorithms import ALGORITHMS, entry
-from warmfed.algorithms.references import Budget
-from warmfed.algorithms.synthetic import Synthesis
-from warmfed.border import STRICT, Border
+from warmfed.algorithms.baselines import Budget
+from warmfed.algorithms.shared.synthetic_data import Synthesis
 from warmfed.core import Algorithm, Central, Exchange, Local, Metrics, Reply, Round
-from warmfed.diffusion.denoise import Denoise, Denoising
-from warmfed.errors import InputError
-from warmfed.files import write_whole
+from warmfed.core.admission import STRICT, Border
+from warmfed.core.messages import Message
+from warmfed.core.rng import named
+from warmfed.core.tensors import Table, Tensors
 from warmfed.fit import Training
-from warmfed.messages import Message
 from warmfed.models import Split
-from warmfed.randomness import named
 from warmfed.run import run
 from warmfed.tasks import Classify
-from warmfed.tensors import Table, Tensors
-from warmfed.transports.inprocess import InProcess
-from warmfed.transports.worker import Worker
+from warmfed.tasks.denoising import Denoise, Denoising
+from warmfed.transports.client import Worker
+from warmfed.transports.in_process import InProcess
+from warmfed.utils.errors import InputError
+from warmfed.utils.files import write_whole
 
 SHAPE, CLASSES = (3, 8, 8), 3
 PROMPTS = ("a left bar", "a middle bar", "a right bar")

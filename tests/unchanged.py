@@ -19,7 +19,7 @@ import toy
 
 from warmfed import execute, parse
 from warmfed.algorithms import ALGORITHMS, entry
-from warmfed.messages import encode
+from warmfed.core.messages import encode
 
 QUICK = {
     "warmfed": {

@@ -14,17 +14,17 @@ import tomli_w
 from deployment import Deployment
 
 from warmfed.config import parse
+from warmfed.core.rng import named, seeded
 from warmfed.deploy import keys
 from warmfed.diffusion import pipeline
-from warmfed.files import read_lines
-from warmfed.predict import predict
-from warmfed.randomness import named, seeded
-from warmfed.runs import execute, read_summary
+from warmfed.runs.execute import execute, read_summary
+from warmfed.runs.predict import predict
+from warmfed.utils.files import read_lines
 
 with warnings.catch_warnings():
     # diffusers and transformers import modules of their own that are deprecated
     warnings.simplefilter("ignore")
-    from warmfed.diffusion.pretrain import Pretraining, build
+    from warmfed.pretraining.pretrain import Pretraining, build
 
 SITES = "abcd"
 ONCE = {"rounds": 1, "local": {"epochs": 1}}

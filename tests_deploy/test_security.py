@@ -26,9 +26,9 @@ from deployment import BIN, Deployment, arrays
 
 from warmfed.deploy import keys
 from warmfed.deploy.guard import STRANGER
-from warmfed.files import read_lines
 from warmfed.transports.flower_processes import FLEET, KEY, PATHS, SIGNATURE, SIGNED
-from warmfed.transports.project import FILES
+from warmfed.transports.flower_project import FILES
+from warmfed.utils.files import read_lines
 
 SITES = ("a", "b", "c", "d")
 MARK = """

@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from .config import Config, parse
     from .data import Federation, digits4, load
     from .diffusion.generator import LatentDiffusion
-    from .errors import InputError
     from .fit import Training, fit
-    from .runs import execute, resume, simulate
+    from .runs.execute import execute, resume, simulate
     from .tasks import Classify
+    from .utils.errors import InputError
 
 __version__ = "0.1.0"
 
@@ -20,17 +20,17 @@ _HOME = {
     "Classify": "tasks",
     "Config": "config",
     "Federation": "data",
-    "InputError": "errors",
+    "InputError": "utils.errors",
     "LatentDiffusion": "diffusion.generator",
     "Training": "fit",
     "WarmFed": "algorithms",
     "digits4": "data",
-    "execute": "runs",
+    "execute": "runs.execute",
     "fit": "fit",
     "load": "data",
     "parse": "config",
-    "resume": "runs",
-    "simulate": "runs",
+    "resume": "runs.execute",
+    "simulate": "runs.execute",
 }
 __all__ = [
     "ALGORITHMS",

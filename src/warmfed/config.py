@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 import tomli_w
 
 from .algorithms import ALGORITHMS, Smoothed, WarmFed, entry
-from .border import Border
 from .core import Algorithm
-from .diffusion.denoise import Denoising
+from .core.admission import Border
 from .diffusion.generator import LatentDiffusion
-from .diffusion.quality import Measuring
-from .errors import InputError, suggest
-from .files import loads_toml, read_bytes
+from .evaluation.generators import Measuring
 from .fit import Training
-from .settings import construct
+from .tasks.denoising import Denoising
+from .utils.errors import InputError, suggest
+from .utils.files import loads_toml, read_bytes
+from .utils.settings import construct
 
 T = TypeVar("T")
 TASKS = ("classify", "denoise")

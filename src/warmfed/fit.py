@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .errors import InputError, one_of
-from .randomness import child, seeded
-from .snapshots import Snapshots, moments, restore
-from .tensors import Table, Tensors, rows, select, sha256, to
+from .core.rng import child, seeded
+from .core.tensors import Table, Tensors, rows, select, sha256, to
+from .core.training_snapshot import Snapshots, moments, restore
+from .utils.errors import InputError, one_of
 
 Loss = Callable[[nn.Module, Table], Tensor]
 Penalty = Callable[[Tensors], Tensor]

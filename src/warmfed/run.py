@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from .border import STRICT, Border
 from .core import Absent, Algorithm, Central, Exchange, Metrics, Reply, Round, ServerState, Stage, Transport
-from .errors import InputError
-from .randomness import named
+from .core.admission import STRICT, Border
+from .core.rng import named
+from .utils.errors import InputError
 
 
 def cohort(stage: Stage, sites: Sequence[str], rng: torch.Generator) -> list[str]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Local, Reply, State
-from ..errors import InputError
+from ..core.messages import Message, message
+from ..core.tensors import Table, Tensors, mix, prefixed, under
 from ..fit import at, fit
-from ..messages import Message, message
-from ..tensors import Table, Tensors, mix, prefixed, under
-from .averaging import Averaging, upload
+from ..utils.errors import InputError
+from .shared.base import Averaging, upload
 
 
 @message("apfl.Site")

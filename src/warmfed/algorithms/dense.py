@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
-from ..errors import InputError
+from ..core.messages import Message
+from ..core.rng import child, seeded
+from ..core.tensors import Table, Tensors, join
 from ..fit import Training, fit
-from ..messages import Message
 from ..models import initial
-from ..randomness import child, seeded
-from ..tensors import Table, Tensors, join
-from .averaging import Model, Rounds, average, upload
-from .distillation import divergence
+from ..utils.errors import InputError
+from .shared.base import Model, Rounds, average, upload
+from .shared.distillation import divergence
 
 
 class Imagination(nn.Module):

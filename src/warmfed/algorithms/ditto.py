@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import final
 
 from ..core import Local, Reply, State
+from ..core.messages import Message
+from ..core.tensors import Tensors
 from ..fit import Training, fit, proximal
-from ..messages import Message
-from ..tensors import Tensors
-from .averaging import Averaging, Model, upload
+from .shared.base import Averaging, Model, upload
 
 
 @final

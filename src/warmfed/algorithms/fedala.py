@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Local, Reply, State
-from ..errors import InputError
+from ..core.messages import Message, message
+from ..core.rng import aside
+from ..core.tensors import Table, Tensors, only, prefixed, rows, select, to, under
 from ..fit import Training, at, fit, minibatches
-from ..messages import Message, message
-from ..randomness import aside
-from ..tensors import Table, Tensors, only, prefixed, rows, select, to, under
-from .averaging import Averaging, upload
+from ..utils.errors import InputError
+from .shared.base import Averaging, upload
 
 
 @message("fedala.Site")

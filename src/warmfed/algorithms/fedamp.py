@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
-from ..errors import InputError
+from ..core.messages import Message, message
+from ..core.tensors import Tensors, mean
 from ..fit import fit, proximal
-from ..messages import Message, message
-from ..tensors import Tensors, mean
-from .averaging import Model, Rounds, upload
+from ..utils.errors import InputError
+from .shared.base import Model, Rounds, upload
 
 
 @message("fedamp.Server")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import final
 
 from ..core import Local, Reply, State
+from ..core.messages import Message
 from ..fit import fit
-from ..messages import Message
-from .averaging import Averaging, upload
+from .shared.base import Averaging, upload
 
 
 @final

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..core import Central, Local, Metrics, Reply, State
+from ..core.messages import Message, message
+from ..core.tensors import Tensors, only, rows
 from ..fit import Training, fit
-from ..messages import Message, message
-from ..tensors import Tensors, only, rows
-from .averaging import Personalized, expect
+from .shared.base import Personalized, expect
 
 
 @message("fedbabu.Body")

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..core import Central, Generator, Local
-from ..errors import InputError
 from ..fit import Training
-from .synthetic import WarmStarted, generator_of
+from ..utils.errors import InputError
+from .shared.synthetic_data import WarmStarted, generator_of
 
 
 @final

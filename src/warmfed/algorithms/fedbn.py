@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..core import Task
-from ..errors import InputError
-from .averaging import PartlyShared
+from ..utils.errors import InputError
+from .shared.base import PartlyShared
 
 NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 

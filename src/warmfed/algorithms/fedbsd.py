@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Local, Reply, State
-from ..errors import one_of
+from ..core.messages import Message
+from ..core.tensors import Table, only
 from ..fit import Loss, Training, fit
-from ..messages import Message
-from ..tensors import Table, only
-from .averaging import Model, SplitByName, upload
-from .distillation import divergence
+from ..utils.errors import one_of
+from .shared.base import Model, SplitByName, upload
+from .shared.distillation import divergence
 
 
 def distance(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:

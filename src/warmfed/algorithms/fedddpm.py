@@ -19,13 +19,13 @@ from typing import final
 import torch
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, Stage, State
-from ..errors import InputError, one_of
+from ..core.messages import Message, message
+from ..core.rng import child
+from ..core.tensors import Tensors, dealt, flat, rows, select, sub
 from ..fit import Training, fit
-from ..messages import Message, message
-from ..randomness import child
-from ..tensors import Tensors, dealt, flat, rows, select, sub
-from .averaging import DRAWING, Averaging, Model, count_fits, counted, expect, gathering, upload
-from .synthetic import keep_samples
+from ..utils.errors import InputError, one_of
+from .shared.base import DRAWING, Averaging, Model, count_fits, counted, expect, gathering, upload
+from .shared.synthetic_data import keep_samples
 
 SIGNALS = ("progress", "update", "dispersion")
 

@@ -13,7 +13,7 @@ from typing import ClassVar, final
 
 from ..core import Central, Generator, Local
 from ..fit import Training
-from .synthetic import WarmStarted, generator_of
+from .shared.synthetic_data import WarmStarted, generator_of
 
 
 @final

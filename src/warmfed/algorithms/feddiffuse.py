@@ -15,11 +15,11 @@ from typing import ClassVar, final
 import torch
 
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
-from ..errors import one_of
+from ..core.messages import Message, message
+from ..core.tensors import Tensors, only, rows
 from ..fit import Training, fit
-from ..messages import Message, message
-from ..tensors import Tensors, only, rows
-from .averaging import DRAWING, Averaging, Model, expect
+from ..utils.errors import one_of
+from .shared.base import DRAWING, Averaging, Model, expect
 
 PARTS = ("encoder", "bottleneck", "decoder")
 TRAVELS = {"full": PARTS, "usplit": PARTS, "ulatdec": PARTS[1:], "udec": PARTS[2:]}

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import final
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
-from ..errors import InputError
+from ..core.messages import Message, message
+from ..core.tensors import Tensors, mean, scale, sub, to, zeros
 from ..fit import fit, proximal
-from ..messages import Message, message
-from ..tensors import Tensors, mean, scale, sub, to, zeros
-from .averaging import Model, Rounds, upload
+from ..utils.errors import InputError
+from .shared.base import Model, Rounds, upload
 
 
 @message("feddyn.Server")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
-from ..errors import InputError
+from ..core.messages import Message, message
+from ..core.tensors import Tensors, add, mean, rows, scale, sub
 from ..fit import fit
-from ..messages import Message, message
-from ..tensors import Tensors, add, mean, rows, scale, sub
-from .averaging import Model, Rounds, expect
+from ..utils.errors import InputError
+from .shared.base import Model, Rounds, expect
 
 
 @message("fednova.Normalized")

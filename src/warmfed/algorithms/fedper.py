@@ -6,7 +6,7 @@ Departures: the personal layers are the classifier's head (the paper varies thei
 from dataclasses import dataclass
 from typing import final
 
-from .averaging import SplitByName
+from .shared.base import SplitByName
 
 
 @final

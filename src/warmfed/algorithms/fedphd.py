@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, Stage, State
-from ..errors import InputError
+from ..core.messages import Message, message
+from ..core.tensors import Tensors, mean, rows
 from ..fit import Training, fit
-from ..messages import Message, message
-from ..tensors import Tensors, mean, rows
-from .averaging import DRAWING, Averaging, Model, count_fits, counted, gathering, upload
+from ..utils.errors import InputError
+from .shared.base import DRAWING, Averaging, Model, count_fits, counted, gathering, upload
 
 
 @message("fedphd.Server")

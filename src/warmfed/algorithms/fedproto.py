@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
-from ..errors import InputError
+from ..core.messages import Message, message
+from ..core.tensors import Table, Tensors, misfit, rows
 from ..fit import Loss, fit
-from ..messages import Message, message
-from ..tensors import Table, Tensors, misfit, rows
-from .averaging import Model, Rounds, count_fits, counted
+from ..utils.errors import InputError
+from .shared.base import Model, Rounds, count_fits, counted
 
 
 @message("fedproto.Prototypes")

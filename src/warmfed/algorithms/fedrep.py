@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import final
 
 from ..core import Local, Reply, State
+from ..core.messages import Message
 from ..fit import Training, fit
-from ..messages import Message
-from .averaging import SplitByName
+from .shared.base import SplitByName
 
 
 @final

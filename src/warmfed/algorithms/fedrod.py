@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Local, Reply, State
+from ..core.messages import Message
+from ..core.tensors import Table, Tensors, add, only, sub, zeros
 from ..fit import Loss, Training, fit
-from ..messages import Message
-from ..tensors import Table, Tensors, add, only, sub, zeros
-from .averaging import Averaging, Model, upload
+from .shared.base import Averaging, Model, upload
 
 
 def balanced(ctx: Local) -> Loss:

@@ -11,9 +11,9 @@ from typing import ClassVar, final
 import torch
 
 from ..core import Central, Generator, Local, Metrics, Replies, Reply, ServerState, State
-from ..messages import Message, message
-from ..tensors import rows
-from .synthetic import WarmStarted, generator_of, held, known
+from ..core.messages import Message, message
+from ..core.tensors import rows
+from .shared.synthetic_data import WarmStarted, generator_of, held, known
 
 
 @message("fgl.Classes")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import final
 
 from ..core import Local, Metrics, Reply, State
+from ..core.messages import Message
+from ..core.tensors import Tensors
 from ..fit import Training, fit
-from ..messages import Message
-from ..tensors import Tensors
-from .averaging import Personalized, upload
+from .shared.base import Personalized, upload
 
 
 @final

@@ -11,11 +11,11 @@ from typing import final
 import torch
 
 from ..core import Local, Metrics, Reply, State
-from ..errors import InputError
+from ..core.messages import Message
+from ..core.tensors import Tensors, prefixed
 from ..fit import fit
-from ..messages import Message
-from ..tensors import Tensors, prefixed
-from .averaging import Personalized, upload
+from ..utils.errors import InputError
+from .shared.base import Personalized, upload
 
 
 @final

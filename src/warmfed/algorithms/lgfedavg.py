@@ -7,7 +7,7 @@ Departures: the paper begins with representations of a finished FedAvg; here all
 from dataclasses import dataclass
 from typing import final
 
-from .averaging import SplitByName
+from .shared.base import SplitByName
 
 
 @final

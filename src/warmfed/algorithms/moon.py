@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Local, Reply, State
+from ..core.messages import Message
+from ..core.tensors import Table
 from ..fit import fit
-from ..messages import Message
-from ..tensors import Table
-from .averaging import Averaging, Personal, upload
+from .shared.base import Averaging, Personal, upload
 
 
 def contrast(now: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tensor:

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
-from ..errors import InputError
+from ..core.messages import Message, message
+from ..core.rng import aside, child
+from ..core.tensors import Tensors, rows
 from ..fit import Training, fit
-from ..messages import Message, message
-from ..randomness import aside, child
-from ..tensors import Tensors, rows
-from .averaging import DRAWING, Averaging, Personal, expect
+from ..utils.errors import InputError
+from .shared.base import DRAWING, Averaging, Personal, expect
 
 
 @message("pdfed.Board")

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from ..core import Local, Metrics, Reply, State
-from ..errors import InputError
+from ..core.messages import Message
+from ..core.tensors import Table, Tensors, add, rows, scale, select, sub
 from ..fit import Loss, Training, at, fit
-from ..messages import Message
-from ..tensors import Table, Tensors, add, rows, scale, select, sub
-from .averaging import Personalized, upload
+from ..utils.errors import InputError
+from .shared.base import Personalized, upload
 
 
 @final

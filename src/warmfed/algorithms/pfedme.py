@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
-from ..errors import InputError
+from ..core.messages import Message
+from ..core.tensors import Tensors, mix
 from ..fit import Training, fit, minibatches, proximal
-from ..messages import Message
-from ..tensors import Tensors, mix
-from .averaging import Averaging, Model, upload
+from ..utils.errors import InputError
+from .shared.base import Averaging, Model, upload
 
 
 @final

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import final
 
 from ..core import Local, Reply, State
+from ..core.messages import Message
+from ..core.tensors import Tensors
 from ..fit import Training
-from ..messages import Message
-from ..tensors import Tensors
-from .averaging import Averaging, Personal, upload
-from .distillation import Distillation, distilled
+from .shared.base import Averaging, Personal, upload
+from .shared.distillation import Distillation, distilled
 
 
 @final

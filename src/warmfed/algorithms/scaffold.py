@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core.messages import Message, message, tensors_of
+from ..core.tensors import Tensors, add, mean, rows, scale, sub, to, zeros
 from ..fit import fit
-from ..messages import Message, message, tensors_of
-from ..tensors import Tensors, add, mean, rows, scale, sub, to, zeros
-from .averaging import Rounds, expect
+from .shared.base import Rounds, expect
 
 
 @message("scaffold.Server")

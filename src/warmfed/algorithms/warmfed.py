@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
-from ..errors import InputError, one_of
+from ..core.messages import Message, message
+from ..core.rng import child
+from ..core.tensors import Tensors, join, mix, rows, select
 from ..fit import Training, fit
-from ..messages import Message, message
-from ..randomness import child
-from ..tensors import Tensors, join, mix, rows, select
-from .averaging import Model, expect, gathering, upload
-from .distillation import Distillation, distilled, dynamic
-from .judgement import late_suspects
-from .robust import Robust
-from .synthetic import Synthesis, draw, fits, gather, generator_of, held, labelled, likely, warm_start, without
+from ..utils.errors import InputError, one_of
+from .shared.adapter_screening import late_suspects
+from .shared.base import Model, expect, gathering, upload
+from .shared.distillation import Distillation, distilled, dynamic
+from .shared.robust_aggregation import Robust
+from .shared.synthetic_data import Synthesis, draw, fits, gather, generator_of, held, labelled, likely, warm_start, without
 
 
 @message("warmfed.Server")

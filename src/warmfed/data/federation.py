@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 
 from ..core import SPLITS, prompt, prompts_of
-from ..errors import InputError, suggest
-from ..tensors import Table, rows, sha256
+from ..core.tensors import Table, rows, sha256
+from ..utils.errors import InputError, suggest
 
 _PLAIN = re.compile(r'[^/\\:*?"<>|\x00-\x1f]*')
 

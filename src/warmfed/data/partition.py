@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, suggest
-from ..randomness import number
+from ..core.rng import number
+from ..utils.errors import InputError, suggest
 
 Ints = NDArray[np.int64]
 
@@ -145,7 +145,7 @@ class Deal:
             case "quantity":
                 return quantity(labels, self.sites, self.alpha, key=key, smallest=self.smallest)
             case _:
-                from .hub import partitioned
+                from .readers.huggingface import partitioned
 
                 # shuffled: some partitioners cut a class into pieces as it comes, and sources come split by split
                 order = stream(*key, "order").permutation(len(labels))

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from .examples import WHOLE, Pool, Texts
 from .partition import stream
-from .pool import WHOLE, Pool, Texts
 
 DROPPED = ""
 PUBLIC = "public"

@@ -21,18 +21,18 @@ from pathlib import Path
 import psutil
 
 from ..config import parse
+from ..core.tensors import rows
 from ..data import SPLITS, Federation
 from ..diffusion import pipeline
-from ..errors import InputError
-from ..files import locked, read_bytes
 from ..report.parts import size
-from ..site import SiteConfig, read_site
-from ..tensors import rows
+from ..utils.errors import InputError
+from ..utils.files import locked, read_bytes
 from . import keys
 from .guard import STRANGER
 from .node import SERVER, SITE
 from .project import start_digest
 from .project_file import Project, environment, read_project, versions
+from .site import SiteConfig, read_site
 
 DISK, MEMORY = 1_000_000_000, 1_000_000_000
 """Free bytes that a party needs at least, beside three times the base's weights of memory."""

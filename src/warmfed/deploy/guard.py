@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 PATIENCE = 10.0
 """Seconds for a TLS handshake, and for the head of a request."""

@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..files import read_bytes
+from ..utils.errors import InputError
+from ..utils.files import read_bytes
 
 try:
     from cryptography import x509

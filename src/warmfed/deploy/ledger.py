@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from .. import algorithms  # noqa: F401  the messages of all algorithms are known by then
-from ..errors import InputError
-from ..files import read_lines
-from ..messages import KINDS
-from ..policy import Policy, table
+from ..core.messages import KINDS
 from ..report.page import publish
 from ..report.parts import MISSING, Section, Table, cells, size
-from ..site import read_site
+from ..utils.errors import InputError
+from ..utils.files import read_lines
+from .policy import Policy, table
+from .site import read_site
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import InputError
-from ..files import locked
+from ..utils.errors import InputError
+from ..utils.files import locked
 from . import keys
 from .guard import SERVED, Guard, Listener
 from .project_file import environment, read_project
@@ -73,7 +73,7 @@ def _supernode(folder: Path) -> None:
         )
 
     def refuse(digest: str) -> None:
-        from ..site import read_site, refused  # only then: torch takes memory that a waiting process does not need
+        from .site import read_site, refused  # only then: torch takes memory that a waiting process does not need
 
         reason = f"refused an app with SHA-256 {digest[:12]}…: this site runs warmfed's alone ({project.app[:12]}…)"
         flower.report(reason)

@@ -21,14 +21,13 @@ from typing import Any
 
 import tomli_w
 
-from .. import policy
 from ..config import Config, parse
 from ..data import Federation, load, told
 from ..diffusion import pipeline
-from ..errors import InputError
-from ..files import PUBLIC, make, occupied, read_bytes, write_json, write_whole
-from ..transports.project import write_project
-from . import keys
+from ..transports.flower_project import write_project
+from ..utils.errors import InputError
+from ..utils.files import PUBLIC, make, occupied, read_bytes, write_json, write_whole
+from . import keys, policy
 from .project_file import Project, read_project, versions
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")

@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .. import __version__
-from ..errors import InputError
-from ..files import read_bytes, read_json
-from ..settings import construct
+from ..utils.errors import InputError
+from ..utils.files import read_bytes, read_json
+from ..utils.settings import construct
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import InputError
 from ..transports.flower_processes import Nodes
+from ..utils.errors import InputError
 from . import keys
 
 PATIENCE, PAUSE = 60.0, 1.0

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Central, Generator, Local
-from ..errors import InputError, one_of, suggest
+from ..core.rng import child
+from ..core.tensors import Tensors
 from ..fit import Training
-from ..randomness import child
-from ..tensors import Tensors
-from . import adapter as lora
-from . import outlines, pipeline
-from .adapter import Adapted
-from .adapting import Adapting, Lora, learn, prior
-from .families import Condition
-from .foreign import digest, imported
+from ..utils.errors import InputError, one_of, suggest
+from . import known_pipelines as outlines
+from . import lora as lora
+from . import pipeline
+from .lora import Adapted
+from .lora_import import digest, imported
+from .lora_training import Adapting, Lora, learn, prior
+from .pipeline_families import Condition
 from .sampler import SAMPLERS, SPACINGS, draw, timed
 
 
@@ -165,7 +166,7 @@ class LatentDiffusion:
         return replace(self, targets="none", prompts=True, training=training, lora=plain)
 
     def conceiving(self, training: Training, signal: float, variation: float) -> Generator:
-        from .concepts import Concepts
+        from .concept_inversion import Concepts
 
         return Concepts(replace(self, training=training), signal, variation)
 

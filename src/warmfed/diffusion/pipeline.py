@@ -21,10 +21,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import InputError
-from ..files import content, loads_json, make, read_bytes, regular, secure
-from ..tensors import finite
-from .families import AUTOENCODERS, STABLE, Condition, Family, family, library
+from ..core.tensors import finite
+from ..utils.errors import InputError
+from ..utils.files import content, loads_json, make, read_bytes, regular, secure
+from .pipeline_families import AUTOENCODERS, STABLE, Condition, Family, family, library
 
 BASES = Path(__file__).parent.parent / "bases"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

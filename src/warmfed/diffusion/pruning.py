@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..randomness import named, seeded
-from ..tensors import Tensors
+from ..core.rng import named, seeded
+from ..core.tensors import Tensors
 
 RESIDUAL = {"conv1.weight": 0, "conv1.bias": 0, "time_emb_proj.weight": 0, "time_emb_proj.bias": 0, "norm2.weight": 0,
             "norm2.bias": 0, "conv2.weight": 1}  # fmt: skip

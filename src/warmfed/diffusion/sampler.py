@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from .families import Condition, stacked
+from ..utils.errors import InputError
+from .pipeline_families import Condition, stacked
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dpm++": ("DPMSolverMultistepScheduler", {}),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from warmfed.errors import printable
+from warmfed.utils.errors import printable
 
 from . import plots
 from .accuracy import headline, mean, milestones

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from warmfed.files import write_whole
+from warmfed.utils.files import write_whole
 
 from . import accuracy, generators, sections
 from .parts import Section, duration, memory, size

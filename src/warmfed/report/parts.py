@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from warmfed.errors import printable
+from warmfed.utils.errors import printable
 
 MISSING = "–"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from warmfed.errors import InputError
-from warmfed.files import read_bytes, read_json, read_lines
+from warmfed.utils.errors import InputError
+from warmfed.utils.files import read_bytes, read_json, read_lines
 
 
 @dataclass(frozen=True)

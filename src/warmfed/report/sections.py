@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from warmfed.errors import InputError
+from warmfed.utils.errors import InputError
 
 from . import plots
 from .accuracy import mean

@@ -1,5 +1,5 @@
 """How to build a model, its loss and its metrics."""
 
-from .classify import Classify
+from .classification import Classify
 
 __all__ = ["Classify"]

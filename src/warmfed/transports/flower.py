@@ -21,9 +21,9 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from ..core import Absent
-from ..errors import InputError
-from ..messages import KINDS, digest, kind_of
-from .wire import FINISH, HELLO, REFUSED
+from ..core.messages import KINDS, digest, kind_of
+from ..utils.errors import InputError
+from .protocol import FINISH, HELLO, REFUSED
 
 _BYTES, _SEAL, _STYPE = "message", "seal", "warmfed.message"
 _PASSING = {

@@ -24,8 +24,8 @@ from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, Unregi
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
-from ..errors import InputError
-from .project import FILES
+from ..utils.errors import InputError
+from .flower_project import FILES
 
 PATHS = tuple(sorted(path for _, path in PROTOBUF_REQUEST_TYPES))
 """Every path of Flower's interfaces."""

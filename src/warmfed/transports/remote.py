@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
-from ..border import Border, guarded
 from ..core import Absent, Exchange, Metrics, Reply
-from ..messages import Message, encode
-from ..tensors import Tensors
-from .wire import DIGEST, EVALUATE, FINISH, Kept, Measures, Models, Request, nest, opened
-from .worker import exchange
+from ..core.admission import Border, guarded
+from ..core.messages import Message, encode
+from ..core.tensors import Tensors
+from .client import exchange
+from .protocol import DIGEST, EVALUATE, FINISH, Kept, Measures, Models, Request, nest, opened
 
 
 class Post(Protocol):

@@ -1,0 +1,176 @@
+"""The two references of every comparison: each site alone, and all images in one place.
+
+Both get the same number of local epochs as the federated methods have over their rounds (`until` budget), or train
+until validation stops improving (`until` validation): the best validated weights are kept.
+"""
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..core.messages import Message, message
+from ..core.tensors import Table, Tensors, join, misfit, rows
+from ..fit import Context, Training, fit
+from ..utils.errors import InputError
+from .shared.base import Model, gathering
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long the references train."""
+
+    until: str = "budget"
+    """budget: `rounds` times `local`; validation: until accuracy has not risen for `patience` times `local`."""
+    patience: int = 4
+    """Trainings without a better validation accuracy (of equal ones, the lower loss) before the end."""
+    limit: int = 60
+    """Trainings at the most."""
+
+    def __post_init__(self) -> None:
+        if self.until not in ("budget", "validation"):
+            raise InputError(f"until must be budget or validation; got {self.until!r}")
+
+
+def train_until(
+    ctx: Context, start: Tensors, training: Training, train: Table, check: Table, budget: Budget
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Train in pieces until validation stops improving; the best validated weights, and how many pieces there were."""
+    task = ctx.task
+    model, info = dict(start), {"loss": 0.0}
+    best, score, waited = model, (-1.0, 0.0), 0
+    pieces = 0
+    while waited < budget.patience and pieces < budget.limit:
+        model, info = fit(ctx, model, training, train)
+        found = task.metrics(model, check, ctx.device)  # type: ignore[attr-defined]
+        now = (found["accuracy"], -found["loss"])
+        waited = 0 if now > score else waited + 1
+        best, score = (model, now) if now > score else (best, score)
+        pieces += 1
+    return best, {"loss": info["loss"], "trainings": float(pieces), "validation_accuracy": score[0]}
+
+
+@final
+@dataclass(frozen=True)
+class LocalOnly:
+    """Each site trains alone; no weights cross the wire, and there is no global model."""
+
+    rounds: int = 5
+    """Trainings in the budget."""
+    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    """A site's training in one round."""
+    budget: Budget = Budget()
+    """When to stop."""
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Model(down.model)
+
+    def down(self, server: ServerState, site: str) -> Message:
+        return server
+
+    def init(self, ctx: Central) -> ServerState:
+        # the common random start, as in FedAvg: one seed names one start
+        return Model(ctx.task.init(ctx.rng))
+
+    def stages(self) -> tuple[Stage, ...]:
+        first = Stage("train", self.done, self.train, replies=(Nothing,), images=False)
+        later = replace(first, down=lambda server, site: Nothing())
+        count = self.rounds if self.budget.until == "budget" else 1
+        return ((first,) + (later,) * count)[:count]
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        data = ctx.data
+        if self.budget.until == "budget":
+            model, metrics = fit(ctx, state.model, self.local, data["train"])
+        else:
+            model, metrics = train_until(ctx, state.model, self.local, data["train"], data["validation"], self.budget)
+        return Reply(Nothing(), Model(model), float(rows(data["train"])), metrics)
+
+    def done(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        return server, {}
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return None
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return state.model
+
+
+@message("references.Pool")
+class Pool:
+    """All sites' images in one place, and the model trained on them."""
+
+    model: Tensors
+    train: Tensors
+    validation: Tensors
+
+
+@message("references.Images")
+class Images:
+    """A site's images: what federated learning exists to avoid."""
+
+    train: Tensors
+    validation: Tensors
+
+
+@final
+@dataclass(frozen=True)
+class Centralized:
+    """The sites send their images; the server trains on all of them. The ceiling that nobody may reach in practice."""
+
+    rounds: int = 5
+    """Trainings in the budget."""
+    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    """The training of one round, on all images."""
+    budget: Budget = Budget()
+    """When to stop."""
+
+    def init(self, ctx: Central) -> ServerState:
+        return Pool(ctx.task.init(ctx.rng), {}, {})
+
+    def down(self, server: ServerState, site: str) -> Message:
+        return Model(server.model)
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return None
+
+    def stages(self) -> tuple[Stage, ...]:
+        collect = gathering("collect", self.pool, self.send, replies=(Images,), check=self.check, images=True)
+        return (collect,) + (Stage("train", self.train),) * (self.rounds if self.budget.until == "budget" else 1)
+
+    def send(self, down: Message, state: State, ctx: Local) -> Reply:
+        images = Images(ctx.data["train"], ctx.data["validation"])
+        return Reply(images, None, float(rows(ctx.data["train"])), {})
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        """Raise `InputError` if a table does not have the columns that the task learns from, or unknown labels."""
+        blank = {"image": torch.zeros(1, *ctx.task.shape, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.int64)}
+        like = ctx.task.tables({"train": blank})["train"]
+        declared = {"train": reply.weight, **ctx.rows.get(site, {})}
+        for split, table in (("train", reply.message.train), ("validation", reply.message.validation)):
+            label = table.get("label", torch.empty(0))
+            count = int(declared.get(split, label.numel()))
+            if wrong := misfit(table, {name: column.expand(count, *column.shape[1:]) for name, column in like.items()}):
+                raise InputError(f"{split}: {wrong}")
+            if not count or not 0 <= int(label.min()) <= int(label.max()) < ctx.task.classes:
+                raise InputError(f"{split}: it has no labels, or one that is not from 0 to {ctx.task.classes - 1}")
+
+    def pool(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        train = join(reply.message.train for reply in replies.values())
+        validation = join(reply.message.validation for reply in replies.values())
+        return replace(server, train=train, validation=validation), {}
+
+    def train(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        if self.budget.until == "budget":
+            model, info = fit(ctx, server.model, self.local, server.train)
+        else:
+            model, info = train_until(ctx, server.model, self.local, server.train, server.validation, self.budget)
+        return replace(server, model=model), info
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return server.model
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return down.model

@@ -1,0 +1,118 @@
+"""FedDM-quant. Vora, Bouacida, Krishnan, Mohapatra, 2024, arXiv:2407.14730: FedAvg of a diffusion model, updates quantized.
+
+A site sends how its model has changed, each tensor as whole numbers of a few bits with the step between them. FedDM-vanilla is
+FedAvg on this task, FedDM-prox is FedProx.
+
+Departures: only the upload is quantized, by an affine grid over each tensor's range, rounded at random so that its
+expectation is what it was (QSGD, Alistarh et al., NeurIPS 2017, arXiv:1610.02132). Numbers of 1, 2 and 4 bits share a byte.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core.messages import Message, kind, message
+from ..core.rng import aside
+from ..core.tensors import Tensors, add, misfit, rows, sub
+from ..fit import Training, fit
+from ..utils.errors import InputError
+from .shared.base import DRAWING, Averaging, Model, upload
+
+BITS = (0, 1, 2, 4, 8)
+
+
+@message("quantized.Quantized")
+class Quantized:
+    """A change of the model in whole numbers; tensors that are not floating-point travel as they are."""
+
+    codes: Tensors  # uint8, 8/bits numbers in each byte
+    grids: Tensors  # float32 [2]: the lowest value and the step
+    plain: Tensors
+
+
+def quantize(values: Tensor, bits: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(codes, grid): each value becomes one of the two grid points beside it, so that its expectation is the value.
+
+    Returns:
+        uint8 [ceil(n·bits/8)] and float32 [2], the lowest value and the step.
+    """
+    low = values.min()
+    step = (values.max() - low) / (2**bits - 1)
+    place = ((values.flatten() - low) / step if step > 0 else torch.zeros(values.numel())).double()
+    number = (place + torch.rand(place.shape, generator=rng, dtype=torch.float64)).floor().clamp(0, 2**bits - 1).to(torch.uint8)
+    in_byte = 8 // bits
+    number = torch.nn.functional.pad(number, (0, -len(number) % in_byte)).view(-1, in_byte)
+    return (number << (bits * torch.arange(in_byte, dtype=torch.uint8))).sum(1, dtype=torch.uint8), torch.stack([low, step])
+
+
+def restore(codes: Tensor, grid: Tensor, bits: int, like: Tensor) -> Tensor:
+    """The values that `quantize` has put on the grid, in the shape and type of `like`."""
+    number = (codes[:, None] >> (bits * torch.arange(8 // bits, dtype=torch.uint8))) & (2**bits - 1)
+    return (grid[0] + number.flatten()[: like.numel()] * grid[1]).to(like.dtype).view(like.shape)
+
+
+@final
+@dataclass(frozen=True)
+class FedDMQuant(Averaging):
+    """FedAvg whose sites send their changes in a few bits."""
+
+    local: Training = DRAWING
+    """A site's training in one round."""
+    bits: int = 8
+    """Bits of a number: 8, 4, 2 or 1; 0: changes are not quantized, and this is FedAvg."""
+    replies: ClassVar[tuple[type, ...]] = (Quantized, Model)
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise InputError(f"bits must be one of {', '.join(map(str, BITS))}; got {self.bits}")
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        data, rng = ctx.data["train"], aside(ctx.rng, "quantize")
+        model, metrics = fit(ctx, down.model, self.local, data)
+        if not self.bits:
+            return upload(model, state, ctx, metrics)
+        floating = {name: value for name, value in model.items() if value.is_floating_point()}
+        change = sub(floating, {name: down.model[name] for name in floating})
+        packed = {name: quantize(value, self.bits, rng) for name, value in sorted(change.items())}
+        sent = Quantized(
+            {name: codes for name, (codes, _) in packed.items()},
+            {name: grid for name, (_, grid) in packed.items()},
+            {name: value for name, value in model.items() if name not in floating},
+        )
+        return Reply(sent, state, float(rows(data)), metrics)
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+        if type(reply.message) is not (Quantized if self.bits else Model):
+            raise InputError(f"it sent {kind(type(reply.message))}, expected its change in {self.bits} bits")
+        if not self.bits:
+            return
+        with torch.device("meta"):  # only shapes are needed
+            model = ctx.task.build().state_dict()
+            floating = {name: value.numel() for name, value in model.items() if value.is_floating_point()}
+            codes = {name: torch.empty(-(-n * self.bits // 8), dtype=torch.uint8) for name, n in floating.items()}
+            grids = {name: torch.empty(2) for name in floating}
+        plain = {name: value for name, value in model.items() if name not in floating}
+        sent: Any = reply.message
+        if wrong := misfit(sent.codes, codes) or misfit(sent.grids, grids) or misfit(sent.plain, plain):
+            raise InputError(f"{wrong}, for the model's change in {self.bits} bits")
+
+    def change(self, message: Message, down: Message) -> Tensors:
+        if not self.bits:
+            return sub(message.model, down.model)
+        return {
+            f"model/{name}": restore(codes, message.grids[name].double(), self.bits, down.model[name].double())
+            for name, codes in message.codes.items()
+        }
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        restored = {site: self._restored(server.model, reply) for site, reply in replies.items()} if self.bits else replies
+        return Model({**server.model, **self.robust.combine(server.model, restored)}), {}
+
+    def _restored(self, start: Tensors, reply: Reply) -> Reply:
+        packed = reply.message
+        known = {name: start[name] for name in start if name in packed.codes}
+        change = {name: restore(packed.codes[name], packed.grids[name], self.bits, known[name]) for name in known}
+        return replace(reply, message=Model({**add(known, change), **packed.plain}))

@@ -1,0 +1,226 @@
+"""The abstract families "rounds of training" and "average what comes back": defaults for everything except `train`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State, Task
+from ...core.messages import Message, message
+from ...core.tensors import Tensors, mean, misfit, only, rows
+from ...fit import Training, fit
+from ...utils.errors import InputError
+from .robust_aggregation import Robust
+
+DRAWING = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
+"""A site's training in one round where a diffusion model is learned."""
+
+
+@message("averaging.Model")
+class Model:
+    """A model's weights, or the part of them that is shared."""
+
+    model: Tensors
+
+
+@message("averaging.Personal")
+class Personal:
+    """A site's own last model; none before its first round."""
+
+    model: Tensors | None
+
+
+def upload(model: Tensors, state: State, ctx: Local, metrics: Metrics) -> Reply:
+    """A reply of model weights, weighted by the number of training rows."""
+    return Reply(Model(model), state, float(rows(ctx.data["train"])), metrics)
+
+
+def average(replies: Replies) -> Tensors:
+    """Σ_k n_k/n·w_k, over the replies."""
+    return mean((reply.message.model, reply.weight) for reply in replies.values())
+
+
+def expect(model: Tensors, ctx: Central, keep: Callable[[str], bool] = lambda name: True) -> None:
+    """Raise `InputError` where a model that a site sent is not of the task's layout, or of that of the part to `keep`."""
+    with torch.device("meta"):  # only shapes are needed: no weights, and nothing drawn for them
+        like = only(ctx.task.build().state_dict(), keep)
+    if wrong := misfit(model, like):
+        raise InputError(f"{wrong}; do all run one version of warmfed?")
+
+
+def count_fits(count: Sequence[int | float], classes: int, weight: float) -> None:
+    """Raise `InputError` if these are not how often each class occurs in as many rows as a reply's weight says."""
+    whole = len(count) == classes and all(0 <= n <= weight and n == int(n) for n in count)
+    if not whole or sum(count) != weight:
+        raise InputError(f"its counts are {list(count)[:20]}, expected {classes} whole numbers whose sum is {weight:.0f}")
+
+
+def counted(count: Tensor, weight: float) -> Tensor:
+    """Return how often each class occurs at a site, reduced so that the sum is the weight that its reply was admitted with."""
+    total = int(count.sum())
+    return count if total <= weight else count.double() * (weight / total)
+
+
+def gathering(
+    name: str,
+    server: Callable[[ServerState, Replies, Central], tuple[ServerState, Metrics]],
+    client: Callable[[Message, State, Local], Reply],
+    *,
+    replies: tuple[type, ...],
+    check: Callable[[Reply, str, Central], None],
+    images: bool,
+) -> Stage:
+    """Return a stage before the rounds: it sends the sites nothing, and leaves the models as they are."""
+    return Stage(
+        name,
+        server,
+        client,
+        down=lambda server, site: Nothing(),
+        evaluated=False,
+        replies=replies,
+        check=check,
+        images=images,
+    )
+
+
+@dataclass(frozen=True)
+class Rounds(ABC):
+    """Abstract: rounds of local training, whose results the server combines in a way of the method's own."""
+
+    rounds: int = 5
+    """Rounds of training."""
+    sample: float = 1.0
+    """Share of the sites asked in each round."""
+    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    """A site's training in one round."""
+    replies: ClassVar[tuple[type, ...]] = ()
+    """Kinds of message that a site may answer a round with; empty: the kind that it was sent."""
+    change: ClassVar[Any] = None
+    """`Stage.change` of a round."""
+
+    @abstractmethod
+    def train(self, down: Message, state: State, ctx: Local) -> Reply: ...
+
+    @abstractmethod
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]: ...
+
+    def init(self, ctx: Central) -> ServerState:
+        return Model(ctx.task.init(ctx.rng))
+
+    def down(self, server: ServerState, site: str) -> Message:
+        return server
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return None
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (self.round,) * self.rounds
+
+    @property
+    def round(self) -> Stage:
+        """One round of training."""
+        return Stage(
+            "train",
+            self.merge,
+            self.train,
+            sample=self.sample,
+            replies=self.replies,
+            check=self.check,
+            change=self.change,
+            images=False,
+        )
+
+    def check(self, reply: Reply, site: str, ctx: Central) -> None:  # noqa: B027 - most methods have nothing to add
+        """Raise `InputError` where a reply cannot be used for what the border does not know."""
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return server.model
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return down.model
+
+
+@dataclass(frozen=True)
+class Averaging(Rounds):
+    """Abstract: rounds of local training and weighted averaging."""
+
+    robust: Robust = Robust()
+    """How the models that come back are combined; the default is the weighted mean."""
+
+    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        return Model({**server.model, **self.robust.combine(server.model, replies)}), {}
+
+
+@dataclass(frozen=True)
+class PartlyShared(Averaging):
+    """Abstract: some tensors never leave the site; by default the whole model is trained at once.
+
+    The server holds and sends only the shared part; there is no global model, since nobody has the other part for it.
+    """
+
+    @abstractmethod
+    def mine(self, task: Task) -> Callable[[str], bool]:
+        """mine(task)(name): whether the tensor of this name stays with the site."""
+
+    def shared(self, task: Task) -> Callable[[str], bool]:
+        mine = self.mine(task)
+        return lambda name: not mine(name)
+
+    def init(self, ctx: Central) -> ServerState:
+        return Model(only(ctx.task.init(ctx.rng), self.shared(ctx.task)))
+
+    def enter(self, down: Message, ctx: Local) -> State:
+        return Model(only(ctx.task.init(ctx.rng), self.mine(ctx.task)))
+
+    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+        model, metrics = fit(ctx, self.whole(down, state), self.local, ctx.data["train"])
+        return self.split(model, ctx, metrics)
+
+    def whole(self, down: Message, state: State) -> Tensors:
+        return {**down.model, **state.model}
+
+    def split(self, model: Tensors, ctx: Local, metrics: Metrics) -> Reply:
+        return upload(only(model, self.shared(ctx.task)), Model(only(model, self.mine(ctx.task))), ctx, metrics)
+
+    def global_model(self, server: ServerState) -> Tensors | None:
+        return None
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return self.whole(down, state)
+
+
+@dataclass(frozen=True)
+class SplitByName(PartlyShared):
+    """Abstract: the tensors whose names begin with `private` stay with the site."""
+
+    private: str = "head."
+    """How the names of the tensors begin that stay with the site."""
+
+    def mine(self, task: Task) -> Callable[[str], bool]:
+        return lambda name: name.startswith(self.private)
+
+
+@dataclass(frozen=True)
+class Personalized(Averaging):
+    """Abstract: the rounds of `Averaging`, and one last stage in which each site makes the last global model its own."""
+
+    @abstractmethod
+    def own(self, model: Tensors, ctx: Local) -> tuple[Tensors, Metrics]:
+        """A site's own model, from the last global one."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        personalize = Stage("personalize", self.done, self.personalize, replies=(Nothing,), images=False)
+        return (self.round,) * self.rounds + (personalize,)
+
+    def personalize(self, down: Message, state: State, ctx: Local) -> Reply:
+        model, info = self.own(down.model, ctx)
+        return Reply(Nothing(), Model(model), float(rows(ctx.data["train"])), info)
+
+    def done(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        return server, {}
+
+    def client_model(self, down: Message, state: State) -> Tensors | None:
+        return down.model if state is None else state.model

@@ -1,0 +1,155 @@
+"""Self-distillation from a site's own past models: static (pFedSD) and dynamic (WarmFed)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core import Local
+from ...core.rng import seeded
+from ...core.tensors import Table, Tensors, prefixed, rows, under
+from ...fit import Training, fit
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a student learns from its teacher."""
+
+    weight: float = 1.0
+    """λ, the weight of the teacher's term."""
+    temperature: float = 3.0
+    """T, which softens both sides of it."""
+    hidden: int = 64
+    """Width of the selector's hidden layer."""
+    tau_first: float = 1.0
+    """τ_0 of the Gumbel-softmax."""
+    tau_last: float = 0.1
+    """τ at the end: it falls geometrically with every optimizer step of the whole run."""
+    selector_lr: float = 0.1
+    """Learning rate of the selector, as a multiple of the student's."""
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over rows; logits, float [n, classes]."""
+    return temperature**2 * F.kl_div(
+        F.log_softmax(student / temperature, -1),
+        F.log_softmax(teacher / temperature, -1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def distilled(
+    ctx: Local, start: Tensors, training: Training, teacher: Tensors | None, settings: Distillation
+) -> tuple[Tensors, dict[str, float]]:
+    """Train from `start` on the site's rows with cross-entropy and one teacher's logits (pFedSD); None: cross-entropy alone.
+
+    The teacher is asked about each row once, in 32 bits: while the student learns neither of them changes.
+    """
+    data = ctx.data["train"]
+    if teacher is None or settings.weight == 0:
+        return fit(ctx, start, training, data)
+
+    def loss(student: nn.Module, batch: Table) -> Tensor:
+        logits = ctx.task.logits(student, batch)
+        far = divergence(logits, batch["wanted"], settings.temperature)
+        return F.cross_entropy(logits, batch["label"]) + settings.weight * far
+
+    return fit(ctx, start, training, {**data, "wanted": ctx.task.predict(teacher, data, device=ctx.device)}, loss=loss)
+
+
+class _Pair(nn.Module):
+    """Student and selector as one model, so that one training loop serves both; their losses share no gradient."""
+
+    def __init__(self, student: nn.Module, selector: nn.Module) -> None:
+        super().__init__()
+        self.student, self.selector = student, selector
+
+
+class _Selecting:
+    """The task of dynamic self-distillation: a selector picks, for each row, the past model whose logits teach."""
+
+    def __init__(self, task: Any, teachers: int, settings: Distillation, done: int, planned: int) -> None:
+        self.task, self.teachers, self.settings, self.done, self.planned = task, teachers, settings, done, max(planned, 1)
+        self.seen: list[dict[str, Tensor]] = []
+
+    def stepped(self, step: int, steps: int, tensors: object) -> None:
+        """τ_t falls with each optimizer step, however many parts its batches went through the models in."""
+        self.done += 1
+
+    def noised(self, batch: Table) -> Table:
+        """The batch with a Gumbel variable for each row and teacher."""
+        shape = rows(batch), self.teachers
+        return {**batch, "gumbel": -torch.empty(shape, device=batch["label"].device).exponential_().log()}
+
+    def selector(self) -> nn.Module:
+        inputs, hidden = self.teachers * self.task.classes, self.settings.hidden
+        return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, self.teachers))
+
+    def build(self) -> nn.Module:
+        return _Pair(self.task.build(), self.selector())
+
+    def tau(self) -> float:
+        share = min(1.0, self.done / self.planned)
+        return self.settings.tau_first * (self.settings.tau_last / self.settings.tau_first) ** share  # τ_t
+
+    def loss(self, model: Any, batch: Table) -> Tensor:
+        pool = batch["pool"]  # z^(1), z^(2)
+        # probabilities, not logits: their range does not grow with the rounds
+        score = model.selector(pool.softmax(-1).flatten(1))  # s_i
+        soft = ((score + batch["gumbel"]) / self.tau()).softmax(-1)
+        mask = F.one_hot(soft.argmax(-1), soft.shape[1]) - soft.detach() + soft  # W_t^n, one-hot, with the gradient of `soft`
+        teacher = (mask.unsqueeze(-1) * pool).sum(1)  # z̄_i
+        logits = self.task.logits(model.student, batch)
+        student = F.cross_entropy(logits, batch["label"])
+        student = student + self.settings.weight * divergence(logits, teacher.detach(), self.settings.temperature)
+        selection = F.cross_entropy(teacher, batch["label"])  # L_select(ψ): rewards the more informative past model
+        share = score.detach().softmax(-1)
+        self.seen.append(
+            {
+                "selector_share_recent": mask.detach()[:, 0].mean(),
+                "selector_entropy": -(share * share.clamp_min(1e-12).log()).sum(-1).mean(),
+                "selection_loss": selection.detach(),
+            }
+        )
+        return student + self.settings.selector_lr * selection
+
+    def metrics(self) -> dict[str, float]:
+        means = {name: torch.stack([step[name] for step in self.seen]).double().mean().item() for name in self.seen[0]}
+        older = 1 - means["selector_share_recent"]
+        return {**means, "selector_share_older": older, "selector_temperature": self.tau()}
+
+
+def dynamic(
+    ctx: Local,
+    start: Tensors,
+    training: Training,
+    teachers: Sequence[Tensors],
+    selector: Mapping[str, Tensor] | None,
+    settings: Distillation,
+    done: int,
+    planned: int,
+) -> tuple[Tensors, Tensors, dict[str, float]]:
+    """Dynamic self-distillation from two past models, the recent one first.
+
+    Args:
+        selector: its weights after an earlier round; None: random ones.
+        done, planned: optimizer steps of distillation before this call, and in the whole run: they set τ_t.
+        training: its `clip` bounds the student's and the selector's gradients together.
+
+    Returns:
+        The student, the selector, and their metrics.
+    """
+    data = ctx.data["train"]
+    pool = torch.stack([ctx.task.predict(teacher, data, device=ctx.device) for teacher in teachers], 1)
+    task = _Selecting(ctx.task, len(teachers), settings, done, planned)
+    if selector is None:
+        with seeded(ctx.rng):
+            selector = {name: value.detach().clone() for name, value in task.selector().state_dict().items()}
+    pair = prefixed(start, "student.") | prefixed(selector, "selector.")
+    table = {**data, "pool": pool}
+    tensors, info = fit(replace(ctx, task=task), pair, training, table, watch=task.stepped, draw=task.noised)
+    return under(tensors, "student."), under(tensors, "selector."), info | task.metrics()

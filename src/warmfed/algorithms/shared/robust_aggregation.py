@@ -1,0 +1,104 @@
+"""How a server combines what comes back, where it does not trust every site.
+
+Coordinate median and trimmed mean: Yin et al., ICML 2018, arXiv:1803.01498, Definitions 1 and 2. Krum and multi-Krum:
+Blanchard et al., NeurIPS 2017, arXiv:1703.02757, section 4. Clipping of the sites' changes: Sun et al., 2019, arXiv:1911.07963.
+
+Departures: median and trimmed mean do not weigh the sites by their images, as in the paper; the mean of what multi-Krum
+selects does, as everywhere here. Distances of Krum are those of all shared tensors together.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core import Replies
+from ...core.tensors import Tensors, flat, mean
+from ...utils.errors import InputError, one_of
+
+RULES = ("mean", "median", "trimmed", "krum")
+
+
+@dataclass(frozen=True)
+class Robust:
+    """The rule of combination."""
+
+    rule: str = "mean"
+    """mean (weighted by images), median, trimmed (mean of what is left) or krum."""
+    trim: float = 0.2
+    """trimmed: the share of values that is cut off at each end, coordinate by coordinate; rounded down to whole sites."""
+    faulty: int = 1
+    """krum: f, how many sites may be faulty; 2·f + 2 must be fewer than those that answer."""
+    chosen: int = 1
+    """krum: m, how many models are averaged; 1: Krum, more: multi-Krum."""
+    clip: float = 0.0
+    """Largest L2 norm of a model's change before it is combined; longer ones are shortened to it; 0: none is."""
+
+    def __post_init__(self) -> None:
+        one_of(self, rule=RULES)
+        if not 0 <= self.trim < 0.5 or self.faulty < 0 or self.chosen < 1 or self.clip < 0:
+            raise InputError("trim from 0 to below 0.5, faulty and clip from 0 and chosen from 1 were expected")
+
+    def enough(self, answers: int) -> None:
+        """Raise `InputError` where the rule cannot combine so few answers."""
+        needed = max(2 * self.faulty + 3, self.faulty + self.chosen)
+        if self.rule == "krum" and answers < needed:
+            raise InputError(
+                f"Krum against {self.faulty} faulty sites that averages {self.chosen} needs {needed} answers or more, "
+                f"{answers} sites are too few; set robust.faulty or robust.chosen lower"
+            )
+
+    def combine(self, start: Tensors, replies: Replies) -> Tensors:
+        """The next model, of the replies' models; `start` is what the sites were sent."""
+        models = {site: self._clipped(reply.message.model, start) for site, reply in replies.items()}
+        match self.rule:
+            case "median":
+                return _by_coordinate(models, _median)
+            case "trimmed":
+                return _by_coordinate(models, self._trimmed)
+            case "krum":
+                models = {site: models[site] for site in self._selected(models)}
+        return mean((model, replies[site].weight) for site, model in models.items())
+
+    def _clipped(self, model: Tensors, start: Tensors) -> Tensors:
+        if not self.clip:
+            return model
+        change = {name: model[name].double() - start[name].double() for name in model if model[name].is_floating_point()}
+        norm = torch.stack([part.square().sum() for part in change.values()]).sum().sqrt()
+        share = min(1.0, self.clip / max(float(norm), 1e-12))
+        if share == 1:
+            return model
+        short = {name: (start[name].double() + share * part).to(model[name].dtype) for name, part in change.items()}
+        return {**model, **short}
+
+    def _trimmed(self, values: Tensor) -> Tensor:
+        cut = int(self.trim * len(values))
+        return values.sort(0).values[cut : len(values) - cut].mean(0)
+
+    def _selected(self, models: dict[str, Tensors]) -> list[str]:
+        """The sites of the m lowest scores, a score being the sum of squared distances to the n - f - 2 nearest others."""
+        self.enough(len(models))
+        sites, near = sorted(models), len(models) - self.faulty - 2
+        points = [flat(models[site]) for site in sites]
+        scores = {}
+        for i, site in enumerate(sites):
+            distances = sorted(float((points[i] - points[j]).square().sum()) for j in range(len(sites)) if j != i)
+            scores[site] = sum(distances[:near])
+        return sorted(sorted(sites, key=lambda site: (scores[site], site))[: self.chosen])
+
+
+def _median(values: Tensor) -> Tensor:
+    """The mean of the two middle values, where there are two."""
+    ordered = values.sort(0).values
+    return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+
+
+def _by_coordinate(models: dict[str, Tensors], rule: Callable[[Tensor], Tensor]) -> Tensors:
+    first = next(iter(models.values()))
+    return {
+        name: rule(torch.stack([m[name].double() for m in models.values()])).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in first.items()
+    }

@@ -1,0 +1,5 @@
+"""The command line: `warmfed`."""
+
+from .parser import main
+
+__all__ = ["main"]

@@ -1,0 +1,230 @@
+"""Messages: frozen dataclasses of tensors and scalars. The declaration is the wire format.
+
+One codec serves the wire, the sites' state and the checkpoints: safetensors for the tensors, its JSON header for the
+scalars and the message's kind. Decoding takes nothing on trust: the kind must be one that this process has declared,
+every field must be there with its declared type, and nothing else. No pickle is involved.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, dataclass_transform
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from ..utils.errors import InputError
+from .tensors import Tensors
+
+Message = Any
+"""An instance of a class declared with `@message`."""
+
+_NAMES: dict[type, str] = {}
+KINDS: dict[str, type] = {}
+"""Every kind of message declared in this process, by its name: `fedavg.Model`."""
+
+_HEADER = "warmfed"
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def message(name: str) -> Callable[[type[T]], type[T]]:
+    """Declare a message of the kind `name`: a frozen dataclass whose fields are of these types (or `| None`):
+
+    `Tensors`, `Mapping[str, Tensors]`, `int`, `float`, `bool`, `str`, `tuple[str, ...]`, `tuple[float, ...]`,
+    `Mapping[str, float]`, and `Message` (another message, or none).
+
+    Args:
+        name: the kind as it stands on the wire, in checkpoints and in ledgers ("fedavg.Model"): it is part of the format, and
+            stays as it is when the class or its file is renamed.
+    """
+
+    def declare(cls: type[T]) -> type[T]:
+        frozen = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        if name in KINDS and KINDS[name].__qualname__ != frozen.__qualname__:
+            raise TypeError(f"two messages are called {name}")
+        KINDS[name], _NAMES[frozen] = frozen, name
+        return frozen
+
+    return declare
+
+
+def kind(cls: type) -> str:
+    """Return the kind of a declared message; of any other class, its name."""
+    return _NAMES.get(cls, cls.__name__)
+
+
+@functools.cache
+def _fields(cls: Any) -> dict[str, Any]:
+    return {f.name: t for f, t in zip(dataclasses.fields(cls), typing.get_type_hints(cls).values(), strict=True)}
+
+
+def _flatten(obj: Message, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for field, declared in _fields(obj.__class__).items():
+        value, path = getattr(obj, field), prefix + field
+        if value is None:
+            scalars[field] = None
+        elif _holds(declared, Tensors):
+            scalars[field] = sorted(value)
+            tensors |= {f"{path}/{name}": tensor for name, tensor in value.items()}
+        elif _holds(declared, Mapping[str, Tensors]):
+            scalars[field] = {group: sorted(named) for group, named in value.items()}
+            tensors |= {f"{path}/{_group(g)}/{name}": tensor for g, named in value.items() for name, tensor in named.items()}
+        elif _holds(declared, Mapping[str, float]):
+            scalars[field] = {name: float(number) for name, number in value.items()}
+        elif declared is Message:
+            inner, fields = _flatten(value, f"{path}/")
+            tensors |= inner
+            scalars[field] = {"kind": kind(type(value)), "fields": fields}
+        elif _holds(declared, tuple[float, ...]):
+            scalars[field] = [float(number) for number in value]
+        else:
+            scalars[field] = float(value) if _holds(declared, float) else value
+    return tensors, scalars
+
+
+def _options(declared: Any) -> tuple[Any, ...]:
+    if typing.get_origin(declared) in (typing.Union, types.UnionType):
+        return typing.get_args(declared)
+    return (declared,)
+
+
+def _holds(declared: Any, wanted: Any) -> bool:
+    return wanted in _options(declared)
+
+
+def _group(name: str) -> str:
+    # {"a/b": {"c": …}} and {"a": {"b/c": …}} must not meet under one path
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def encode(obj: Message) -> bytes:
+    """The bytes of a message; equal messages have equal bytes."""
+    tensors, scalars = _flatten(obj)
+    header = json.dumps({"kind": kind(type(obj)), "fields": scalars}, sort_keys=True)
+    seen: set[int] = set()
+    return save({name: _own(tensor, seen) for name, tensor in tensors.items()}, {_HEADER: header})
+
+
+def _own(tensor: torch.Tensor, seen: set[int]) -> torch.Tensor:
+    # safetensors refuses tensors that share storage, and slices of one synthetic set do
+    plain = tensor.detach().cpu().contiguous()
+    if plain.untyped_storage().nbytes() != plain.nbytes or plain.data_ptr() in seen:
+        plain = plain.clone()
+    seen.add(plain.data_ptr())
+    return plain
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_HEADER])
+
+
+def kind_of(data: bytes) -> str:
+    """The kind that these bytes say they are of; empty: they are no message."""
+    try:
+        return str(_header(data)["kind"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
+def decode(data: bytes, expect: type | None = None, what: str = "message") -> Message:
+    """The message of these bytes.
+
+    Args:
+        expect: the class it must be.
+        what: what these bytes are, for the error ("the checkpoint of site 'ink'").
+
+    Raises:
+        InputError: not a message (a pickle, a truncated file), an undeclared kind, or fields that do not fit.
+    """
+    try:
+        flat = load(data)
+        header = _header(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{what} is damaged or not a warmfed message ({reason}); ask for it again") from error
+    for name, tensor in flat.items():
+        if tensor.dtype not in _TYPES:
+            raise InputError(f"{what}: tensor {name!r} is {tensor.dtype}, a type that nobody here computes with; it is refused")
+    if expect is not None and isinstance(header, dict) and header.get("kind") != kind(expect):
+        raise InputError(f"{what} is of kind {header.get('kind')!r}, expected {kind(expect)}; {_VERSIONS}")
+    try:
+        obj = _build(header, flat, "", what)
+    except RecursionError as error:
+        raise InputError(f"{what} is damaged: messages inside of messages without end; it is refused") from error
+    if flat:
+        raise InputError(f"{what} holds tensors that no field declares: {', '.join(sorted(flat)[:3])}; it is refused")
+    return obj
+
+
+_TYPES = {
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+}  # fmt: skip
+_VERSIONS = "do both sides run the same version of warmfed?"
+
+
+def _build(header: Any, flat: dict[str, torch.Tensor], prefix: str, what: str) -> Message:
+    name, fields = (header.get("kind"), header.get("fields")) if isinstance(header, dict) else (header, None)
+    if not isinstance(name, str) or name not in KINDS or not isinstance(fields, dict):
+        raise InputError(f"{what} is of kind {name!r}, expected a declared kind; {_VERSIONS}")
+    cls, scalars = KINDS[name], fields
+    declared = _fields(cls)
+    if declared.keys() != scalars.keys():
+        raise InputError(f"{what} of kind {name} has fields {sorted(scalars)}, expected {sorted(declared)}; {_VERSIONS}")
+    values: dict[str, Any] = {}
+    for field, kind_of in declared.items():
+        try:
+            values[field] = _read(kind_of, scalars[field], flat, prefix + field, what)
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise InputError(
+                f"{what} of kind {name}: field {field!r} does not hold what is declared ({error}); ask for it again"
+            ) from error
+    return cls(**values)
+
+
+def _read(declared: Any, value: Any, flat: dict[str, torch.Tensor], path: str, what: str) -> Any:
+    if value is None:
+        if declared is not Message and not _holds(declared, type(None)):
+            raise TypeError("it is empty")
+        return None
+    if declared is Message:
+        return _build(value, flat, f"{path}/", what)
+    if _holds(declared, Tensors):
+        return {name: flat.pop(f"{path}/{name}") for name in value}
+    if _holds(declared, Mapping[str, Tensors]):
+        return {group: {name: flat.pop(f"{path}/{_group(group)}/{name}") for name in names} for group, names in value.items()}
+    if _holds(declared, Mapping[str, float]):
+        return {name: _scalar(float, number) for name, number in value.items()}
+    plain = next(option for option in _options(declared) if option is not type(None))
+    if typing.get_origin(plain) is tuple:
+        member = typing.get_args(plain)[0]
+        if not isinstance(value, list):
+            raise TypeError(f"expected a list, got {value!r}")
+        return tuple(_scalar(member, item) for item in value)
+    return _scalar(plain, value)
+
+
+def _scalar(declared: type, value: Any) -> Any:
+    if declared is float and type(value) is int:
+        return float(value)
+    if type(value) is not declared:
+        raise TypeError(f"expected {declared.__name__}, got {value!r}")
+    return value
+
+
+def tensors_of(obj: Message) -> dict[str, torch.Tensor]:
+    """Every tensor of a message as `field/name` (or `field/group/name`)."""
+    return _flatten(obj)[0]
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

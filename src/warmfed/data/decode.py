@@ -1,0 +1,130 @@
+"""Encoded pictures (files, or rows of a table) become a pool: hashed, decoded once into the cache, every fault told."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL
+
+from ..utils.files import content
+from .examples import WHOLE, Common, Pool, digests, texts
+from .image_cache import Bytes
+from .image_io import MOST, UnreadableError, picture, quiet
+
+SIZE = 32
+_EACH = 64
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One encoded picture."""
+
+    name: str
+    """What its source calls it, for reports and saved partitions."""
+    open: Path | Callable[[], bytes]
+    """The file, or what reads the content."""
+    label: str
+    site: str
+    split: str = WHOLE
+    group: str = ""
+
+    def content(self) -> bytes:
+        return content(self.open, MOST) if isinstance(self.open, Path) else self.open()
+
+
+def pictures(entries: Sequence[Entry], classes: Sequence[str], options: Common, faults: list[str]) -> Pool:
+    """The pool of these pictures, whose classes are all among `classes`; those that cannot be used are added to `faults`.
+
+    The cache knows them by their bytes: files that are moved or renamed are not decoded again, changed ones are.
+    """
+    size, channels, store = options.image_size or SIZE, options.channels, options.store
+    told: dict[int, str] = {}
+    key = hashlib.sha256(f"{_VERSION} {PIL.__version__} {size} {channels}".encode())
+    for digest in _hashed(entries, told):
+        key.update(digest)
+    name = key.hexdigest()
+    shape, had = (len(entries), channels, size, size), np.zeros((len(entries), 2), "<u4")
+
+    def decode(into: Bytes | None) -> None:
+        def one(row: int) -> None:
+            if row in told:
+                return
+            try:
+                pixels, had[row] = picture(entries[row].content(), size, channels)
+                if into is not None:
+                    into[row] = pixels
+            except UnreadableError as error:
+                told[row] = str(error)
+            except OSError as error:
+                told[row] = f"cannot be read: {error.strerror or error}; check its permissions"
+
+        with quiet():
+            _each(one, len(entries))
+        if told:
+            raise _StopError  # nothing is kept of a set that has faults
+
+    def describe(into: Bytes) -> None:
+        digests(images, into[:, :32])
+        into[:, 32:] = had.view(np.uint8)
+
+    try:
+        if told:
+            decode(None)  # so that one report names every fault
+        images = store.array(name, shape, decode)
+        if not had.any() and len(entries) and not store.path(f"{name}-facts").is_file():
+            store.path(name).unlink()  # its facts got lost: both are made anew
+            images = store.array(name, shape, decode)
+        facts = store.array(f"{name}-facts", (len(entries), 40), describe)
+    except _StopError:
+        faults += [f"{entries[row].name} {why}" for row, why in sorted(told.items())]
+        entries = [entry for row, entry in enumerate(entries) if row not in told]
+        facts = np.zeros((len(entries), 40), np.uint8)  # nobody will see the images, but what else is wrong must be found
+        facts[:, :8] = np.arange(len(entries), dtype="<u8")[:, None].view(np.uint8)
+        images = np.zeros((len(entries), 1, 1, 1), np.uint8)
+    sides = sorted(np.ascontiguousarray(facts[:, 32:]).view("<u4").tolist(), key=lambda side: (side[0] * side[1], side))
+    place = {label: i for i, label in enumerate(classes)}
+    return Pool(
+        images,
+        np.array([place[entry.label] for entry in entries], np.int64),
+        texts(entry.site for entry in entries),
+        texts(entry.split for entry in entries),
+        texts(entry.name for entry in entries),
+        np.ascontiguousarray(facts[:, :32]),
+        texts(entry.group for entry in entries) if any(entry.group for entry in entries) else None,
+        key=name,
+        sides=tuple((w, h) for w, h in (sides[0], sides[-1])) if sides else (),
+    )
+
+
+class _StopError(Exception):
+    """Some pictures cannot be used: nothing is kept."""
+
+
+def _hashed(entries: Sequence[Entry], told: dict[int, str]) -> list[bytes]:
+    found = [b""] * len(entries)
+
+    def one(row: int) -> None:
+        try:
+            found[row] = hashlib.sha256(entries[row].content()).digest()
+        except OSError as error:
+            told[row] = f"cannot be read: {error.strerror or error}; check the path and its permissions"
+
+    _each(one, len(entries))
+    return found
+
+
+def _each(function: Callable[[int], None], count: int) -> None:
+    """Call it for each number below `count`, on all processors: Pillow and hashlib work outside of Python's lock."""
+
+    def piece(start: int) -> None:
+        for row in range(start, min(start + _EACH, count)):
+            function(row)
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        for _ in threads.map(piece, range(0, count, _EACH)):
+            pass

@@ -1,0 +1,114 @@
+"""Pictures and arrays of any kind become uint8 [channels, height, width]; what cannot is told in one sentence."""
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ..utils.files import content
+
+Pixels = NDArray[np.uint8]
+
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "GIF", "WEBP", "TIFF", "DIB", "MPO", "JPEG2000", "ICO", "PCX", "SGI", "TGA", "AVIF")
+"""What Pillow decodes by itself, the usual first; PostScript, which runs another program, is not one of them."""
+MOST = 2**30
+"""Bytes of an encoded picture."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+
+
+class UnreadableError(ValueError):
+    """Why one picture or array cannot be used; callers collect these and report all of them at once."""
+
+
+def decode(path: Path, size: int, channels: int = 3) -> Pixels:
+    """The picture at `path`, squeezed to a square: uint8 [channels, size, size].
+
+    Turned upright as its EXIF data say; transparency is laid on white; 16-bit grey keeps its upper 8 bits.
+    Raises UnreadableError where the file cannot be read, is not a regular file, holds no whole picture, or more than some 89
+    million pixels (Pillow's bound).
+    """
+    try:
+        data = content(path, MOST)
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror or error}; check the path and its permissions") from error
+    with quiet():
+        return picture(data, size, channels)[0]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Refuse pictures of too many pixels, and silence Pillow's other warnings. Not for threads of their own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def picture(source: bytes, size: int, channels: int) -> tuple[Pixels, tuple[int, int]]:
+    """As `decode`, of a file's content, and the width and height that it had; to be called within `quiet`."""
+    try:
+        with Image.open(io.BytesIO(source), formats=FORMATS) as opened:
+            had = opened.size
+            opened.draft(None, (4 * size, 4 * size))  # a large JPEG need not be decoded at full size
+            upright = ImageOps.exif_transpose(opened)
+            return _square(_colour(upright) if channels == 3 else _colour(upright).convert("L"), size), had
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from error
+    except UnreadableError:
+        raise
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error) as error:
+        raise UnreadableError("does not decode as an image; replace or remove it") from error
+
+
+def _colour(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise UnreadableError("holds floating-point pixels, of unknown range; save it with 8 or 16 bits")
+    if picture.mode.startswith("I"):
+        wide = np.asarray(picture).astype(np.int32).clip(0, 65535)
+        return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _square(picture: Image.Image, size: int) -> Pixels:
+    small = picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(small, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def from_array(values: Any, size: int | None, channels: int = 3) -> Pixels:
+    """Images [n, h, w], [n, h, w, 1 or 3] or [n, 1 or 3, h, w] as uint8 [n, channels, h, w], squeezed to `size` where given.
+
+    Takes uint8 from 0 to 255, or floats from 0 to 1. Raises UnreadableError for anything else.
+    """
+    array = np.asarray(values)
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
+        array = array.transpose(0, 2, 3, 1)
+    if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:3]:
+        raise UnreadableError(f"images [n, h, w], [n, h, w, 3] or [n, 3, h, w] were expected, {list(np.shape(values))} came")
+    if array.dtype.kind == "f" and (not array.size or (array.min() >= 0 and array.max() <= 1)):
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        span = f", {array.min():g} to {array.max():g}" if array.dtype.kind in "iuf" and array.size else ""
+        raise UnreadableError(f"uint8 images or floats from 0 to 1 were expected, {array.dtype}{span} came")
+    if channels == 1 and array.shape[3] == 3:
+        # Pillow's own luma: (19595 R + 38470 G + 7471 B + 2^15) / 2^16
+        array = ((array.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 0x8000) >> 16).astype(np.uint8)[
+            ..., None
+        ]
+    colour = np.broadcast_to(array, (*array.shape[:3], channels))
+    if size is None or colour.shape[1:3] == (size, size) or not len(colour):
+        return np.ascontiguousarray(colour.transpose(0, 3, 1, 2))
+    flat = colour[..., 0] if channels == 1 else colour
+    return np.stack([_square(Image.fromarray(np.ascontiguousarray(image)), size) for image in flat])

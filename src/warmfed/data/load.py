@@ -1,0 +1,116 @@
+"""Where federations come from, by name, each option checked before anything is read."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ..utils.errors import InputError, suggest
+from .build import deal as dealt
+from .examples import Common
+from .federation import Federation
+from .partition import Deal
+from .readers.arrays import idx, npz
+from .readers.digits4 import digits4
+from .readers.huggingface import hub, parquet
+from .readers.image_folder import camelyon17, csv, folder
+
+READERS: dict[str, Callable[..., Federation]] = {
+    "digits4": digits4, "folder": folder, "npz": npz, "idx": idx, "csv": csv, "camelyon17": camelyon17,
+    "parquet": parquet, "hub": hub,
+}  # fmt: skip
+_COLUMNS = dict.fromkeys(("image", "label", "site", "group"), str)
+
+
+def load(name: str, /, path: str = "", **options: Any) -> Federation:
+    """The federation of this name: "digits4", or a reader ("folder", "npz", "idx", "csv", "camelyon17", "parquet", "hub")
+    and the path of what it reads. "READER:PATH", and a path alone, are taken too.
+
+    `options` are those of the reader. Raises InputError for an unknown name or option (with the nearest known one), and
+    for data that cannot be used.
+    """
+    reader, found = _found(name, path)
+    what = f"data {name!r}"
+    if not isinstance(options.get("deal"), Mapping | None):
+        raise InputError(f"the deal of data must be a table of options; got {options['deal']!r}")
+    _checked(options, _known(reader), what)
+    if options.get("deal"):
+        _checked(options["deal"], {f.name: get_type_hints(Deal)[f.name] for f in fields(Deal)}, "the deal of data")
+    if reader != "digits4":
+        return READERS[reader](found, **options)
+    deal = options.pop("deal", None)
+    federation = digits4(**{key: value for key, value in options.items() if key != "cache"})
+    return federation if deal is None else dealt(federation, **deal)
+
+
+def _found(name: str, path: str) -> tuple[str, str]:
+    """The reader and the path that are meant."""
+    head, colon, tail = name.partition(":")
+    if path or (colon and head in READERS):
+        reader, place = (name, path) if path else (head, tail)
+        if reader not in READERS or reader == "digits4":
+            readers = [each for each in READERS if each != "digits4"]
+            raise InputError(f"data source {reader!r} takes no path; a reader was expected{suggest(reader, readers)}")
+        return reader, place
+    where = Path(name).expanduser()
+    if name == "digits4":
+        return name, ""
+    if name in READERS:
+        raise InputError(f"data source {name!r} needs a path; set data.path")
+    for kind, pattern in (("npz", ".npz"), ("csv", ".csv"), ("parquet", ".parquet")):
+        if where.suffix == pattern:
+            return kind, name
+    if where.is_dir():
+        return _kind(where), name
+    expected = "digits4, a reader with a path, a folder or an .npz file was expected"
+    raise InputError(f"there is no data {name!r}: {expected}{suggest(name, list(READERS))}")
+
+
+def _kind(where: Path) -> str:
+    """What a folder holds."""
+    if (where / "metadata.csv").is_file() and (where / "patches").is_dir():
+        return "camelyon17"
+    if (where / "dataset_info.json").is_file() or (where / "dataset_dict.json").is_file() or any(where.glob("*.parquet")):
+        return "parquet"
+    return "idx" if any(where.glob("*-idx3-ubyte*")) else "folder"
+
+
+def _known(reader: str) -> dict[str, Any]:
+    """Options of a reader and their types."""
+    function = READERS[reader]
+    own = {
+        name: get_type_hints(function)[name]
+        for name, p in inspect.signature(function).parameters.items()
+        if name != "path" and p.kind is not p.VAR_KEYWORD
+    }
+    if reader == "digits4":
+        return own | {"deal": Mapping[str, Any] | None, "cache": str | None}
+    columns = _COLUMNS if reader in ("parquet", "hub") else {}
+    return own | columns | {f.name: get_type_hints(Common)[f.name] for f in fields(Common)}
+
+
+def _checked(options: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
+    """InputError where an option is not known or not of its type."""
+    for key, value in options.items():
+        if key not in known:
+            raise InputError(f"{what} has no option {key!r}{suggest(key, list(known))}")
+        kinds = _kinds(known[key])
+        if not any(_is_a(value, kind) for kind in kinds):
+            names = " or ".join("none" if kind is type(None) else kind.__name__.lower() for kind in kinds)
+            raise InputError(f"option {key!r} of {what}: {names} was expected, {value!r} came")
+
+
+def _kinds(declared: Any) -> list[type]:
+    """The plain types of a declared one: float | None is float and none."""
+    parts = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
+    return [get_origin(part) or part for part in parts]
+
+
+def _is_a(value: object, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is Sequence and isinstance(value, str))

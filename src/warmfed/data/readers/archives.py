@@ -1,0 +1,91 @@
+"""Arrays in `.npz` files: the sizes that a file declares are checked before memory is taken. Nothing is unpickled."""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...utils.files import fits, regular
+
+FREELY = 2**30
+"""Bytes that any compressed file may unpack to."""
+RATIO = 100
+"""How many times its own size a compressed file may unpack to beyond that; images reach about 20."""
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0}
+DAMAGE = (OSError, ValueError, IndexError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged archive raises."""
+Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
+"""Shape, whether columns come first, type."""
+
+
+def plausible(unpacked: int, packed: int) -> None:
+    """Raise `ValueError` where a file of `packed` bytes would unpack to more than `FREELY` and `RATIO` allow."""
+    if unpacked > max(FREELY, RATIO * packed):
+        raise ValueError(
+            f"it unpacks from {packed / 1e6:,.1f} to {unpacked / 1e6:,.0f} MB, more than {FREELY / 1e6:,.0f} MB and more than "
+            f"{RATIO} times its size; store it without compression"
+        )
+
+
+class Archive:
+    """The arrays of an .npz file by name; opening it reads the zip directory only.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or an array needs more memory than is free.
+        ValueError: it is damaged, unpacks to too much, or an array holds objects.
+        zipfile.BadZipFile: it is not a zip file, or a checksum differs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with regular(path) as file, zipfile.ZipFile(file) as archive:
+            self._sizes = {info.filename: info.file_size for info in archive.infolist()}
+            plausible(sum(info.file_size for info in archive.infolist()), file.seek(0, 2))
+
+    @property
+    def files(self) -> list[str]:
+        return [name.removesuffix(".npy") for name in self._sizes]
+
+    def __contains__(self, key: str) -> bool:
+        return f"{key}.npy" in self._sizes
+
+    def __getitem__(self, key: str) -> NDArray[Any]:
+        """Return the whole array."""
+        shape, _, kind = self.header(key)
+        fits(math.prod(shape) * kind.itemsize, path=str(self._path))
+        with self._member(key) as stream:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+
+    def header(self, key: str) -> Header:
+        """Return what an array says of itself, checked against the bytes that the file holds of it."""
+        with self._member(key) as stream:
+            return self._header(key, stream)
+
+    @contextmanager
+    def rows(self, key: str) -> Iterator[IO[bytes]]:
+        """Open an array's bytes behind its header."""
+        with self._member(key) as stream:
+            self._header(key, stream)
+            yield stream
+
+    @contextmanager
+    def _member(self, key: str) -> Iterator[IO[bytes]]:
+        with regular(self._path) as file, zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as stream:
+            yield stream
+
+    def _header(self, key: str, stream: IO[bytes]) -> Header:
+        version = np.lib.format.read_magic(stream)
+        found: Header = _HEADERS.get(version, np.lib.format.read_array_header_2_0)(stream)
+        shape, _, kind = found
+        held = self._sizes[f"{key}.npy"] - stream.tell()
+        if kind.hasobject:
+            raise ValueError(f"{key} holds objects, not numbers")
+        if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize > held or (shape and shape[0] > max(held, 0)):
+            raise ValueError(f"{key} of shape {list(shape)} was declared, {max(held, 0)} bytes came")
+        return found

@@ -1,0 +1,307 @@
+"""Plain arrays: in memory, in `.npz` files, in idx files (MNIST's)."""
+
+import gzip
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from ...utils.errors import InputError, suggest
+from ...utils.files import fits, regular
+from ..build import assemble
+from ..examples import WHOLE, Common, Pool, Texts, common, digests, refuse, texts
+from ..federation import SPLITS, Federation
+from ..image_cache import Bytes
+from ..image_io import UnreadableError, from_array
+from ..partition import Deal
+from .archives import DAMAGE, Archive, plausible
+from .image_folder import SPLIT_NAMES
+
+_ROWS = 1024
+_VERSION = 1
+_IDX = re.compile(r"(?P<prefix>.*?)-?(?P<split>train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
+_PIECE = 2**28
+"""Bytes that are read at once, at the most, unless one row has more."""
+_LABELS = 1000
+"""Classes that may go without a name, where there are fewer images."""
+Chunks = Callable[[], Iterator[NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Images that come in one array, read piece by piece, and their labels."""
+
+    site: str | Sequence[str]
+    """Of all, or of each."""
+    split: str
+    count: int
+    chunks: Chunks
+    label: Any
+    """[n] or [n, 1]"""
+    stem: str
+    """Row i is called STEM/i."""
+
+    @property
+    def where(self) -> str:
+        site = f"site {self.site!r}" if isinstance(self.site, str) else "the images"
+        return site + (f", {self.split}" if self.split != WHOLE else "")
+
+
+def arrays(sites: Mapping[str, Any], **options: Any) -> Federation:
+    """Data in memory: {"site": (images, labels)}, or {"site": {"train": (images, labels), "test": …}} with own splits.
+
+    Images are NumPy arrays or CPU tensors: uint8, or floats from 0 to 1; [n, h, w], [n, h, w, 3] or [n, 3, h, w].
+    Labels are whole numbers [n] or [n, 1] from 0; `classes` names them, else they are called by their number.
+    `options` are the fields of `pool.Common`; without `image_size` the images keep their size.
+    """
+    asked = common(options)
+    faults: list[str] = []
+    blocks = []
+    for site, given in sites.items():
+        for key, pair in (given if isinstance(given, Mapping) else {WHOLE: given}).items():
+            where = f"site {site!r}" + (f", {key}" if key != WHOLE else "")
+            if isinstance(given, Mapping) and key not in SPLITS:
+                faults.append(f"{where}: train, validation or test were expected{suggest(key, list(SPLITS))}")
+            elif not isinstance(pair, tuple | list) or len(pair) != 2:
+                faults.append(f"{where}: a pair (images, labels) was expected, {type(pair).__name__} came")
+            else:
+                images = np.asarray(pair[0])
+                blocks.append(Block(site, key, len(images), _whole(images), pair[1], f"{site}/{key}"))
+        if isinstance(given, Mapping) and "train" not in given:
+            faults.append(f"site {site!r}: a train split was expected, {', '.join(given) or 'nothing'} came")
+    return _gathered("arrays", blocks, asked, "", faults)
+
+
+def _names(site: str | Sequence[str]) -> Texts:
+    return texts([site] if isinstance(site, str) else site)
+
+
+def _whole(values: NDArray[Any]) -> Chunks:
+    if values.ndim < 3:
+        return lambda: iter([values])
+    return lambda: (values[start : start + _ROWS] for start in range(0, max(1, len(values)), _ROWS))
+
+
+def _gathered(name: str, blocks: Sequence[Block], asked: Common, key: str, faults: list[str]) -> Federation:
+    """The federation of these blocks; `key` names their images in the cache, "" keeps them in memory."""
+    name = asked.name or name
+    labels, sides = [], set()
+    for block in blocks:
+        label = np.asarray(block.label)
+        label = label[:, 0] if label.ndim == 2 and label.shape[1] == 1 else label
+        try:
+            if label.shape != (block.count,) or label.dtype.kind not in "iu":
+                came = f"{label.dtype} {list(label.shape)}"
+                raise UnreadableError(f"whole-number labels [{block.count}] were expected, {came} came")
+            side = from_array(next(block.chunks()), None, asked.channels).shape[1:]
+        except UnreadableError as error:
+            faults.append(f"{block.where}: {error}")
+            continue
+        labels.append(label.astype(np.int64))
+        sides.add(side if asked.image_size is None else (asked.channels, asked.image_size, asked.image_size))
+    for site in dict.fromkeys(block.site for block in blocks if isinstance(block.site, str)):
+        if not sum(block.count for block in blocks if block.site == site):
+            faults.append(f"site {site!r} is empty; give it images or leave it out")
+    if len(sides) > 1:
+        faults.append("images of one size were expected, several came; give an image_size")
+    if not blocks and not faults:
+        faults.append("at least one site was expected, none came")
+    refuse(name, faults)
+    shape = (sum(block.count for block in blocks), *sides.pop())
+
+    def fill(into: Bytes) -> None:
+        end = 0
+        for block in blocks:
+            row, end = end, end + block.count
+            try:
+                for chunk in block.chunks():
+                    into[row : row + len(chunk)] = from_array(chunk, asked.image_size, asked.channels)
+                    row += len(chunk)
+            except UnreadableError as error:
+                faults.append(f"{block.where}: {error}")
+        refuse(name, faults)
+
+    if key:
+        key = hashlib.sha256(f"{_VERSION} {PIL.__version__} {asked.image_size} {asked.channels} {key}".encode()).hexdigest()
+        images = asked.store.array(key, shape, fill)
+        found = asked.store.array(f"{key}-facts", (len(images), 32), lambda into: digests(images, into))
+    else:
+        images, found = np.empty(shape, np.uint8), np.empty((shape[0], 32), np.uint8)
+        fill(images)
+        digests(images, found)
+    label = np.concatenate(labels)
+    most, last = max(_LABELS, len(label)), int(label.max(initial=0))
+    if not asked.classes and last >= most:
+        refuse(name, [f"labels 0 to {most - 1} were expected, {last} came; number the classes from 0, or name them by classes"])
+    classes = asked.classes or [str(value) for value in range(last + 1)]
+    pool = Pool(
+        images,
+        label,
+        np.concatenate([np.broadcast_to(_names(block.site), block.count) for block in blocks]),
+        np.concatenate([np.full(block.count, block.split) for block in blocks]),
+        texts(f"{block.stem}/{row}" for block in blocks for row in range(block.count)),
+        found,
+        key=key,
+    )
+    return assemble(name, pool, classes, asked, None if asked.deal is None else Deal(**asked.deal), faults=faults)
+
+
+def npz(path: str | Path, **options: Any) -> Federation:
+    """Arrays in a file; it need not fit in memory. These keys are read, others are left alone:
+
+    SITE_x_train, SITE_y_train, SITE_x_test, … (val or validation, too); MedMNIST's train_images, train_labels, val_images,
+    …; Keras's x_train, y_train, x_test, y_test; or x and y of all images, with domain (a number for each) and domains (names).
+    Without names of sites the file is one site, named as itself; `deal={"sites": 5}` makes several of it. An array
+    `classes` of names is used where `classes` is not given. `options` are the fields of `pool.Common`.
+    Raises InputError for what is no such file; objects in it are never unpickled.
+    """
+    asked, path = common(options), Path(path).expanduser()
+    try:
+        with regular(path) as file:
+            if file.read(6) == b"\x93NUMPY":
+                raise InputError(f"{path} holds one array, an .npz file with several was expected; save it anew by numpy.savez")
+            archive = Archive(path)
+            file.seek(0)
+            key = hashlib.file_digest(file, "sha256").hexdigest()
+        if asked.classes is None and "classes" in archive and archive.header("classes")[2].kind == "U":
+            asked = replace(asked, classes=[str(name) for name in archive["classes"]])
+        return _gathered(path.stem, _grouped(archive, path), asked, key, [])
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"data file {path} cannot be read: {error.strerror or 'it is damaged'}; check the path") from error
+    except DAMAGE as error:
+        why = str(error).split("\n")[0]
+        raise InputError(f"{path} is damaged or no .npz file of plain arrays ({why}); save it anew by numpy.savez") from error
+
+
+def _grouped(archive: Archive, path: Path) -> list[Block]:
+    blocks = []
+    for key in archive.files:
+        head, _, tail = key.rpartition("_")
+        sites: Any = path.stem
+        if tail == "images" and head in SPLIT_NAMES:
+            split, partner = SPLIT_NAMES[head], f"{head}_labels"
+        elif head == "x" and tail in SPLIT_NAMES:
+            split, partner = SPLIT_NAMES[tail], f"y_{tail}"
+        elif head.endswith("_x") and tail in SPLIT_NAMES:
+            sites, split, partner = head[:-2], SPLIT_NAMES[tail], f"{head[:-1]}y_{tail}"
+        elif key == "x":
+            split, partner = WHOLE, "y"
+            if "domain" in archive and "domains" in archive:
+                names = archive["domains"].tolist()
+                sites = [names[number] for number in archive["domain"].tolist()]
+        else:
+            continue
+        count, chunks = _member(archive, key)
+        if partner not in archive:
+            raise InputError(f"{path} has {key!r} but no {partner!r}; save the labels beside the images")
+        blocks.append(Block(sites, split, count, chunks, archive[partner], key))
+    if not blocks:
+        keys = ", ".join(sorted(archive.files)[:20]) or "nothing"
+        raise InputError(f"{path}: keys SITE_x_train, SITE_y_train or train_images, train_labels were expected, {keys} came")
+    return blocks
+
+
+def _member(archive: Archive, key: str) -> tuple[int, Chunks]:
+    """How many rows an array of the archive has, and its rows piece by piece, without reading all of it."""
+    shape, columns_first, kind = archive.header(key)
+    if columns_first or len(shape) < 3:
+        values = archive[key]
+        return (len(values) if values.ndim else 0), _whole(values)
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        with archive.rows(key) as stream:
+            yield from _read(stream, shape, kind)
+
+    return shape[0], chunks
+
+
+def _read(stream: IO[bytes] | gzip.GzipFile, shape: tuple[int, ...], kind: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+    each = math.prod(shape[1:]) * kind.itemsize
+    most = max(1, min(_ROWS, _PIECE // max(each, 1)))
+    for start in range(0, max(1, shape[0]), most):
+        count = min(most, shape[0] - start)
+        fits(count * each)
+        data = stream.read(count * each)
+        if len(data) != count * each:
+            raise EOFError("the file ends too early")
+        yield np.frombuffer(data, kind).reshape(count, *shape[1:])
+
+
+def idx(path: str | Path, **options: Any) -> Federation:
+    """MNIST's files, as they are or gzipped: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-…
+
+    PATH is a folder, or one of such folders, each of which is a site then; a prefix (EMNIST's emnist-letters-) names a site.
+    `options` are the fields of `pool.Common`. Raises InputError for files that are missing or damaged.
+    """
+    asked, root = common(options), Path(path).expanduser()
+    found = sorted(p for p in root.rglob("*images*") if p.is_file() and _IDX.fullmatch(p.name)) if root.is_dir() else []
+    if not found:
+        raise InputError(f"{root} holds no idx files; train-images-idx3-ubyte and train-labels-idx1-ubyte were expected")
+    blocks, faults, key = [], [], hashlib.sha256()
+    plain = len({file.parent for file in found}) == 1
+    for file in found:
+        match = _IDX.fullmatch(file.name)
+        assert match
+        site = match["prefix"] or (root.resolve().name if plain else file.parent.relative_to(root).parts[0])
+        partner = file.with_name(file.name.replace("-images", "-labels").replace("idx3", "idx1"))
+        other = partner.with_suffix("") if partner.suffix == ".gz" else partner.with_name(f"{partner.name}.gz")
+        label_file = next((each for each in (partner, other) if each.is_file()), None)
+        if label_file is None:
+            faults.append(f"{file.name} has no {partner.name} beside it")
+            continue
+        try:
+            shape, chunks = _idx(file, 3)
+            label = np.concatenate(list(_idx(label_file, 1)[1]()))
+            for each in (file, label_file):
+                with regular(each) as content:
+                    key.update(hashlib.file_digest(content, "sha256").digest())
+        except DAMAGE as error:
+            faults.append(f"{file.relative_to(root)} or its labels are damaged ({error}); fetch them anew")
+            continue
+        split = "test" if match["split"] == "t10k" else SPLIT_NAMES[match["split"]]
+        blocks.append(Block(site, split, shape[0], chunks, label, f"{site}/{split}"))
+    refuse(root.name, faults)
+    try:
+        return _gathered(root.resolve().name, blocks, asked, key.hexdigest(), faults)
+    except InputError:
+        raise
+    except DAMAGE as error:
+        raise InputError(f"the idx files in {root} are damaged ({error}); fetch them anew") from error
+
+
+def _idx(path: Path, dimensions: int) -> tuple[tuple[int, ...], Chunks]:
+    """Shape and rows of one idx file of bytes."""
+
+    @contextmanager
+    def opened() -> Iterator[IO[bytes] | gzip.GzipFile]:
+        with regular(path) as raw:
+            yield gzip.GzipFile(fileobj=raw) if packed else raw
+
+    packed = path.suffix == ".gz"
+    with opened() as stream:
+        head = stream.read(4 + 4 * dimensions)
+    if head[:4] != bytes([0, 0, 8, dimensions]) or len(head) != 4 + 4 * dimensions:
+        raise ValueError(f"{path.name} does not begin as an idx file of bytes with {dimensions} dimensions does")
+    shape = tuple(int(side) for side in np.frombuffer(head[4:], ">u4"))
+    needed, held = math.prod(shape) + len(head), path.stat().st_size
+    if packed:
+        plausible(needed, held)
+    elif needed > held:
+        raise EOFError("the file ends too early")
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        with opened() as stream:
+            stream.read(len(head))
+            yield from _read(stream, shape, np.dtype(np.uint8))
+
+    return shape, chunks

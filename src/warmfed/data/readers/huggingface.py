@@ -1,0 +1,206 @@
+"""What the libraries of others read and deal: Hugging Face `datasets`, and flwr-datasets' partitioners (extra "data")."""
+
+import glob
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...utils.errors import InputError, suggest
+from ...utils.files import content, make, regular
+from ..decode import Entry
+from ..examples import WHOLE, Common, common
+from ..federation import Federation
+from ..image_io import MOST
+from .archives import plausible
+from .image_folder import SPLIT_NAMES, finished
+
+Ints = NDArray[np.int64]
+_EXTRA = "install it by pip install 'warmfed[data]'"
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"Parquet files and hub data are read by the package datasets; {_EXTRA}") from error
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def parquet(path: str | Path, **options: Any) -> Federation:
+    """Parquet files (one, a folder of them, or a pattern), or a folder that `Dataset.save_to_disk` wrote; no network.
+
+    Files named train-*, validation-* or test-* are these splits. Options as in `hub`.
+    """
+    datasets, where = _datasets(), Path(path).expanduser()
+    if (where / "dataset_info.json").is_file() or (where / "dataset_dict.json").is_file():
+        try:
+            for file in where.rglob("*"):
+                if not file.is_dir():
+                    regular(file).close()
+            found = datasets.load_from_disk(str(where))
+        except (OSError, ValueError) as error:
+            raise InputError(f"the data set saved in {where} is damaged ({error}); save it anew") from error
+        return _federation(where.stem, found if isinstance(found, Mapping) else {WHOLE: found}, options)
+    files = sorted(where.rglob("*.parquet")) if where.is_dir() else [Path(each) for each in sorted(glob.glob(str(where)))]
+    kept = _prepared(options)
+    if not files:
+        raise InputError(f"there are no Parquet files at {where}; check the path")
+    parts: dict[str, list[str]] = {}
+    for file in files:
+        split = SPLIT_NAMES.get(file.stem.split("-")[0].split("_")[0], WHOLE)
+        parts.setdefault(split, []).append(str(file))
+    tables = {}
+    for split, members in parts.items():
+        try:
+            for each in members:
+                _sound(Path(each))
+            tables[split] = datasets.concatenate_datasets(
+                [datasets.Dataset.from_parquet(each, cache_dir=kept, keep_in_memory=False) for each in members]
+            )
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise InputError(f"the Parquet files at {where} do not read as one table ({reason}); check them") from error
+    return _federation(where.stem, tables, options)
+
+
+def _prepared(options: Mapping[str, Any]) -> str:
+    """The private folder where `datasets` keeps the tables that it makes of Parquet files: they hold a site's images."""
+    folder = Common(cache=options.get("cache")).store.folder / "tables"
+    try:
+        make(folder)
+    except OSError as error:
+        raise InputError(f"cannot make {folder}: {error.strerror}; name another place by data.cache") from error
+    return str(folder)
+
+
+def _sound(path: Path) -> None:
+    """Raise `OSError` or `ValueError` where a Parquet file is not a regular file, or unpacks to implausibly much."""
+    import pyarrow.parquet
+
+    with regular(path) as file:
+        told = pyarrow.parquet.ParquetFile(file).metadata
+        held = file.seek(0, 2)
+    plausible(sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups)), held)
+    if told.num_rows > held:
+        raise ValueError(f"it has {told.num_rows:,} rows in {held:,} bytes")
+
+
+def hub(path: str, *, config: str = "", revision: str = "", **options: Any) -> Federation:
+    """A data set of the Hugging Face hub by its name, the only reader that may use the network (HF_HUB_OFFLINE=1: never).
+
+    Args:
+        config: which of its configurations.
+        revision: commit, branch or tag; a commit pins the bytes.
+        options: those of `parquet` (image, label, site, group) and the fields of `pool.Common`.
+    """
+    datasets = _datasets()
+    try:
+        found = datasets.load_dataset(path, config or None, revision=revision or None)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the hub's data set {path!r} cannot be had ({reason}); check its name and the network") from error
+    return _federation(path.rsplit("/", 1)[-1], found, options)
+
+
+def _federation(name: str, tables: Mapping[str, Any], options: Mapping[str, Any]) -> Federation:
+    """One federation of `datasets` tables by split.
+
+    Columns: `image` and `label` (else the only ones of these types), `site` (the natural partition) and `group` where given.
+    """
+    options = dict(options)
+    asked_for = {key: str(options.pop(key, "")) for key in ("image", "label", "site", "group")}
+    asked = common(options)
+    datasets = _datasets()
+    entries: list[Entry] = []
+    faults: list[str] = []
+    order: tuple[str, ...] = ()
+    for split, table in tables.items():
+        part = SPLIT_NAMES.get(split, WHOLE)
+        columns = {
+            key: _column(datasets, table, key, column)
+            for key, column in asked_for.items()
+            if column or key in ("image", "label")
+        }
+        kind = table.features[columns["label"]]
+        table = table.cast_column(columns["image"], datasets.Image(decode=False))
+        named = {key: table[column] for key, column in columns.items() if key != "image"}
+        names = list(kind.names) if isinstance(kind, datasets.ClassLabel) else None
+        order = tuple(names or order)
+        for row, label in enumerate(named["label"]):
+            if label is None or (names and not 0 <= label < len(names)):
+                faults.append(f"{split}/{row}: a label was expected, {label} came")
+                continue
+            entries.append(
+                Entry(
+                    f"{split}/{row}",
+                    _Row(table, columns["image"], row),
+                    names[label] if names else str(label),
+                    str(named["site"][row]) if "site" in named else name,
+                    part,
+                    str(named["group"][row]) if "group" in named else "",
+                )
+            )
+    return finished(name, entries, asked, faults, [], order)
+
+
+def _column(datasets: Any, table: Any, what: str, given: str) -> str:
+    known = table.column_names
+    if given:
+        if given not in known:
+            raise InputError(f"the data have no column {given!r} for {what}{suggest(given, known)}")
+        return given
+    kind = datasets.Image if what == "image" else datasets.ClassLabel
+    found = [what] if what in known else [name for name, each in table.features.items() if isinstance(each, kind)]
+    if len(found) != 1:
+        raise InputError(f"the column of the {what} was expected; set {what} to one of {', '.join(known)}")
+    return found[0]
+
+
+class _Row:
+    """Reads the encoded picture of one row."""
+
+    def __init__(self, table: Any, column: str, row: int) -> None:
+        self._table, self._column, self._row = table, column, row
+
+    def __call__(self) -> bytes:
+        cell = self._table[self._row][self._column]
+        if cell is None:
+            raise OSError("the row holds no picture")
+        if cell["bytes"] is not None:
+            return bytes(cell["bytes"])
+        return content(Path(cell["path"]), MOST)
+
+
+def partitioned(name: str, options: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> list[Ints]:
+    """Row numbers of each site, dealt by a partitioner of flwr-datasets, such as "PathologicalPartitioner".
+
+    Args:
+        options: its arguments; `partition_by` is "label" where it takes one and none is given.
+        columns: what it may go by.
+    """
+    try:
+        from flwr_datasets import partitioner as partitioners
+    except ImportError as error:
+        raise InputError(f"the partitioner {name!r} is in the package flwr-datasets; {_EXTRA}") from error
+    known = [each for each in partitioners.__all__ if each.endswith("Partitioner") and each != "Partitioner"]
+    if name not in known:
+        raise InputError(f"flwr-datasets has no {name!r}{suggest(name, known)}")
+    cls: Any = getattr(partitioners, name)
+    if "partition_by" in inspect.signature(cls).parameters:
+        options = {"partition_by": "label", **options}
+    count = len(columns["label"])
+    table = _datasets().Dataset.from_dict(
+        {**{key: value.tolist() for key, value in columns.items()}, "row": list(range(count))}
+    )
+    try:
+        dealer = cls(**options)
+        dealer.dataset = table
+        parts = [np.array(dealer.load_partition(i)["row"], np.int64) for i in range(dealer.num_partitions)]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} does not take {dict(options)} here: {' '.join(str(error).split())}") from error
+    return parts

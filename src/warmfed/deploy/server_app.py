@@ -1,0 +1,146 @@
+"""The Flower app of the server: it runs a configuration over the sites, which are Flower's nodes.
+
+Run configuration: `config`, the configuration's file; `out`, the run folder; both absolute or below the server's folder
+($WARMFED_SERVER, else the working directory).
+"""
+
+import os
+import secrets
+from collections import abc
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Config, parse
+from ..core import Generator, Round, ServerState
+from ..core.messages import encode
+from ..data import Roster
+from ..run import run
+from ..runs.console import Lines
+from ..runs.execute import SITES, Place, Watcher, proceed, server_side
+from ..runs.prepare import Ready, prepare
+from ..transports import flower
+from ..transports.protocol import HELLO, REFUSED, Card, Refusal, Request, check_card, opened
+from ..transports.remote import Remote
+from ..utils.errors import InputError
+from ..utils.files import read_json, write_json
+from .keys import openssh, registered
+from .site import agree, roster
+
+
+@dataclass
+class There(Place):
+    """The sites are Flower's nodes."""
+
+    post: flower.GridPost
+    folder: Path
+    home: Path
+    """The server's folder."""
+    _run: str = ""
+    _sites: tuple[str, ...] = ()
+    _cards: dict[str, Card] = field(default_factory=dict)
+    _rows: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    """What each site has declared first: a site that comes again cannot declare more."""
+
+    def prepare(self, config: Config) -> Ready:
+        kept = self.folder / "checkpoint" / SITES
+        begun = read_json(kept, "the run's sites") if kept.exists() else None
+        self._run = begun["run"] if begun else secrets.token_hex(8)
+        self._rows = {site: rows for site, rows in begun["roster"]["rows"].items() if any(rows.values())} if begun else {}
+        asked = Request(self._run, "", config.toml(), HELLO, 0, 0, None)
+        names_of = self._registered()
+        self.post.name_of = lambda key: names_of.get(openssh(key))
+        self.post.hello = encode(asked)
+        self.post.introduce = lambda site, data: self._introduced(asked, site, data, config.border.rows)
+        self.post.refusal = lambda reason: encode(replace(asked, stage=REFUSED, body=Refusal(reason)))
+        names = begun["sites"] if begun else config.border.sites
+        needed = config.border.needed(len(names)) if names else config.border.least
+        found = self.post.present(names, needed, config.border.deadline)
+        self._sites = tuple(sorted({*names, *found}))
+        try:
+            return self._agreed(config, _roster(begun["roster"]) if begun else roster(self._cards, self._sites))
+        except InputError as error:
+            self.post.tell(f"the run is not begun: {error}")
+            raise
+
+    def _registered(self) -> dict[bytes, str]:
+        """The names of the sites by their public keys, from the folder nodes/ beside the run's."""
+        found = registered(self.home / "nodes")
+        if not found:
+            raise InputError(
+                f"{self.home / 'nodes'} holds no site's public key, so nobody could prove which site it is; "
+                "make the server's folder by `warmfed deploy init`"
+            )
+        return found
+
+    def _agreed(self, config: Config, known: Roster) -> Ready:
+        """What the configuration stands for, where server and sites have the same base and start; raises `InputError`."""
+        ready = prepare(config, known)
+        site, card = next(iter(sorted(self._cards.items())))
+        for what, here, there in (("base", ready.base, card.base), ("start", ready.start, card.start)):
+            if here != there:
+                raise InputError(f"the server's {what} is {here!r}, that of site {site!r} {there!r}; they must be equal")
+        return ready
+
+    def _introduced(self, asked: Request, site: str, data: bytes, most: int) -> None:
+        """Keep the card in a site's answer to hello; raises `InputError` where the site does not take part.
+
+        Args:
+            most: rows that a site may declare in all; 0: any number.
+        """
+        card = opened(data, asked, site, Card).body
+        check_card(card, most)
+        if self._sites and site not in self._sites:
+            raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
+        if self._cards and self._sites:
+            first = min(self._cards)
+            agree(card, site, self._cards[first], first)
+        self._cards[site] = card
+        self._rows.setdefault(site, {split: int(count) for split, count in card.rows.items()})
+
+    def rounds(
+        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator, watcher: Watcher
+    ) -> abc.Generator[Round, None, None]:
+        config = ready.config
+        assert isinstance(ready.federation, Roster)
+        sites = {"run": self._run, "sites": self._sites, "roster": asdict(ready.federation)}
+        write_json(folder / "checkpoint" / SITES, sites)
+        transport = self._transport(config)
+        prompts = ready.federation.prompts
+        central = server_side(ready.task, transport, prompts, generator, config.device, folder, watcher, self._rows)
+        yield from run(
+            config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, border=config.border
+        )
+
+    def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
+        algorithm = ready.config.method
+        down = {site: algorithm.down(server, site) for site in self._sites}
+        return self._transport(ready.config).finish(down, algorithm.global_model(server)), None
+
+    def _transport(self, config: Config) -> Remote:
+        return Remote(self.post, self._sites, self._run, config.toml(), config.border)
+
+
+def _roster(table: Mapping[str, Any]) -> Roster:
+    shape = tuple(int(n) for n in table["shape"])
+    return Roster(**{**table, "classes": tuple(table["classes"]), "shape": shape})
+
+
+def serve(post: flower.GridPost, settings: Mapping[str, Any], home: Path | None = None) -> None:
+    """Run a configuration into its folder, or finish the run that the folder holds.
+
+    Args:
+        home: the server's folder; none: $WARMFED_SERVER, or the working directory.
+    """
+    home = home or Path(os.environ.get("WARMFED_SERVER", "."))
+    config = parse(home / str(settings["config"])) if settings.get("config") else parse()
+    folder = home / (str(settings.get("out") or "") or f"runs/{config.name}-{config.seed}")
+    torch.set_num_threads(1)  # sums depend on how many there are
+    with Lines() as watcher:
+        proceed(config, folder, watcher, There(post, folder, home))
+
+
+app = flower.server_app(serve)

@@ -1,0 +1,445 @@
+"""A site of a deployment: its folder, and how it answers. Its images and its state never leave it.
+
+The folder holds site.toml and, by default, work/: for each run the site's memory and its models (`warmfed predict` reads
+them), and ledger.jsonl, a line for each message that has left.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..config import Config, Data, Unseen, build, read_toml
+from ..core import Nothing, Reply
+from ..core.messages import Message, decode, encode, kind, tensors_of
+from ..core.tensors import sha256
+from ..data import SPLITS, Federation, Roster
+from ..data import Site as Tables
+from ..diffusion import pipeline
+from ..evaluation.generators import Measuring
+from ..runs.folder import write_model
+from ..runs.prepare import Ready, load_data, prepare
+from ..transports.client import Worker, exchange
+from ..transports.client_state import Memories, unfinished
+from ..transports.protocol import (
+    EVALUATE,
+    FINISH,
+    HELLO,
+    REFUSED,
+    Answer,
+    Card,
+    Kept,
+    Measures,
+    Models,
+    Refusal,
+    Request,
+    check_card,
+)
+from ..utils.errors import InputError, printable, suggest
+from ..utils.files import PRIVATE, loads_toml, locked, make, read_lines, write_json, write_lines, write_whole
+from ..utils.settings import construct
+from .policy import Policy, images_in
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """What site.toml says; paths are relative to its folder."""
+
+    name: str = ""
+    """The site's name in the consortium."""
+    work: str = "work"
+    """Where the site keeps its state, models and ledger."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    base: str = ""
+    """The generator: its folder, or the agreed name of one; empty: only those that come with warmfed."""
+    adapter: str = ""
+    """An adapter that was made elsewhere, a safetensors file: the site then learns none."""
+    start: str = ""
+    """The classifier to start from, where the run starts from a file."""
+    classes: tuple[str, ...] = ()
+    """The consortium's classes in order; empty: those of the data."""
+    prompts: str = ""
+    """The template of the prompts, with one {} for the class; empty: that of the data."""
+    policy: Policy = field(default_factory=Policy)
+    """What the server may ask of this site; without it every run is refused."""
+    data: Data = field(default_factory=Data)
+    """Where its images are; of a federation, the site of this name."""
+    folder: Path = Path()
+    """Where site.toml lies."""
+
+    def path(self, name: str) -> Path:
+        return (self.folder / name).resolve()
+
+    def generator(self, asked: str) -> str:
+        """The base that the site uses where the run or the project names one: its own folder, or the agreed name."""
+        own = self.path(self.base) if self.base else None
+        return str(own) if own is not None and own.is_dir() else self.base or asked
+
+    def federation(self) -> Federation:
+        """The site's tables, as a federation of one site with the consortium's classes; raises `InputError`."""
+        source, path = self.data.source, self.data.path
+        reader, colon, rest = source.partition(":")
+        if colon and not path:
+            source, path = reader, rest
+        if path:
+            path = str(self.path(path))
+        elif self.path(source).exists():
+            source = str(self.path(source))
+        loaded = load_data(replace(self.data, source=source, path=path))
+        if self.name not in loaded.sites:
+            raise InputError(f"the data {source!r} have no site {self.name!r}{suggest(self.name, list(loaded.sites))}")
+        classes, tables = self.classes or loaded.classes, loaded.sites[self.name]
+        unknown = [name for name in loaded.present[self.name] if name not in classes]
+        if unknown:
+            raise InputError(f"the data {source!r} have classes {unknown} that are not among the consortium's {list(classes)}")
+        if classes != loaded.classes:
+            tables = Tables(**{split: _relabelled(table, loaded.classes, classes) for split, table in tables.splits.items()})
+        return Federation(loaded.name, classes, self.prompts or loaded.template, {self.name: tables})
+
+
+def _relabelled(table: Mapping[str, Any], was: tuple[str, ...], now: tuple[str, ...]) -> dict[str, Any]:
+    labels = [now.index(was[label]) for label in table["label"].tolist()]
+    return {"image": table["image"], "label": table["label"].new_tensor(labels)}
+
+
+def read_site(folder: Path) -> SiteConfig:
+    """The configuration of a site's folder; raises `InputError`."""
+    path = folder / "site.toml"
+    table = read_toml(path)
+    if "algorithms" in table:
+        raise InputError(f"{path}: algorithms is a setting of [policy] now; move it there: policy.algorithms = [...]")
+    found = construct(SiteConfig, table, "", skip=("folder",))
+    if not found.name or found.name != Path(found.name).name or found.name.startswith("."):
+        raise InputError(f"{path}: name must be the site's name, without slashes; got {found.name!r}")
+    return replace(found, folder=folder.resolve())
+
+
+_CONFIG = 65_536
+"""Bytes of a request's configuration at the most."""
+_LEAST = 1_000_000
+"""Bytes that a request may have in any case."""
+_RUN = re.compile(r"[0-9a-f]{16}")
+
+
+def answer(folder: Path, letter: bytes) -> bytes:
+    """Return a site's answer to a request; it is in the site's ledger before it leaves.
+
+    A request that makes no sense, or that the site's policy does not allow, is refused: the answer holds the reason alone.
+
+    Raises:
+        InputError: the site's folder cannot be read or written, or the letter is not a request; the ledger says so.
+    """
+    site = read_site(folder)
+    work = site.path(site.work)
+    with _alone(work):
+        before = _ledger(work)
+        try:
+            asked = decode(letter, Request, "the request")
+        except InputError as error:
+            lost = Request("", "", "", "", 0, 0, None)
+            _record(work, before, lost, _refusal(str(error)))
+            raise
+        made = answered(asked, site.name, lambda: _answered(site, work, asked, len(letter), before))
+        _record(work, before, asked, made.body)
+    return encode(made)
+
+
+def answered(asked: Request, site: str, work: Callable[[], tuple[float, Message]]) -> Answer:
+    """The answer of a site to a request: what its work yields, or the refusal that it ends in."""
+    torch.set_num_threads(1)  # sums depend on how many there are
+    try:
+        seconds, body = work()
+    except InputError as error:
+        seconds, body = 0.0, _refusal(str(error), asked)
+    return Answer(asked.run, site, asked.stage, asked.step, asked.number, seconds, body)
+
+
+def _refusal(reason: str, asked: Request | None = None) -> Refusal:
+    """The refusal for a reason, which is also printed here."""
+    refusal = Refusal(printable(reason))
+    stage = f" ({printable(asked.stage, 40)})" if asked else ""
+    print(f"this site has refused a request{stage}: {refusal.reason}", flush=True)
+    return refusal
+
+
+def _answered(
+    site: SiteConfig, work: Path, asked: Request, size: int, before: Sequence[Mapping[str, Any]]
+) -> tuple[float, Message]:
+    if asked.stage == REFUSED and isinstance(asked.body, Refusal):
+        print(f"the server has refused this site: {printable(asked.body.reason)}", flush=True)
+        return 0.0, Nothing()
+    if asked.stage != HELLO and asked.site != site.name:
+        raise InputError(f"the request is for site {asked.site!r}, this is {site.name!r}")
+    if not _RUN.fullmatch(asked.run):
+        raise InputError(f"{asked.run!r} is no run's name")
+    config = _local(site, asked.config)
+    if asked.stage in (HELLO, EVALUATE, FINISH) and (asked.step, asked.number) != (0, 0):
+        raise InputError(f"a request to {asked.stage} is at step 0, number 0; got {asked.step}, {asked.number}")
+    _within(site.policy, asked, size, before)
+    ready = prepare(config, site.federation(), weights=asked.stage == HELLO)
+    if asked.stage == HELLO:
+        return 0.0, _card(site, ready)
+    folder = work / "runs" / asked.run
+    memories = Memories(folder)
+    worker = replace(ready.workers()[site.name], unfinished=unfinished(folder, site.name))
+    if asked.stage == FINISH and isinstance(asked.body, Models):
+        return 0.0, _finished(site, folder, ready, asked.body, memories)
+    seconds, body = perform(asked, worker, memories)
+    _leaving(site, ready, body, sum(_size(line) for line in _of(before, asked.run)))
+    return seconds, body
+
+
+def _of(lines: Sequence[Mapping[str, Any]], run: str) -> list[Mapping[str, Any]]:
+    """The lines of a ledger that record answers to a run, not refusals."""
+    return [line for line in lines if line.get("run") == run and "reason" not in line]
+
+
+def _size(line: Mapping[str, Any]) -> int:
+    size = line.get("bytes", 0)
+    return size if isinstance(size, int) else 0
+
+
+def _within(policy: Policy, asked: Request, size: int, before: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `InputError` where a request is beyond what the policy allows of runs, requests and bytes."""
+    begun = {line.get("run") for line in before if "reason" not in line and line.get("stage") not in (HELLO, REFUSED)}
+    if (runs := len(begun | {asked.run})) > policy.max_runs:
+        raise InputError(f"this is run {runs} of the site, at most {policy.max_runs} are answered (policy.max_runs)")
+    if (count := len(_of(before, asked.run)) + 1) > policy.max_requests:
+        raise InputError(
+            f"this is request {count} of the run, at most {policy.max_requests} are answered (policy.max_requests)"
+        )
+    if size > max(policy.max_bytes, _LEAST):
+        raise InputError(f"the request has {size:,} bytes, at most {policy.max_bytes:,} are taken (policy.max_bytes)")
+
+
+def _leaving(site: SiteConfig, ready: Ready, body: Message, left: int) -> None:
+    """Raise `InputError` where a reply may not leave: too many bytes of the run would have, or it holds images."""
+    message = body.message if isinstance(body, Reply) else body
+    size, most = len(encode(message)), site.policy.max_bytes
+    if left + size > most:
+        raise InputError(
+            f"the reply has {size:,} bytes, {left:,} of this run have left, at most {most:,} may (policy.max_bytes)"
+        )
+    if not site.policy.images:
+        tables = (split["image"] for split in ready.images.sites[site.name].splits.values())
+        if name := images_in(message, tables):
+            raise InputError(
+                f"tensor {name!r} of the reply holds images of the site; they leave only with images = true below [policy]"
+            )
+
+
+def perform(asked: Request, worker: Worker, memories: Memories) -> tuple[float, Message]:
+    """Measure or do a stage's work, or repeat its answer: how long the site worked for it, and the answer's body.
+
+    Raises:
+        InputError: the request makes no sense, or the work cannot be done.
+    """
+    site, plan = worker.site, worker.algorithm.stages()
+    match asked.stage, asked.body:
+        case (stage, Models()) if stage == EVALUATE:
+            found = worker.evaluate(asked.body.down, memories.state(site), asked.body.model)
+            return 0.0, Measures({f"{view}/{name}": value for view, values in found.items() for name, value in values.items()})
+        case (stage, _) if stage in (EVALUATE, FINISH):
+            raise InputError(f"a request to {stage} without models")
+        case _:
+            if not (0 <= asked.step < len(plan) and plan[asked.step].name == asked.stage):
+                raise InputError(f"step {asked.step} is not stage {asked.stage!r} in this version of the algorithm")
+            number = sum(stage.name == asked.stage for stage in plan[: asked.step])
+            if asked.number != number:
+                raise InputError(f"step {asked.step} is number {number} of stage {asked.stage!r}, not {asked.number}")
+            memory = memories.answered(site, asked.step)
+            if memory is not None:
+                return memory.seconds, replace(memory.reply, state=None)
+            began = time.perf_counter()
+            reply = worker.work(asked.stage, asked.number, asked.body, memories.state(site))
+            seconds = time.perf_counter() - began
+            memories.keep(site, asked.step, seconds, reply)
+            return seconds, replace(reply, state=None)
+
+
+def _tables(text: str) -> dict[str, Any]:
+    """The tables of a request's configuration; raises `InputError`."""
+    if len(text) > _CONFIG:
+        raise InputError(f"the request's configuration has {len(text):,} characters, at most {_CONFIG:,} are read")
+    try:
+        return loads_toml(text)
+    except ValueError as error:
+        raise InputError(f"the request's configuration is not TOML ({error})") from error
+
+
+def _local(site: SiteConfig, text: str) -> Config:
+    """The run's configuration with what is the site's own business; raises `InputError` where the policy does not allow it."""
+    config = build(_tables(text))
+    if config.generator.adapters:
+        raise InputError("the run names adapters by files of the server; name this site's own by adapter in site.toml")
+    start = config.model.start
+    if start and start != "public":
+        if not site.start:
+            raise InputError("the run starts from a file; name this site's copy of it by start in site.toml")
+        start = str(site.path(site.start))
+    local = replace(
+        config,
+        data=site.data,
+        device=site.device,
+        workers=1,
+        unseen=Unseen(),
+        measuring=Measuring(samples=0),
+        generator=replace(
+            config.generator,
+            base=_base(site, "generator.base", config.generator.base),
+            adapters={site.name: str(site.path(site.adapter))} if site.adapter else {},
+            compile="",
+        ),
+        denoising=replace(config.denoising, latent=_base(site, "denoising.latent", config.denoising.latent)),
+        model=replace(config.model, start=start),
+    )
+    # first the numbers: a plan of a thousand million rounds is not to be made
+    if outside := site.policy.excess(local) or site.policy.sending(local.algorithm.stages()):
+        more = f"; and {len(outside) - 2} more" if len(outside) > 2 else ""
+        raise InputError(f"site {site.name!r} does not allow this run: {'; '.join(outside[:2])}{more}")
+    return local
+
+
+def _base(site: SiteConfig, setting: str, asked: str) -> str:
+    """The base that a site uses where the run names one; raises `InputError` where it is another than was agreed."""
+    if not asked or (asked in pipeline.embedded() and setting != "generator.base"):
+        return asked
+    found = site.generator(asked)
+    if Path(found).is_absolute() and site.base:
+        return found
+    if found != asked or (not site.base and asked not in pipeline.embedded()):
+        agreed = f"{site.base!r} was agreed" if site.base else f"this site has only {', '.join(pipeline.embedded())}"
+        raise InputError(f"{setting} is {asked!r}, {agreed}; name this site's own by base in site.toml")
+    return asked
+
+
+def _card(site: SiteConfig, ready: Ready) -> Card:
+    data = ready.federation
+    return Card(
+        __version__, data.name, data.classes, data.template, tuple(float(n) for n in data.shape),
+        {split: float(count) for split, count in data.rows[site.name].items()},
+        tuple(data.digests[site.name][split] for split in SPLITS), ready.base, ready.start,
+    )  # fmt: skip
+
+
+def _finished(site: SiteConfig, folder: Path, ready: Ready, body: Models, memories: Memories) -> Kept:
+    """The run's folder at the site: what `warmfed predict` needs."""
+    models = {"global": body.model}
+    models[f"personal/{site.name}"] = ready.workers()[site.name].model(body.down, memories.state(site.name))
+    there = {name: model for name, model in models.items() if model is not None}
+    for name, model in there.items():
+        write_model(folder / "models" / f"{name}.safetensors", model)
+    write_whole(folder / "config.toml", ready.config.toml())
+    digests = {name: sha256(model) for name, model in there.items()}
+    summary = {"warmfed": __version__, "algorithm": ready.config.name, "seed": ready.config.seed, "models_sha256": digests}
+    data = {"federation": ready.federation.name, "classes": ready.federation.classes, "image": ready.federation.shape}
+    write_json(folder / "summary.json", {"site": site.name, **summary, **data})
+    return Kept(digests.get(f"personal/{site.name}", ""))
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """One answer at a time: a SuperNode may start two apps."""
+    try:
+        make(work)
+        (work / ".lock").touch(PRIVATE)
+    except OSError as error:
+        raise InputError(f"cannot write to {work}: {error.strerror}; free some space, or choose another work folder") from error
+    with locked(work / ".lock"):
+        yield
+
+
+def _ledger(work: Path) -> list[dict[str, Any]]:
+    """The lines of the site's ledger so far; raises `InputError` where it is damaged."""
+    path = work / "ledger.jsonl"
+    lines = read_lines(path, "the site's ledger") if path.exists() else []
+    if not all(isinstance(line, dict) for line in lines):
+        raise InputError(f"{path} is damaged: a line is not a table; restore it from a backup")
+    return lines
+
+
+def _asked(text: str) -> str:
+    """The algorithm's name in a request's configuration; empty: it has none."""
+    try:
+        found = _tables(text).get("algorithm", {})
+    except InputError:
+        return ""
+    return printable(str(found.get("name", "")), 40) if isinstance(found, dict) else ""
+
+
+def _record(work: Path, before: Sequence[Mapping[str, Any]], asked: Request, body: Message) -> None:
+    """A line in the site's ledger; it is there before the message leaves."""
+    what = body.message if isinstance(body, Reply) else body
+    crossed = exchange("", "up", what)
+    line: dict[str, Any] = {
+        "when": _now(),
+        "run": printable(asked.run, 40), "algorithm": _asked(asked.config),
+        "asked": "" if asked.body is None else kind(type(asked.body)),
+        "stage": printable(asked.stage, 40), "step": asked.step, "number": asked.number,
+        "kind": kind(type(what)), "bytes": crossed.bytes, "sha256": crossed.sha256,
+        "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in sorted(tensors_of(what).items())},
+    }  # fmt: skip
+    if isinstance(body, Reply):
+        line |= {"weight": body.weight, "metrics": dict(body.metrics)}
+    elif isinstance(body, Measures):
+        line["metrics"] = dict(body.metrics)
+    elif isinstance(body, Refusal):
+        line["reason"] = body.reason
+    elif isinstance(asked.body, Refusal):
+        line["reason"] = printable(asked.body.reason)
+    write_lines(work / "ledger.jsonl", [*before, line])
+
+
+def refused(site: SiteConfig, stage: str, reason: str, sha256: str) -> None:
+    """Record in the site's ledger what was refused before it was opened; nothing but the refusal left the site.
+
+    Args:
+        stage: what it was, as "app".
+        sha256: of what the server sent.
+    """
+    work = site.path(site.work)
+    with _alone(work):
+        write_lines(work / "ledger.jsonl", [*_ledger(work), {
+            "when": _now(), "run": "", "stage": stage, "step": 0, "number": 0,
+            "kind": f"refused {stage}", "bytes": 0, "sha256": sha256, "tensors": {}, "reason": reason,
+        }])  # fmt: skip
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def roster(cards: Mapping[str, Card], sites: tuple[str, ...]) -> Roster:
+    """The federation as these cards describe it; a site that has shown none has no rows yet.
+
+    Raises:
+        InputError: a card is not one, or two differ in what must be equal everywhere, naming the sites and both values.
+    """
+    for card in cards.values():
+        check_card(card)
+    first = next(iter(sorted(cards)))
+    for site in sorted(cards):
+        agree(cards[site], site, cards[first], first)
+    card = cards[first]
+    channels, height, width = (int(n) for n in card.shape)
+    rows = {s: {k: int(n) for k, n in cards[s].rows.items()} if s in cards else dict.fromkeys(SPLITS, 0) for s in sites}
+    digests = {s: dict(zip(SPLITS, cards[s].digests if s in cards else ("",) * len(SPLITS), strict=True)) for s in sites}
+    return Roster(card.federation, card.classes, card.template, (channels, height, width), rows, digests)
+
+
+def agree(card: Card, site: str, other: Card, whose: str) -> None:
+    """Raise `InputError` where two cards differ in what must be equal everywhere."""
+    for name in ("version", "classes", "template", "shape", "base", "start"):
+        if getattr(card, name) != getattr(other, name):
+            raise InputError(
+                f"site {site!r} has {name} {printable(repr(getattr(card, name)), 120)}, "
+                f"{whose} has {printable(repr(getattr(other, name)), 120)}; they must be equal"
+            )

@@ -1,0 +1,151 @@
+"""Bi-level personalisation of a frozen pipeline (FedBiP): learned concept vectors, and noised latents to begin from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..core import Central, Local
+from ..core.rng import child
+from ..core.tensors import Table, Tensors
+from ..utils.errors import InputError
+from ..utils.files import write_whole
+from . import lora as lora
+from .generator import LatentDiffusion
+from .lora_training import Adapting, learn
+from .pipeline import Parts
+from .pipeline_families import Condition
+from .sampler import flows, timed
+
+
+class Conceived(nn.Module):
+    """A frozen denoiser whose prompts are the classes' texts plus a vector for the domain and one for the class."""
+
+    def __init__(self, base: Parts, prompts: Sequence[str]) -> None:
+        super().__init__()
+        self.base, self.text, self.empty = base, base.embed(prompts), base.embed([""])
+        self.denoiser = base.denoiser
+        width = self.text["prompt"].shape[-1]
+        self.domain = nn.Parameter(torch.zeros(width))  # S
+        self.concept = nn.Parameter(torch.zeros(len(prompts), width))  # V
+
+    def condition(self, labels: Tensor) -> Condition:
+        """What the denoiser is told of these classes, n rows."""
+        told = {name: table[labels] for name, table in self.text.items()}
+        return {**told, "prompt": told["prompt"] + self.domain + self.concept[labels][:, None]}
+
+    def forward(self, noisy: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's prediction for latents [n, c, h, w] under n prompts."""
+        return self.base.family.ask(self.denoiser, noisy, time, condition, self.base.scale, self.base.dtype)
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """A `Generator` whose adapters are concept vectors and noised latents, in 16 bits:
+
+    domain [width], concept [classes, width], latent [n, c, h, w], one for each training image, and of, int64 [n], its class.
+    """
+
+    diffusion: LatentDiffusion
+    signal: float
+    """ᾱ of the latents: the share of their variance that is image."""
+    variation: float
+    """Standard deviation of what is added to the domain's vector of each sample."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the base's files."""
+        return self.diffusion.fingerprint()
+
+    def able(self) -> None:
+        """Raise `InputError` where latents under so much noise cannot be drawn from with these settings and this base."""
+        self.diffusion.able()
+        if self.diffusion.adapters:
+            raise InputError("FedBiP's sites send latents, not adapters; take generator.adapters out of the configuration")
+        noise = self.diffusion.noise()
+        if flows({"_class_name": type(noise).__name__, **noise.config}):
+            raise InputError(f"FedBiP needs a diffusion process, and {self.diffusion.base} is a flow; choose another base")
+        timed(noise, self.diffusion.sampler, self.diffusion.steps, self.diffusion.spacing, self.begin(noise.alphas_cumprod))
+
+    def adapt(self, ctx: Local) -> tuple[Tensors, dict[str, float]]:
+        model = self._model(ctx.prompts, ctx.device)
+        task = Adapting(model, self.diffusion, self._parts(ctx.device))
+        start = {"domain": torch.zeros_like(model.domain).cpu(), "concept": torch.zeros_like(model.concept).cpu()}
+        found, info = learn(ctx, task, start)
+        latent = self.noised(ctx.data["train"], ctx.device, child(ctx.rng))
+        tensors = {**{name: value.half() for name, value in found.items()}, "latent": latent.half()}
+        return {**tensors, "of": ctx.data["train"]["label"].clone()}, info
+
+    def noised(self, table: Table, device: str, rng: torch.Generator) -> Tensor:
+        """√ᾱ·z + √(1 - ᾱ)·ε for each image, z a mixture of its latent and that of an image of its class."""
+        mean, deviation = (part.cpu() for part in self._parts(device).encode(table["image"]))
+        partner = torch.empty(len(mean), dtype=torch.int64)
+        for label in table["label"].unique():
+            held = (table["label"] == label).nonzero()[:, 0]
+            partner[held] = held[torch.randperm(len(held), generator=rng)]
+        share = (0.5 + 0.1 * torch.randn(len(mean), 1, 1, 1, generator=rng)).clamp(0, 1)  # γ
+        first, image, noise = (torch.randn(mean.shape, generator=rng) for _ in range(3))
+        mixed = share * (mean + deviation * first) + (1 - share) * (mean + deviation * image)[partner]
+        return self.signal**0.5 * mixed + (1 - self.signal) ** 0.5 * noise
+
+    def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
+        base, of = self._parts("cpu"), adapter.get("of", torch.empty(0))
+        if of.ndim != 1 or of.dtype != torch.int64 or not len(of) or of.min() < 0 or of.max() >= len(prompts):
+            raise InputError(f"{who}: 'of' must name a class from 0 to {len(prompts) - 1} for each latent; adapt again")
+        width = base.embed([""])["prompt"].shape[-1]
+        like = {
+            "domain": torch.empty(width, dtype=torch.half),
+            "concept": torch.empty(len(prompts), width, dtype=torch.half),
+            "latent": torch.empty(len(of), *self.diffusion.space(base), dtype=torch.half),
+            "of": of,
+        }
+        lora.check(adapter, like, who)
+        if missing := set(classes) - set(of.tolist()):
+            raise InputError(f"{who}: the site holds class {min(missing)}, but has sent no latent of it; adapt again")
+
+    def write(self, adapter: Tensors, folder: Path, site: str) -> None:
+        """One file, `<site>.concepts.safetensors`: the vectors. The latents have served when S is drawn, and tell of images."""
+        write_whole(folder / f"{site}.concepts.safetensors", save({name: adapter[name] for name in ("domain", "concept")}))
+
+    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
+        """One image for each label, from the site's latents of its class in turn; without an adapter: from the base alone."""
+        if adapter is None:
+            return self.diffusion.synthesize(None, prompts, labels, ctx)
+        loaded, model = self._parts(ctx.device), self._model(tuple(prompts), ctx.device).eval()
+        model.load_state_dict({name: adapter[name].float() for name in ("domain", "concept")}, strict=False)
+        latents = adapter["latent"].float()[self.turns(adapter["of"], labels)]
+        varied = self.variation * torch.randn(len(labels), 1, len(adapter["domain"]), generator=ctx.rng)
+        begin, images = self.begin(loaded.scheduler.alphas_cumprod), []
+        for done in range(0, len(labels), self.diffusion.batch):
+            part = slice(done, done + self.diffusion.batch)
+            with torch.no_grad():
+                condition = model.condition(labels[part].to(ctx.device))
+            condition["prompt"] = condition["prompt"] + varied[part].to(ctx.device)
+            clean = self.diffusion.denoise(model, loaded, latents[part].to(ctx.device), condition, model.empty, ctx.rng, begin)
+            images.append(loaded.decode(clean, self.diffusion.batch))
+            ctx.progress("sample", min(done + self.diffusion.batch, len(labels)), len(labels))
+        return torch.cat(images)
+
+    def begin(self, alphas: Tensor) -> int:
+        """The first time at which no more than `signal` of a latent is image."""
+        there = (alphas <= self.signal).nonzero()
+        return int(there[0]) if len(there) else len(alphas) - 1
+
+    @staticmethod
+    def turns(of: Tensor, labels: Tensor) -> Tensor:
+        """For each label the row of a latent of its class: the first one, the second one, … and from the front again."""
+        rows = torch.empty(len(labels), dtype=torch.int64)
+        for label in labels.unique():
+            held, asked = (of == label).nonzero()[:, 0], labels == label
+            if not len(held):
+                raise InputError(f"the site has sent no latent of class {int(label)}, but holds it; adapt again")
+            rows[asked] = held[torch.arange(int(asked.sum())) % len(held)]
+        return rows
+
+    def _model(self, prompts: Sequence[str], device: str) -> Conceived:
+        return Conceived(self._parts(device), prompts).to(device)
+
+    def _parts(self, device: str) -> Parts:
+        return lora.parts(self.diffusion.base, device, self.diffusion.dtype)

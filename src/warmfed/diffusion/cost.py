@@ -1,0 +1,283 @@
+"""What a generator will cost, by count: its network runs on torch's meta device, which knows shapes and holds no numbers.
+
+Memory is the most that is alive at once of what the work makes, from the storages of its tensors; time is a roofline over
+three speeds of this machine (matrix products, copies, calls), so it is right to about a factor of two.
+"""
+
+import functools
+import gc
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import lora as lora
+from . import pipeline
+from .generator import LatentDiffusion
+from .known_pipelines import Outline, build, outline, side
+from .lora_training import Adapting
+from .pipeline_families import Condition, Family
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one piece of work."""
+
+    flops: float = 0.0
+    moved: float = 0.0
+    """Bytes that operations read and write."""
+    calls: float = 0.0
+    """Operations."""
+    peak: float = 0.0
+    """Bytes that are alive at once, of what the work itself makes."""
+
+    def times(self, count: float) -> "Cost":
+        """This work again and again."""
+        return Cost(self.flops * count, self.moved * count, self.calls * count, self.peak)
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.flops + other.flops, self.moved + other.moved, self.calls + other.calls, max(self.peak, other.peak)
+        )  # fmt: skip
+
+
+_EVERY = 20
+"""Operations after which cycles of dead objects are looked for."""
+
+
+class _Alive(TorchDispatchMode):
+    """Counts operations, the bytes that they touch, and the most bytes of new storages alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.moved, self.alive, self.peak = 0, 0.0, 0, 0
+        self._held: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.calls += 1
+            if not self.calls % _EVERY:
+                gc.collect(1)
+            touched = (*tree_leaves(args), *tree_leaves(result))
+            self.moved += sum(each.numel() * each.element_size() for each in touched if isinstance(each, Tensor))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self._note(each.untyped_storage())
+        return result
+
+    def _note(self, storage: Any) -> None:
+        name, size = storage._cdata, storage.nbytes()
+        if name in self._held:
+            return
+        self._held[name] = weakref.ref(storage, lambda _: self._gone(name, size))
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+    def _gone(self, name: int, size: int) -> None:
+        if self._held.pop(name, None) is not None:
+            self.alive -= size
+
+
+@contextmanager
+def _fused() -> Iterator[None]:
+    """Inside, attention is what the fused kernels of a processor or graphics card compute: its square is never whole.
+
+    The meta device would take the plain formula. A mode would not reach what checkpoints compute again.
+    """
+    functions: Any = F
+    plain = functions.scaled_dot_product_attention
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+    functions.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functions.scaled_dot_product_attention = plain
+
+
+def counted(work: Callable[[], object]) -> Cost:
+    """What a piece of work costs; its tensors should be on the meta device."""
+    flops, alive, automatic = FlopCounterMode(display=False), _Alive(), gc.isenabled()
+    gc.collect()
+    gc.disable()  # checkpoints hold tensors in cycles: they are to go at the same places in every count
+    try:
+        with _fused(), flops, alive:
+            work()
+    finally:
+        if automatic:
+            gc.enable()
+    return Cost(float(flops.get_total_flops()), alive.moved, float(alive.calls), float(alive.peak))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Three speeds of a device."""
+
+    flops: float
+    """Of matrix products, each second."""
+    bytes: float
+    """Read and written by copies, each second."""
+    call: float
+    """Seconds of an operation on next to nothing."""
+
+    def seconds(self, cost: Cost) -> float:
+        """How long some work takes if it does one after the other."""
+        return cost.flops / self.flops + cost.moved / self.bytes + cost.calls * self.call
+
+
+@functools.cache
+def machine(device: str, dtype: str) -> Machine:
+    """This machine, measured in a fraction of a second."""
+    kind = pipeline.DTYPES[dtype]
+    square, long, one = (torch.ones(shape, dtype=kind, device=device) for shape in ((512, 512), (2**23,), (8,)))
+    products, copies, calls = (
+        _rate(lambda: square @ square, device),
+        _rate(lambda: long + 1, device),
+        _rate(lambda: one + 1, device),
+    )
+    return Machine(2 * 512**3 * products, 2 * long.nbytes * copies, 1 / calls)
+
+
+def _rate(work: Callable[[], object], device: str) -> float:
+    """How often a second."""
+
+    def wait() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    work()
+    count, begun = 0, wait()
+    while wait() - begun < 0.05:
+        work()
+        count += 1
+    return count / (wait() - begun)
+
+
+def skeleton(base: str, dtype: str = "fp32") -> pipeline.Parts:
+    """A base's parts on the meta device: shapes without numbers. Its prompts are empty tables of the right shape."""
+    kind, made = outline(base)
+    loaded: dict[str, Any] = dict.fromkeys(kind.parts)
+    for part in kind.models:
+        with torch.device("meta"):
+            loaded[part] = build(*made[part])
+        loaded[part].to(pipeline.DTYPES[dtype]).requires_grad_(False).eval()
+    loaded["scheduler"] = build(*made["scheduler"])
+    shapes = told(kind, made)
+
+    def embed(parts: Any, prompts: Any) -> Condition:
+        return {name: torch.empty(len(prompts), *shape, device="meta") for name, shape in shapes.items()}
+
+    return pipeline.assemble(replace(kind, embed=embed), loaded, {})
+
+
+def told(kind: Family, made: Outline) -> dict[str, tuple[int, ...]]:
+    """Shape of what the denoiser is told of one prompt."""
+    return kind.shapes({name: config for name, (_, _, config) in made.items()})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A generator's costs."""
+
+    weights: int
+    """Bytes of the base."""
+    adapter: int
+    """Bytes that a site sends."""
+    learned: int
+    """Numbers in it."""
+    encode: Cost
+    """Of the latents of one image."""
+    train: Cost
+    """Of one batch of adaptation: `peak` is all that it needs beside the base, with the optimizer's state."""
+    sample: Cost
+    """Of one step of the sampler with one batch."""
+    decode: Cost
+    """Of one batch of latents."""
+
+
+def plan(generator: LatentDiffusion, classes: int) -> Plan:
+    """Count what a generator costs; touches no weights. Raises `InputError` where the base is not known."""
+    parts = skeleton(generator.base, generator.dtype)
+    generator = replace(generator, size=generator.size or side(generator.base))
+    weights = sum(_bytes(parts.part(name)) for name in parts.family.models)
+    space, batch = generator.space(parts), generator.training.batch
+    at_once = min(generator.training.micro or batch, batch)
+    denoiser = lora.inject(parts.denoiser, generator.rank, generator.targets, generator.lora.dora)
+    model = lora.Adapted(parts, denoiser, [""] * classes).requires_grad_(False).to("meta")
+    live = [
+        value for name, value in model.named_parameters() if ".lora_" in name or (name == lora.PROMPTS and generator.prompts)
+    ]
+    words = classes * model.prompts.shape[-1] if generator.lora.tokens else 0
+    learned = sum(value.numel() for value in live) + words
+    wide = sum(value.numel() for value in model.magnitudes.values())  # DoRA's travel in 32 bits
+    live += [model.prompts] if words else []  # through which a token learns
+    for value in live:
+        value.requires_grad_(True)
+    if generator.lora.checkpointing:
+        parts.denoiser.enable_gradient_checkpointing()
+    task = Adapting(model, generator, parts)
+    rows = {
+        "latent": torch.empty(at_once, generator.views * (1 + generator.lora.flip), *space, device="meta"),
+        "label": torch.zeros(at_once, dtype=torch.int64, device="meta"),
+    }
+    passed = counted(lambda: torch.autograd.grad(task.loss(model.train(), task.draw(rows)), live))
+    if words:
+        read = counted(lambda: _read(parts.text_encoder, min(at_once, classes), model.prompts))
+        passed = replace(passed + read, peak=passed.peak + read.peak)
+    stepped = passed.times(batch / at_once)
+    state = 4 * learned * (2 if generator.training.optimizer != "sgd" else 1)
+    pixels = generator.side
+    with torch.no_grad():
+        model.eval()
+        images = torch.empty(1, 3, pixels, pixels, device="meta", dtype=parts.vae.dtype)
+        encoded = counted(lambda: parts.vae.encode(images))
+        guided = 1 if generator.guidance == 1 else 2
+        count = generator.batch * guided
+        noisy, time_ = torch.empty(count, *space, device="meta"), torch.zeros(count, device="meta")
+        condition = model.condition(torch.zeros(count, dtype=torch.int64, device="meta"))
+        sampled = counted(lambda: model(noisy, time_, condition))
+        latents = torch.empty(1, *space, device="meta", dtype=parts.vae.dtype)
+        decoded = counted(lambda: parts.vae.decode(latents))
+    many = pipeline.chunk(pixels, generator.batch)
+    return Plan(
+        weights,
+        2 * (learned + wide),
+        learned,
+        encoded,
+        replace(stepped, peak=stepped.peak + state + 4 * learned),
+        sampled,
+        replace(decoded.times(generator.batch), peak=decoded.peak * many),
+    )
+
+
+def _bytes(model: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _read(encoder: Any, count: int, prompts: Tensor) -> None:
+    """A pass of the text encoder over so many prompts with a learned word in each, and back to the words."""
+    _, tokens, width = prompts.shape
+    words = torch.empty(count, 1, width, device="meta", requires_grad=True)
+    hook = encoder.get_input_embeddings().register_forward_hook(lambda module, given, found: found + words.to(found.dtype))
+    try:
+        said = encoder(torch.zeros(count, tokens, dtype=torch.int64, device="meta"))[0]
+        torch.autograd.grad(said.float().sum(), words)
+    finally:
+        hook.remove()

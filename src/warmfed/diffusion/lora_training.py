@@ -1,0 +1,245 @@
+"""How a site learns its adapter: the options that trainers of LoRA adapters have, and the loss; the loop is `fit`."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core import Local
+from ..core.rng import aside, child, named, seeded
+from ..core.tensors import Table, Tensors, rows, select, sha256, to
+from ..core.training_snapshot import Snapshots
+from ..data.image_cache import Cache
+from ..fit import Stop, fit
+from ..utils.errors import InputError, one_of
+from ..utils.memory import free
+from . import pipeline
+from .losses import denoising_loss, drawn, flow_loss
+from .pipeline_families import Condition, chosen
+from .sampler import flows
+
+if TYPE_CHECKING:
+    from .generator import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class Lora:
+    """How an adapter is made and learned, beyond rank, targets and training; see docs/lora.md for what each costs."""
+
+    alpha: float = 0.0
+    """What the layers add counts alpha/rank times; 0: once."""
+    rslora: bool = False
+    """Whether it counts alpha/√rank times instead (Kalajdzievski, 2023, arXiv:2312.03732)."""
+    dora: bool = False
+    """Whether each output has a learned magnitude beside A and B (DoRA)."""
+    tokens: bool = False
+    """Whether each class learns a word in the place of its prompt's last one (textual inversion), instead of `prompts`."""
+    prior: float = 0.0
+    """Weight of the loss on the base's own samples of the classes (Ruiz et al., CVPR 2023, arXiv:2208.12242); 0: none."""
+    prior_images: int = 20
+    """Such samples of each class."""
+    offset: float = 0.0
+    """Standard deviation of the noise that an image's channels share (offset noise); 0: none."""
+    flip: bool = False
+    """Whether each image has its mirror image beside it. Not for digits, letters, or sides of a body."""
+    checkpointing: bool = False
+    """Whether the denoiser computes its inner values anew instead of keeping them: much less memory, 1.4 × the time."""
+    auto: bool = False
+    """Whether `training.micro` is chosen so that a batch fits into half of the free memory. Last bits depend on it."""
+    patience: int = 0
+    """Epochs without a lower loss on the validation images after which learning ends; 0: all epochs."""
+    cache: str = "memory"
+    """Where the latents are: memory, or disk (under a digest of what they are made of, for the next run too)."""
+    snapshots: int = 100
+    """Steps after which unfinished training is kept on disk, for a process that is killed; 0: never."""
+
+    def __post_init__(self) -> None:
+        one_of(self, cache=("memory", "disk"))
+        if min(self.alpha, self.prior, self.offset, self.patience, self.snapshots) < 0 or self.prior_images < 1:
+            raise InputError(
+                "alpha, prior, offset, patience and snapshots must be at least 0, prior_images 1; check [generator.lora]"
+            )
+
+    def scale(self, rank: int) -> float:
+        """How often what the layers add counts."""
+        return (self.alpha or rank) / (math.sqrt(rank) if self.rslora else rank)
+
+
+class Adapting:
+    """The task of an adapter: the denoising loss under the class's prompt, `model.condition(labels)`."""
+
+    def __init__(self, model: nn.Module, settings: "LatentDiffusion", base: pipeline.Parts, prior: Table | None = None) -> None:
+        """Args:
+        prior: latents of the base's own samples, {"latent": float [m, c, h, w], "label": int64 [m]}, and "told/…": what the
+            base is told of each class.
+        """
+        self.model, self.settings, self.base, self.prior = model, settings, base, prior
+
+    def build(self) -> nn.Module:
+        return self.model
+
+    def draw(self, batch: Table) -> dict[str, Tensor]:
+        """Choose each row's view, and draw what its loss needs of random numbers."""
+        n, device = len(batch["label"]), batch["label"].device
+        view = torch.randint(batch["latent"].shape[1], (n,)).to(device)
+        latent = batch["latent"][torch.arange(n, device=device), view]
+        empty = (torch.rand(n) < self.settings.dropout).to(device)
+        place, noise = drawn(latent, self.settings.lora.offset)
+        found = {"latent": latent, "label": batch["label"], "empty": empty, "place": place, "noise": noise}
+        if self.prior is not None:
+            chosen_rows = torch.randint(len(self.prior["label"]), (n,))
+            latent, label = (self.prior[name][chosen_rows].to(device) for name in ("latent", "label"))
+            place, noise = drawn(latent, self.settings.lora.offset)
+            found |= {"prior/latent": latent, "prior/label": label, "prior/place": place, "prior/noise": noise}
+        return found
+
+    def loss(self, model: Any, batch: Table) -> Tensor:
+        """Of a batch that `draw` has made: a mean over its rows."""
+        condition = chosen(batch["empty"], model.empty, model.condition(batch["label"]))
+        total = self._error(model, batch, "", condition)
+        if self.prior is None:
+            return total
+        label = batch["prior/label"]
+        told = {name.removeprefix("told/"): self.prior[name].to(label.device)[label] for name in self.prior if "told/" in name}
+        return total + self.settings.lora.prior * self._error(model, batch, "prior/", told)
+
+    def _error(self, model: Any, batch: Table, of: str, condition: Condition) -> Tensor:
+        latent, at = batch[f"{of}latent"], (batch[f"{of}place"], batch[f"{of}noise"])
+        scheduler, config = self.base.scheduler, self.base.scheduler.config
+
+        def predict(noisy: Tensor, time: Tensor) -> Tensor:
+            return model(noisy, time, condition)
+
+        if shift := flows({"_class_name": type(scheduler).__name__, **config}):
+            return flow_loss(predict, latent, shift, config.num_train_timesteps, at)
+        return denoising_loss(predict, latent, scheduler.alphas_cumprod, config.prediction_type, self.settings.gamma, at)
+
+    def judge(self, held: Table, device: str) -> Callable[[nn.Module], float]:
+        """The loss on held-out latents, with the same noise in every call."""
+        plain, held = Adapting(self.model, replace(self.settings, dropout=0.0), self.base), to(held, device)
+
+        def measure(model: nn.Module) -> float:
+            total = 0.0
+            with seeded(named("adapting", "judge")):
+                for part in torch.arange(rows(held)).split(self.settings.training.batch):
+                    total += plain.loss(model, plain.draw(select(held, part))).item() * len(part)
+            return total / rows(held)
+
+        return measure
+
+
+def learn(ctx: Local, task: Adapting, start: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Train what `start` names on the site's training images, as the settings say. Raises `InputError` as `fit` does."""
+    settings, base = task.settings, task.base
+    lora, training = settings.lora, settings.training
+    data = latents(ctx, "train", settings, base)
+    stop = None
+    if lora.patience:
+        held = ctx.data.get("validation", {})
+        if not held or not rows(held):
+            raise InputError(f"site {ctx.site!r} has no validation images to stop early by; set generator.lora.patience to 0")
+        stop = Stop(task.judge(latents(ctx, "validation", settings, base), ctx.device), lora.patience)
+    keep = None
+    if ctx.unfinished is not None and lora.snapshots:
+        keep = Snapshots(ctx.unfinished, lora.snapshots, repr((settings, ctx.prompts)))
+    if lora.auto:
+        training = replace(training, micro=fitting(settings, len(ctx.prompts), ctx.device))
+    with _checkpointing(task.model, lora.checkpointing):
+        found, info = fit(replace(ctx, task=task), start, training, data, draw=task.draw, stop=stop, snapshots=keep)
+    return found, (info | {"micro": float(training.micro)} if lora.auto else info)
+
+
+@contextmanager
+def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    model.denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        model.denoiser.disable_gradient_checkpointing()
+
+
+def latents(ctx: Local, split: str, settings: "LatentDiffusion", base: pipeline.Parts) -> dict[str, Tensor]:
+    """The latents of images and of their copies, {"latent": float [n, views, c, h, w], "label"}: the encoder leaves the loop.
+
+    Training images have shifted copies, and mirrored ones if so asked; validation images are as they are.
+    """
+    table = ctx.data[split]
+    images = [table["image"]]
+    if split == "train":
+        rng = child(ctx.rng)
+        images += [_shifted(table["image"], rng) for _ in range(settings.views - 1)]
+        images += [image.flip(-1) for image in images] if settings.lora.flip else []
+    if settings.lora.cache == "disk":
+        mean = _on_disk(torch.cat(images), settings.base, base)
+    else:
+        mean = base.encode(torch.cat(images))[0].cpu()
+    views = mean.unflatten(0, (len(images), -1)).transpose(0, 1)
+    return {"latent": views if settings.lora.cache == "disk" else views.contiguous(), "label": table["label"]}
+
+
+def _on_disk(images: Tensor, name: str, base: pipeline.Parts) -> Tensor:
+    """The latents of images, mapped from a file that is made once; those of a few images at a time are in memory.
+
+    In the autoencoder's own batches, so that no bit depends on where latents are kept.
+    """
+    batch = pipeline.chunk(images.shape[-1])
+    _, height, width = images.shape[1:]
+    channels = base.denoiser.config.in_channels
+    shape = (len(images), channels, height // base.scale, width // base.scale)
+    made_of = repr((sha256({"image": images}), pipeline.fingerprint(name), str(base.dtype), batch))
+
+    def make(content: Any) -> None:
+        done = 0
+        for part in images.split(batch):
+            found = np.ascontiguousarray(base.encode(part)[0].float().cpu().contiguous().numpy()).view(np.uint8).reshape(-1)
+            content[done : done + len(found)] = found
+            done += len(found)
+
+    kept = Cache().array(f"latents-{hashlib.sha256(made_of.encode()).hexdigest()}", (4 * math.prod(shape),), make)
+    return torch.from_numpy(kept).view(torch.float32).reshape(shape)
+
+
+def _shifted(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Each image moved by up to two pixels each way, its edge repeated."""
+    n, _, height, width = images.shape
+    padded = F.pad(images.float(), (2, 2, 2, 2), mode="replicate").to(images.dtype)
+    down, right = torch.randint(5, (2, n), generator=rng).tolist()
+    return torch.stack([image[:, y : y + height, x : x + width] for image, y, x in zip(padded, down, right, strict=True)])
+
+
+def prior(ctx: Local, settings: "LatentDiffusion", base: pipeline.Parts) -> dict[str, Tensor]:
+    """Latents that the base draws of the site's classes, as `Adapting` takes them; they take no number from `ctx.rng`."""
+    label = ctx.data["train"]["label"].unique().repeat_interleave(settings.lora.prior_images)
+    latent = settings.drawn_latents(None, ctx.prompts, label, replace(ctx, rng=aside(ctx.rng, "prior")))
+    told = {f"told/{name}": table.cpu() for name, table in base.embed(ctx.prompts).items()}
+    return {"latent": latent.cpu(), "label": label, **told}
+
+
+def fitting(settings: "LatentDiffusion", classes: int, device: str) -> int:
+    """Rows of a forward and backward pass that fill half of the free memory; 0: the whole batch fits."""
+    from .cost import plan
+
+    batch = settings.training.batch
+    one, two = (plan(replace(settings, training=replace(settings.training, batch=n, micro=0)), classes) for n in (1, 2))
+    passes = 2 if settings.lora.prior else 1
+    each = passes * (two.train.peak - one.train.peak)
+    fixed = one.train.peak - each / passes
+    room = int((free(device) / 2 - fixed) / each)
+    if room >= batch:
+        return 0
+    if room < 1:
+        raise InputError(
+            f"one image of a batch needs {(fixed + each) / 1e6:.0f} MB, half of what is free is {free(device) / 2e6:.0f} MB; "
+            "set generator.lora.checkpointing, or free some memory"
+        )
+    return -(-batch // -(-batch // room))  # in parts of equal size

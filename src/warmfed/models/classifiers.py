@@ -1,0 +1,157 @@
+"""Small networks by name. GroupNorm everywhere: its statistics do not depend on the batch, and averaging has no buffers."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.tensors import Tensors, under
+from ..utils.errors import InputError, suggest
+
+
+class Split(nn.Module):
+    """A backbone and a linear head: what personalised methods share and keep apart is told by these two names."""
+
+    def __init__(self, body: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(width, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Float [n, width], from images float [n, c, h, w] in [-1, 1]."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, float [n, classes]."""
+        return self.head(self.features(x))
+
+
+def _block(inside: int, outside: int) -> list[nn.Module]:
+    return [nn.Conv2d(inside, outside, 3, padding=1), nn.GroupNorm(8, outside), nn.ReLU(), nn.MaxPool2d(2)]
+
+
+def cnn(shape: tuple[int, int, int], classes: int, width: int = 16) -> Split:
+    """Three convolutions with GroupNorm and pooling, then a hidden layer of 128: 0.16 M parameters at 32×32."""
+    channels, height, w = shape
+    body = nn.Sequential(
+        *_block(channels, width),
+        *_block(width, 2 * width),
+        *_block(2 * width, 4 * width),
+        nn.Flatten(),
+        nn.Linear(4 * width * (height // 8) * (w // 8), 128),
+        nn.ReLU(),
+    )
+    return Split(body, 128, classes)
+
+
+def linear(shape: tuple[int, int, int], classes: int) -> Split:
+    """Logistic regression on the pixels."""
+    return Split(nn.Flatten(), shape[0] * shape[1] * shape[2], classes)
+
+
+def pfllib_cnn(shape: tuple[int, int, int], classes: int) -> Split:
+    """The four-layer CNN of McMahan et al. as PFLlib builds it for MNIST: 582,026 parameters at 1×28×28."""
+    channels, height, width = shape
+    body = nn.Sequential(
+        nn.Conv2d(channels, 32, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * ((height - 4) // 2 - 4) // 2 * (((width - 4) // 2 - 4) // 2), 512),
+        nn.ReLU(),
+    )
+    return Split(body, 512, classes)
+
+
+def _convolution(inside: int, outside: int, size: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(inside, outside, size, stride, size // 2, bias=False), nn.GroupNorm(32, outside)]
+
+
+class _Residual(nn.Module):
+    """Two convolutions beside a shortcut, which is a convolution too where the shape changes."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*_convolution(inside, outside, 3, stride), nn.ReLU(), *_convolution(outside, outside, 3, 1))
+        changes = stride > 1 or inside != outside
+        self.shortcut = nn.Sequential(*_convolution(inside, outside, 1, stride)) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layers(x) + self.shortcut(x))
+
+
+def resnet18(shape: tuple[int, int, int], classes: int) -> Split:
+    """ResNet-18 (He et al., CVPR 2016) with GroupNorm: 11.2 M parameters. For images of 64 pixels or more."""
+    levels = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
+    blocks = [block for i, o, stride in levels for block in (_Residual(i, o, stride), _Residual(o, o, 1))]
+    first = [*_convolution(shape[0], 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    return Split(nn.Sequential(*first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 512, classes)
+
+
+DATASTORE = "datastore."
+"""How the names of the tensors begin that a model remembers beside its weights."""
+
+
+class Remembering(nn.Module):
+    """A `Split` network with a datastore: its answer is mixed with that of the k nearest rows it remembers (kNN-Per).
+
+    Its tensors, after "datastore.": features, float [n, width]; labels, int64 [n]; and neighbours (k), scale (σ) and share
+    (λ), one number each.
+    """
+
+    def __init__(self, net: Split, datastore: Tensors) -> None:
+        super().__init__()
+        self.net, self.datastore = net, nn.Module()
+        for name, tensor in datastore.items():
+            self.datastore.register_buffer(name, tensor)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.net.features(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """log(λ·p_knn + (1 - λ)·p_net), float [n, classes]; p_knn weighs a neighbour at distance d by exp(-d/σ)."""
+        store, features = dict(self.datastore.named_buffers()), self.net.features(x)
+        probability = self.net.head(features).softmax(-1)
+        count = min(int(store["neighbours"]), len(store["labels"]))
+        near = torch.cdist(features, store["features"], compute_mode="donot_use_mm_for_euclid_dist").topk(count, largest=False)
+        weight = (-near.values / store["scale"]).softmax(-1)
+        named = F.one_hot(store["labels"][near.indices], probability.shape[1])
+        votes = (weight.unsqueeze(-1) * named).sum(1)  # a scatter_add's last bits change from run to run on a graphics card
+        return torch.lerp(probability, votes, store["share"]).log().clamp_min(-80)
+
+
+MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
+    "cnn": cnn, "linear": linear, "pfllib-cnn": pfllib_cnn, "resnet18": resnet18
+}  # fmt: skip
+
+
+def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The network of this name for images of this shape; its weights come from torch's global stream."""
+    if name not in MODELS:
+        raise InputError(f"there is no model {name!r}{suggest(name, list(MODELS))}")
+    return MODELS[name](shape, classes)
+
+
+def named_by(tensors: Tensors) -> str | None:
+    """The name of the network whose tensors have these names; None: it is none of `MODELS`."""
+    with torch.device("meta"):
+        return next((name for name in MODELS if initial(build(name, (3, 64, 64), 2)).keys() == tensors.keys()), None)
+
+
+def holding(net: nn.Module, tensors: Tensors) -> nn.Module:
+    """The network with these tensors loaded, ready to be asked; those of a datastore make it a `Remembering` one."""
+    net.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(DATASTORE)})
+    store = under(tensors, DATASTORE)
+    return (Remembering(net, store) if store else net).eval()  # type: ignore[arg-type]
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def initial(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -1,0 +1,1 @@
+"""Training a generator's base on public images."""

@@ -1,0 +1,114 @@
+"""What a base is pre-trained on: public images, and what each of their classes may be called."""
+
+import re
+import string
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import prompts_of
+from ..core.rng import named
+from ..core.tensors import Table, Tensors, select, sha256
+from ..data import SPLITS, Federation
+from ..data.rendered_digits import rendered
+from ..utils.errors import InputError
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "a photo of the digit {word}", "a photo of the digit {word}", "a photo of a {word}", "a picture of the digit {word}",
+    "an image of the number {word}", "the digit {word}", "{word}", "a photo of the digit {numeral}",
+    "a picture of a {numeral}", "a handwritten {numeral}", "a drawing of the number {word}", "{numeral}",
+)  # fmt: skip
+"""What a digit may be called; the first one is twice as frequent."""
+TOKENS = 16
+"""Of a text; what is longer is cut."""
+
+Captions = tuple[tuple[str, ...], ...]
+"""All captions of each class, equally many of each."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Images of a user's own, instead of rendered digits."""
+
+    table: Table
+    """{"image": uint8 [n, 3, h, w], "label": int64 [n]}"""
+    classes: tuple[str, ...]
+    captions: Captions
+
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """What `pretraining.json` says of them."""
+        return {"images": len(self.table["label"]), "classes": list(self.classes), "sha256": sha256(self.table)}
+
+
+def digits(characters: str) -> Captions:
+    """The captions of digits."""
+    return tuple(tuple(template.format(word=WORDS[int(c)], numeral=c) for template in TEMPLATES) for c in characters)
+
+
+def drawn(characters: str, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+    """Rendered digits and, as labels, positions in `characters`."""
+    numbers = [int(character) for character in characters]
+    table = rendered(count, rng, numbers)
+    place = torch.zeros(10, dtype=torch.int64)
+    place[numbers] = torch.arange(len(numbers))
+    return {"image": table["image"], "label": place[table["label"]]}
+
+
+def pictures(federation: Federation, side: int) -> Pictures:
+    """The public images of a federation; where it has set none aside, all its images are taken for public.
+
+    They come in a drawn order, since folders come class by class. A class may be called by its prompt (twice as often), its
+    name, and the name in three common phrases.
+
+    Raises:
+        InputError: the images are grey, or not of `side` pixels.
+    """
+    if federation.shape != (3, side, side):
+        raise InputError(
+            f"colour images of {side}×{side} pixels were expected, those of {federation.name} are {federation.shape}; "
+            f"set data.options.image_size={side} (or `side`) and channels=3"
+        )
+    tables: list[Tensors] = [each.splits[part] for each in federation.sites.values() for part in SPLITS]
+    tables = [federation.public] if federation.public is not None else tables
+    table = {column: torch.cat([each[column] for each in tables]) for column in ("image", "label")}
+    order = torch.randperm(len(table["label"]), generator=named("pretrain", "pictures"))
+    captions = []
+    for name, prompt in zip(federation.classes, prompts_of("", federation.prompts), strict=True):
+        word = name.replace("_", " ")
+        captions.append((prompt, prompt, word, f"a photo of a {word}", f"a picture of a {word}", f"an image of {word}"))
+    return Pictures(select(table, order), federation.classes, tuple(captions))
+
+
+def mirrored(table: Tensors) -> dict[str, Tensor]:
+    """The images and their mirror images."""
+    return {"image": torch.cat([table["image"], table["image"].flip(-1)]), "label": table["label"].repeat(2)}
+
+
+def tokenizer(captions: Captions) -> Any:
+    """A `CLIPTokenizer` whose vocabulary is the captions' words and all single characters, so it reads any text."""
+    from transformers import CLIPTokenizer
+
+    words = _words(text for texts in captions for text in texts)
+    words += ["character", "figure", "letter", "printed", "written", "in", "on", "with", "and", "small", "large"]
+    symbols = string.ascii_lowercase + string.digits + string.punctuation
+    pieces = [symbol + end for symbol in symbols for end in ("", "</w>")]
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        head = word[0]
+        for symbol in [*word[1:-1], word[-1] + "</w>"][: len(word) - 1]:
+            merges[head, symbol] = None
+            head += symbol
+            pieces.append(head)
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    return CLIPTokenizer(vocabulary, list(merges), model_max_length=TOKENS)
+
+
+def _words(texts: Iterable[str]) -> list[str]:
+    """The words that the tokenizer finds in texts: letters in a row; a numeral is one by itself."""
+    return sorted({word for text in texts for word in re.findall(r"[a-z]+|[0-9]", text.lower())})

@@ -1,0 +1,464 @@
+"""Pre-training of a small text-conditioned latent diffusion pipeline on public images: rendered digits, or a user's own.
+
+Four phases: an autoencoder (`AutoencoderTiny`, 32×32 pixels to 8×8×8 latents; its encoder in closed form), the text
+encoder on captions, the denoiser on cached latents and embeddings, and the public classifier. The denoiser predicts v
+(T. Salimans, J. Ho, ICLR 2022, arXiv:2202.00512) under the cosine schedule; a share of the captions is empty, for
+classifier-free guidance.
+"""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from warmfed.core import Central
+from warmfed.core.rng import named, seeded
+from warmfed.core.tensors import Table, Tensors, only, under
+from warmfed.core.training_snapshot import Snapshots
+from warmfed.data.rendered_digits import SIDE
+from warmfed.diffusion.losses import denoising_loss
+from warmfed.diffusion.pipeline import Parts, pixels, save
+from warmfed.diffusion.pipeline_families import ids
+from warmfed.fit import Training, fit
+from warmfed.pretraining.captions import TOKENS, Captions, Pictures, digits, drawn, mirrored, tokenizer
+from warmfed.tasks import Classify
+from warmfed.utils.errors import InputError
+from warmfed.utils.files import loads_json, read_bytes, read_json, regular, write_whole
+
+Phase = tuple[Mapping[str, Tensor], Mapping[str, float]]
+"""What a phase makes, and its figures for `pretraining.json`."""
+LATENT = 8
+"""Side of the latents, whatever that of the images."""
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How a base is made; the defaults made the embedded one."""
+
+    characters: str = "0123456789"
+    """Digits to draw and to name, where no images are given."""
+    images: int = 100_000
+    """How many of them are drawn."""
+    side: int = 32
+    """Pixels of a side of the images: 16, 32, 64 or 128. Each value of a latent stands for a patch of side/8 pixels."""
+    flip: bool = False
+    """Whether each image is also shown mirrored: for photographs, not for digits."""
+    channels: int = 8
+    """Channels of the latents."""
+    decoder_width: int = 32
+    """Channels of the autoencoder's decoder."""
+    decoder_steps: int = 1600
+    """Optimizer steps of the decoder."""
+    decoder_batch: int = 32
+    """Images per step of the decoder."""
+    decoder_lr: float = 1e-3
+    """Peak learning rate of the decoder."""
+    decoder_noise: float = 0.05
+    """Deviation of the noise on the latents that the decoder learns to bear."""
+    widths: tuple[int, ...] = (64, 128)
+    """Channels of the denoiser at 8 and 4 pixels; multiples of 16."""
+    text_width: int = 96
+    """Width of the text encoder; a multiple of 4."""
+    text_layers: int = 2
+    """Layers of the text encoder."""
+    text_steps: int = 300
+    """Optimizer steps of the text encoder."""
+    steps: int = 18_000
+    """Optimizer steps of the denoiser."""
+    batch: int = 64
+    """Latents per step."""
+    lr: float = 1e-3
+    """Peak learning rate; it rises over the first `warmup` steps and falls to zero as a cosine."""
+    warmup: int = 300
+    """Steps over which the learning rate rises."""
+    ema: float = 0.999
+    """Decay of the moving average of the weights, which is what is kept."""
+    dropout: float = 0.12
+    """Share of empty captions."""
+    gamma: float = 5.0
+    """Largest weight of a time in the loss, as an error of the clean image; 0: no cap."""
+    classifier: str = "cnn"
+    """The public classifier, a network of `warmfed.models`."""
+    classifier_epochs: int = 5
+    """Passes of the public classifier over the images; it is what FedAvg is given where WarmFed is given the base."""
+    at: tuple[int, ...] = ()
+    """Steps of the denoiser after which the base as it is then is written to a folder of its own, OUT-STEP."""
+    threads: int = 1
+    """Threads of torch; more of them change the last bits."""
+    snapshot: int = 500
+    """Steps of the denoiser after which its unfinished training is written to the work folder, if there is one."""
+    seed: int = 0
+    """Names all random numbers."""
+
+    def __post_init__(self) -> None:
+        counts = (
+            "images", "channels", "decoder_width", "decoder_steps", "decoder_batch", "text_layers", "text_steps", "steps",
+            "batch", "classifier_epochs", "threads",
+        )  # fmt: skip
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not self.characters or not set(self.characters) <= set("0123456789"):
+            raise InputError(f"characters must be digits, as 0123456789; got {self.characters!r}")
+        if not self.widths or any(width < 16 or width % 16 for width in self.widths):
+            raise InputError(f"widths must be multiples of 16; got {list(self.widths)}")
+        if self.text_width < 4 or self.text_width % 4:
+            raise InputError(f"text_width must be a multiple of 4; got {self.text_width}")
+        if not (0 <= self.dropout <= 1 and 0 <= self.ema < 1) or min(self.gamma, self.warmup, self.snapshot) < 0:
+            raise InputError("dropout lies from 0 to 1, ema from 0 to below 1, and gamma, warmup and snapshot are not negative")
+        if not all(0 < rate < math.inf for rate in (self.lr, self.decoder_lr)) or not 0 <= self.decoder_noise < math.inf:
+            raise InputError("lr and decoder_lr must be above 0, decoder_noise at least 0, and all finite")
+        if self.side not in (16, 32, 64, 128):
+            raise InputError(f"side must be 16, 32, 64 or 128 pixels; got {self.side}")
+        if self.channels > self.patch:
+            raise InputError(f"a patch of {self.side} pixels' images has {self.patch} values; set channels to as many at most")
+        if not all(0 < step < self.steps for step in self.at):
+            raise InputError(f"at names steps between 0 and {self.steps}, the last one; got {list(self.at)}")
+
+    @property
+    def levels(self) -> int:
+        """How often the autoencoder halves an image."""
+        return (self.side // LATENT).bit_length() - 1
+
+    @property
+    def patch(self) -> int:
+        """Values of the pixels that one place of a latent stands for."""
+        return 3 * (self.side // LATENT) ** 2
+
+
+def silent(phase: str, step: int, steps: int) -> None:
+    """Says nothing."""
+
+
+def build(settings: Pretraining, captions: Captions = ()) -> Parts:
+    """The parts of the pipeline with random weights (drawn from torch's global stream), whose words are the captions'.
+
+    Without captions they are those of digits.
+    """
+    from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    words, depth = tokenizer(captions or digits(settings.characters)), len(settings.widths)
+    levels = settings.levels + 1
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(settings.patch,) * levels, num_encoder_blocks=(0,) * levels,
+        latent_channels=settings.channels,
+        decoder_block_out_channels=(settings.decoder_width,) * levels, num_decoder_blocks=(3, 2, 1, 1, 1)[:levels],
+    )  # fmt: skip
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words), hidden_size=settings.text_width, intermediate_size=4 * settings.text_width,
+            projection_dim=settings.text_width, num_hidden_layers=settings.text_layers, num_attention_heads=4,
+            max_position_embeddings=TOKENS, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    )  # fmt: skip
+    # Attention costs half of the speed at 8×8 and little at 4×4, where it is enough: the pooled prompt is added to the
+    # time embedding of all layers as well.
+    unet = UNet2DConditionModel(
+        sample_size=LATENT, in_channels=settings.channels, out_channels=settings.channels, layers_per_block=1,
+        block_out_channels=settings.widths, norm_num_groups=16, attention_head_dim=4,
+        down_block_types=("DownBlock2D",) * (depth - 1) + ("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
+        cross_attention_dim=settings.text_width, resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text", addition_embed_type_num_heads=4,
+    )  # fmt: skip
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
+        algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing", steps_offset=1,
+    )  # fmt: skip
+    for model in (vae, unet):
+        model.to(memory_format=torch.channels_last)
+    return Parts(words, text_encoder, unet, vae, scheduler)
+
+
+@torch.no_grad()
+def principal_patches(encoder: Any, images: Tensor) -> None:
+    """Make the encoder the projection of patches (4×4 pixels of 32×32) on their first principal components, in closed form.
+
+    A learned encoder needs far more steps than a small budget has before it tells all colours apart; the components of the
+    rendered images are there at once and leave an error of 0.01 of a variance of 0.38. The first convolutions only sort a
+    patch's values into channels, the last one projects. A component's deviation is its own to the power ½ (between the
+    image's spectrum and white), and 1 on average: the coarse shape stays the largest signal, and the last to drown in noise.
+    """
+    pick, *sort, project = encoder.layers
+    for layer in encoder.layers:
+        layer.weight.zero_()
+    pick.bias.zero_()
+    for colour in range(3):
+        pick.weight[colour, colour, 1, 1] = 1
+    for level, layer in enumerate(sort):
+        for channel in range(3 * 4**level):
+            for place in range(4):
+                layer.weight[4 * channel + place, channel, 1 + place // 2, 1 + place % 2] = 1
+    patches = torch.cat([encoder.layers[:-1](part.float() / 255).double() for part in images.split(500)])
+    patches = patches.permute(0, 2, 3, 1).reshape(-1, project.in_channels)
+    mean = patches.mean(0)
+    variance, basis = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    # the sign of an eigenvector is the library's whim
+    basis = basis.flip(1)[:, : project.out_channels]
+    basis = basis * basis.abs().amax(0, keepdim=True).eq(basis.abs()).mul(basis).sum(0).sign()
+    deviation = variance.flip(0)[: project.out_channels].sqrt()
+    weight = basis * deviation.rsqrt() / deviation.mean().sqrt()
+    project.weight[:, :, 1, 1] = weight.T.float()
+    project.bias.copy_(-(mean @ weight).float())
+
+
+class Decoding:
+    """The task of the decoder: absolute and squared error of the pixels, with a little noise on the latents."""
+
+    def __init__(self, vae: nn.Module, noise: float) -> None:
+        self.vae, self.noise = vae, noise
+
+    def build(self) -> nn.Module:
+        return self.vae
+
+    def loss(self, model: Any, batch: Table) -> Tensor:
+        latent = batch["latent"]
+        error = model.decode(latent + self.noise * torch.randn_like(latent)).sample - pixels(batch["image"])
+        return error.abs().mean() + error.square().mean()
+
+
+class Reader(nn.Module):
+    """Text encoder with a linear head that tells what a caption says."""
+
+    def __init__(self, text_encoder: nn.Module, width: int, sayings: int) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.head = nn.Linear(width, sayings)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.text_encoder(ids)[0].mean(1))
+
+
+class Reading:
+    """The task of the text encoder: which digit a caption names, or none.
+
+    Stable Diffusion's text encoder comes trained and stays frozen. Trained with the denoiser instead, ours first drew all
+    digits together: to a young denoiser the class is noise, and captions that are alike are not learned.
+    """
+
+    def __init__(self, model: Reader) -> None:
+        self.model = model
+
+    def build(self) -> nn.Module:
+        return self.model
+
+    def loss(self, model: Any, batch: Table) -> Tensor:
+        return F.cross_entropy(model(batch["ids"]), batch["label"])
+
+
+class Denoising:
+    """The task of the denoiser: v of noisy latents, given a caption drawn from its class's captions."""
+
+    def __init__(self, unet: nn.Module, embedded: Tensor, signal: Tensor, settings: Pretraining, per_class: int) -> None:
+        self.unet, self.signal, self.settings, self.per_class = unet, signal, settings, per_class
+        self.embedded = embedded
+        """[1 + classes·captions, tokens, width]: the empty caption first."""
+
+    def build(self) -> nn.Module:
+        return self.unet
+
+    def loss(self, model: Any, batch: Table) -> Tensor:
+        label, n = batch["label"], len(batch["label"])
+        caption = 1 + label * self.per_class + torch.randint(self.per_class, (n,)).to(label)
+        caption = caption.masked_fill((torch.rand(n) < self.settings.dropout).to(label.device), 0)
+        condition = self.embedded[caption]
+        return denoising_loss(
+            lambda noisy, time: model(noisy, time, condition).sample,
+            batch["latent"],
+            self.signal,
+            "v_prediction",
+            self.settings.gamma,
+        )
+
+
+def pretrain(
+    settings: Pretraining,
+    out: Path,
+    progress: Callable[[str, int, int], None] = silent,
+    work: Path | None = None,
+    device: str = "cpu",
+    pictures: Pictures | None = None,
+) -> Mapping[str, Any]:
+    """Make a base and write it to the folder `out`; returns what `pretraining.json` says.
+
+    Args:
+        progress: progress(phase, done, total), after each step.
+        work: folder where finished phases (images, autoencoder, latents) and the denoiser's unfinished training are kept; a
+            later call with the same settings and images goes on from there, and ends with the same bytes.
+        pictures: public images; none: digits are rendered.
+
+    Raises:
+        InputError: the work folder is of other settings or images, or digits are asked for in another size than theirs.
+    """
+    if pictures is None and settings.side != SIDE:
+        raise InputError(f"digits are drawn in {SIDE} pixels; set side to {SIDE}, or give images of your own")
+    _claim(work, {"settings": asdict(settings), "pictures": pictures and pictures.told})
+    torch.set_num_threads(settings.threads)
+    torch.set_flush_denormal(True)  # numbers next to zero are slow, and a young denoiser has many
+    try:
+        return _pretrain(settings, out, progress, work, device, pictures)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _pretrain(
+    settings: Pretraining,
+    out: Path,
+    progress: Callable[[str, int, int], None],
+    work: Path | None,
+    device: str,
+    pictures: Pictures | None,
+) -> Mapping[str, Any]:
+    begun = time.time()
+    record: dict[str, Any] = {"pictures": pictures.told} if pictures else {}
+    captions = pictures.captions if pictures else digits(settings.characters)
+
+    def phase(name: str, make: Callable[[], Phase]) -> Tensors:
+        tensors, info = kept(work, name, make)
+        record.update({f"{name}_{key}": value for key, value in info.items()})
+        return tensors
+
+    def render() -> Phase:
+        table = drawn(settings.characters, settings.images, named("pretrain", settings.seed, "images"))
+        progress("images", settings.images, settings.images)
+        return table, {"seconds": round(time.time() - begun, 1)}
+
+    images = pictures.table if pictures else phase("images", render)
+    if settings.flip:
+        images = mirrored(images)
+    with seeded(named("pretrain", settings.seed, "weights")):
+        parts = build(settings, captions)
+
+    principal_patches(parts.vae.encoder, images["image"][:20_000])
+    parts.vae.to(device).eval()
+    parts.denoiser.to(device)
+
+    def latents() -> Phase:
+        latent = parts.encode(images["image"])[0].cpu()
+        progress("latents", len(latent), len(latent))
+        return {"latent": latent, "label": images["label"]}, {}
+
+    table = phase("latents", latents)
+
+    def decoder() -> Phase:
+        training = Training(
+            optimizer="adamw", lr=settings.decoder_lr, steps=settings.decoder_steps, batch=settings.decoder_batch,
+            schedule="cosine", warmup=settings.decoder_steps // 20, clip=1.0, ema=0.99,
+        )  # fmt: skip
+        ctx = Central(Decoding(parts.vae, settings.decoder_noise), named("pretrain", settings.seed, "decoder"), device=device)
+        start = only(parts.vae.state_dict(), lambda name: name.startswith("decoder."))
+        data = {"latent": table["latent"], "image": images["image"]}
+        return fit(ctx, start, training, data, watch=lambda step, steps, _: progress("decoder", step, steps))
+
+    parts.vae.load_state_dict(dict(phase("decoder", decoder)), strict=False)
+    record["seconds_before_denoiser"] = round(time.time() - begun, 1)
+
+    texts = ["", *(text for row in captions for text in row)]
+    said = torch.tensor([0, *(1 + i for i, row in enumerate(captions) for _ in row)])
+
+    def text_encoder() -> Phase:
+        reader = Reader(parts.text_encoder, settings.text_width, 1 + len(captions)).to(device)
+        training = Training(optimizer="adamw", lr=1e-3, steps=settings.text_steps, batch=64, warmup=20, clip=1.0)
+        ctx = Central(Reading(reader), named("pretrain", settings.seed, "text"), device=device)
+        tensors, info = fit(ctx, reader.state_dict(), training, {"ids": ids(parts.tokenizer, texts), "label": said})
+        return under(tensors, "text_encoder."), info
+
+    with seeded(named("pretrain", settings.seed, "head")):
+        parts.text_encoder.load_state_dict(dict(phase("text", text_encoder)))
+    parts.text_encoder.eval()
+    embedded = parts.embed(texts)["prompt"].to(device)
+    task = Denoising(parts.denoiser, embedded, parts.scheduler.alphas_cumprod, settings, len(captions[0]))
+    training = Training(
+        optimizer="adamw", lr=settings.lr, steps=settings.steps, batch=settings.batch, schedule="cosine",
+        warmup=settings.warmup, clip=1.0, ema=settings.ema,
+    )  # fmt: skip
+
+    way = {step: out.with_name(f"{out.name}-{step}") for step in settings.at}
+
+    def write(folder: Path, tensors: Tensors, **more: Any) -> None:
+        """A folder of these weights; the models in training are left as they are."""
+        with seeded(named("pretrain", settings.seed, "copy")):
+            copy = replace(parts, denoiser=build(settings, captions).denoiser)
+        copy.denoiser.load_state_dict(dict(tensors))
+        record.update(settings=asdict(settings), machine=f"{platform.machine()}, torch {torch.__version__}", **more)
+        record["seconds"] = round(time.time() - begun, 1)
+        save(copy, folder, {"pretraining.json": json.dumps(record, indent=2) + "\n"})
+
+    def each(step: int, steps: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
+        progress("denoiser", step, steps)
+        if step in settings.at:
+            write(way[step], tensors(), denoiser_steps=step)
+
+    ctx = Central(task, named("pretrain", settings.seed, "denoiser"), device=device)
+    unfinished = Snapshots(work / "denoiser.unfinished", settings.snapshot) if work and settings.snapshot else None
+    tensors, info = fit(ctx, parts.denoiser.state_dict(), training, table, watch=each, snapshots=unfinished)
+    write(out, tensors, denoiser_steps=settings.steps, **info)
+    classifier = phase("classifier", lambda: public_classifier(settings, images, len(captions), progress, device))
+    for folder in (*way.values(), out):  # `out` last: with its classifier the base is finished
+        write_whole(folder / "classifier.safetensors", save_tensors(dict(classifier)))
+    return record
+
+
+def public_classifier(
+    settings: Pretraining, images: Table, classes: int, progress: Callable[[str, int, int], None] = silent, device: str = "cpu"
+) -> Phase:
+    """A classifier trained on the public images."""
+    task = Classify((3, settings.side, settings.side), classes, settings.classifier)
+    training = Training(lr=0.05, epochs=settings.classifier_epochs, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
+    ctx = Central(task, named("pretrain", settings.seed, "classifier"), device=device)
+    start = task.init(named("pretrain", settings.seed, "classifier", "start"))
+    return fit(ctx, start, training, images, watch=lambda step, steps, _: progress("classifier", step, steps))
+
+
+def resumable(out: Path, settings: Pretraining) -> bool:
+    """Whether a folder holds a base of these settings without its public classifier, which is written last."""
+    path = out / "pretraining.json"
+    if not path.is_file() or (out / "classifier.safetensors").exists():
+        return False
+    found = read_json(path, "what a base says of its pre-training")
+    return bool(found.get("settings") == json.loads(json.dumps(asdict(settings))))
+
+
+def _claim(work: Path | None, made_of: Mapping[str, Any]) -> None:
+    """Note in a new work folder what its phases are made of; raises `InputError` where one was made of something else."""
+    if work is None:
+        return
+    note = work / "made_of.json"
+    text = json.dumps(made_of, indent=2, sort_keys=True) + "\n"
+    if note.exists() and read_bytes(note, "what the phases are made of").decode(errors="replace") != text:
+        raise InputError(f"{work} holds phases of other settings or images; choose another --work, or remove it")
+    write_whole(note, text.encode())
+
+
+def kept(work: Path | None, name: str, make: Callable[[], Phase]) -> Phase:
+    """What `make` returns, tensors and figures, read from the work folder where an earlier call left it.
+
+    Raises `InputError` where what it left is damaged.
+    """
+    path = work and work / f"{name}.safetensors"
+    if path and path.exists():
+        try:
+            regular(path).close()
+            with safe_open(path, "pt") as file:
+                told = loads_json((file.metadata() or {}).get("figures", "{}"))
+            return load_file(path), told
+        except (SafetensorError, ValueError, OSError) as error:
+            raise InputError(f"{path} is damaged ({error}); remove it, and this phase is done again") from error
+    made, told = make()
+    if path:
+        tensors = {key: tensor.contiguous() for key, tensor in made.items()}
+        write_whole(path, save_tensors(tensors, {"figures": json.dumps(told)}))
+    return made, told

@@ -1,0 +1,123 @@
+"""Every file that a run will read, with size and hash, before anything starts: for sites without a network."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import Config
+from ..diffusion import known_pipelines as outlines, pipeline
+from ..utils.errors import InputError
+
+_BLOCK = 2**24
+
+
+@dataclass(frozen=True)
+class File:
+    """A file or folder that a run reads."""
+
+    what: str
+    path: str
+    bytes: int = 0
+    """Of a folder: of all files in it."""
+    sha256: str = ""
+    """Of a folder: over names and contents. Empty where it is absent."""
+    note: str = ""
+    """Of what is absent: what to do."""
+
+    @property
+    def there(self) -> bool:
+        return bool(self.sha256)
+
+
+def examine(config: Config) -> list[File]:
+    """What a run of this configuration reads beside the package itself; raises `InputError` where that cannot be told."""
+    return [*_base(config), *_classifier(config), *_data(config)]
+
+
+def _base(config: Config) -> Iterator[File]:
+    names: dict[str, None] = {}
+    uses = any(stage.name == "warm" for stage in config.algorithm.stages())
+    if uses:
+        names[config.generator.base] = None
+        for site, path in config.generator.adapters.items():
+            yield _file(f"adapter of {site}", Path(path), "restore it, or take it out of generator.adapters")
+    if config.task == "denoise" and config.denoising.latent:
+        names[config.denoising.latent] = None
+    for base in names:
+        advice = pipeline.advice(base)
+        found = pipeline.files(base)
+        if not found["model_index.json"].is_file():
+            yield from _expected(base, found["model_index.json"].parent, advice)
+            continue
+        for name, path in found.items():
+            yield _file(f"base {base}: {name}", path, advice)
+
+
+def _expected(base: str, folder: Path, advice: str) -> Iterator[File]:
+    """What is missing where nothing is there."""
+    try:
+        kind, made = outlines.outline(base)
+    except InputError:
+        yield File(f"base {base}: model_index.json", str(folder / "model_index.json"), note=advice)
+        return
+    for part in ("", *kind.parts):
+        name = "model_index.json" if not part else f"{part}/"
+        if part in kind.models:
+            name = f"{part}/{pipeline.WEIGHTS[made[part][0]]}.safetensors"
+        yield File(f"base {base}: {name}", str(folder / name), note=advice)
+
+
+def _classifier(config: Config) -> Iterator[File]:
+    public = pipeline.folder_of(config.generator.base) / "classifier.safetensors"
+    if config.model.start:
+        path = public if config.model.start == "public" else Path(config.model.start)
+        yield _file("classifier to start from", path, "restore it, or set model.start to nothing")
+    if config.task == "denoise" and config.measuring.samples:
+        path = public if config.measuring.features == "public" else Path(config.measuring.features)
+        yield _file("features that measure samples", path, "restore it, or set measuring.features")
+
+
+def _data(config: Config) -> Iterator[File]:
+    source, path = config.data.source, config.data.path
+    if source == "digits4":
+        return  # drawn by the package
+    if source == "hub":
+        yield File("data of the hub", path, note=f"`warmfed data --set data.source=hub data.path={path}` fetches it")
+        return
+    if source in _READERS and not path:
+        yield File("data", "", note=f"data.source is {source} and data.path is empty: give --set data.path=…")
+        return
+    yield _file("data", Path(path or source), "check data.path")
+    lists = config.data.options.get("lists")
+    if isinstance(lists, str):
+        yield _file("lists of the splits", Path(lists), "check data.options.lists")
+
+
+_READERS = ("folder", "npz", "idx", "csv", "camelyon17", "parquet")
+
+
+def _file(what: str, path: Path, advice: str) -> File:
+    if path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+        total = hashlib.sha256()
+        for each in files:
+            total.update(f"{each.relative_to(path).as_posix()}:{each.stat().st_size}:{_digest(each)};".encode())
+        size = sum(each.stat().st_size for each in files)
+        return File(
+            f"{what} ({len(files):,} files)", str(path), size, total.hexdigest() if files else "", "" if files else advice
+        )
+    if not path.is_file():
+        return File(what, str(path), note=advice)
+    return File(what, str(path), path.stat().st_size, _digest(path))
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                found.update(block)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+    return found.hexdigest()

@@ -1,0 +1,164 @@
+"""What a configuration stands for: data, task, base and start, loaded and checked before anything is written."""
+
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..algorithms import ALGORITHMS, entry
+from ..algorithms.shared.robust_aggregation import Robust
+from ..algorithms.shared.synthetic_data import WarmStarted
+from ..config import TASKS, Config, Data
+from ..core import Algorithm, Central, Generator, Task, prompts_of
+from ..data import Federation, Roster, Site, load
+from ..diffusion import known_pipelines as outlines, pipeline
+from ..evaluation import generators as quality
+from ..tasks.denoising import Denoise
+from ..utils.errors import InputError, one_of, suggest
+from ..utils.files import read_bytes
+from ..tasks import Classify
+from ..transports.client import Worker
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a configuration stands for, loaded and checked."""
+
+    config: Config
+    federation: Federation | Roster
+    """The sites that take part."""
+    unseen: Site | None
+    """The one that joins at the end, if there is one."""
+    task: Classify | Denoise
+    base: str
+    """SHA-256 of the generator's base; empty where the algorithm uses none."""
+    start: str
+    """SHA-256 of the file that the classifier starts from; empty where there is none."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the name of a run: its settings (but for workers, and of the border all but a share), data, base and start."""
+        values = tomllib.loads(self.config.toml())
+        del values["workers"]
+        if (share := values.pop("border")["share"]) != 1:
+            values["share"] = share
+        del values["data"]["cache"]  # where copies lie is no setting of the run
+        text = json.dumps([values, self.federation.fingerprint, self.base, self.start], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def images(self) -> Federation:
+        """The federation, where its images are here."""
+        assert isinstance(self.federation, Federation)
+        return self.federation
+
+    def workers(self) -> dict[str, Worker]:
+        """A worker for each site whose images are here."""
+        config = self.config
+        return workers_of(config.algorithm, self.images, self.task, config.seed, config.generator, config.device)
+
+
+def workers_of(
+    algorithm: Algorithm, federation: Federation, task: Task, seed: int, generator: Generator | None, device: str
+) -> dict[str, Worker]:
+    """A worker for each site of a federation."""
+    return {
+        name: Worker(name, algorithm, task, task.tables(site.splits), seed, federation.prompts, generator, device)
+        for name, site in federation.sites.items()
+    }
+
+
+def load_data(data: Data) -> Federation:
+    """The federation that a configuration names; raises `InputError`."""
+    return load(data.source, data.path, **({"cache": data.cache} if data.cache else {}), **data.options)
+
+
+def prepare(config: Config, federation: Federation | Roster | None = None, *, weights: bool = True) -> Ready:
+    """Load and check all that a run needs, before anything is written; raises `InputError`.
+
+    Args:
+        federation: the configuration's with all sites, where it is loaded already.
+        weights: whether the base's and a start's weights must be there, and are digested (gigabytes for Stable Diffusion);
+            without them both count as unused.
+    """
+    one_of(config, device=("cpu", "cuda"), evaluate=("every", "last", "never"), task=TASKS)
+    if config.workers < 1:
+        raise InputError(f"workers must be at least 1; got {config.workers}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but torch finds no graphics card; set device to cpu")
+    plan = config.algorithm.stages()
+    rounds = getattr(config.algorithm, "rounds", 0)
+    if not plan or rounds < 0:
+        raise InputError(f"{config.name} has nothing to do in {rounds} rounds; set rounds higher")
+    for stage in plan:
+        if not 0 < stage.sample <= 1:
+            raise InputError(f"sample must be more than 0 and at most 1; got {stage.sample}")
+    if config.task not in entry(config.name).tasks:
+        able = ", ".join(name for name, each in ALGORITHMS.items() if config.task in each.tasks)
+        raise InputError(f"{config.name} cannot learn the task {config.task}; choose one of {able}")
+    federation = federation or load_data(config.data)
+    unseen = None
+    if config.unseen.site:
+        if isinstance(federation, Roster):
+            raise InputError("unseen.site is for runs on one machine; take it out of the configuration")
+        federation, unseen = federation.without(config.unseen.site), federation.sites[config.unseen.site]
+    start = config.model.start
+    if start == "public":
+        start = str(pipeline.find(config.generator.base) / "classifier.safetensors")
+    if config.task == "denoise" and start and config.model.start == "public":
+        raise InputError("a denoiser does not start from the public classifier; set model.start to a file, or to nothing")
+    size = federation.shape, len(federation.classes)
+    task = Denoise(*size, config.denoising, start) if config.task == "denoise" else Classify(*size, config.model.name, start)
+    try:
+        task.probe(torch.zeros(1, *federation.shape, dtype=torch.uint8))
+    except RuntimeError as error:
+        raise InputError(
+            f"model {config.model.name!r} does not take images of {federation.shape} ({error}); choose another"
+        ) from error
+    uses = any(stage.name == "warm" for stage in plan)
+    if uses and federation.shape[0] != 3:
+        raise InputError(f"{config.generator.base} draws colour images, those of {federation.name} are grey; set channels to 3")
+    side = config.generator.size or outlines.side(config.generator.base) if uses else 0
+    if uses and federation.shape[1:] != (side, side):
+        raise InputError(
+            f"{config.generator.base} draws images of {side}×{side} pixels, those of {federation.name} have "
+            f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side} or generator.size"
+        )
+    rule = getattr(config.algorithm, "robust", None)
+    if isinstance(rule, Robust):
+        rule.enough(len(federation.rows))
+    if uses:
+        drawing(config).able()
+        _adapters(config, federation, weights)
+    drawn = config.task == "denoise"
+    if isinstance(federation, Federation) and (uses or drawn):
+        base = (config.denoising.latent or "digits") if drawn else config.generator.base
+        quality.check(config.measuring, base, federation, drawn=drawn, weights=weights)
+    return Ready(
+        config,
+        federation,
+        unseen,
+        task,
+        base=pipeline.fingerprint(config.generator.base) if uses and weights else "",
+        start=hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start and weights else "",
+    )
+
+
+def drawing(config: Config) -> Any:
+    """The configuration's generator as its algorithm uses it."""
+    ctx = Central(None, torch.Generator(), generator=config.generator)
+    return config.algorithm.generator(ctx) if isinstance(config.algorithm, WarmStarted) else config.generator
+
+
+def _adapters(config: Config, federation: Federation | Roster, weights: bool) -> None:
+    """Raise `InputError` where an adapter from elsewhere is of no site, not there or, with `weights`, does not fit."""
+    for site in config.generator.adapters:
+        if site not in federation.rows:
+            raise InputError(f"generator.adapters names the site {site!r}{suggest(site, list(federation.rows))}")
+        read_bytes(Path(config.generator.adapters[site]), f"the adapter of site {site!r}")
+        if weights:
+            drawing(config).imported(site, prompts_of(site, federation.prompts))

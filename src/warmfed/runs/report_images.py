@@ -1,0 +1,121 @@
+"""What the report shows of images: grids of real and synthetic samples, and where both lie in the classifier's features.
+
+Written at the end of a run, so that the report needs no model. In a deployment only a site itself may show its images.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from ..data import Federation
+from ..tasks.denoising import Denoise
+from ..evaluation.generators import Measuring, adapter_scores, extractor
+from ..utils.errors import InputError
+from ..utils.files import read_bytes, read_json, write_json, write_whole
+from ..core.rng import named
+from ..report.record import DRAWN
+from ..tasks import Classify
+from ..core.tensors import Table, Tensors, rows, select, sha256, spread
+
+_COLUMNS = 8
+_POINTS = 60
+
+
+def write_panel(
+    folder: Path, federation: Federation, task: Classify, model: Tensors, measuring: Measuring | None = None, base: str = ""
+) -> None:
+    """panel/panel.json and a PNG grid for each site's real and synthetic images, a row for each class.
+
+    Args:
+        measuring: whether and how each adapter's samples are measured.
+        base: whose public classifier `measuring.features` may mean.
+    """
+    synthetic = read_synthetic(folder)
+    scores: dict[str, Any] = {}
+    if measuring is not None and measuring.adapters and synthetic:
+        if measuring.features == "global":
+            look, digest = (lambda image: task.features(model, {"image": image})), sha256(model)
+        else:
+            look, digest = extractor(measuring.features, base, federation.shape)
+        scores = {"adapters": adapter_scores(look, federation, synthetic, measuring.neighbours), "eyes": digest}
+    sites, features, points = {}, [], []
+    for name, site in federation.sites.items():
+        tables = {"real": site.test}
+        if name in synthetic:
+            mine = synthetic[name]
+            tables["synthetic"] = select({"image": mine["image"], "label": mine["label"]}, mine["kept"])
+        shown: dict[str, Any] = {"synthetic": None}
+        for kind, table in tables.items():
+            if not rows(table):
+                continue
+            shown[kind] = f"{kind}-{name}.png"
+            write_whole(folder / "panel" / shown[kind], grid(table, len(federation.classes)))
+            part = spread(table, _POINTS)
+            features.append(task.features(model, part))
+            points += [{"site": name, "kind": kind, "class": int(label)} for label in part["label"]]
+        sites[name] = shown
+    for point, (x, y) in zip(points, _flat(torch.cat(features)), strict=True):
+        point |= {"x": round(x, 3), "y": round(y, 3)}
+    shown_all = {"classes": list(federation.classes), "sites": sites, "features": points}
+    write_json(folder / "panel" / "panel.json", shown_all | scores)
+
+
+def write_samples(folder: Path, federation: Federation, task: Denoise, model: Tensors, seed: int) -> None:
+    """The same for a diffusion model: what it draws, a row for each class; and the auxiliary set where there is one."""
+    synthetic, shown = read_synthetic(folder), dict[str, dict[str, str | None]]()
+    label = torch.arange(len(federation.classes)).repeat_interleave(_COLUMNS)
+    drawn = {"image": task.decoded(task.sample(model, label, named(seed, "panel"))), "label": label}
+    grids: dict[str, dict[str, Table]] = {DRAWN: {"synthetic": drawn}}
+    for name, site in federation.sites.items():
+        grids[name] = {"real": site.train}
+        if name in synthetic:
+            grids[name]["synthetic"] = synthetic[name]
+    for number, (name, tables) in enumerate(grids.items()):
+        shown[name] = {"synthetic": None}
+        for kind, table in tables.items():
+            if rows(table):
+                shown[name][kind] = file = f"{kind}-{number}.png"
+                write_whole(folder / "panel" / file, grid(table, len(federation.classes)))
+    write_json(folder / "panel" / "panel.json", {"classes": list(federation.classes), "sites": shown, "features": []})
+
+
+def read_synthetic(folder: Path) -> dict[str, Table]:
+    """The samples that a run kept, {"image", "label", "kept"} by the site whose adapter they are of; empty: it kept none."""
+    path = folder / "synthetic" / "samples.safetensors"
+    if not path.exists():
+        return {}
+    sites = read_json(folder / "synthetic" / "manifest.json", "the synthetic set's manifest")["sites"]
+    try:
+        table = load(read_bytes(path, "the synthetic set"))
+    except SafetensorError as error:
+        raise InputError(f"the synthetic set at {path} is damaged ({error}); restore it or start the run anew") from error
+    of = table.pop("site")
+    return {name: select(table, of == place) for place, name in enumerate(sites)}
+
+
+def grid(table: Table, classes: int, columns: int = _COLUMNS) -> bytes:
+    """A PNG with a row for each class; a class without enough images leaves its places white."""
+    from PIL import Image
+
+    image = table["image"]
+    places = torch.full((classes, columns, *image.shape[1:]), 255, dtype=torch.uint8)
+    for c in range(classes):
+        found = image[table["label"] == c][:columns]
+        places[c, : len(found)] = found
+    image = places.permute(2, 0, 3, 1, 4).reshape(-1, classes * image.shape[2], columns * image.shape[3]).expand(3, -1, -1)
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _flat(features: Tensor) -> list[list[float]]:
+    """t-SNE to the plane (van der Maaten and Hinton 2008), by scikit-learn."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=500).fit_transform(features.numpy()).tolist()

@@ -1,0 +1,111 @@
+"""Images from a finished run: by a site's adapter, or by the diffusion model that the run learned."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ..config import Config
+from ..core import Central, prompts_of
+from ..diffusion import lora as lora
+from ..tasks.denoising import Denoise
+from ..utils.errors import InputError, suggest
+from ..utils.files import writable, write_whole
+from .report_images import grid
+from .predict import described, released
+from ..core.rng import named
+from .prepare import drawing
+from .execute import read_config, read_summary
+
+Progress = Callable[[str, int, int], None]
+
+
+def synthesize(
+    folder: Path,
+    *,
+    site: str = "",
+    labels: Sequence[str] = (),
+    count: int = 8,
+    seed: int = 0,
+    picture: Path | None = None,
+    out: Path | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Draw `count` images of each class.
+
+    Args:
+        site: whose adapter or personal model draws; empty: the global diffusion model, or the base without an adapter.
+        labels: names of classes; none: all.
+        picture: where a PNG goes, a row for each class.
+        out: where the images go as safetensors, {"image": uint8 [n, 3, h, w], "label": int64 [n]}.
+
+    Returns:
+        {"images", "classes", "by", and the paths that were written}.
+
+    Raises:
+        InputError: no finished run, a run without a generator, no such site or class, a damaged adapter or model.
+    """
+    config, summary = read_config(folder), read_summary(folder)
+    classes, shape = described(folder, summary)
+    wanted = [_label(name, classes) for name in labels] or list(range(len(classes)))
+    if count < 1 or (picture is None and out is None):
+        raise InputError("count must be at least 1, and --grid or --out must say where the images go")
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise InputError(f"--grid writes a PNG; got {picture}")
+    for path in (picture, out):
+        if path is not None:
+            writable(path)
+    label = torch.tensor(wanted).repeat_interleave(count)
+    ctx = Central(None, named(seed, "synthesize", site), device=config.device, progress=progress)
+    if config.task == "denoise":
+        task = Denoise(shape, len(classes), config.denoising)
+        model = released(folder, summary, site, task)
+        image = task.decoded(
+            task.sample(model, label, ctx.rng, ctx.device, lambda done, total: progress("sample", done, total))
+        )
+        by = f"the model of {site}" if site else "the global model"
+    else:
+        image, by = (
+            _adapted(folder, config, prompts_of(site, summary.get("prompts") or ()), label, site, ctx),
+            f"the adapter of {site}" if site else "the base",
+        )
+    place = {old: new for new, old in enumerate(wanted)}
+    table = {"image": image, "label": label}
+    rows = {"image": image, "label": torch.tensor([place[int(each)] for each in label])}
+    if picture is not None:
+        write_whole(picture, grid(rows, len(wanted), count))
+    if out is not None:
+        write_whole(out, save({name: column.contiguous() for name, column in table.items()}))
+    written = {name: str(path) for name, path in (("grid", picture), ("out", out)) if path is not None}
+    return {"images": len(image), "classes": [classes[each] for each in wanted], "by": by, **written}
+
+
+def _label(name: str, classes: Sequence[str]) -> int:
+    if name in classes:
+        return classes.index(name)
+    if name.isdecimal() and int(name) < len(classes):
+        return int(name)
+    raise InputError(f"there is no class {name!r}{suggest(name, list(classes))}")
+
+
+def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor, site: str, ctx: Central) -> Tensor:
+    files = [path.name.removesuffix(".safetensors") for path in (folder / "adapters").glob("*.safetensors")]
+    kinds = (f".{lora.PROMPTS}", f".{lora.TOKENS}")  # which lie beside the layers, or alone where there are none
+    sites = sorted({name.removesuffix(kinds[0]).removesuffix(kinds[1]) for name in files if not name.endswith(".concepts")})
+    if not sites:
+        raise InputError(
+            f"the run in {folder} has no generator: {config.name} keeps no adapters and learned no diffusion model, or "
+            f"{folder / 'adapters'} was emptied since"
+        )
+    if site and site not in sites:
+        raise InputError(f"the run has no adapter of site {site!r}{suggest(site, sites)}")
+    generator = drawing(config)
+    if not prompts:
+        raise InputError(f"{folder}/summary.json names no prompts: it is of an older version of warmfed; start the run anew")
+    adapter = lora.read(folder / "adapters", site) if site else None
+    if adapter is not None:
+        generator.check(adapter, prompts, f"the adapter of site {site!r}")
+    return generator.synthesize(adapter, prompts, label, ctx)

@@ -1,0 +1,171 @@
+"""All sites on this machine: one after another in this process, or over worker processes, with the same bytes."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from ..core import Exchange, Metrics, Reply, silent
+from ..core.messages import Message, decode, encode
+from ..core.tensors import Tensors
+from .client import Worker, exchange
+from .client_state import Memories, unfinished
+from .process_pool import Pool, death_told, tell
+
+Progress = Callable[[str, str, int, int], None]
+T = TypeVar("T")
+
+
+def _silent(site: str, what: str, done: int, total: int) -> None:
+    """The default of `progress`: says nothing."""
+
+
+@dataclass
+class InProcess:
+    """A transport over workers in this process or in processes of their own.
+
+    With a `folder`, each site's last reply is written there as soon as it is made. A site that is asked again for the
+    step that it has answered repeats its answer: a run killed in the middle of a round recomputes only unfinished sites.
+    Every process computes with one thread, so their number cannot change a result.
+    """
+
+    workers: Mapping[str, Worker]
+    processes: int = 1
+    folder: Path | None = None
+    progress: Progress = _silent
+    """progress(site, what, done, total): a site at work; site "": how many sites, or jobs of the server, are done."""
+    memories: Memories = field(init=False)
+    _pool: Pool | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.sites = tuple(sorted(self.workers))
+        self.memories = Memories(self.folder)
+        if self.folder is not None:
+            self.workers = {s: replace(w, unfinished=unfinished(self.folder, s)) for s, w in self.workers.items()}
+        torch.set_num_threads(1)
+        if self.processes > 1:
+            plain = {site: replace(worker, progress=silent) for site, worker in self.workers.items()}
+            self._pool = Pool(self.processes, _begin, (plain,), self.progress)
+
+    def close(self, *, at_once: bool = False) -> None:
+        if self._pool is not None:
+            self._pool.close(at_once=at_once)
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(at_once=kind is not None)
+
+    def spread(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """The results of independent jobs in their order, over the worker processes if there are any."""
+        jobs = list(jobs)
+        what = function.__name__.strip("_")
+        if self._pool is not None:
+            return self._pool.map(function, jobs, lambda done, total: self.progress("", what, done, total))
+        results = []
+        for job in jobs:
+            results.append(function(*job))
+            self.progress("", what, len(results), len(jobs))
+        return results
+
+    def state(self, site: str) -> Message:
+        """The state that a site keeps; None before it has any."""
+        return self.memories.state(site)
+
+    def send(
+        self, step: int, stage: str, number: int, down: Mapping[str, Message]
+    ) -> Iterator[tuple[str, Reply, tuple[Exchange, ...]]]:
+        sent = _once(_sent, down)
+        answers = self._answers(step, stage, number, {site: (down[site], data) for site, (data, _) in sent.items()})
+        for done, (site, reply, seconds) in enumerate(answers, 1):
+            up = replace(exchange(site, "up", reply.message), seconds=round(seconds, 3))
+            yield site, reply, (replace(sent[site][1], site=site), up)
+            self.progress("", "sites", done, len(down))
+
+    def _answers(
+        self, step: int, stage: str, number: int, down: Mapping[str, tuple[Message, bytes]]
+    ) -> Iterator[tuple[str, Reply, float]]:
+        """(site, reply, seconds of work): first those that are remembered, then the others as they come."""
+        todo = {}
+        for site, content in down.items():
+            memory = self.memories.answered(site, step)
+            if memory is not None:
+                yield site, memory.reply, memory.seconds
+            else:
+                todo[site] = content
+        for site, reply, seconds in self._work(stage, number, todo):
+            self.memories.keep(site, step, seconds, reply)
+            yield site, reply, seconds
+
+    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, dict[str, Metrics]]:
+        if self._pool is None:
+            return {s: self.workers[s].evaluate(m, self.state(s), model) for s, m in down.items()}
+        sent = _once(encode, down)
+        jobs = [(s, sent[s], _pack(self.state(s)), model) for s in down]
+        return dict(zip(down, self.spread(_evaluate, jobs), strict=True))
+
+    def _work(self, stage: str, number: int, down: Mapping[str, tuple[Message, bytes]]) -> Iterator[tuple[str, Reply, float]]:
+        if self._pool is None:
+            for site, (content, _) in down.items():
+                worker = replace(self.workers[site], progress=_named(self.progress, site))
+                began = time.perf_counter()
+                reply = worker.work(stage, number, content, self.state(site))
+                yield site, reply, time.perf_counter() - began
+            return
+        waiting = {
+            self._pool.submit(_work, site, stage, number, data, _pack(self.state(site))): site
+            for site, (_, data) in down.items()
+        }
+        try:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    site = waiting.pop(future)
+                    with death_told():
+                        data, seconds = future.result()
+                    yield site, decode(data, Reply, f"the reply of site {site!r}"), seconds
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _once(function: Callable[[Message], T], down: Mapping[str, Message]) -> dict[str, T]:
+    # most algorithms send every site the same message
+    made = {key: function(content) for key, content in {id(m): m for m in down.values()}.items()}
+    return {site: made[id(content)] for site, content in down.items()}
+
+
+def _sent(content: Message) -> tuple[bytes, Exchange]:
+    data = encode(content)
+    return data, exchange("", "down", content, data)
+
+
+def _pack(state: Message) -> bytes | None:
+    return None if state is None else encode(state)
+
+
+def _named(progress: Progress, site: str) -> Callable[[str, int, int], None]:
+    return lambda what, done, total: progress(site, what, done, total)
+
+
+_workers: dict[str, Worker] = {}
+
+
+def _begin(workers: Mapping[str, Worker]) -> None:
+    _workers.update(workers)
+
+
+def _work(site: str, stage: str, number: int, down: bytes, state: bytes | None) -> tuple[bytes, float]:
+    worker = replace(_workers[site], progress=_named(tell, site))
+    began = time.perf_counter()
+    reply = worker.work(stage, number, decode(down), None if state is None else decode(state))
+    return encode(reply), time.perf_counter() - began
+
+
+def _evaluate(site: str, down: bytes, state: bytes | None, model: Tensors | None) -> dict[str, Metrics]:
+    return _workers[site].evaluate(decode(down), None if state is None else decode(state), model)

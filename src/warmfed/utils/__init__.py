@@ -1,0 +1,1 @@
+"""Helpers without torch that know nothing of federated learning."""
