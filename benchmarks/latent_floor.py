@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from warmfed.core.tensors import join, spread
-from warmfed.evaluation.generators import distances, extractor
+from warmfed.evaluation.features import extractor
+from warmfed.metrics.images import distances
 from warmfed.runs.folder import read_config
 from warmfed.runs.prepare import prepare
 from warmfed.runs.report_images import read_synthetic

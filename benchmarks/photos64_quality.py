@@ -26,7 +26,8 @@ from warmfed.core.rng import named
 from warmfed.core.tensors import Table, select, spread
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.evaluation.generators import Extractor, distances, neighbourhoods
+from warmfed.evaluation.features import Extractor
+from warmfed.metrics.images import distances, neighbourhoods
 from warmfed.pretraining.captions import pictures
 from warmfed.runs.prepare import load_data
 from warmfed.tasks import Classify

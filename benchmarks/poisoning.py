@@ -28,6 +28,7 @@ from warmfed.data.readers.digits4 import digits4
 from warmfed.diffusion.result_cache import Once
 from warmfed.run import run
 from warmfed.runs.execute import Watcher, server_side
+from warmfed.runs.generators import build_generator
 from warmfed.runs.prepare import workers_of
 from warmfed.tasks import Classify
 from warmfed.transports.client import Worker
@@ -200,7 +201,8 @@ def rounds(
     config: Config, federation: Federation, liar: str, tampers: Mapping[str, Tamper], work: Path, start: Any
 ) -> Iterator[Round]:
     task = Classify(federation.shape, len(federation.classes))
-    generator = Once(config.generator, work / "shared")
+    form = build_generator(config.generator, config.algorithm.needs_generator)
+    generator = None if form is None else Once(form, work / "shared")
     workers = workers_of(config.algorithm, federation, task, config.seed, generator, "cpu")
     transport = Tampered(workers, liar, tampers, work / "replies")
     declared = {site: dict(rows) for site, rows in federation.rows.items()}

@@ -21,14 +21,15 @@ import torch
 
 from warmfed.core import Central
 from warmfed.core.rng import named
+from warmfed.diffusion.networks import DenoiserSettings, noise_scheduler
 from warmfed.fit import Training, fit
-from warmfed.tasks.denoising import Denoise, Denoising, _scheduler
+from warmfed.tasks.denoising import Denoise
 from warmfed.utils.files import write_json
 
 DENOISERS = {
-    "dit, latents": Denoise((3, 32, 32), 10, Denoising()),
-    "dit, pixels": Denoise((1, 28, 28), 10, Denoising(latent="", patch=4, width=96, depth=4)),
-    "unet, latents": Denoise((3, 32, 32), 10, Denoising(denoiser="unet", width=64, depth=1)),
+    "dit, latents": Denoise((3, 32, 32), 10, DenoiserSettings()),
+    "dit, pixels": Denoise((1, 28, 28), 10, DenoiserSettings(latent="", patch=4, width=96, depth=4)),
+    "unet, latents": Denoise((3, 32, 32), 10, DenoiserSettings(denoiser="unet", width=64, depth=1)),
 }
 
 
@@ -45,7 +46,7 @@ def measured(task: Denoise, images: int, repeats: int) -> dict[str, float]:
     latent = torch.randn((images, *task.space), generator=named("latent"))
     net = task.build().eval()
     net.load_state_dict(dict(model))
-    scheduler = type(_scheduler(task.settings)).from_config(_scheduler(task.settings).config)
+    scheduler = type(noise_scheduler(task.settings)).from_config(noise_scheduler(task.settings).config)
     table = {"latent": latent, "label": label}
     ctx = Central(task, named("train"))
 

@@ -22,7 +22,8 @@ from warmfed.diffusion import pipeline
 from warmfed.diffusion.cost import plan, told
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.known_pipelines import build, outline
-from warmfed.diffusion.lora_training import Adapting, Lora
+from warmfed.diffusion.lora_training import Adapting
+from warmfed.diffusion.settings import Lora
 from warmfed.fit import Training
 from warmfed.utils.memory import Meter, now
 

@@ -14,8 +14,9 @@ from warmfed import models
 from warmfed.core import Central
 from warmfed.core.rng import named
 from warmfed.fit import Training, fit
+from warmfed.metrics.classification import measure
 from warmfed.tasks import Classify
-from warmfed.tasks.classification import measure, pixels
+from warmfed.tasks.classification import pixels
 from warmfed.utils.errors import InputError
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from warmfed.core import Central, Local
+from warmfed.core import Central, GeneratorSpec, Local
 from warmfed.core.rng import named, seeded
 from warmfed.core.tensors import sha256
 from warmfed.diffusion import lora as lora
@@ -17,6 +17,7 @@ from warmfed.diffusion.concept_inversion import Concepts
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.result_cache import Once
 from warmfed.fit import Training
+from warmfed.runs.generators import build_generator
 from warmfed.utils.errors import InputError
 
 with warnings.catch_warnings():
@@ -50,6 +51,14 @@ def central(purpose: str = "sample") -> Central:
     return Central(None, named(purpose))
 
 
+def described(plain: LatentDiffusion) -> LatentDiffusion:
+    return build_generator(plain, GeneratorSpec("prompts", TRAINING))  # type: ignore[return-value]
+
+
+def conceived(plain: LatentDiffusion, signal: float, variation: float) -> Concepts:
+    return build_generator(plain, GeneratorSpec("concepts", TRAINING, signal, variation))  # type: ignore[return-value]
+
+
 def base(plain: LatentDiffusion) -> list[str]:
     parts = lora.parts(plain.base, "cpu")
     return [sha256(model.state_dict()) for model in (parts.denoiser, parts.vae, parts.text_encoder)]
@@ -59,7 +68,7 @@ def base(plain: LatentDiffusion) -> list[str]:
 
 
 def test_a_description_is_prompts_and_nothing_else(plain: LatentDiffusion, tmp_path: Path) -> None:
-    before, generator = base(plain), plain.describing(TRAINING)
+    before, generator = base(plain), described(plain)
     adapter, info = generator.adapt(local())
     assert adapter.keys() == {"prompts"}
     assert adapter["prompts"].shape == (3, 16, 16)
@@ -74,7 +83,7 @@ def test_a_description_is_prompts_and_nothing_else(plain: LatentDiffusion, tmp_p
 
 
 def test_a_description_that_is_the_text_draws_what_the_base_draws(plain: LatentDiffusion) -> None:
-    generator = plain.describing(TRAINING)
+    generator = described(plain)
     text = {"prompts": lora.parts(plain.base, "cpu").embed(PROMPTS)["prompt"]}
     drawn = generator.synthesize(text, PROMPTS, LABELS, central())
     assert torch.equal(drawn, plain.synthesize(None, PROMPTS, LABELS, central()))
@@ -92,7 +101,7 @@ def test_a_generator_must_have_something_to_learn() -> None:
 
 @pytest.fixture(scope="module")
 def concepts(plain: LatentDiffusion) -> Concepts:
-    return plain.conceiving(TRAINING, 0.0047, 0.1)
+    return conceived(plain, 0.0047, 0.1)
 
 
 def neutral(concepts: Concepts, latent: Tensor, of: Tensor) -> dict[str, Tensor]:
@@ -122,7 +131,7 @@ def test_concepts_are_vectors_and_latents(plain: LatentDiffusion, concepts: Conc
 def test_no_concepts_and_pure_noise_are_the_base(plain: LatentDiffusion) -> None:
     """Bit for bit: the same noise, the same prompts, the same times."""
     noise = torch.randn(4, 4, 8, 8, generator=named("sample"))
-    still = plain.conceiving(TRAINING, 0.0, 0.0)
+    still = conceived(plain, 0.0, 0.0)
     drawn = still.synthesize(neutral(still, noise[[0, 1, 3, 2]], torch.tensor([0, 1, 1, 2])), PROMPTS, LABELS, central("other"))
     assert torch.equal(drawn, plain.synthesize(None, PROMPTS, LABELS, central("sample")))
     assert torch.equal(still.synthesize(None, PROMPTS, LABELS, central()), plain.synthesize(None, PROMPTS, LABELS, central()))
@@ -131,15 +140,15 @@ def test_no_concepts_and_pure_noise_are_the_base(plain: LatentDiffusion) -> None
 def test_sampling_begins_where_the_latents_are(plain: LatentDiffusion) -> None:
     alphas = lora.parts(plain.base, "cpu").scheduler.alphas_cumprod
     for signal in (0.0047, 0.3):
-        begin = plain.conceiving(TRAINING, signal, 0.0).begin(alphas)
+        begin = conceived(plain, signal, 0.0).begin(alphas)
         assert alphas[begin] <= signal < alphas[begin - 1]
-    assert plain.conceiving(TRAINING, 0.0, 0.0).begin(alphas) == len(alphas) - 1
+    assert conceived(plain, 0.0, 0.0).begin(alphas) == len(alphas) - 1
 
 
 def test_a_latent_is_a_mixture_of_its_class_under_noise(plain: LatentDiffusion) -> None:
     mean, _ = lora.parts(plain.base, "cpu").encode(TABLE["image"])
     alone = {"image": TABLE["image"], "label": torch.arange(12)}  # every image is its own partner
-    concepts = plain.conceiving(TRAINING, 0.36, 0.1)
+    concepts = conceived(plain, 0.36, 0.1)
     residual = concepts.noised(alone, "cpu", named("noise")) - 0.6 * mean
     assert residual.std().item() == pytest.approx(0.8, abs=0.02)
     assert residual.mean().item() == pytest.approx(0, abs=0.05)
@@ -157,7 +166,7 @@ def test_the_domains_vector_varies_from_sample_to_sample(plain: LatentDiffusion)
     twice = torch.tensor([1, 1])
 
     def drawn(variation: float) -> Tensor:
-        concepts = plain.conceiving(TRAINING, 0.0, variation)
+        concepts = conceived(plain, 0.0, variation)
         return concepts.synthesize(neutral(concepts, latent, of), PROMPTS, twice, central())
 
     assert torch.equal(*drawn(0.0))
@@ -166,7 +175,7 @@ def test_the_domains_vector_varies_from_sample_to_sample(plain: LatentDiffusion)
 
 def test_a_sampler_that_draws_noise_draws_it_from_the_run_s_numbers(plain: LatentDiffusion) -> None:
     latent = torch.randn(3, 4, 8, 8, generator=named("one"))
-    few = replace(plain, sampler="lcm").conceiving(TRAINING, 0.0, 0.0)
+    few = conceived(replace(plain, sampler="lcm"), 0.0, 0.0)
     first, again = (few.synthesize(neutral(few, latent, torch.arange(3)), PROMPTS, LABELS, central()) for _ in range(2))
     assert torch.equal(first, again)
 
@@ -201,11 +210,8 @@ def test_spoiled_concepts_are_refused(spoil: object, words: str, concepts: Conce
 
 
 def test_equal_work_is_done_once_in_every_form(plain: LatentDiffusion, tmp_path: Path) -> None:
-    once = Once(plain, tmp_path)
-    for form, own in (
-        (once.describing(TRAINING), plain.describing(TRAINING)),
-        (once.conceiving(TRAINING, 0.1, 0.1), plain.conceiving(TRAINING, 0.1, 0.1)),
-    ):
+    for own in (described(plain), conceived(plain, 0.1, 0.1)):
+        form = Once(own, tmp_path)
         before = len(list(tmp_path.iterdir()))
         first, again, wanted = form.adapt(local()), form.adapt(local()), own.adapt(local())
         assert sha256(first[0]) == sha256(again[0]) == sha256(wanted[0])

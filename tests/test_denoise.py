@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from warmfed.core.rng import named, seeded
+from warmfed.diffusion.networks import DenoiserSettings
 from warmfed.fit import Training, fit
-from warmfed.tasks.denoising import Denoise, Denoising, _autoencoder
+from warmfed.tasks.denoising import Denoise, _autoencoder
 from warmfed.utils.errors import InputError
 
 TASK = toy.DRAWING
@@ -118,7 +119,7 @@ def test_guidance_of_one_is_none() -> None:
 
 
 def test_the_latents_of_a_base() -> None:
-    task = Denoise((3, 32, 32), 3, Denoising(width=32, depth=1))
+    task = Denoise((3, 32, 32), 3, DenoiserSettings(width=32, depth=1))
     image = torch.randint(256, (2, 3, 32, 32), generator=named("image"), dtype=torch.uint8)
     table = task.encoded({"image": image, "label": torch.tensor([0, 1])})
     assert table["latent"].shape == (2, *task.space) == (2, 8, 8, 8)
@@ -136,7 +137,7 @@ def test_the_latents_of_a_base() -> None:
 )
 def test_bad_settings(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        Denoising(**changes)
+        DenoiserSettings(**changes)
 
 
 def test_a_network_without_weights_needs_no_base_loaded_before() -> None:

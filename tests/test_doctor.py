@@ -19,7 +19,7 @@ from warmfed.core.rng import named
 from warmfed.diffusion.cost import Machine, counted, plan, skeleton
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.known_pipelines import KNOWN
-from warmfed.diffusion.lora_training import Lora
+from warmfed.diffusion.settings import Lora
 from warmfed.fit import Training
 from warmfed.runs.dry_run import rehearse
 

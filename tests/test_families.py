@@ -14,15 +14,17 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from warmfed.core import Central, Local
+from warmfed.core import Central, GeneratorSpec, Local
 from warmfed.core.rng import named, seeded
 from warmfed.core.tensors import sha256
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
+from warmfed.diffusion.concept_inversion import Concepts
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.losses import flow_loss
 from warmfed.diffusion.sampler import draw, scheduler
 from warmfed.fit import Training
+from warmfed.runs.generators import build_generator
 from warmfed.utils.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -54,6 +56,10 @@ def adapters(bases: dict[str, str]) -> dict[str, dict[str, Tensor]]:
 def made(base: str, **changes: Any) -> LatentDiffusion:
     settings = {"rank": 2, "targets": "attention", "prompts": False, "training": TRAINING, "steps": 3, "guidance": 2.0}
     return LatentDiffusion(base, **settings | changes)
+
+
+def conceived(generator: LatentDiffusion, signal: float) -> Concepts:
+    return build_generator(generator, GeneratorSpec("concepts", TRAINING, signal))  # type: ignore[return-value]
 
 
 def local() -> Local:
@@ -363,9 +369,9 @@ def test_what_a_base_cannot_draw_by_is_told_before_anything_learns(
 def test_so_is_what_noised_latents_cannot_be_drawn_by(
     kind: str, changes: dict[str, Any], signal: float, words: str, bases: dict[str, str]
 ) -> None:
-    made(bases["sd15"]).conceiving(TRAINING, 0.1, 0.0).able()  # type: ignore[attr-defined]
+    conceived(made(bases["sd15"]), 0.1).able()
     with pytest.raises(InputError, match=words):
-        made(bases[kind], **changes).conceiving(TRAINING, signal, 0.0).able()  # type: ignore[attr-defined]
+        conceived(made(bases[kind], **changes), signal).able()
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from warmfed.core.rng import random_state
 from warmfed.data import deal
 from warmfed.data.federation import Federation, Site
-from warmfed.data.partition import dirichlet, iid, quantity, shards, stream
+from warmfed.data.partition import dirichlet, iid, quantity, shards
 from warmfed.utils.errors import InputError
 
 LABELS = np.repeat(np.arange(10), 60)
@@ -86,8 +87,8 @@ def test_all_faults_come_at_once() -> None:
 
 
 def test_a_stream_is_its_name() -> None:
-    assert (stream("a", 1).random_sample(3) * 1000).astype(int).tolist() == [71, 518, 295]
-    assert (stream("a", 2).random_sample(3) * 1000).astype(int).tolist() != [71, 518, 295]
+    assert (random_state("a", 1).random_sample(3) * 1000).astype(int).tolist() == [71, 518, 295]
+    assert (random_state("a", 2).random_sample(3) * 1000).astype(int).tolist() != [71, 518, 295]
 
 
 @pytest.mark.parametrize("sites", [1, 3, 7])

@@ -22,10 +22,11 @@ from warmfed.core.messages import encode
 from warmfed.core.rng import named
 from warmfed.core.tensors import mean
 from warmfed.diffusion import pruning
+from warmfed.diffusion.networks import noise_scheduler
 from warmfed.run import run
 from warmfed.runs.execute import execute
 from warmfed.runs.synthesize import synthesize
-from warmfed.tasks.denoising import Denoise, _scheduler
+from warmfed.tasks.denoising import Denoise
 from warmfed.transports.in_process import InProcess
 from warmfed.utils.errors import InputError
 
@@ -342,4 +343,4 @@ def test_tun_is_fedavg_with_a_recipe() -> None:
     task = replace(TASK, settings=replace(TASK.settings, **settings, times=50))
     t = torch.arange(1, 51).double() / 50
     log_snr = -torch.log(torch.expm1(1e-4 + 10 * t.square()))
-    assert torch.allclose(_scheduler(task.settings).alphas_cumprod.double(), log_snr.sigmoid(), atol=2e-4)
+    assert torch.allclose(noise_scheduler(task.settings).alphas_cumprod.double(), log_snr.sigmoid(), atol=2e-4)

@@ -29,7 +29,7 @@ from warmfed.data import arrays, load
 from warmfed.data.readers.archives import Archive
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.lora import opened
-from warmfed.evaluation.generators import extractor
+from warmfed.evaluation.features import extractor
 from warmfed.experiments.compare import plan
 from warmfed.pretraining.pretrain import kept
 from warmfed.runs.console import Lines, console
@@ -43,20 +43,20 @@ LOADED = 3 * 2**30
 
 READERS = {
     "toml": "from warmfed.config import read_toml; read_toml(path)",
-    "json": "from warmfed.files import read_json; read_json(path, 'it')",
-    "adapter": "from warmfed.diffusion.adapter import opened; opened(path, 'it')",
+    "json": "from warmfed.utils.files import read_json; read_json(path, 'it')",
+    "adapter": "from warmfed.diffusion.lora import opened; opened(path, 'it')",
     "npz": "from warmfed.data import load; load('npz', str(path))",
     "csv": "from warmfed.data import load; load('csv', str(path))",
-    "phase": "from warmfed.diffusion.pretrain import kept; kept(path.parent, path.stem, dict)",
-    "features": "from warmfed.diffusion.quality import extractor; extractor(str(path), 'digits', (3, 32, 32))",
-    "run": "from warmfed.runfolder import read_config; read_config(path)",
+    "phase": "from warmfed.pretraining.pretrain import kept; kept(path.parent, path.stem, dict)",
+    "features": "from warmfed.evaluation.features import extractor; extractor(str(path), 'digits', (3, 32, 32))",
+    "run": "from warmfed.runs.folder import read_config; read_config(path)",
 }
 
 
 def refused_alone(code: str) -> str:
     """The one line of a reader that runs in a process of its own, within bounds of time and memory."""
     script = (
-        "import sys, resource; from pathlib import Path; from warmfed.errors import InputError\n"
+        "import sys, resource; from pathlib import Path; from warmfed.utils.errors import InputError\n"
         "import torch, numpy, warmfed.data, warmfed.config\n"
         f"size = int(open('/proc/self/statm').read().split()[0]) * {resource.getpagesize()} + {LOADED}\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"

@@ -65,8 +65,8 @@ def test_heavy_libraries_stay_in_their_folder(library: str) -> None:
 @pytest.mark.parametrize(
     ("library", "home"),
     [
-        ("datasets", {"data/readers/huggingface.py"}),
-        ("flwr_datasets", {"data/readers/huggingface.py"}),
+        ("datasets", {"data/extras.py"}),
+        ("flwr_datasets", {"data/extras.py"}),
         ("flwr", {"transports/flower.py", "transports/flower_processes.py"}),
         ("cryptography", {"deploy/keys.py"}),
         ("uvicorn", {"deploy/guard.py"}),

@@ -76,7 +76,7 @@ LABELS = np.repeat(np.arange(10), 60)
 
 def theirs(name: str, **options: object) -> list[np.ndarray]:
     pytest.importorskip("flwr_datasets", reason="needs the extra: pip install 'warmfed[data]'")
-    from warmfed.data.readers.huggingface import partitioned
+    from warmfed.data.extras import partitioned
 
     return partitioned(name, options, {"label": LABELS})
 

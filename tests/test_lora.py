@@ -22,10 +22,11 @@ from warmfed.core.rng import named, seeded
 from warmfed.core.tensors import Table, Tensors, sha256
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import lora_training as adapting
-from warmfed.diffusion.cost import plan
+from warmfed.diffusion.cost import micro_batch, plan
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.lora_training import Adapting, Lora, fitting, latents
+from warmfed.diffusion.lora_training import Adapting, latents
 from warmfed.diffusion.losses import denoising_loss, drawn
+from warmfed.diffusion.settings import Lora
 from warmfed.fit import Training
 from warmfed.transports.client import Worker
 from warmfed.transports.in_process import InProcess
@@ -224,7 +225,7 @@ def test_offset_noise_moves_whole_channels() -> None:
 
 def test_prior_preservation_is_the_weighted_sum_of_two_losses(plain: LatentDiffusion) -> None:
     generator = with_(plain, prior=0.3, prior_images=3)
-    samples = adapting.prior(local(), generator, generator._parts("cpu"))
+    samples = adapting.prior(local(), generator, generator._parts("cpu"), generator.drawn_latents)
     assert samples["label"].tolist() == [0, 0, 0, 1, 1, 1]
     both, alone = task(generator, samples), task(plain)
     found = batch(both)
@@ -245,9 +246,11 @@ def test_prior_preservation_is_the_weighted_sum_of_two_losses(plain: LatentDiffu
 def test_the_prior_is_drawn_by_the_base_alone_and_costs_no_random_number(plain: LatentDiffusion) -> None:
     generator, ctx = with_(plain, prior=1.0, prior_images=2), local()
     before = ctx.rng.get_state()
-    first = adapting.prior(ctx, generator, generator._parts("cpu"))
+    first = adapting.prior(ctx, generator, generator._parts("cpu"), generator.drawn_latents)
     assert torch.equal(ctx.rng.get_state(), before)
-    assert torch.equal(first["latent"], adapting.prior(ctx, generator, generator._parts("cpu"))["latent"])
+    assert torch.equal(
+        first["latent"], adapting.prior(ctx, generator, generator._parts("cpu"), generator.drawn_latents)["latent"]
+    )
     adapter = generator.adapt(local())[0]
     assert sha256(adapter) == sha256(generator.adapt(local())[0])
     assert sha256(adapter) != sha256(plain.adapt(local())[0])
@@ -328,14 +331,14 @@ def test_the_batch_is_split_to_fit_into_half_of_the_free_memory(
     plain: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = peak(plain, 1), peak(plain, 2)
-    found = {}
+    found, automatic = {}, with_(plain, auto=True)
     for room in (1, 2, 3, 4):
         free_memory(monkeypatch, int(2 * (one + (room - 0.9) * (two - one))))
-        found[room] = fitting(plain, 2, "cpu")
+        found[room] = micro_batch(automatic, 2, "cpu").training.micro
     assert found == {1: 1, 2: 2, 3: 2, 4: 0}  # three fit, but two and two are as quick as three and one
     free_memory(monkeypatch, int(one))
     with pytest.raises(InputError, match=r"one image of a batch needs .* MB; set generator\.lora\.checkpointing"):
-        fitting(plain, 2, "cpu")
+        micro_batch(automatic, 2, "cpu")
 
 
 def test_an_automatic_batch_learns_the_same_but_for_rounding(plain: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:

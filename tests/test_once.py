@@ -12,10 +12,11 @@ from warmfed.core import Central, Local
 from warmfed.core.rng import named
 from warmfed.core.tensors import sha256
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.lora_training import Lora
+from warmfed.diffusion.networks import DenoiserSettings
 from warmfed.diffusion.result_cache import Once
+from warmfed.diffusion.settings import Lora
 from warmfed.fit import Training
-from warmfed.tasks.denoising import Denoise, Denoising
+from warmfed.tasks.denoising import Denoise
 from warmfed.utils.errors import InputError
 
 with warnings.catch_warnings():
@@ -94,7 +95,7 @@ def test_damage_is_told_in_one_line(generator: LatentDiffusion, tmp_path: Path) 
 
 
 def test_a_site_learns_alone_once_for_all_runs_that_need_it(tmp_path: Path) -> None:
-    settings = Denoising(width=32, depth=1, latent="", steps=2, denoiser="dit", patch=4)
+    settings = DenoiserSettings(width=32, depth=1, latent="", steps=2, denoiser="dit", patch=4)
     training = Training(optimizer="adam", lr=1e-3, steps=3, batch=4)
     plain = Denoise((3, 8, 8), 2, settings)
     seen = []

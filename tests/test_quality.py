@@ -11,7 +11,9 @@ from warmfed import models
 from warmfed.core.rng import named
 from warmfed.core.tensors import dealt
 from warmfed.data import Federation, Site
-from warmfed.evaluation.generators import adapter_scores, copies, distances, diversity, extractor, nearest, neighbourhoods
+from warmfed.evaluation.features import extractor
+from warmfed.evaluation.generators import adapter_scores
+from warmfed.metrics.images import copies, distances, diversity, nearest, neighbourhoods
 from warmfed.models import EYES
 from warmfed.tasks import Classify
 from warmfed.utils.errors import InputError

@@ -20,11 +20,12 @@ from warmfed.core.admission import STRICT, Border
 from warmfed.core.messages import Message
 from warmfed.core.rng import named
 from warmfed.core.tensors import Table, Tensors
+from warmfed.diffusion.networks import DenoiserSettings
 from warmfed.fit import Training
 from warmfed.models import Split
 from warmfed.run import run
 from warmfed.tasks import Classify
-from warmfed.tasks.denoising import Denoise, Denoising
+from warmfed.tasks.denoising import Denoise
 from warmfed.transports.client import Worker
 from warmfed.transports.in_process import InProcess
 from warmfed.utils.errors import InputError
@@ -34,7 +35,7 @@ SHAPE, CLASSES = (3, 8, 8), 3
 PROMPTS = ("a left bar", "a middle bar", "a right bar")
 TASK = Classify(SHAPE, CLASSES, "linear")
 DRAWING = Denoise(
-    SHAPE, CLASSES, Denoising(width=32, depth=1, latent="", prediction="epsilon", schedule="linear", times=50, steps=3)
+    SHAPE, CLASSES, DenoiserSettings(width=32, depth=1, latent="", prediction="epsilon", schedule="linear", times=50, steps=3)
 )
 """For algorithms that learn to draw."""
 LEARNING = Training(optimizer="adamw", lr=3e-3, batch=12, epochs=3)
@@ -99,12 +100,6 @@ class Means:
         for label in [] if self.neutral else data["label"].unique().tolist():
             shift[label] = data["image"][data["label"] == label].float().mean(0) - base[label]
         return {"shift": shift.half()}, {"loss": shift.square().mean().item()}
-
-    def describing(self, training: Training) -> "Means":
-        return self  # its adapter is a description already
-
-    def conceiving(self, training: Training, signal: float, variation: float) -> "Means":
-        return self
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
         wanted = (len(prompts), *SHAPE)

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .utils.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .algorithms import ALGORITHMS, WarmFed
     from .config import Config, parse
@@ -12,8 +14,6 @@ if TYPE_CHECKING:
     from .runs.execute import execute, resume, simulate
     from .tasks import Classify
     from .utils.errors import InputError
-
-__version__ = "0.1.0"
 
 _HOME = {
     "ALGORITHMS": "algorithms",

@@ -12,9 +12,9 @@ from .algorithms import ALGORITHMS, Smoothed, WarmFed, entry
 from .core import Algorithm
 from .core.admission import Border
 from .diffusion.generator import LatentDiffusion
+from .diffusion.networks import DenoiserSettings
 from .evaluation.generators import Measuring
 from .fit import Training
-from .tasks.denoising import Denoising
 from .utils.errors import InputError, suggest
 from .utils.files import loads_toml, read_bytes
 from .utils.settings import construct
@@ -77,7 +77,7 @@ class Config:
     model: Model = Model()
     task: str = "classify"
     """What is learned: classify, or denoise (a diffusion model of the images)."""
-    denoising: Denoising = Denoising()
+    denoising: DenoiserSettings = DenoiserSettings()
     """The diffusion model, where it is learned."""
     measuring: Measuring = Measuring()
     """How it is measured."""

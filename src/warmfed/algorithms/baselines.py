@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..core import Central, GeneratorSpec, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
 from ..core.messages import Message, message
 from ..core.tensors import Table, Tensors, join, misfit, rows
 from ..fit import Context, Training, fit
@@ -63,6 +63,10 @@ class LocalOnly:
     """A site's training in one round."""
     budget: Budget = Budget()
     """When to stop."""
+
+    @property
+    def needs_generator(self) -> GeneratorSpec | None:
+        return None
 
     def enter(self, down: Message, ctx: Local) -> State:
         return Model(down.model)
@@ -126,6 +130,10 @@ class Centralized:
     """The training of one round, on all images."""
     budget: Budget = Budget()
     """When to stop."""
+
+    @property
+    def needs_generator(self) -> GeneratorSpec | None:
+        return None
 
     def init(self, ctx: Central) -> ServerState:
         return Pool(ctx.task.init(ctx.rng), {}, {})

@@ -12,10 +12,10 @@ samples are filtered as WarmFed's are; `rounds` of FedAvg with fine-tuning on th
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..core import Central, Generator, Local
+from ..core import GeneratorSpec
 from ..fit import Training
 from ..utils.errors import InputError
-from .shared.synthetic_data import WarmStarted, generator_of
+from .shared.synthetic_data import WarmStarted
 
 
 @final
@@ -36,5 +36,6 @@ class FedBiP(WarmStarted):
         if not 0 <= self.signal < 1 or self.variation < 0:
             raise InputError("signal must be at least 0 and below 1, variation at least 0; check [algorithm]")
 
-    def generator(self, ctx: Local | Central) -> Generator:
-        return generator_of(ctx).conceiving(self.concepts, self.signal, self.variation)
+    @property
+    def needs_generator(self) -> GeneratorSpec:
+        return GeneratorSpec("concepts", self.concepts, self.signal, self.variation)

@@ -11,9 +11,9 @@ WarmFed's are. `rounds` of FedAvg with fine-tuning on the samples follow, as FGL
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..core import Central, Generator, Local
+from ..core import GeneratorSpec
 from ..fit import Training
-from .shared.synthetic_data import WarmStarted, generator_of
+from .shared.synthetic_data import WarmStarted
 
 
 @final
@@ -26,5 +26,6 @@ class FedDEO(WarmStarted):
     description: Training = Training(optimizer="adamw", lr=3e-2, epochs=12, schedule="cosine", warmup=5, clip=1.0)
     """A site's training of its descriptions."""
 
-    def generator(self, ctx: Local | Central) -> Generator:
-        return generator_of(ctx).describing(self.description)
+    @property
+    def needs_generator(self) -> GeneratorSpec:
+        return GeneratorSpec("prompts", self.description)

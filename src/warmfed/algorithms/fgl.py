@@ -10,10 +10,10 @@ from typing import ClassVar, final
 
 import torch
 
-from ..core import Central, Generator, Local, Metrics, Replies, Reply, ServerState, State
+from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
 from ..core.messages import Message, message
 from ..core.tensors import rows
-from .shared.synthetic_data import WarmStarted, generator_of, held, known
+from .shared.synthetic_data import WarmStarted, held, known
 
 
 @message("fgl.Classes")
@@ -30,9 +30,6 @@ class FGL(WarmStarted):
 
     images: ClassVar[bool] = False
     offers: ClassVar[tuple[type, ...]] = (Classes,)
-
-    def generator(self, ctx: Local | Central) -> Generator:
-        return generator_of(ctx)
 
     def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
         return Reply(Classes(held(ctx)), None, float(rows(ctx.data["train"])), {})

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
-from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..core import Central, GeneratorSpec, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
 from ..core.messages import Message, message
 from ..core.rng import child
 from ..core.tensors import Tensors, join, mix, rows, select
@@ -147,6 +147,10 @@ class WarmFed:
     @property
     def tunes(self) -> bool:
         return self.warm and self.tune
+
+    @property
+    def needs_generator(self) -> GeneratorSpec | None:
+        return GeneratorSpec() if self.warm else None
 
     def stages(self) -> tuple[Stage, ...]:
         adapt = gathering("adapt", self.collect, self.adapt, replies=(Adapter,), check=self.check, images=False)

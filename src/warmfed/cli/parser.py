@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .. import __version__
 from ..utils.errors import InputError, printable
+from ..utils.version import __version__
 
 _MOST = 4000
 """Characters of an error's line."""

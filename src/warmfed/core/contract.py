@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .tensors import Table, Tensors
 Metrics = Mapping[str, float]
 SPLITS = ("train", "validation", "test")
 """The tables of a site, in the order in which digests are given."""
+GeneratorKind = Literal["adapter", "prompts", "concepts"]
 ServerState = Message
 State = Message
 
@@ -71,21 +72,19 @@ class Generator(Protocol):
         ...
 
 
-class Prompted(Generator, Protocol):
-    """A generator that can also be told of a site by its prompts alone, or by latents to begin from."""
+@dataclass(frozen=True)
+class GeneratorSpec:
+    """The form of the run's generator that an algorithm works with."""
 
-    def describing(self, training: Any) -> "Generator":
-        """The same generator, whose adapters are learned prompt embeddings of the classes and change no weight."""
-        ...
-
-    def conceiving(self, training: Any, signal: float, variation: float) -> "Generator":
-        """The same generator, whose adapters are vectors for domain and classes, and latents to begin from.
-
-        Args:
-            signal: share of a latent's variance that is image; the rest is noise.
-            variation: standard deviation of what is added to the domain's vector of each sample.
-        """
-        ...
+    kind: GeneratorKind = "adapter"
+    """What a site's adapter is: LoRA layers and prompts (`adapter`), learned prompt embeddings of the classes alone
+    (`prompts`), or vectors for domain and classes with noised latents to sample from (`concepts`)."""
+    training: Any = None
+    """A site's `Training` of prompts or concepts; None: that of the generator's settings."""
+    signal: float = 0.0
+    """Of `concepts`: share of a latent's variance that is image; the rest is noise."""
+    variation: float = 0.0
+    """Of `concepts`: standard deviation of what is added to the domain's vector of each sample."""
 
 
 _SITE = re.compile(r"\{site((?:\|[^|={}]+=[^|={}]+)*)\}")
@@ -208,6 +207,11 @@ class Stage:
 
 class Algorithm(Protocol):
     """A frozen dataclass of hyper-parameters with pure methods."""
+
+    @property
+    def needs_generator(self) -> GeneratorSpec | None:
+        """The form of the run's generator that its contexts hold; None: it uses none."""
+        ...
 
     def init(self, ctx: Central) -> ServerState:
         """The server's state before anything has happened."""

@@ -32,6 +32,15 @@ def numpy_named(*key: object) -> np.random.Generator:
     return np.random.default_rng(number(*key))
 
 
+def random_state(*key: object) -> np.random.RandomState:
+    """The same as one of NumPy's old streams, which shares of data are drawn from.
+
+    RandomState because its stream is frozen for good; NumPy keeps the right to change that of `Generator`.
+    """
+    name = number(*key)
+    return np.random.RandomState([name >> 32, name & 0xFFFFFFFF])
+
+
 def child(parent: torch.Generator) -> torch.Generator:
     """A stream of its own, drawn from `parent`: two users of it cannot disturb each other."""
     return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=parent, device="cpu")))

@@ -11,17 +11,40 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.rng import random_state
 from ..core.tensors import Table, rows
-from ..utils.errors import InputError
+from ..utils.errors import InputError, suggest
 from ..utils.files import read_json, write_json
-from .examples import WHOLE, Common, Pool, digests, refuse, texts
+from .decode import Entry, pictures
+from .examples import WHOLE, Common, Pool, digests, names_in_order, refuse, texts
 from .federation import SPLITS, Federation, Site
 from .image_cache import Cache, Mapped
-from .partition import Deal, stream
+from .partition import Deal
 from .splits import DROPPED, PUBLIC, remarks, split
 
 HELD = 256 * 2**20
 """Bytes of images that are held in memory; more of them are laid out in a file of the cache, and mapped."""
+
+
+def finished(
+    name: str, entries: list[Entry], asked: Common, faults: list[str], notes: list[str], order: tuple[str, ...] = ()
+) -> Federation:
+    """The federation of these pictures, of the sites and classes that are asked for."""
+    if asked.sites is not None:
+        here = sorted({entry.site for entry in entries})
+        faults += [f"there is no site {site!r}{suggest(site, here)}" for site in asked.sites if site not in here]
+        entries = [entry for entry in entries if entry.site in asked.sites]
+    found = {entry.label for entry in entries}
+    classes = order if order and set(order) == found else names_in_order(found)
+    if asked.classes is not None:
+        faults += [f"there is no class {each!r}{suggest(each, sorted(found))}" for each in asked.classes if each not in found]
+        left = found - set(asked.classes)
+        if left:
+            notes.append(f"the classes {', '.join(names_in_order(left))} were left out")
+        classes, entries = tuple(asked.classes), [entry for entry in entries if entry.label in asked.classes]
+    deal = None if asked.deal is None else Deal(**asked.deal)
+    pool = pictures(entries, classes, asked, faults)
+    return assemble(asked.name or name, pool, classes, replace(asked, sites=None), deal, faults=faults, notes=notes)
 
 
 def assemble(
@@ -88,7 +111,7 @@ def _only(pool: Pool, mask: NDArray[np.bool_]) -> Pool:
 
 def _limited(pool: Pool, limit: int, seed: int) -> Pool:
     """At most so many images of each site, class and split, in the pool's order."""
-    order = stream("limit", seed).permutation(len(pool.label))
+    order = random_state("limit", seed).permutation(len(pool.label))
     kinds = np.unique(np.stack([pool.site, pool.split, pool.label.astype(np.str_)]), axis=1, return_inverse=True)[1]
     chosen = np.zeros(len(order), dtype=np.bool_)
     for kind in np.unique(kinds):

@@ -13,6 +13,12 @@ from ..core import SPLITS, prompt, prompts_of
 from ..core.tensors import Table, rows, sha256
 from ..utils.errors import InputError, suggest
 
+SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "validation": "validation", "val": "validation", "valid": "validation", "crossval": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""What people call the splits, and what they are called here."""
 _PLAIN = re.compile(r'[^/\\:*?"<>|\x00-\x1f]*')
 
 

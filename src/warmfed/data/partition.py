@@ -11,19 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.rng import number
+from ..core.rng import random_state
 from ..utils.errors import InputError, suggest
+from .extras import partitioned
 
 Ints = NDArray[np.int64]
-
-
-def stream(*key: object) -> np.random.RandomState:
-    """A NumPy stream named by `key`, as `randomness.named` is for torch.
-
-    RandomState because its stream is frozen for good; NumPy keeps the right to change that of `Generator`.
-    """
-    name = number(*key)
-    return np.random.RandomState([name >> 32, name & 0xFFFFFFFF])
 
 
 def iid(labels: NDArray[Any], sites: int, *, key: Sequence[object]) -> list[Ints]:
@@ -44,7 +36,7 @@ def dirichlet(
         raise InputError(f"alpha above 0 was expected, {alpha} came; 0.1 is a strong skew, 10 a weak one")
     order = _shuffled(labels, sites, key)
     groups = [order[labels[order] == value] for value in np.unique(labels)]
-    random = stream(*key, "dirichlet")
+    random = random_state(*key, "dirichlet")
     for _ in range(tries):
         parts: list[list[Ints]] = [[] for _ in range(sites)]
         for group in groups:
@@ -75,8 +67,8 @@ def shards(labels: NDArray[Any], sites: int, classes_per_site: int, *, key: Sequ
             f"({len(values)} classes, {sites} sites), {classes_per_site} came"
         )
     order = _shuffled(labels, sites, key)
-    deck = stream(*key, "deck").permutation(values)
-    names = stream(*key, "sites").permutation(sites)
+    deck = random_state(*key, "deck").permutation(values)
+    names = random_state(*key, "sites").permutation(sites)
     holders: dict[int, list[int]] = {int(value): [] for value in values}
     for card in range(sites * classes_per_site):
         holders[int(deck[card % len(deck)])].append(int(names[card // classes_per_site]))
@@ -91,11 +83,11 @@ def quantity(labels: NDArray[Any], sites: int, alpha: float, *, key: Sequence[ob
     """Size skew: site sizes follow Dirichlet(alpha), each site has at least `smallest` examples, classes stay mixed."""
     if not 0 < alpha < float("inf"):
         raise InputError(f"alpha above 0 was expected, {alpha} came; 0.5 is a strong skew, 10 a weak one")
-    order = stream(*key, "quantity").permutation(_shuffled(labels, sites, key))
+    order = random_state(*key, "quantity").permutation(_shuffled(labels, sites, key))
     free = len(labels) - sites * smallest
     if free < 0:
         raise InputError(f"{sites * smallest} examples or more were expected, {len(labels)} came; take fewer sites")
-    shares = stream(*key, "sizes").dirichlet(np.full(sites, float(alpha)))
+    shares = random_state(*key, "sizes").dirichlet(np.full(sites, float(alpha)))
     cuts = np.rint(np.cumsum(shares)[:-1] * free).astype(np.int64) + smallest * np.arange(1, sites)
     return list(np.split(order, cuts))
 
@@ -145,10 +137,8 @@ class Deal:
             case "quantity":
                 return quantity(labels, self.sites, self.alpha, key=key, smallest=self.smallest)
             case _:
-                from .readers.huggingface import partitioned
-
                 # shuffled: some partitioners cut a class into pieces as it comes, and sources come split by split
-                order = stream(*key, "order").permutation(len(labels))
+                order = random_state(*key, "order").permutation(len(labels))
                 shown = {name: column[order] for name, column in {**(columns or {}), "label": labels}.items()}
                 return [order[part] for part in partitioned(self.partitioner, self.options, shown)]
 
@@ -157,5 +147,5 @@ def _shuffled(labels: NDArray[Any], sites: int, key: Sequence[object]) -> Ints:
     """All indices sorted by class, shuffled within each."""
     if not 1 <= sites <= len(labels):
         raise InputError(f"1 to {len(labels)} sites were expected for {len(labels)} examples, {sites} came")
-    order = stream(*key, "order").permutation(len(labels))
+    order = random_state(*key, "order").permutation(len(labels))
     return order[np.argsort(labels[order], kind="stable")]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.rng import random_state
 from .examples import WHOLE, Pool, Texts
-from .partition import stream
 
 DROPPED = ""
 PUBLIC = "public"
@@ -34,7 +34,7 @@ def split(pool: Pool, shares: Mapping[str, float], seed: int) -> Texts:
         wanted = {each: share for each, share in shares.items() if each not in had}
         free = (had == WHOLE) | (had == "train")
         for value in np.unique(label).tolist():
-            _claim(unit[mine[free & (label == value)]].tolist(), role, wanted, stream("split", seed, site, value))
+            _claim(unit[mine[free & (label == value)]].tolist(), role, wanted, random_state("split", seed, site, value))
         now = np.array([role[each] for each in unit[mine].tolist()], dtype="<U10")
         carved = (had == "train") & np.isin(now, list(wanted))
         result[mine] = np.where((had == WHOLE) | carved | (now == had), now, DROPPED)

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..core.tensors import rows, sha256
 from ..fit import Training, fit
 from ..runs.folder import read_config, read_summary, write_model
@@ -13,6 +12,7 @@ from ..tasks import Classify
 from ..transports.client import Worker
 from ..utils.errors import InputError
 from ..utils.files import write_json, write_whole
+from ..utils.version import __version__
 from .site import SiteConfig
 
 

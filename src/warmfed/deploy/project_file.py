@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .. import __version__
 from ..utils.errors import InputError
 from ..utils.files import read_bytes, read_json
 from ..utils.settings import construct
+from ..utils.version import __version__
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class OnRay(Place):
         return HERE.prepare(config)
 
     def rounds(
-        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator, watcher: Watcher
+        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: Watcher
     ) -> abc.Generator[Round, None, None]:
         config = ready.config
         transport = Remote(self.post, tuple(sorted(ready.images.sites)), "", config.toml(), config.border)

@@ -102,7 +102,7 @@ class There(Place):
         self._rows.setdefault(site, {split: int(count) for split, count in card.rows.items()})
 
     def rounds(
-        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator, watcher: Watcher
+        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: Watcher
     ) -> abc.Generator[Round, None, None]:
         config = ready.config
         assert isinstance(ready.federation, Roster)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..config import Config, Data, Unseen, build, read_toml
 from ..core import Nothing, Reply
 from ..core.messages import Message, decode, encode, kind, tensors_of
@@ -45,6 +44,7 @@ from ..transports.protocol import (
 from ..utils.errors import InputError, printable, suggest
 from ..utils.files import PRIVATE, loads_toml, locked, make, read_lines, write_json, write_lines, write_whole
 from ..utils.settings import construct
+from ..utils.version import __version__
 from .policy import Policy, images_in
 
 

@@ -14,6 +14,7 @@ from ..core.tensors import Table, Tensors
 from ..utils.errors import InputError
 from ..utils.files import write_whole
 from . import lora as lora
+from .cost import micro_batch
 from .generator import LatentDiffusion
 from .lora_training import Adapting, learn
 from .pipeline import Parts
@@ -71,7 +72,7 @@ class Concepts:
 
     def adapt(self, ctx: Local) -> tuple[Tensors, dict[str, float]]:
         model = self._model(ctx.prompts, ctx.device)
-        task = Adapting(model, self.diffusion, self._parts(ctx.device))
+        task = Adapting(model, micro_batch(self.diffusion, len(ctx.prompts), ctx.device), self._parts(ctx.device))
         start = {"domain": torch.zeros_like(model.domain).cpu(), "concept": torch.zeros_like(model.concept).cpu()}
         found, info = learn(ctx, task, start)
         latent = self.noised(ctx.data["train"], ctx.device, child(ctx.rng))

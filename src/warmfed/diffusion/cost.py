@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..utils.errors import InputError
+from ..utils.memory import free
 from . import lora as lora
 from . import pipeline
-from .generator import LatentDiffusion
 from .known_pipelines import Outline, build, outline, side
 from .lora_training import Adapting
 from .pipeline_families import Condition, Family
+from .settings import GeneratorSettings
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Cost:
         )  # fmt: skip
 
 
+T = TypeVar("T", bound=GeneratorSettings)
 _EVERY = 20
 """Operations after which cycles of dead objects are looked for."""
 
@@ -212,7 +215,7 @@ class Plan:
     """Of one batch of latents."""
 
 
-def plan(generator: LatentDiffusion, classes: int) -> Plan:
+def plan(generator: GeneratorSettings, classes: int) -> Plan:
     """Count what a generator costs; touches no weights. Raises `InputError` where the base is not known."""
     parts = skeleton(generator.base, generator.dtype)
     generator = replace(generator, size=generator.size or side(generator.base))
@@ -265,6 +268,30 @@ def plan(generator: LatentDiffusion, classes: int) -> Plan:
         sampled,
         replace(decoded.times(generator.batch), peak=decoded.peak * many),
     )
+
+
+def micro_batch(settings: T, classes: int, device: str) -> T:
+    """Return the settings with `training.micro` such that a forward and backward pass fits into half of the free memory.
+
+    They are returned as they are if `lora.auto` is not set. Raises `InputError` if not even one image fits.
+    """
+    if not settings.lora.auto:
+        return settings
+    batch = settings.training.batch
+    one, two = (plan(replace(settings, training=replace(settings.training, batch=n, micro=0)), classes) for n in (1, 2))
+    passes = 2 if settings.lora.prior else 1
+    each = passes * (two.train.peak - one.train.peak)
+    fixed = one.train.peak - each / passes
+    room = int((free(device) / 2 - fixed) / each)
+    if room >= batch:
+        return replace(settings, training=replace(settings.training, micro=0))
+    if room < 1:
+        raise InputError(
+            f"one image of a batch needs {(fixed + each) / 1e6:.0f} MB, half of what is free is {free(device) / 2e6:.0f} MB; "
+            "set generator.lora.checkpointing, or free some memory"
+        )
+    in_equal_parts = -(-batch // -(-batch // room))
+    return replace(settings, training=replace(settings.training, micro=in_equal_parts))
 
 
 def _bytes(model: Any) -> int:

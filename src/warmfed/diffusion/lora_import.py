@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,9 +14,7 @@ from ..utils.errors import InputError
 from ..utils.files import loads_json, read_bytes, read_json
 from . import lora as lora
 from .pipeline import Parts
-
-if TYPE_CHECKING:
-    from .generator import LatentDiffusion
+from .settings import GeneratorSettings
 
 _PEFT = "base_model.model."
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -28,7 +26,7 @@ def digest(base: str, adapters: Mapping[str, str]) -> str:
     return hashlib.sha256(repr((base, found)).encode()).hexdigest()
 
 
-def imported(path: Path, like: Tensors, base: Parts, settings: "LatentDiffusion", site: str) -> dict[str, Tensor]:
+def imported(path: Path, like: Tensors, base: Parts, settings: GeneratorSettings, site: str) -> dict[str, Tensor]:
     """An adapter from a file, as it would have travelled had the site learned it here: `like`'s names and shapes.
 
     What it lacks changes nothing: a lower rank is filled with zeros, as are layers that it does not have; its alpha is

@@ -4,8 +4,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,64 +18,18 @@ from ..core.tensors import Table, Tensors, rows, select, sha256, to
 from ..core.training_snapshot import Snapshots
 from ..data.image_cache import Cache
 from ..fit import Stop, fit
-from ..utils.errors import InputError, one_of
-from ..utils.memory import free
+from ..utils.errors import InputError
 from . import pipeline
 from .losses import denoising_loss, drawn, flow_loss
 from .pipeline_families import Condition, chosen
 from .sampler import flows
-
-if TYPE_CHECKING:
-    from .generator import LatentDiffusion
-
-
-@dataclass(frozen=True)
-class Lora:
-    """How an adapter is made and learned, beyond rank, targets and training; see docs/lora.md for what each costs."""
-
-    alpha: float = 0.0
-    """What the layers add counts alpha/rank times; 0: once."""
-    rslora: bool = False
-    """Whether it counts alpha/√rank times instead (Kalajdzievski, 2023, arXiv:2312.03732)."""
-    dora: bool = False
-    """Whether each output has a learned magnitude beside A and B (DoRA)."""
-    tokens: bool = False
-    """Whether each class learns a word in the place of its prompt's last one (textual inversion), instead of `prompts`."""
-    prior: float = 0.0
-    """Weight of the loss on the base's own samples of the classes (Ruiz et al., CVPR 2023, arXiv:2208.12242); 0: none."""
-    prior_images: int = 20
-    """Such samples of each class."""
-    offset: float = 0.0
-    """Standard deviation of the noise that an image's channels share (offset noise); 0: none."""
-    flip: bool = False
-    """Whether each image has its mirror image beside it. Not for digits, letters, or sides of a body."""
-    checkpointing: bool = False
-    """Whether the denoiser computes its inner values anew instead of keeping them: much less memory, 1.4 × the time."""
-    auto: bool = False
-    """Whether `training.micro` is chosen so that a batch fits into half of the free memory. Last bits depend on it."""
-    patience: int = 0
-    """Epochs without a lower loss on the validation images after which learning ends; 0: all epochs."""
-    cache: str = "memory"
-    """Where the latents are: memory, or disk (under a digest of what they are made of, for the next run too)."""
-    snapshots: int = 100
-    """Steps after which unfinished training is kept on disk, for a process that is killed; 0: never."""
-
-    def __post_init__(self) -> None:
-        one_of(self, cache=("memory", "disk"))
-        if min(self.alpha, self.prior, self.offset, self.patience, self.snapshots) < 0 or self.prior_images < 1:
-            raise InputError(
-                "alpha, prior, offset, patience and snapshots must be at least 0, prior_images 1; check [generator.lora]"
-            )
-
-    def scale(self, rank: int) -> float:
-        """How often what the layers add counts."""
-        return (self.alpha or rank) / (math.sqrt(rank) if self.rslora else rank)
+from .settings import GeneratorSettings
 
 
 class Adapting:
     """The task of an adapter: the denoising loss under the class's prompt, `model.condition(labels)`."""
 
-    def __init__(self, model: nn.Module, settings: "LatentDiffusion", base: pipeline.Parts, prior: Table | None = None) -> None:
+    def __init__(self, model: nn.Module, settings: GeneratorSettings, base: pipeline.Parts, prior: Table | None = None) -> None:
         """Args:
         prior: latents of the base's own samples, {"latent": float [m, c, h, w], "label": int64 [m]}, and "told/…": what the
             base is told of each class.
@@ -149,8 +103,6 @@ def learn(ctx: Local, task: Adapting, start: Tensors) -> tuple[dict[str, Tensor]
     keep = None
     if ctx.unfinished is not None and lora.snapshots:
         keep = Snapshots(ctx.unfinished, lora.snapshots, repr((settings, ctx.prompts)))
-    if lora.auto:
-        training = replace(training, micro=fitting(settings, len(ctx.prompts), ctx.device))
     with _checkpointing(task.model, lora.checkpointing):
         found, info = fit(replace(ctx, task=task), start, training, data, draw=task.draw, stop=stop, snapshots=keep)
     return found, (info | {"micro": float(training.micro)} if lora.auto else info)
@@ -168,7 +120,7 @@ def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         model.denoiser.disable_gradient_checkpointing()
 
 
-def latents(ctx: Local, split: str, settings: "LatentDiffusion", base: pipeline.Parts) -> dict[str, Tensor]:
+def latents(ctx: Local, split: str, settings: GeneratorSettings, base: pipeline.Parts) -> dict[str, Tensor]:
     """The latents of images and of their copies, {"latent": float [n, views, c, h, w], "label"}: the encoder leaves the loop.
 
     Training images have shifted copies, and mirrored ones if so asked; validation images are as they are.
@@ -217,29 +169,9 @@ def _shifted(images: Tensor, rng: torch.Generator) -> Tensor:
     return torch.stack([image[:, y : y + height, x : x + width] for image, y, x in zip(padded, down, right, strict=True)])
 
 
-def prior(ctx: Local, settings: "LatentDiffusion", base: pipeline.Parts) -> dict[str, Tensor]:
-    """Latents that the base draws of the site's classes, as `Adapting` takes them; they take no number from `ctx.rng`."""
+def prior(ctx: Local, settings: GeneratorSettings, base: pipeline.Parts, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Return latents of the site's classes as `draw` makes them by the base alone; `ctx.rng` stays where it is."""
     label = ctx.data["train"]["label"].unique().repeat_interleave(settings.lora.prior_images)
-    latent = settings.drawn_latents(None, ctx.prompts, label, replace(ctx, rng=aside(ctx.rng, "prior")))
+    latent = draw(None, ctx.prompts, label, replace(ctx, rng=aside(ctx.rng, "prior")))
     told = {f"told/{name}": table.cpu() for name, table in base.embed(ctx.prompts).items()}
     return {"latent": latent.cpu(), "label": label, **told}
-
-
-def fitting(settings: "LatentDiffusion", classes: int, device: str) -> int:
-    """Rows of a forward and backward pass that fill half of the free memory; 0: the whole batch fits."""
-    from .cost import plan
-
-    batch = settings.training.batch
-    one, two = (plan(replace(settings, training=replace(settings.training, batch=n, micro=0)), classes) for n in (1, 2))
-    passes = 2 if settings.lora.prior else 1
-    each = passes * (two.train.peak - one.train.peak)
-    fixed = one.train.peak - each / passes
-    room = int((free(device) / 2 - fixed) / each)
-    if room >= batch:
-        return 0
-    if room < 1:
-        raise InputError(
-            f"one image of a batch needs {(fixed + each) / 1e6:.0f} MB, half of what is free is {free(device) / 2e6:.0f} MB; "
-            "set generator.lora.checkpointing, or free some memory"
-        )
-    return -(-batch // -(-batch // room))  # in parts of equal size

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..core import Central, Local, Metrics
 from ..core.tensors import Tensors, prefixed, sha256, under
-from ..fit import Training
 from ..utils.files import read_sealed, write_sealed
 
 Made = tuple[Tensors, Metrics]
@@ -53,18 +52,12 @@ class Once:
     """Adapts and samples as `generator` does, each thing `once`: settings, base, images or adapter, prompts, labels tell it."""
 
     generator: Any
-    """A `LatentDiffusion`, or what it becomes by `describing` or `conceiving`."""
+    """A `LatentDiffusion` or `Concepts`."""
     folder: Path
 
     def adapt(self, ctx: Local) -> Made:
         given = prefixed(ctx.data["train"], "train/") | prefixed(ctx.data.get("validation", {}), "validation/")
         return self._once("adapt", ctx, ctx.prompts, given, lambda: self.generator.adapt(ctx))
-
-    def describing(self, training: Training) -> "Once":
-        return Once(self.generator.describing(training), self.folder)
-
-    def conceiving(self, training: Training, signal: float, variation: float) -> "Once":
-        return Once(self.generator.conceiving(training, signal, variation), self.folder)
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
         self.generator.check(adapter, prompts, who, classes)

@@ -5,31 +5,26 @@ within one choice of features and one number of samples, which are told with the
 """
 
 import functools
-import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import models
 from ..core import Central, Round
 from ..core.rng import named
-from ..core.tensors import Table, Tensors, dealt, join, rows, spread
+from ..core.tensors import Table, Tensors, dealt, join, rows
 from ..data import Federation
-from ..data.readers.archives import DAMAGE, Archive
 from ..diffusion import pipeline
 from ..fit import Training, fit
+from ..metrics.images import copies, distances, diversity, nearest, neighbourhoods
 from ..tasks.classification import Classify
 from ..tasks.denoising import Denoise
 from ..utils.errors import InputError
-from ..utils.files import read_bytes
-
-Extractor = Callable[[Tensor], Tensor]
-"""uint8 images [n, 3, h, w] to features, float [n, width]."""
+from .features import Extractor, extractor
 
 
 @dataclass(frozen=True)
@@ -77,135 +72,6 @@ def check(settings: Measuring, base: str, federation: Federation, *, drawn: bool
         raise InputError(
             "a generator is measured against at least two training and two test images; set measuring.samples to 0"
         )
-
-
-def extractor(features: str, base: str, shape: tuple[int, int, int]) -> tuple[Extractor, str]:
-    """What looks at images, and its fingerprint; raises `InputError` where there is no such thing."""
-    path = pipeline.find(base) / "classifier.safetensors" if features == "public" else Path(features)
-    if path.is_dir():
-        return _hugging(path), f"{path.name}"
-    data = read_bytes(path, "the network whose features measure samples")
-    digest = hashlib.sha256(data).hexdigest()
-    if path.suffix == ".npz":
-        return _arrays(path), digest
-    task, model = Classify.of(path, shape, "the classifier whose features measure samples")
-    return lambda image: _batched(lambda part: task.features(model, {"image": part}), image), digest
-
-
-def _batched(look: Extractor, image: Tensor, batch: int = 256) -> Tensor:
-    with torch.inference_mode():
-        return torch.cat([look(part) for part in image.split(batch)]).clone()
-
-
-def _arrays(path: Path) -> Extractor:
-    """A network of `warmfed.models` that its weights' names tell, from .npz."""
-    try:
-        held = Archive(path)
-        weights = {name: torch.from_numpy(held[name]) for name in held.files}
-    except DAMAGE as error:
-        raise InputError(f"{path} is damaged or no .npz of arrays ({error}); restore it") from error
-    for eyes in models.EYES.values():
-        net = eyes()
-        if {key for key in net.state_dict() if not key.endswith("num_batches_tracked")} == weights.keys():
-            net.load_state_dict(weights, strict=False)
-            net.eval().requires_grad_(False)
-            return lambda image: _batched(net, image)
-    raise InputError(
-        f"{path} holds none of the networks {', '.join(models.EYES)}; its tensors are {', '.join(sorted(weights)[:4])}, …"
-    )
-
-
-def _hugging(folder: Path) -> Extractor:
-    from transformers import AutoImageProcessor, AutoModel
-
-    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        net = AutoModel.from_pretrained(folder, use_safetensors=True, **own).eval().requires_grad_(False)
-        look = AutoImageProcessor.from_pretrained(folder, **own)
-    except Exception as error:  # each model has its own; all mean that the folder is not what it should be
-        raise InputError(f"cannot load a vision model from {folder} ({str(error).splitlines()[0]}); save it again") from error
-
-    def features(part: Tensor) -> Tensor:
-        inputs = look(images=list(part), return_tensors="pt")
-        found = net(**inputs)
-        pooled = getattr(found, "pooler_output", None)
-        return pooled if pooled is not None else found.last_hidden_state.mean(1)
-
-    return lambda image: _batched(features, image, 64)
-
-
-class _Features(nn.Module):
-    """Features are computed once and given to torchmetrics as they are."""
-
-    num_features: int
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_features = width
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-def distances(real: Tensor, fake: Tensor) -> dict[str, float]:
-    """Fréchet (Heusel et al., NeurIPS 2017) and kernel distance (Bińkowski et al., ICLR 2018) of features [n, width].
-
-    Raises `InputError` where a side has but one image, which has no covariance.
-    """
-    if min(len(real), len(fake)) < 2:
-        raise InputError(f"distances need two images on each side, {len(real)} and {len(fake)} are there; give more images")
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    from torchmetrics.image.kid import poly_mmd
-
-    width, size = real.shape[1], min(len(real), len(fake))
-    eyes: Any = {"feature": _Features(width), "input_img_size": (width,)}
-    frechet: Any = FrechetInceptionDistance(**eyes).set_dtype(torch.float64)
-    frechet.update(real.double(), real=True)
-    frechet.update(fake.double(), real=False)
-    one, other = (spread({"features": table}, size)["features"].double() for table in (real, fake))
-    return {"fid": frechet.compute().item(), "kid": poly_mmd(one, other).item()}
-
-
-def neighbourhoods(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
-    """In percent: precision and recall (Kynkäänniemi et al., NeurIPS 2019), density and coverage (Naeem et al., ICML 2020)."""
-
-    def radius(points: Tensor) -> Tensor:
-        return torch.cdist(points, points).kthvalue(min(k + 1, len(points))).values
-
-    around_real, around_fake, apart = radius(real), radius(fake), torch.cdist(real, fake)
-    inside = apart <= around_real[:, None]
-    return {
-        "precision": 100 * inside.any(0).double().mean().item(),
-        "recall": 100 * (apart <= around_fake[None]).any(1).double().mean().item(),
-        "density": 100 * (inside.double().sum(0).mean() / k).item(),
-        "coverage": 100 * (apart.min(1).values <= around_real).double().mean().item(),
-    }
-
-
-def copies(train: Tensor, test: Tensor, fake: Tensor) -> dict[str, float]:
-    """Percent of samples nearer to a training image than 95 % of the test images are: about 5 where nothing is copied."""
-    nearest = torch.cdist(test, train).min(1).values.quantile(0.05)
-    return {"copies": 100 * (torch.cdist(fake, train).min(1).values < nearest).double().mean().item()}
-
-
-def diversity(real: Tensor, real_label: Tensor, fake: Tensor, fake_label: Tensor) -> float:
-    """How far samples of a class lie from each other, in percent of how far its real images do; a mean over the classes."""
-
-    def apart(features: Tensor) -> float:
-        return torch.pdist(features).mean().item()
-
-    found = []
-    for label in fake_label.unique():
-        one, other = fake[fake_label == label], real[real_label == label]
-        if min(len(one), len(other)) > 1 and apart(other):
-            found.append(apart(one) / apart(other))
-    return 100 * sum(found) / len(found) if found else float("nan")
-
-
-def nearest(train: Tensor, test: Tensor, fake: Tensor) -> float:
-    """Distance of the sample nearest to a training image, in percent of what test images have in the median; 0: a copy."""
-    usual = torch.cdist(test, train).min(1).values.median()
-    return 100 * (torch.cdist(fake, train).min() / usual).item()
 
 
 def adapter_scores(

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, report
+from .. import report
 from ..algorithms import ALGORITHMS, entry
 from ..config import Config, nested, read_toml, resolve
 from ..data import Federation
@@ -25,6 +25,7 @@ from ..runs.progress import Clock
 from ..transports.process_pool import Pool, death_told, tell
 from ..utils.errors import InputError, suggest
 from ..utils.files import PUBLIC, occupied, read_bytes, sweep, write_json, write_whole
+from ..utils.version import __version__
 from .aggregate import tabulate
 
 

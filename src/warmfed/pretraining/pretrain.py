@@ -22,24 +22,23 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from warmfed.core import Central
-from warmfed.core.rng import named, seeded
-from warmfed.core.tensors import Table, Tensors, only, under
-from warmfed.core.training_snapshot import Snapshots
-from warmfed.data.rendered_digits import SIDE
-from warmfed.diffusion.losses import denoising_loss
-from warmfed.diffusion.pipeline import Parts, pixels, save
-from warmfed.diffusion.pipeline_families import ids
-from warmfed.fit import Training, fit
-from warmfed.pretraining.captions import TOKENS, Captions, Pictures, digits, drawn, mirrored, tokenizer
-from warmfed.tasks import Classify
-from warmfed.utils.errors import InputError
-from warmfed.utils.files import loads_json, read_bytes, read_json, regular, write_whole
+from ..core import Central
+from ..core.rng import named, seeded
+from ..core.tensors import Table, Tensors, only, under
+from ..core.training_snapshot import Snapshots
+from ..data.rendered_digits import SIDE
+from ..diffusion.losses import denoising_loss
+from ..diffusion.networks import LATENT, text_to_image
+from ..diffusion.pipeline import Parts, pixels, save
+from ..diffusion.pipeline_families import ids
+from ..fit import Training, fit
+from ..tasks import Classify
+from ..utils.errors import InputError
+from ..utils.files import loads_json, read_bytes, read_json, regular, write_whole
+from .captions import Captions, Pictures, digits, drawn, mirrored, tokenizer
 
 Phase = tuple[Mapping[str, Tensor], Mapping[str, float]]
 """What a phase makes, and its figures for `pretraining.json`."""
-LATENT = 8
-"""Side of the latents, whatever that of the images."""
 
 
 @dataclass(frozen=True)
@@ -142,45 +141,15 @@ def silent(phase: str, step: int, steps: int) -> None:
 
 
 def build(settings: Pretraining, captions: Captions = ()) -> Parts:
-    """The parts of the pipeline with random weights (drawn from torch's global stream), whose words are the captions'.
+    """Return the parts of the pipeline with random weights (drawn from torch's global stream), whose words are the captions'.
 
     Without captions they are those of digits.
     """
-    from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    words, depth = tokenizer(captions or digits(settings.characters)), len(settings.widths)
-    levels = settings.levels + 1
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(settings.patch,) * levels, num_encoder_blocks=(0,) * levels,
-        latent_channels=settings.channels,
-        decoder_block_out_channels=(settings.decoder_width,) * levels, num_decoder_blocks=(3, 2, 1, 1, 1)[:levels],
+    return text_to_image(
+        tokenizer(captions or digits(settings.characters)),
+        side=settings.side, channels=settings.channels, decoder_width=settings.decoder_width, widths=settings.widths,
+        text_width=settings.text_width, text_layers=settings.text_layers,
     )  # fmt: skip
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words), hidden_size=settings.text_width, intermediate_size=4 * settings.text_width,
-            projection_dim=settings.text_width, num_hidden_layers=settings.text_layers, num_attention_heads=4,
-            max_position_embeddings=TOKENS, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
-    )  # fmt: skip
-    # Attention costs half of the speed at 8×8 and little at 4×4, where it is enough: the pooled prompt is added to the
-    # time embedding of all layers as well.
-    unet = UNet2DConditionModel(
-        sample_size=LATENT, in_channels=settings.channels, out_channels=settings.channels, layers_per_block=1,
-        block_out_channels=settings.widths, norm_num_groups=16, attention_head_dim=4,
-        down_block_types=("DownBlock2D",) * (depth - 1) + ("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
-        cross_attention_dim=settings.text_width, resnet_time_scale_shift="scale_shift",
-        addition_embed_type="text", addition_embed_type_num_heads=4,
-    )  # fmt: skip
-    scheduler = DPMSolverMultistepScheduler(
-        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
-        algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing", steps_offset=1,
-    )  # fmt: skip
-    for model in (vae, unet):
-        model.to(memory_format=torch.channels_last)
-    return Parts(words, text_encoder, unet, vae, scheduler)
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__, report
+from .. import report
+from ..utils.version import __version__
 from ..core.admission import STRICT, Border
 from ..config import Config
 from ..core import Algorithm, Central, Generator, Round, ServerState, Task, Transport, in_turn
@@ -147,7 +148,7 @@ class Place(ABC):
 
     @abstractmethod
     def rounds(
-        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator, watcher: Watcher
+        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: Watcher
     ) -> abc.Generator[Round, None, None]:
         """The run, round by round; see `simulate`."""
 
@@ -167,7 +168,7 @@ class Here(Place):
         return prepare(config)
 
     def rounds(
-        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator, watcher: Watcher
+        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: Watcher
     ) -> abc.Generator[Round, None, None]:
         config = ready.config
         return simulate(
@@ -317,7 +318,7 @@ def _go(
     watcher.plan(folder, config, tuple(federation.sites), tuple(records))
     if not records:
         _keep(ready, folder, records, None)
-    generator = Once(config.generator, shared) if shared else config.generator
+    generator = Once(ready.generator, shared) if shared and ready.generator else ready.generator
     if shared and isinstance(ready.task, Denoise):
         ready = replace(ready, task=replace(ready.task, shared=shared))
     rounds = place.rounds(ready, folder, (len(records), server) if records else None, generator, watcher)

@@ -11,17 +11,19 @@ import torch
 
 from ..algorithms import ALGORITHMS, entry
 from ..algorithms.shared.robust_aggregation import Robust
-from ..algorithms.shared.synthetic_data import WarmStarted
 from ..config import TASKS, Config, Data
-from ..core import Algorithm, Central, Generator, Task, prompts_of
+from ..core import Algorithm, Generator, Task, prompts_of
 from ..data import Federation, Roster, Site, load
 from ..diffusion import known_pipelines as outlines, pipeline
+from ..diffusion.concept_inversion import Concepts
+from ..diffusion.generator import LatentDiffusion
 from ..evaluation import generators as quality
 from ..tasks.denoising import Denoise
 from ..utils.errors import InputError, one_of, suggest
 from ..utils.files import read_bytes
 from ..tasks import Classify
 from ..transports.client import Worker
+from .generators import build_generator
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,15 @@ class Ready:
         assert isinstance(self.federation, Federation)
         return self.federation
 
+    @property
+    def generator(self) -> LatentDiffusion | Concepts | None:
+        """The generator in the form that the algorithm needs; None: it needs none."""
+        return build_generator(self.config.generator, self.config.algorithm.needs_generator)
+
     def workers(self) -> dict[str, Worker]:
         """A worker for each site whose images are here."""
         config = self.config
-        return workers_of(config.algorithm, self.images, self.task, config.seed, config.generator, config.device)
+        return workers_of(config.algorithm, self.images, self.task, config.seed, self.generator, config.device)
 
 
 def workers_of(
@@ -119,7 +126,8 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
         raise InputError(
             f"model {config.model.name!r} does not take images of {federation.shape} ({error}); choose another"
         ) from error
-    uses = any(stage.name == "warm" for stage in plan)
+    generator = build_generator(config.generator, config.algorithm.needs_generator)
+    uses = generator is not None
     if uses and federation.shape[0] != 3:
         raise InputError(f"{config.generator.base} draws colour images, those of {federation.name} are grey; set channels to 3")
     side = config.generator.size or outlines.side(config.generator.base) if uses else 0
@@ -131,9 +139,9 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
     rule = getattr(config.algorithm, "robust", None)
     if isinstance(rule, Robust):
         rule.enough(len(federation.rows))
-    if uses:
-        drawing(config).able()
-        _adapters(config, federation, weights)
+    if generator is not None:
+        generator.able()
+        _adapters(generator, config, federation, weights)
     drawn = config.task == "denoise"
     if isinstance(federation, Federation) and (uses or drawn):
         base = (config.denoising.latent or "digits") if drawn else config.generator.base
@@ -148,17 +156,11 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
     )
 
 
-def drawing(config: Config) -> Any:
-    """The configuration's generator as its algorithm uses it."""
-    ctx = Central(None, torch.Generator(), generator=config.generator)
-    return config.algorithm.generator(ctx) if isinstance(config.algorithm, WarmStarted) else config.generator
-
-
-def _adapters(config: Config, federation: Federation | Roster, weights: bool) -> None:
+def _adapters(generator: Any, config: Config, federation: Federation | Roster, weights: bool) -> None:
     """Raise `InputError` where an adapter from elsewhere is of no site, not there or, with `weights`, does not fit."""
     for site in config.generator.adapters:
         if site not in federation.rows:
             raise InputError(f"generator.adapters names the site {site!r}{suggest(site, list(federation.rows))}")
         read_bytes(Path(config.generator.adapters[site]), f"the adapter of site {site!r}")
         if weights:
-            drawing(config).imported(site, prompts_of(site, federation.prompts))
+            generator.imported(site, prompts_of(site, federation.prompts))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..data import Federation
 from ..tasks.denoising import Denoise
-from ..evaluation.generators import Measuring, adapter_scores, extractor
+from ..evaluation.features import extractor
+from ..evaluation.generators import Measuring, adapter_scores
 from ..utils.errors import InputError
 from ..utils.files import read_bytes, read_json, write_json, write_whole
 from ..core.rng import named

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from ..utils.version import __version__
 from ..config import Config
 from ..data import Federation, Roster
 

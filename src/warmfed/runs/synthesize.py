@@ -17,7 +17,7 @@ from ..utils.files import writable, write_whole
 from .report_images import grid
 from .predict import described, released
 from ..core.rng import named
-from .prepare import drawing
+from .generators import build_generator
 from .execute import read_config, read_summary
 
 Progress = Callable[[str, int, int], None]
@@ -102,7 +102,8 @@ def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor
         )
     if site and site not in sites:
         raise InputError(f"the run has no adapter of site {site!r}{suggest(site, sites)}")
-    generator = drawing(config)
+    generator = build_generator(config.generator, config.algorithm.needs_generator)
+    assert generator is not None
     if not prompts:
         raise InputError(f"{folder}/summary.json names no prompts: it is of an older version of warmfed; start the run anew")
     adapter = lora.read(folder / "adapters", site) if site else None

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from .. import __version__
+from ..utils.version import __version__
 from ..config import Config
 from ..utils.errors import InputError
 from ..utils.files import read_bytes, read_lines

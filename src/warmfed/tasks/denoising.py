@@ -1,13 +1,9 @@
-"""The task of learning to draw: a diffusion model of the sites' images, in pixels or in a frozen autoencoder's latents.
-
-It lies here and not under tasks/, because its networks and samplers are diffusers'.
-"""
+"""The task of learning to draw: a diffusion model of the sites' images, in pixels or in a frozen autoencoder's latents."""
 
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,136 +14,12 @@ from ..core.rng import child, named, seeded
 from ..core.tensors import Table, Tensors, dealt, prefixed, rows, select, to
 from ..diffusion import pipeline, pruning
 from ..diffusion.losses import denoising_loss
+from ..diffusion.networks import DENOISERS, DenoiserSettings, noise_scheduler
 from ..diffusion.result_cache import once
 from ..fit import Training, fit
-from ..utils.errors import InputError, one_of
+from ..metrics.images import copies, distances
+from ..utils.errors import InputError
 from .classification import load_model, pixels
-
-SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "exponential": ""}
-SAMPLERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
-PREDICTIONS = ("epsilon", "v_prediction")
-
-
-@dataclass(frozen=True)
-class Denoising:
-    """What a denoiser is, how it learns and how it draws."""
-
-    denoiser: str = "dit"
-    """unet (Ho et al., NeurIPS 2020) or dit (Peebles and Xie, ICCV 2023)."""
-    width: int = 128
-    """Channels of the widest level of the U-Net (its first has half of them), or width of the transformer."""
-    depth: int = 6
-    """Blocks of the transformer, or residual blocks of a level of the U-Net."""
-    patch: int = 2
-    """Side of the transformer's patches."""
-    latent: str = "digits"
-    """The base whose frozen autoencoder makes the latents; empty: pixels."""
-    conditional: bool = True
-    """Whether it is told the class of an image."""
-    dropout: float = 0.1
-    """Share of training images shown without their class, for guidance."""
-    prediction: str = "v_prediction"
-    """What it predicts: epsilon or v_prediction."""
-    schedule: str = "cosine"
-    """Noise over the times: linear (Ho et al.), cosine (Nichol and Dhariwal, ICML 2021), or exponential, with a log-SNR of
-    -log(expm1(1e-4 + 10·t²)) for t from 0 to 1 (Tun et al., 2023)."""
-    times: int = 1000
-    """T, the times of the forward process."""
-    gamma: float = 5.0
-    """Largest weight of a time (min-SNR-γ); 0: none."""
-    weighting: str = "min-snr"
-    """min-snr, or signal: a time weighs SNR/(SNR + 1), and `gamma` does not count (Tun et al.)."""
-    sampler: str = "dpm++"
-    """ddpm, ddim or dpm++."""
-    steps: int = 20
-    """Sampler steps."""
-    guidance: float = 1.0
-    """Scale of classifier-free guidance; 1: none."""
-    batch: int = 250
-    """Images of one sampler batch."""
-
-    def __post_init__(self) -> None:
-        one_of(self, denoiser=tuple(_NETWORKS), prediction=PREDICTIONS, schedule=tuple(SCHEDULES), sampler=tuple(SAMPLERS))
-        one_of(self, weighting=("min-snr", "signal"))
-        if min(self.width, self.depth, self.patch, self.times, self.steps, self.batch) < 1 or self.width % 32:
-            raise InputError("width must be a multiple of 32, and depth, patch, times, steps and batch at least 1")
-        if not self.conditional and self.guidance != 1:
-            raise InputError(f"guidance needs a conditional denoiser; got guidance {self.guidance} of an unconditional one")
-
-
-class Denoiser(nn.Module):
-    """A network of diffusers under one signature; class `classes` is "no class"."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, noisy: Tensor, time: Tensor, label: Tensor) -> Tensor:
-        """The prediction for float [n, c, h, w] at times int64 [n], given classes int64 [n]."""
-        return self.net(noisy, timestep=time, class_labels=label).sample
-
-
-def _unet(settings: Denoising, channels: int, side: int, classes: int) -> Denoiser:
-    from diffusers import UNet2DModel
-
-    widths = (settings.width // 2, settings.width) if side <= 8 else (settings.width // 2, settings.width, settings.width)
-    kinds = ("DownBlock2D", *("AttnDownBlock2D",) * (len(widths) - 1))
-    net = UNet2DModel(
-        sample_size=side,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=widths,
-        layers_per_block=settings.depth,
-        down_block_types=kinds,
-        up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(kinds)),
-        norm_num_groups=8,
-        attention_head_dim=32,
-        num_class_embeds=classes + 1,
-    )
-    return Denoiser(net)
-
-
-def _dit(settings: Denoising, channels: int, side: int, classes: int) -> Denoiser:
-    from diffusers import DiTTransformer2DModel
-    from diffusers.models.embeddings import LabelEmbedding
-
-    if side % settings.patch:
-        raise InputError(f"patches of {settings.patch} do not fit into {side}×{side}; choose a divisor")
-    net = DiTTransformer2DModel(
-        num_attention_heads=settings.width // 32,
-        attention_head_dim=32,
-        in_channels=channels,
-        num_layers=settings.depth,
-        sample_size=side,
-        patch_size=settings.patch,
-        num_embeds_ada_norm=classes + 1,
-        norm_num_groups=8,
-    )
-    for module in net.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0  # each block would forget the class by a coin of its own; the task does it for all
-    return Denoiser(net)
-
-
-_NETWORKS: Mapping[str, Callable[..., Denoiser]] = {"unet": _unet, "dit": _dit}
-
-
-@functools.cache
-def _scheduler(settings: Denoising) -> Any:
-    import diffusers
-
-    options: dict[str, Any] = {"num_train_timesteps": settings.times}
-    if settings.schedule == "exponential":
-        # ᾱ = SNR/(SNR + 1) = exp(-(1e-4 + 10·t²)), and 1 - β_t = ᾱ_t/ᾱ_{t-1}
-        times = torch.arange(settings.times + 1, dtype=torch.float64) / settings.times
-        options["trained_betas"] = (-torch.expm1(-(10 * times.square()).diff())).float().tolist()
-    else:
-        options["beta_schedule"] = SCHEDULES[settings.schedule]
-    if settings.sampler != "dpm++":
-        options["clip_sample"] = not settings.latent
-    else:
-        options["timestep_spacing"] = "linspace"
-    return getattr(diffusers, SAMPLERS[settings.sampler])(**options, prediction_type=settings.prediction)
 
 
 @functools.cache
@@ -164,7 +36,7 @@ class Denoise:
 
     shape: tuple[int, int, int]
     classes: int
-    settings: Denoising = Denoising()
+    settings: DenoiserSettings = DenoiserSettings()
     start: str = ""
     """A safetensors file that the denoiser starts from; empty: random weights."""
     widths: tuple[tuple[str, int], ...] = ()
@@ -212,7 +84,7 @@ class Denoise:
         channels, height, width = self.space
         if height != width:
             raise InputError(f"square images were expected, {self.shape[1:]} came; set data.options.image_size")
-        net = _NETWORKS[self.settings.denoiser](self.settings, channels, height, self.classes)
+        net = DENOISERS[self.settings.denoiser](self.settings, channels, height, self.classes)
         pruning.narrow(net, dict(self.widths))
         return net
 
@@ -254,7 +126,7 @@ class Denoise:
         return denoising_loss(
             lambda noisy, time: model(noisy, time, label),
             batch["latent"],
-            _scheduler(self.settings).alphas_cumprod,
+            noise_scheduler(self.settings).alphas_cumprod,
             self.settings.prediction,
             self.settings.gamma if self.settings.weighting == "min-snr" else None,
         )
@@ -316,10 +188,8 @@ class Denoise:
         """How like a site's own images a model draws, classes as frequent as there: by latents, since they need no network.
 
         Returns:
-            fid and kid of `count` samples against the training rows, and in percent copies: see `quality.copies`.
+            fid and kid of `count` samples against the training rows, and in percent copies: see `metrics.images.copies`.
         """
-        from ..evaluation.generators import copies, distances
-
         seen, unseen = (data[split]["latent"].flatten(1) for split in ("train", "validation"))
         label = dealt(data["train"]["label"].bincount(minlength=self.classes), count)
         drawn = self.sample(model, label, rng, device).flatten(1)
@@ -327,7 +197,7 @@ class Denoise:
 
     @torch.inference_mode()
     def _sample(self, net: nn.Module, latent: Tensor, label: Tensor) -> Tensor:
-        scheduler = type(_scheduler(self.settings)).from_config(_scheduler(self.settings).config)
+        scheduler = type(noise_scheduler(self.settings)).from_config(noise_scheduler(self.settings).config)
         scheduler.set_timesteps(self.settings.steps, device=latent.device)
         none = torch.full_like(label, self.classes)
         label = label if self.settings.conditional else none

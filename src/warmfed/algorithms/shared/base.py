@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State, Task
+from ...core import Central, GeneratorSpec, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State, Task
 from ...core.messages import Message, message
 from ...core.tensors import Tensors, mean, misfit, only, rows
 from ...fit import Training, fit
@@ -106,6 +106,10 @@ class Rounds(ABC):
 
     @abstractmethod
     def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]: ...
+
+    @property
+    def needs_generator(self) -> GeneratorSpec | None:
+        return None
 
     def init(self, ctx: Central) -> ServerState:
         return Model(ctx.task.init(ctx.rng))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
-from ...core import Algorithm, Central, Local, Metrics, Replies, ServerState, Stage, State
+from ...core import Algorithm, Central, GeneratorSpec, Local, Metrics, Replies, ServerState, Stage, State
 from ...core.messages import Message, message
 from ...core.tensors import Tensors, mix
 from ...utils.errors import InputError
@@ -32,6 +32,10 @@ class Smoothed:
     """Any that has a global model from the start."""
     decay: float
     """Of the average, from 0 to below 1; at first it is (1 + n)/(10 + n) at the most, so that the start does not linger."""
+
+    @property
+    def needs_generator(self) -> GeneratorSpec | None:
+        return self.algorithm.needs_generator
 
     def init(self, ctx: Central) -> ServerState:
         inner = self.algorithm.init(ctx)

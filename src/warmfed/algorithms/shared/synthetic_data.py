@@ -4,7 +4,6 @@ And the abstract family of methods that start from it: what a site sends for it 
 """
 
 import json
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from ...core import Central, Generator, Local, Metrics, Prompted, Replies, Reply, ServerState, Stage, State, prompts_of
+from ...core import Central, Generator, GeneratorSpec, Local, Metrics, Replies, Reply, ServerState, Stage, State, prompts_of
 from ...core.messages import Message, message
 from ...core.rng import child, named, number
 from ...core.tensors import Table, Tensors, dealt, join, rows, select, sha256
@@ -222,7 +221,7 @@ def keep_samples(ctx: Central, sites: tuple[str, ...], table: Table, settings: M
     write_json(ctx.folder / "synthetic" / "manifest.json", json.loads(json.dumps(manifest)))
 
 
-def generator_of(ctx: Local | Central) -> Prompted:
+def generator_of(ctx: Local | Central) -> Generator:
     """The run's generator; raises `InputError` where there is none."""
     if ctx.generator is None:
         raise InputError("this algorithm needs a generator; set generator.base to a base or a pipeline folder")
@@ -289,9 +288,9 @@ class WarmStarted(Averaging):
     offers: ClassVar[tuple[type, ...]] = (Offer,)
     """Kinds of message that a site may send before the warm start."""
 
-    @abstractmethod
-    def generator(self, ctx: Local | Central) -> Generator:
-        """The run's generator as this method uses it."""
+    @property
+    def needs_generator(self) -> GeneratorSpec | None:
+        return GeneratorSpec()
 
     def init(self, ctx: Central) -> ServerState:
         return Server(ctx.task.init(ctx.rng), {}, {}, {})
@@ -305,21 +304,21 @@ class WarmStarted(Averaging):
         return (adapt, Stage("warm", self.start)) + (train,) * self.rounds
 
     def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
-        tensors, metrics = self.generator(ctx).adapt(ctx)
+        tensors, metrics = generator_of(ctx).adapt(ctx)
         return Reply(Offer(tensors, held(ctx)), None, float(rows(ctx.data["train"])), metrics)
 
     def check(self, reply: Reply, site: str, ctx: Central) -> None:
         """Raise `InputError` where what a site offers cannot be sampled from."""
-        fits(self.generator(ctx), reply, site, ctx)
+        fits(generator_of(ctx), reply, site, ctx)
 
     def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
-        adapters, classes = gather(ctx, self.generator(ctx), replies)
+        adapters, classes = gather(ctx, generator_of(ctx), replies)
         return replace(server, adapters=adapters, classes=classes), {}
 
     def start(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
         classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
         adapters = {site: server.adapters.get(site) for site in classes}
-        model, subset, metrics = warm_start(replace(ctx, generator=self.generator(ctx)), adapters, classes, self.synthesis)
+        model, subset, metrics = warm_start(ctx, adapters, classes, self.synthesis)
         return replace(server, model=model, subset=subset, adapters={}), metrics
 
     def train(self, down: Message, state: State, ctx: Local) -> Reply:

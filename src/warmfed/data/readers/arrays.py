@@ -18,12 +18,11 @@ from ...utils.errors import InputError, suggest
 from ...utils.files import fits, regular
 from ..build import assemble
 from ..examples import WHOLE, Common, Pool, Texts, common, digests, refuse, texts
-from ..federation import SPLITS, Federation
+from ..federation import SPLIT_NAMES, SPLITS, Federation
 from ..image_cache import Bytes
 from ..image_io import UnreadableError, from_array
 from ..partition import Deal
 from .archives import DAMAGE, Archive, plausible
-from .image_folder import SPLIT_NAMES
 
 _ROWS = 1024
 _VERSION = 1

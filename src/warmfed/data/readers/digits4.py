@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from ...core.rng import random_state
 from ..federation import Federation, Site
-from ..partition import dirichlet, iid, stream
+from ..partition import dirichlet, iid
 
 Ints = NDArray[np.int64]
 Random = np.random.RandomState
@@ -38,7 +39,7 @@ def digits4(seed: int = 0, alpha: float | None = None) -> Federation:
     parts = iid(labels, len(looks), key=key) if alpha is None else dirichlet(labels, len(looks), alpha, key=key)
     sites = {}
     for (name, look), part in zip(looks.items(), parts, strict=True):
-        images = look(strokes[part], stream(*key, name))
+        images = look(strokes[part], random_state(*key, name))
         turn = np.arange(len(part)) % 10
         rows = {"train": turn % 2 == 0, "validation": turn == 5, "test": (turn % 2 == 1) & (turn != 5)}
         sites[name] = Site(**{split: _table(images[mask], labels[part[mask]]) for split, mask in rows.items()})

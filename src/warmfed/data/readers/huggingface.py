@@ -1,34 +1,19 @@
 """What the libraries of others read and deal: Hugging Face `datasets`, and flwr-datasets' partitioners (extra "data")."""
 
 import glob
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...utils.errors import InputError, suggest
 from ...utils.files import content, make, regular
+from ..build import finished
 from ..decode import Entry
 from ..examples import WHOLE, Common, common
-from ..federation import Federation
+from ..extras import hf_datasets
+from ..federation import SPLIT_NAMES, Federation
 from ..image_io import MOST
 from .archives import plausible
-from .image_folder import SPLIT_NAMES, finished
-
-Ints = NDArray[np.int64]
-_EXTRA = "install it by pip install 'warmfed[data]'"
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(f"Parquet files and hub data are read by the package datasets; {_EXTRA}") from error
-    datasets.disable_progress_bars()
-    return datasets
 
 
 def parquet(path: str | Path, **options: Any) -> Federation:
@@ -36,7 +21,7 @@ def parquet(path: str | Path, **options: Any) -> Federation:
 
     Files named train-*, validation-* or test-* are these splits. Options as in `hub`.
     """
-    datasets, where = _datasets(), Path(path).expanduser()
+    datasets, where = hf_datasets(), Path(path).expanduser()
     if (where / "dataset_info.json").is_file() or (where / "dataset_dict.json").is_file():
         try:
             for file in where.rglob("*"):
@@ -98,7 +83,7 @@ def hub(path: str, *, config: str = "", revision: str = "", **options: Any) -> F
         revision: commit, branch or tag; a commit pins the bytes.
         options: those of `parquet` (image, label, site, group) and the fields of `pool.Common`.
     """
-    datasets = _datasets()
+    datasets = hf_datasets()
     try:
         found = datasets.load_dataset(path, config or None, revision=revision or None)
     except (OSError, ValueError, RuntimeError) as error:
@@ -115,7 +100,7 @@ def _federation(name: str, tables: Mapping[str, Any], options: Mapping[str, Any]
     options = dict(options)
     asked_for = {key: str(options.pop(key, "")) for key in ("image", "label", "site", "group")}
     asked = common(options)
-    datasets = _datasets()
+    datasets = hf_datasets()
     entries: list[Entry] = []
     faults: list[str] = []
     order: tuple[str, ...] = ()
@@ -174,33 +159,3 @@ class _Row:
         if cell["bytes"] is not None:
             return bytes(cell["bytes"])
         return content(Path(cell["path"]), MOST)
-
-
-def partitioned(name: str, options: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> list[Ints]:
-    """Row numbers of each site, dealt by a partitioner of flwr-datasets, such as "PathologicalPartitioner".
-
-    Args:
-        options: its arguments; `partition_by` is "label" where it takes one and none is given.
-        columns: what it may go by.
-    """
-    try:
-        from flwr_datasets import partitioner as partitioners
-    except ImportError as error:
-        raise InputError(f"the partitioner {name!r} is in the package flwr-datasets; {_EXTRA}") from error
-    known = [each for each in partitioners.__all__ if each.endswith("Partitioner") and each != "Partitioner"]
-    if name not in known:
-        raise InputError(f"flwr-datasets has no {name!r}{suggest(name, known)}")
-    cls: Any = getattr(partitioners, name)
-    if "partition_by" in inspect.signature(cls).parameters:
-        options = {"partition_by": "label", **options}
-    count = len(columns["label"])
-    table = _datasets().Dataset.from_dict(
-        {**{key: value.tolist() for key, value in columns.items()}, "row": list(range(count))}
-    )
-    try:
-        dealer = cls(**options)
-        dealer.dataset = table
-        parts = [np.array(dealer.load_partition(i)["row"], np.int64) for i in range(dealer.num_partitions)]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name} does not take {dict(options)} here: {' '.join(str(error).split())}") from error
-    return parts

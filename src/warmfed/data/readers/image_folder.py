@@ -10,18 +10,12 @@ from typing import Any
 
 from ...utils.errors import InputError, suggest
 from ...utils.files import read_bytes, regular
-from ..build import assemble
-from ..decode import Entry, pictures
-from ..examples import WHOLE, Common, common, names_in_order
-from ..federation import Federation
+from ..build import finished
+from ..decode import Entry
+from ..examples import WHOLE, common
+from ..federation import SPLIT_NAMES, Federation
 from ..image_io import SUFFIXES
-from ..partition import Deal
 
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "validation": "validation", "val": "validation", "valid": "validation", "crossval": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 _LAYOUT = "folders site/class/image, site/{train,validation,test}/class/image or class/image were expected"
 _LIST = re.compile(r"(?P<site>.+)_(?P<split>train|val|validation|crossval|test)(?P<kfold>_kfold)?\.txt")
 
@@ -64,32 +58,6 @@ def _root(path: str | Path) -> Path:
         what = "is not a folder" if root.exists() else "does not exist"
         raise InputError(f"data folder {root} {what}; {_LAYOUT}")
     return root
-
-
-def finished(
-    name: str, entries: list[Entry], asked: Common, faults: list[str], notes: list[str], order: tuple[str, ...] = ()
-) -> Federation:
-    """The federation of these pictures, of the sites and classes that are asked for."""
-    if asked.sites is not None:
-        here = sorted({entry.site for entry in entries})
-        faults += [f"there is no site {site!r}{suggest(site, here)}" for site in asked.sites if site not in here]
-        entries = [entry for entry in entries if entry.site in asked.sites]
-    found = {entry.label for entry in entries}
-    classes = order if order and set(order) == found else names_in_order(found)
-    if asked.classes is not None:
-        faults += [f"there is no class {each!r}{suggest(each, sorted(found))}" for each in asked.classes if each not in found]
-        left = found - set(asked.classes)
-        if left:
-            notes.append(f"the classes {', '.join(names_in_order(left))} were left out")
-        classes, entries = tuple(asked.classes), [entry for entry in entries if entry.label in asked.classes]
-    deal = None if asked.deal is None else Deal(**asked.deal)
-    pool = pictures(entries, classes, asked, faults)
-    return assemble(asked.name or name, pool, classes, _chosen(asked), deal, faults=faults, notes=notes)
-
-
-def _chosen(asked: Common) -> Common:
-    """What is asked for, without the choice of sites, which has been made."""
-    return replace(asked, sites=None)
 
 
 def _inside(path: Path, *, folders: bool) -> list[Path]:

@@ -1,0 +1,77 @@
+"""Feature extractors for scores of images, by what the setting `features` names.
+
+Inception's weights are a download, so the features are the user's choice, and a score is given with their fingerprint.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import models
+from ..data.readers.archives import DAMAGE, Archive
+from ..diffusion import pipeline
+from ..tasks.classification import Classify
+from ..utils.errors import InputError
+from ..utils.files import read_bytes
+
+Extractor = Callable[[Tensor], Tensor]
+"""uint8 images [n, 3, h, w] to features, float [n, width]."""
+
+
+def extractor(features: str, base: str, shape: tuple[int, int, int]) -> tuple[Extractor, str]:
+    """What looks at images, and its fingerprint; raises `InputError` where there is no such thing."""
+    path = pipeline.find(base) / "classifier.safetensors" if features == "public" else Path(features)
+    if path.is_dir():
+        return _hugging(path), f"{path.name}"
+    data = read_bytes(path, "the network whose features measure samples")
+    digest = hashlib.sha256(data).hexdigest()
+    if path.suffix == ".npz":
+        return _arrays(path), digest
+    task, model = Classify.of(path, shape, "the classifier whose features measure samples")
+    return lambda image: _batched(lambda part: task.features(model, {"image": part}), image), digest
+
+
+def _batched(look: Extractor, image: Tensor, batch: int = 256) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([look(part) for part in image.split(batch)]).clone()
+
+
+def _arrays(path: Path) -> Extractor:
+    """A network of `warmfed.models` that its weights' names tell, from .npz."""
+    try:
+        held = Archive(path)
+        weights = {name: torch.from_numpy(held[name]) for name in held.files}
+    except DAMAGE as error:
+        raise InputError(f"{path} is damaged or no .npz of arrays ({error}); restore it") from error
+    for eyes in models.EYES.values():
+        net = eyes()
+        if {key for key in net.state_dict() if not key.endswith("num_batches_tracked")} == weights.keys():
+            net.load_state_dict(weights, strict=False)
+            net.eval().requires_grad_(False)
+            return lambda image: _batched(net, image)
+    raise InputError(
+        f"{path} holds none of the networks {', '.join(models.EYES)}; its tensors are {', '.join(sorted(weights)[:4])}, …"
+    )
+
+
+def _hugging(folder: Path) -> Extractor:
+    from transformers import AutoImageProcessor, AutoModel
+
+    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        net = AutoModel.from_pretrained(folder, use_safetensors=True, **own).eval().requires_grad_(False)
+        look = AutoImageProcessor.from_pretrained(folder, **own)
+    except Exception as error:  # each model has its own; all mean that the folder is not what it should be
+        raise InputError(f"cannot load a vision model from {folder} ({str(error).splitlines()[0]}); save it again") from error
+
+    def features(part: Tensor) -> Tensor:
+        inputs = look(images=list(part), return_tensors="pt")
+        found = net(**inputs)
+        pooled = getattr(found, "pooler_output", None)
+        return pooled if pooled is not None else found.last_hidden_state.mean(1)
+
+    return lambda image: _batched(features, image, 64)
