@@ -23,28 +23,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from warmfed.core import Central
-from warmfed.core.rng import named
+from warmfed.core import ServerContext
+from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, Tensors
 from warmfed.data.readers.digits4 import CLASSES, TEMPLATE
 from warmfed.data.rendered_digits import rendered
 from warmfed.diffusion import pipeline
 from warmfed.fit import Training, fit
 from warmfed.tasks import Classify
-from warmfed.utils.files import write_json, write_whole
+from warmfed.utils.files import atomic_write, write_json
 
 GUIDANCES = (1.0, 2.0, 4.0)
 STEPS = (8, 12, 25)
 SHOWN = (2.0, 12)
 """Guidance and steps of the samples in the picture."""
-JUDGE = Training(optimizer="adamw", lr=2e-3, epochs=6, batch=64, schedule="cosine", warmup=100, weight_decay=0.01, clip=1.0)
+JUDGE = Training(
+    optimizer="adamw", lr=2e-3, epochs=6, batch_size=64, schedule="cosine", warmup=100, weight_decay=0.01, max_grad_norm=1.0
+)
 
 
 def judge(task: Classify, images: int) -> Tensors:
     """A classifier of rendered characters."""
-    rng = named("base_quality", "judge")
-    data = rendered(images, named("base_quality", "judge's images"))
-    return fit(Central(task, rng), task.init(rng), JUDGE, data)[0]
+    rng = stream("base_quality", "judge")
+    data = rendered(images, stream("base_quality", "judge's images"))
+    return fit(ServerContext(task, rng), task.init(rng), JUDGE, data)[0]
 
 
 def frechet(one: Tensor, other: Tensor) -> float:
@@ -57,7 +59,7 @@ def frechet(one: Tensor, other: Tensor) -> float:
 
 def sample(pipe: Any, label: Tensor, guidance: float, steps: int, batch: int = 100) -> Tensor:
     """One image for each label, uint8 [n, 3, h, w]."""
-    rng, drawn = named("base_quality", "samples"), []
+    rng, drawn = stream("base_quality", "samples"), []
     for part in label.split(batch):
         prompts = [TEMPLATE.format(CLASSES[digit]) for digit in part.tolist()]
         images = pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=rng, output_type="np").images
@@ -121,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     task = Classify((3, 32, 32), 10)
     model = judge(task, options.judge_images)
-    real, other = (rendered(options.samples, named("base_quality", "held out", part)) for part in (0, 1))
+    real, other = (rendered(options.samples, stream("base_quality", "held out", part)) for part in (0, 1))
     features = task.features(model, real)
 
     def recognised(table: Table) -> Tensor:
@@ -167,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, result)
-    write_whole(options.out.with_suffix(".md"), markdown(result))
+    atomic_write(options.out.with_suffix(".md"), markdown(result))
 
 
 if __name__ == "__main__":

@@ -15,24 +15,24 @@ import torch
 from safetensors.torch import load_file
 
 from warmfed.algorithms.shared.synthetic_data import Synthesis
-from warmfed.core import Central
-from warmfed.core.rng import named
+from warmfed.core import ServerContext
+from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, join, select
 from warmfed.data.readers.digits4 import digits4
 from warmfed.fit import Training, fit
 from warmfed.tasks import Classify
 from warmfed.utils.files import write_json
 
-BUDGET = Training(lr=0.02, epochs=25, clip=1.0)
-COSINE = Training(lr=0.02, epochs=25, clip=1.0, schedule="cosine")
-LONG = Training(lr=0.02, epochs=60, clip=1.0, schedule="cosine")
-MIXED = Training(lr=0.02, epochs=15, clip=1.0, schedule="cosine")
+BUDGET = Training(lr=0.02, epochs=25, max_grad_norm=1.0)
+COSINE = Training(lr=0.02, epochs=25, max_grad_norm=1.0, schedule="cosine")
+LONG = Training(lr=0.02, epochs=60, max_grad_norm=1.0, schedule="cosine")
+MIXED = Training(lr=0.02, epochs=15, max_grad_norm=1.0, schedule="cosine")
 
 
 def rows(task: Classify, real: Table, synthetic: Table, test: Table, seed: int) -> dict[str, float]:
     """Accuracy in percent on the union of the test sets, by what was trained on what."""
-    ctx = Central(task, named("ceiling", seed))
-    start = task.init(named("ceiling", seed, "init"))
+    ctx = ServerContext(task, stream("ceiling", seed))
+    start = task.init(stream("ceiling", seed, "init"))
     warm = fit(ctx, start, Synthesis().training, synthetic)[0]
     models = {
         "S": warm,

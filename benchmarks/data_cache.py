@@ -96,7 +96,7 @@ def train(federation: Federation) -> float:
     from warmfed.runs.execute import simulate
     from warmfed.tasks import Classify
 
-    algorithm = FedAvg(rounds=1, local=Training(lr=0.02, steps=20, batch=32))
+    algorithm = FedAvg(rounds=1, local=Training(lr=0.02, steps=20, batch_size=32))
     task = Classify(federation.shape, len(federation.classes))
     done = list(simulate(algorithm, federation, task, workers=2, evaluate="never"))
     return done[-1].seconds

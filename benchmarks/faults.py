@@ -30,18 +30,18 @@ import tomli_w
 from deployment import Deployment, arrays, end, free_port
 
 from warmfed.config import parse
-from warmfed.core import Absent, Round
+from warmfed.core import Failure, Round
 from warmfed.run import run
-from warmfed.runs.execute import HERE, Place, execute, memories_folder, server_side
-from warmfed.runs.prepare import Ready
+from warmfed.runs.execute import LOCAL, Backend, client_states_folder, execute, server_side
+from warmfed.runs.prepare import PreparedRun
 from warmfed.transports.flower_project import write_project
 from warmfed.transports.in_process import InProcess
-from warmfed.utils.files import read_json, read_lines, write_json, write_whole
+from warmfed.utils.files import atomic_write, read_json, read_lines, write_json
 
 SITES = ("a", "b", "c", "d")
 SITE = "a"
 """Who has the fault."""
-COMMON = {"evaluate": "last", "workers": 1, "border": {"sites": list(SITES), "deadline": 300.0}}
+COMMON = {"evaluate": "last", "workers": 1, "server": {"sites": list(SITES), "stage_timeout": 300.0}}
 WARMFED = {
     **COMMON,
     "algorithm": {
@@ -56,7 +56,7 @@ WARMFED = {
 TUNED = {
     **COMMON,
     "algorithm": {"name": "fedavg-finetune", "rounds": 2, "local": {"epochs": 1}, "personal": {"epochs": 1}},
-    "border": {**COMMON["border"], "least": 3, "bytes": 5_000_000},
+    "server": {**COMMON["server"], "min_sites": 3, "max_reply_bytes": 5_000_000},
 }
 SPOILT = 1
 """The step whose reply is spoilt: the second round of training."""
@@ -105,32 +105,34 @@ app = flower.client_app(
 """The client app of sites one of which is not honest: it is what a consortium cannot rule out."""
 
 
-class Without(Place):
+class Without(Backend):
     """All sites in process, one of which gives no usable reply in one step."""
 
     def __init__(self, step: int, reason: str) -> None:
         self.step, self.reason = step, reason
 
-    def prepare(self, config: Any) -> Ready:
-        return HERE.prepare(config)
+    def prepare(self, config: Any) -> PreparedRun:
+        return LOCAL.prepare(config)
 
-    def finish(self, ready: Ready, folder: Path, server: Any) -> Any:
-        return HERE.finish(ready, folder, server)
+    def finish(self, ready: PreparedRun, folder: Path, server: Any) -> Any:
+        return LOCAL.finish(ready, folder, server)
 
-    def rounds(self, ready: Ready, folder: Path, start: Any, generator: Any, watcher: Any) -> Generator[Round, None, None]:
+    def rounds(
+        self, ready: PreparedRun, folder: Path, start: Any, generator: Any, watcher: Any
+    ) -> Generator[Round, None, None]:
         config = ready.config
-        with InProcess(ready.workers(), folder=memories_folder(folder)) as transport:
+        with InProcess(ready.workers(), folder=client_states_folder(folder)) as transport:
             send = transport.send
 
             def sent(step: int, *rest: Any) -> Iterator[Any]:
                 for site, answer, crossed in send(step, *rest):
-                    yield (site, Absent(self.reason), ()) if (site, step) == (SITE, self.step) else (site, answer, crossed)
+                    yield (site, Failure(self.reason), ()) if (site, step) == (SITE, self.step) else (site, answer, crossed)
 
             transport.send = sent  # type: ignore[method-assign]
             central = server_side(
                 ready.task, transport, ready.images.prompts, generator, "cpu", folder, watcher, ready.images.rows
             )
-            yield from run(config.algorithm, central, transport, config.seed, evaluate=config.evaluate, border=config.border)
+            yield from run(config.algorithm, central, transport, config.seed, evaluate=config.evaluate, admission=config.server)
 
 
 @dataclass
@@ -221,7 +223,7 @@ class Trial:
         return self.deployment.server / "runs" / self.name
 
     def start(self) -> None:
-        write_whole(self.deployment.server / f"{self.name}.toml", tomli_w.dumps(self.config))
+        atomic_write(self.deployment.server / f"{self.name}.toml", tomli_w.dumps(self.config))
         self.number = self.deployment.start(f"{self.name}.toml", f"runs/{self.name}", self.app)
 
     def records(self) -> list[dict[str, Any]]:
@@ -365,17 +367,17 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Trial], str]]] = {
 }
 
 
-def reference(config: dict[str, Any], folder: Path, place: Place = HERE) -> dict[str, Any]:
+def reference(config: dict[str, Any], folder: Path, place: Backend = LOCAL) -> dict[str, Any]:
     """The summary of the run in process."""
     path = folder.with_suffix(".toml")
-    write_whole(path, tomli_w.dumps(config))
+    atomic_write(path, tomli_w.dumps(config))
     return execute(parse(path), folder, place=place)
 
 
 @contextmanager
 def running(folder: Path) -> Iterator[tuple[Deployment, Proxy, Path]]:
     """A deployment with all its SuperNodes, one of which goes through a proxy, and the app of the sites that are not honest."""
-    write_whole(folder / "run.toml", tomli_w.dumps(WARMFED))
+    atomic_write(folder / "run.toml", tomli_w.dumps(WARMFED))
     with (
         Deployment(folder / "all", folder / "run.toml", SITES, {"data": WARMFED["data"]}) as deployment,
         Proxy(deployment.port) as proxy,
@@ -467,7 +469,7 @@ def main() -> None:
                 if args.out:
                     ordered = [rows[name] for name in FAULTS if name in rows]
                     write_json(args.out.with_suffix(".json"), {**about, "rows": ordered})
-                    write_whole(args.out.with_suffix(".md"), table(ordered, about))
+                    atomic_write(args.out.with_suffix(".md"), table(ordered, about))
     sys.exit(any("DIFFERS" in row["lost"] for row in rows.values()))
 
 

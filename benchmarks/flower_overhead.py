@@ -23,7 +23,7 @@ import tomli_w
 from deployment import Deployment, arrays
 
 from warmfed.transports.flower_project import write_project
-from warmfed.utils.files import read_lines, write_json, write_whole
+from warmfed.utils.files import atomic_write, read_lines, write_json
 
 SITES = ("a", "b", "c", "d")
 _CLIENT = """\
@@ -76,7 +76,7 @@ def main(grid, context):
 
 def ours(deployment: Deployment, config: dict[str, Any]) -> tuple[list[float], dict[str, tuple[int, int]]]:
     """Seconds of each round beyond the longest training in it, and the bytes down and up of its exchanges."""
-    write_whole(deployment.server / "run.toml", tomli_w.dumps(config))
+    atomic_write(deployment.server / "run.toml", tomli_w.dumps(config))
     deployment.start("run.toml", "runs/ours")
     deployment.finished("runs/ours", 900)
     lines = read_lines(deployment.server / "runs" / "ours" / "ledger.jsonl", "the ledger")
@@ -113,7 +113,7 @@ def main() -> None:
         folder = Path(temporary)
         config = {
             "algorithm": {"name": "fedavg", "rounds": args.rounds, "local": {"steps": 1}},
-            "border": {"sites": list(SITES), "deadline": 300.0},
+            "server": {"sites": list(SITES), "stage_timeout": 300.0},
             "data": {"source": str(arrays(folder / "data.npz", SITES))},
         }
         (folder / "run.toml").write_text(tomli_w.dumps(config))

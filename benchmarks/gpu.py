@@ -79,7 +79,7 @@ def chip(device: str) -> dict[str, Any]:
 
 def counted(base: str, side: int) -> dict[str, float]:
     """TFLOP for one image: a step of training, a step of the sampler with guidance, and the decoder."""
-    found = plan(replace(lora_speed.generator(base, side, 1, 1, "bf16"), batch=1), len(lora_speed.PROMPTS))
+    found = plan(replace(lora_speed.generator(base, side, 1, 1, "bf16"), batch_size=1), len(lora_speed.PROMPTS))
     return {
         "train": found.train.flops / 1e12, "sample": found.sample.flops / 1e12,
         "decode": found.decode.flops / 1e12, "encode": found.encode.flops / 1e12,
@@ -221,7 +221,7 @@ def main() -> None:
         told(f"train, ours, checkpoints, batch {last}", trained, "ours", base, last, asked, True, tflop=needs("train"))
         told(f"train, ours alone, batch {asked.alone}", trained, "ours", base, asked.alone, asked, tflop=needs("train"))
         for name, (steps, guidance) in SETTINGS.items():
-            learner = LatentDiffusion(base, "bf16", side, batch=asked.draw, steps=steps, guidance=guidance)
+            learner = LatentDiffusion(base, "bf16", side, batch_size=asked.draw, steps=steps, guidance=guidance)
             tflop = steps * needs("sample") + needs("decode")
             told(f"sample, bare, {name}", sampled, sampling_speed.bare, learner, **count, tflop=tflop)
             told(f"sample, ours, {name}", sampled, sampling_speed.ours, learner, None, **count, tflop=tflop)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from warmfed.core.tensors import join, spread
+from warmfed.core.tensors import evenly_spaced, join
 from warmfed.evaluation.features import extractor
 from warmfed.metrics.images import distances
 from warmfed.runs.folder import read_config
@@ -30,15 +30,15 @@ def main(folder: Path) -> dict[str, float]:
     task, sites = ready.task, ready.images.sites.values()
     if not isinstance(task, Denoise):
         sys.exit(f"{folder} did not learn a diffusion model; give a run with task = denoise")
-    look, _ = extractor(config.measuring.features, config.denoising.latent or "digits", task.shape)
+    look, _ = extractor(config.evaluation.features, config.denoising.latent or "digits", task.shape)
     train, test = join(site.train for site in sites), join(site.test for site in sites)
     seen = look(train["image"])
     shown = {
         "test images": test["image"],
-        "through the autoencoder": task.decoded(task.encoded(spread(train, config.measuring.samples))["latent"]),
+        "through the autoencoder": task.decoded(task.encoded(evenly_spaced(train, config.evaluation.samples))["latent"]),
     }
     if auxiliary := read_synthetic(folder):
-        shown["auxiliary set"] = spread(join(auxiliary.values()), config.measuring.samples)["image"]
+        shown["auxiliary set"] = evenly_spaced(join(auxiliary.values()), config.evaluation.samples)["image"]
     found = {name: distances(seen, look(image))["fid"] for name, image in shown.items()}
     with torch.device("meta"):
         network = task.build().state_dict()

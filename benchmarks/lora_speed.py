@@ -11,7 +11,7 @@ outside, ten times a second: peaks are short.
 
 `--large`: sides in pixels for a U-Net of Stable Diffusion 1.5's size with random weights, its text encoder and autoencoder.
 bf16 is the script's `--mixed_precision bf16` (frozen weights in 16 bits, layers in 32, the U-Net under autocast), and our
-`dtype` and `training.precision`.
+`dtype` and `training.mixed_precision`.
 """
 
 import argparse
@@ -35,8 +35,8 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig
 
-from warmfed.core import Local
-from warmfed.core.rng import named, seeded
+from warmfed.core import ClientContext
+from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import rows
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.cost import plan
@@ -44,7 +44,7 @@ from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.lora_training import latents
 from warmfed.fit import Training
 from warmfed.utils.files import read_json, write_json
-from warmfed.utils.memory import Meter, now
+from warmfed.utils.memory import MemoryMonitor, now
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PROMPTS = tuple(f"a photo of the digit {word}" for word in ("zero", "one", "two", "three", "four"))
@@ -77,7 +77,7 @@ def large(folder: Path, device: str = "cpu", dtype: str = "fp32") -> None:
         device: where the weights are drawn.
         dtype: type of the weights in the files.
     """
-    with seeded(named("large")), torch.device(device):
+    with seeded(stream("large")), torch.device(device):
         unet = diffusers.UNet2DConditionModel(**SHAPES["unet"])
         vae = diffusers.AutoencoderKL(**SHAPES["vae"])
         text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SHAPES["text"]))
@@ -94,7 +94,7 @@ def large(folder: Path, device: str = "cpu", dtype: str = "fp32") -> None:
 
 
 def pictures(count: int, side: int) -> dict[str, torch.Tensor]:
-    image = torch.randint(256, (count, 3, side, side), generator=named("pictures"), dtype=torch.uint8)
+    image = torch.randint(256, (count, 3, side, side), generator=stream("pictures"), dtype=torch.uint8)
     return {"image": image, "label": torch.arange(count) % len(PROMPTS)}
 
 
@@ -149,8 +149,12 @@ def script(
 
 
 def generator(base: str, side: int, batch: int, steps: int, dtype: str = "fp32") -> LatentDiffusion:
-    training = Training(optimizer="adamw", lr=1e-4, weight_decay=1e-2, steps=steps, batch=batch, clip=1.0, precision=dtype)
-    return LatentDiffusion(base, size=side, rank=4, targets="attention", prompts=False, views=1, training=training, dtype=dtype)
+    training = Training(
+        optimizer="adamw", lr=1e-4, weight_decay=1e-2, steps=steps, batch_size=batch, max_grad_norm=1.0, mixed_precision=dtype
+    )
+    return LatentDiffusion(
+        base, size=side, rank=4, target_modules="attention", prompts=False, views=1, training=training, dtype=dtype
+    )
 
 
 def ours(
@@ -165,8 +169,8 @@ def ours(
             marks.append(clock(device))
 
     learner = generator(base, table["image"].shape[-1], batch, steps + warm, dtype)
-    learner = replace(learner, lora=replace(learner.lora, checkpointing=checkpointing))
-    ctx = Local(None, {"train": table}, named("ours"), "a", PROMPTS, device=device, progress=progress)
+    learner = replace(learner, lora=replace(learner.lora, gradient_checkpointing=checkpointing))
+    ctx = ClientContext(None, {"train": table}, stream("ours"), "a", PROMPTS, device=device, progress=progress)
     parts = learner._parts(device)
     began = clock(device)
     latents(ctx, "train", learner, parts)
@@ -188,9 +192,12 @@ def compared(base: str, side: int, batch: int, steps: int, images: int, repeats:
     for _ in range(repeats):
         for arm, seen in found.items():
             command = [sys.executable, __file__, "--arm", arm, base, dtype, *map(str, (side, batch, steps, images))]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, Meter(process.pid, 0.1) as meter:
+            with (
+                subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+                MemoryMonitor(process.pid, 0.1) as meter,
+            ):
                 result = json.loads(process.stdout.read().splitlines()[-1])
-                seen.append({**result, "peak_mb": meter.lap() - result["libraries_mb"]})
+                seen.append({**result, "peak_mb": meter.peak() - result["libraries_mb"]})
             print(base, dtype, side, arm, seen[-1], flush=True)
     step = {arm: statistics.median(each["step"] for each in seen) for arm, seen in found.items()}
     encoding = statistics.median(each["encoding"] for each in found["ours"])
@@ -207,16 +214,16 @@ def compared(base: str, side: int, batch: int, steps: int, images: int, repeats:
 OPTIONS: dict[str, dict[str, Any]] = {
     "attention, rank 4": {},
     "rank 16": {"rank": 16},
-    "targets transformer": {"targets": "transformer"},
-    "targets all": {"targets": "all"},
+    "targets transformer": {"target_modules": "transformer"},
+    "targets all": {"target_modules": "all"},
     "learned prompts": {"prompts": True},
-    "lora.tokens": {"lora.tokens": True},
+    "lora.textual_inversion": {"lora.textual_inversion": True},
     "lora.dora": {"lora.dora": True},
-    "lora.prior": {"lora.prior": 1.0},
-    "lora.checkpointing": {"lora.checkpointing": True},
-    "training.micro 8": {"training.micro": 8},
-    "training.ema": {"training.ema": 0.99},
-    "training.precision bf16": {"training.precision": "bf16"},
+    "lora.prior_loss_weight": {"lora.prior_loss_weight": 1.0},
+    "lora.gradient_checkpointing": {"lora.gradient_checkpointing": True},
+    "training.micro_batch_size 8": {"training.micro_batch_size": 8},
+    "training.ema_decay": {"training.ema_decay": 0.99},
+    "training.mixed_precision bf16": {"training.mixed_precision": "bf16"},
     "lora.patience": {"lora.patience": 100},
 }
 
@@ -233,7 +240,7 @@ def option(name: str) -> dict[str, float]:
         settings = changed(settings, key, value)
     marks: list[float] = []
     data = {"train": pictures(64, 32), "validation": pictures(32, 32)}
-    ctx = Local(None, data, named("option"), "a", PROMPTS, progress=lambda what, *_: marks.append(time.process_time()))
+    ctx = ClientContext(None, data, stream("option"), "a", PROMPTS, progress=lambda what, *_: marks.append(time.process_time()))
     adapter, _ = settings.adapt(ctx)
     marks = marks[-9:]
     return {
@@ -249,8 +256,8 @@ def by_count(side: int) -> Iterator[dict[str, Any]]:
         for dtype in dtypes:
             for checkpointing in (False, True):
                 for batch in (1, 4) if rank == 4 and targets == "attention" else (1,):
-                    settings = replace(generator(SD15, side, batch, 1), targets=targets, rank=rank, dtype=dtype)
-                    found = plan(changed(settings, "lora.checkpointing", checkpointing), len(PROMPTS))
+                    settings = replace(generator(SD15, side, batch, 1), target_modules=targets, rank=rank, dtype=dtype)
+                    found = plan(changed(settings, "lora.gradient_checkpointing", checkpointing), len(PROMPTS))
                     yield {
                         "targets": targets, "rank": rank, "dtype": dtype, "checkpointing": checkpointing, "batch": batch,
                         "adapter_mb": found.adapter / 1e6, "weights_gb": found.weights / 1e9,

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from warmfed.algorithms.fedavg import FedAvg
-from warmfed.core import Central
-from warmfed.core.rng import named
+from warmfed.core import ServerContext
+from warmfed.core.rng import stream
 from warmfed.core.tensors import Table
 from warmfed.fit import Training
 from warmfed.run import run
 from warmfed.tasks import Classify
-from warmfed.transports.client import Worker
+from warmfed.transports.client import Client
 from warmfed.transports.in_process import InProcess
 from warmfed.utils.files import write_json
 
@@ -33,7 +33,7 @@ WORKS = {"cnn": (20, 2625, 64, "pfllib-cnn", 1), "small": (100, 50, 10, "linear"
 
 
 def data(clients: int, images: int) -> dict[str, Table]:
-    rng = named("overhead")
+    rng = stream("overhead")
     return {
         f"client{i:03d}": {
             "image": torch.randint(256, (images, 1, 28, 28), generator=rng, dtype=torch.uint8),
@@ -45,7 +45,7 @@ def data(clients: int, images: int) -> dict[str, Table]:
 
 def floor(tables: dict[str, Table], task: Classify, batch: int, rounds: int) -> float:
     """The plain loop: the same epochs, shuffles, conversions of pixels and weighted average, and nothing else."""
-    server = dict(task.init(named("floor")))
+    server = dict(task.init(stream("floor")))
     began = time.perf_counter()
     for _ in range(rounds):
         total = {name: torch.zeros_like(value) for name, value in server.items()}
@@ -69,10 +69,10 @@ def floor(tables: dict[str, Table], task: Classify, batch: int, rounds: int) -> 
 
 def ours(tables: dict[str, Table], task: Classify, batch: int, rounds: int, processes: int) -> float:
     """Seconds of a round in steady state: the first round (start of the processes) is not counted."""
-    algorithm = FedAvg(rounds=rounds + 1, local=Training(lr=0.02, batch=batch))
-    workers = {name: Worker(name, algorithm, task, {"train": table}) for name, table in tables.items()}
+    algorithm = FedAvg(rounds=rounds + 1, local=Training(lr=0.02, batch_size=batch))
+    workers = {name: Client(name, algorithm, task, {"train": table}) for name, table in tables.items()}
     with InProcess(workers, processes) as transport:
-        seconds = [r.seconds for r in run(algorithm, Central(task, named(0)), transport, evaluate="never")]
+        seconds = [r.seconds for r in run(algorithm, ServerContext(task, stream(0)), transport, evaluate="never")]
     return statistics.mean(seconds[1:])
 
 

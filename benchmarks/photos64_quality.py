@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from warmfed.config import pretraining_tables
-from warmfed.core import Central
-from warmfed.core.rng import named
-from warmfed.core.tensors import Table, select, spread
+from warmfed.core import ServerContext
+from warmfed.core.rng import stream
+from warmfed.core.tensors import Table, evenly_spaced, select
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.evaluation.features import Extractor
@@ -47,7 +47,7 @@ def judged(task: Classify, model: Any, look: Extractor, photographs: Table, show
     """What the classifier says of images, and where they lie among the photographs."""
     first = task.predict(model, shown).topk(5).indices == shown["label"][:, None]
     seen, drawn = look(photographs["image"]), look(shown["image"])
-    near = neighbourhoods(spread({"features": seen}, len(drawn))["features"], drawn, 5)
+    near = neighbourhoods(evenly_spaced({"features": seen}, len(drawn))["features"], drawn, 5)
     return {
         "recognised": 100 * first[:, 0].double().mean().item(),
         "recognised_of_five": 100 * first.any(1).double().mean().item(),
@@ -97,7 +97,7 @@ def main() -> None:
         for guidance in GUIDANCES:
             generator = LatentDiffusion(str(base), guidance=guidance)
             begun = time.process_time()
-            drawn = generator.synthesize(None, prompts, label, Central(None, named("photos64", "samples")))
+            drawn = generator.synthesize(None, prompts, label, ServerContext(None, stream("photos64", "samples")))
             seconds = time.process_time() - begun
             row = {"of": base.name, "guidance": guidance, "images_per_second": len(label) / seconds}
             rows.append(row | judged(task, model, look, rest, {"image": drawn, "label": label}))

@@ -20,24 +20,24 @@ from typing import Any
 import torch
 
 from warmfed.config import Config, parse
-from warmfed.core import Central, Exchange, Metrics, Nothing, Reply, Round
+from warmfed.core import Empty, Exchange, Metrics, Reply, Round, ServerContext
 from warmfed.core.messages import Message, decode, encode
 from warmfed.core.tensors import Tensors
 from warmfed.data import Federation
 from warmfed.data.readers.digits4 import digits4
-from warmfed.diffusion.result_cache import Once
+from warmfed.diffusion.result_cache import CachedGenerator
 from warmfed.run import run
-from warmfed.runs.execute import Watcher, server_side
+from warmfed.runs.execute import RunListener, server_side
 from warmfed.runs.generators import build_generator
-from warmfed.runs.prepare import workers_of
+from warmfed.runs.prepare import clients_of
 from warmfed.tasks import Classify
-from warmfed.transports.client import Worker
+from warmfed.transports.client import Client
 from warmfed.utils.errors import InputError
-from warmfed.utils.files import read_json, read_sealed, write_json, write_sealed, write_whole
+from warmfed.utils.files import atomic_write, read_checksummed, read_json, write_checksummed, write_json
 
 Tamper = Callable[[Reply, Message], Reply]
 SHARE = 0.5
-"""What `warmfed deploy init` writes for `border.share`: no site weighs more than all others together."""
+"""What `warmfed deploy init` writes for `server.max_weight_share`: no site weighs more than all others together."""
 FACTOR = 10**6
 """How many times its rows a site declares if it inflates them."""
 
@@ -95,23 +95,27 @@ ATTACKS = ("none", "site left out", *UPDATES, *ADAPTERS)
 ONE_SHOT = tuple(ADAPTERS)[1:]
 """Attacks of which only the warm start is measured."""
 ARMS: dict[str, dict[str, Any]] = {
-    "warmfed": {"algorithm.name": "warmfed", "border.share": SHARE},
-    "warmfed, no defence": {"algorithm.name": "warmfed", "algorithm.synthesis.contradicted": 0.0, "border.far": 0.0},
+    "warmfed": {"algorithm.name": "warmfed", "server.max_weight_share": SHARE},
+    "warmfed, no defence": {
+        "algorithm.name": "warmfed",
+        "algorithm.synthesis.contradicted": 0.0,
+        "server.max_update_ratio": 0.0,
+    },
     **{
-        f"fedavg, {rule}": {"algorithm.name": "fedavg", "algorithm.robust.rule": rule, "border.far": 0.0}
+        f"fedavg, {rule}": {"algorithm.name": "fedavg", "algorithm.robust.rule": rule, "server.max_update_ratio": 0.0}
         for rule in ("mean", "median", "trimmed", "krum")
     },
 }
 ARMS["fedavg, trimmed"]["algorithm.robust.trim"] = 0.25  # one of four at each end
 ARMS["fedavg, krum"]["algorithm.robust.faulty"] = 0  # against one faulty site it needs five answers
-ARMS["fedavg, mean, norm bound"] = {"algorithm.name": "fedavg", "border.share": SHARE}
+ARMS["fedavg, mean, norm bound"] = {"algorithm.name": "fedavg", "server.max_weight_share": SHARE}
 
 
 @dataclass
 class Tampered:
     """A transport over sites in this process; what one of them sends in some stages is changed on its way."""
 
-    workers: Mapping[str, Worker]
+    workers: Mapping[str, Client]
     liar: str
     tampers: Mapping[str, Tamper]
     kept: Path
@@ -138,12 +142,12 @@ class Tampered:
             getattr(worker.algorithm, name, None) for name in ("local", "personal", "distill", "distillation", "rounds")
         ]
         made_of = repr((site, stage, number, worker.seed, type(worker.algorithm).__name__, settings)).encode()
-        parts = [encode(each) for each in (down, state if state is not None else Nothing())]
+        parts = [encode(each) for each in (down, state if state is not None else Empty())]
         path = self.kept / f"{hashlib.sha256(b'|'.join([made_of, *parts])).hexdigest()}.bin"
         if path.exists():
-            return decode(read_sealed(path, "a reply of another cell"), Reply)
+            return decode(read_checksummed(path, "a reply of another cell"), Reply)
         reply = worker.work(stage, number, down, state)
-        write_sealed(path, encode(reply))
+        write_checksummed(path, encode(reply))
         return reply
 
     def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics]]:
@@ -164,7 +168,7 @@ class Cell:
 
     @property
     def config(self) -> Config:
-        return parse(None, {**ARMS[self.arm], "seed": self.seed, "evaluate": "last", "border.least": 1})
+        return parse(None, {**ARMS[self.arm], "seed": self.seed, "evaluate": "last", "server.min_sites": 1})
 
     @property
     def possible(self) -> bool:
@@ -202,15 +206,15 @@ def rounds(
 ) -> Iterator[Round]:
     task = Classify(federation.shape, len(federation.classes))
     form = build_generator(config.generator, config.algorithm.needs_generator)
-    generator = None if form is None else Once(form, work / "shared")
-    workers = workers_of(config.algorithm, federation, task, config.seed, generator, "cpu")
+    generator = None if form is None else CachedGenerator(form, work / "shared")
+    workers = clients_of(config.algorithm, federation, task, config.seed, generator, "cpu")
     transport = Tampered(workers, liar, tampers, work / "replies")
     declared = {site: dict(rows) for site, rows in federation.rows.items()}
     if tampers.get("train") in (UPDATES["rows inflated"], UPDATES["rows inflated, update × 1000"]):
         declared[liar] = {split: rows * FACTOR for split, rows in declared[liar].items()}
-    central: Central = server_side(task, transport, federation.prompts, generator, "cpu", None, Watcher(), declared)
+    central: ServerContext = server_side(task, transport, federation.prompts, generator, "cpu", None, RunListener(), declared)
     last = "every" if start is None and config.name == "warmfed" else "last"
-    yield from run(config.algorithm, central, transport, config.seed, start=start, evaluate=last, border=config.border)
+    yield from run(config.algorithm, central, transport, config.seed, start=start, evaluate=last, admission=config.server)
 
 
 def warm_start(config: Config, cell: Cell, federation: Federation, liar: str, work: Path) -> tuple[Message, dict[str, Any]]:
@@ -220,14 +224,14 @@ def warm_start(config: Config, cell: Cell, federation: Federation, liar: str, wo
     path = work / "warm" / f"{lie.replace(' ', '_')}-{'judged' if judged else 'plain'}-{cell.seed}.bin"
     told = path.with_suffix(".json")
     if told.exists():
-        return decode(read_sealed(path, "a warm start")), read_json(told, "a warm start")
+        return decode(read_checksummed(path, "a warm start")), read_json(told, "a warm start")
     tampers = {"adapt": ADAPTERS[lie]} if lie in ADAPTERS else {}
     for done in rounds(config, federation, liar, tampers, work, None):
         if done.stage == "warm":
             break
     aside = [f"{key.removeprefix('set_aside/')} in warm" for key in done.aggregate if key.startswith("set_aside/")]
     found = {"accuracy": honest(done, liar), "aggregate": dict(done.aggregate), "set_aside": aside}
-    write_sealed(path, encode(done.server))
+    write_checksummed(path, encode(done.server))
     write_json(told, found)
     return done.server, found
 
@@ -291,7 +295,7 @@ def main() -> None:
     command = f"python benchmarks/poisoning.py --work {asked.work.name} --seeds {' '.join(map(str, asked.seeds))}"
     date = datetime.now(UTC).date().isoformat()
     write_json(asked.out.with_suffix(".json"), {"machine": machine, "date": date, "command": command, "cells": found})
-    write_whole(
+    atomic_write(
         asked.out.with_suffix(".md"),
         "# One poisoned site of four\n\n"
         f"`{command}`. {machine}, {date}. digits4, five rounds; accuracy of the final global model on the tests of the\n"

@@ -19,9 +19,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from warmfed import report
-from warmfed.experiments.aggregate import tabulate
-from warmfed.report.record import read_panel
-from warmfed.utils.files import read_json, write_whole
+from warmfed.experiments.aggregate import aggregate
+from warmfed.report.record import read_report_images
+from warmfed.utils.files import atomic_write, read_json
 
 RESULTS = Path(__file__).parent / "results"
 MARK = "<!-- below: the tables of warmfed compare, put here by benchmarks/publish.py -->\n"
@@ -55,11 +55,11 @@ def runs(table: Mapping[str, Any]) -> Iterator[tuple[Cell, dict[str, Any]]]:
 def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The runs of both as one table, the new one's where both have a run; the tests are of the published one's arm."""
     found = dict(runs(old)) | dict(runs(new))
-    data = {(cell.unseen, run["data_sha256"]) for cell, run in found.items()}
+    data = {(cell.holdout, run["data_sha256"]) for cell, run in found.items()}
     if len(data) > len({site for site, _ in data}):
         sys.exit("the comparison and what was published had other data; delete the published figures, or find out why")
     tested = next((test["algorithm"] for table in (old, new) for test in table["tests"]), "")  # none of a single seed
-    return tabulate(list(found), list(found.values()), tested)
+    return aggregate(list(found), list(found.values()), tested)
 
 
 def figures(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def samples(study: Path, table: Mapping[str, Any]) -> bytes | None:
     for cell, run in runs(table):
         if cell.arm in grids or run["quality"]["models"] > 1:
             continue
-        if (panel := read_panel(study / run["folder"] / "panel")) and panel.drawn:
+        if (panel := read_report_images(study / run["folder"] / "panel")) and panel.drawn:
             grids[cell.arm] = Image.open(io.BytesIO(panel.drawn))
     if not grids:
         return None
@@ -115,11 +115,11 @@ def main(study: Path, name: str) -> None:
     if kept.exists():
         table = joined(read_json(kept, "what was published"), table)
     if picture and arms == len(table["rows"]):
-        write_whole(RESULTS / f"{name}.webp", picture)
-    write_whole(kept, json.dumps(rounded(figures(table)), separators=(",", ":")) + "\n")
+        atomic_write(RESULTS / f"{name}.webp", picture)
+    atomic_write(kept, json.dumps(rounded(figures(table)), separators=(",", ":")) + "\n")
     page = RESULTS / f"{name}.md"
     words, _, _ = (page.read_text() if page.exists() else f"# {name}\n\n").partition(MARK)
-    write_whole(page, f"{words.rstrip()}\n\n{MARK}\n{report.markdown(table)}")
+    atomic_write(page, f"{words.rstrip()}\n\n{MARK}\n{report.markdown(table)}")
 
 
 if __name__ == "__main__":

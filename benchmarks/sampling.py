@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from warmfed.core import Central
-from warmfed.core.rng import named
+from warmfed.core import ServerContext
+from warmfed.core.rng import stream
 from warmfed.diffusion.networks import DenoiserSettings, noise_scheduler
 from warmfed.fit import Training, fit
 from warmfed.tasks.denoising import Denoise
@@ -42,13 +42,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 def measured(task: Denoise, images: int, repeats: int) -> dict[str, float]:
     """Median seconds of each kind of work."""
-    model, label = task.init(named("sampling")), torch.arange(images) % task.classes
-    latent = torch.randn((images, *task.space), generator=named("latent"))
+    model, label = task.init(stream("sampling")), torch.arange(images) % task.classes
+    latent = torch.randn((images, *task.space), generator=stream("latent"))
     net = task.build().eval()
     net.load_state_dict(dict(model))
     scheduler = type(noise_scheduler(task.settings)).from_config(noise_scheduler(task.settings).config)
     table = {"latent": latent, "label": label}
-    ctx = Central(task, named("train"))
+    ctx = ServerContext(task, stream("train"))
 
     def bare() -> None:
         with torch.inference_mode():
@@ -63,11 +63,16 @@ def measured(task: Denoise, images: int, repeats: int) -> dict[str, float]:
                 now = scheduler.step(latent, moment, now).prev_sample
 
     def train(ema: float) -> None:
-        fit(replace(ctx, rng=named("train")), model, Training(optimizer="adam", lr=1e-3, steps=10, batch=32, ema=ema), table)
+        fit(
+            replace(ctx, rng=stream("train")),
+            model,
+            Training(optimizer="adam", lr=1e-3, steps=10, batch_size=32, ema_decay=ema),
+            table,
+        )
 
     works: dict[str, Callable[[], object]] = {
         "bare": bare,
-        "sampler": lambda: task.sample(model, label, named("draw")),
+        "sampler": lambda: task.sample(model, label, stream("draw")),
         "scheduler": schedule,
         "decoder": lambda: task.decoded(latent),
         "train": lambda: train(0.0),

@@ -22,8 +22,8 @@ import torch
 from lora_speed import clock
 from torch import Tensor
 
-from warmfed.core import Central
-from warmfed.core.rng import named, seeded
+from warmfed.core import ServerContext
+from warmfed.core.rng import seeded, stream
 from warmfed.data.rendered_digits import rendered
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
@@ -46,7 +46,7 @@ def small(folder: Path) -> str:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     words = tokenizer(digits("0123456789"))
-    with seeded(named("sampling", "base")):
+    with seeded(stream("sampling", "base")):
         unet = UNet2DConditionModel(
             sample_size=8, block_out_channels=(64, 128, 128), layers_per_block=2, norm_num_groups=16, cross_attention_dim=64,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -81,7 +81,7 @@ def plain(base: str, side: int, batch: int, device: str = "cpu", dtype: str = "f
         images = []
         for part in labels.split(batch):
             asked = [PROMPTS[label] for label in part]
-            images.append(pipe(asked, height=side, width=side, output_type="pt", generator=named("plain")).images)
+            images.append(pipe(asked, height=side, width=side, output_type="pt", generator=stream("plain")).images)
         return torch.cat(images).mul(255).round().to(torch.uint8).cpu()
 
     return draw
@@ -89,7 +89,7 @@ def plain(base: str, side: int, batch: int, device: str = "cpu", dtype: str = "f
 
 def ours(generator: LatentDiffusion, adapter: dict[str, Tensor] | None = None, device: str = "cpu") -> Draw:
     def draw(labels: Tensor) -> Tensor:
-        return generator.synthesize(adapter, PROMPTS, labels, Central(None, named("ours"), device=device))
+        return generator.synthesize(adapter, PROMPTS, labels, ServerContext(None, stream("ours"), device=device))
 
     return draw
 
@@ -97,21 +97,21 @@ def ours(generator: LatentDiffusion, adapter: dict[str, Tensor] | None = None, d
 def bare(generator: LatentDiffusion, device: str = "cpu") -> Draw:
     """The denoiser's passes and the decoder alone, at equal steps and batches: nothing is drawn that anybody wants."""
     parts = lora.parts(generator.base, device, generator.dtype)
-    made = (generator.base, PROMPTS, generator.rank, generator.targets, device, generator.dtype)
+    made = (generator.base, PROMPTS, generator.rank, generator.target_modules, device, generator.dtype)
     lora.adapted(*made)  # kept for whoever draws next, so not to be made in inference mode
 
     @torch.inference_mode()
     def draw(labels: Tensor) -> Tensor:
         model = lora.adapted(*made)
         images, net = [], parts.denoiser
-        for part in labels.split(generator.batch):
+        for part in labels.split(generator.batch_size):
             told = model.condition(part.to(device))
             told = told if generator.guidance == 1 else stacked(model.empty, told)
             rows = len(next(iter(told.values())))
             noise = torch.randn(rows, *generator.space(parts)).to(device, parts.dtype)
             for time_ in torch.linspace(999, 0, generator.steps, device=device):
                 parts.family.ask(net, noise, time_, told, parts.scale, parts.dtype)
-            images.append(parts.decode(noise[: len(part)].float(), generator.batch))
+            images.append(parts.decode(noise[: len(part)].float(), generator.batch_size))
         return torch.cat(images)
 
     return draw
@@ -119,10 +119,10 @@ def bare(generator: LatentDiffusion, device: str = "cpu") -> Draw:
 
 def judge() -> Callable[[Tensor, Tensor], float]:
     """A classifier of rendered digits that never saw a sample: percent of samples in which it finds the class."""
-    task, table = Classify((3, 32, 32), 10), rendered(3000, named("sampling", "judge"))
-    training = Training(lr=0.05, epochs=4, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
-    ctx = Central(task, named("sampling", "judge", "fit"))
-    model, _ = fit(ctx, task.init(named("sampling", "judge", "start")), training, table)
+    task, table = Classify((3, 32, 32), 10), rendered(3000, stream("sampling", "judge"))
+    training = Training(lr=0.05, epochs=4, batch_size=64, schedule="cosine", weight_decay=5e-4, max_grad_norm=1.0)
+    ctx = ServerContext(task, stream("sampling", "judge", "fit"))
+    model, _ = fit(ctx, task.init(stream("sampling", "judge", "start")), training, table)
 
     def share(images: Tensor, labels: Tensor) -> float:
         return 100 * (task.predict(model, {"image": images, "label": labels}).argmax(-1) == labels).double().mean().item()
@@ -132,20 +132,20 @@ def judge() -> Callable[[Tensor, Tensor], float]:
 
 def options(base: str, batch: int, compiled: bool = False) -> dict[str, LatentDiffusion]:
     """The rows of the table: the default, and what each option changes."""
-    default = LatentDiffusion(base, batch=batch)
+    default = LatentDiffusion(base, batch_size=batch)
     found = {
         "default (dpm++, 8 steps, guidance 1.5)": default,
         "dpm++, 20 steps, guidance 1.5": replace(default, steps=20),
         "dpm++, 4 steps, guidance 1.5": replace(default, steps=4),
         "guidance 3": replace(default, guidance=3.0),
-        "guidance 3 in the interval 0.2-0.8": replace(default, guidance=3.0, interval=(0.2, 0.8)),
+        "guidance 3 in the interval 0.2-0.8": replace(default, guidance=3.0, guidance_interval=(0.2, 0.8)),
         "guidance 1 (none)": replace(default, guidance=1.0),
         "ddim, 8 steps": replace(default, sampler="ddim"),
         "unipc, 8 steps": replace(default, sampler="unipc"),
         "unipc, 4 steps": replace(default, sampler="unipc", steps=4),
         "bf16": replace(default, dtype="bf16"),
-        "batch 25": replace(default, batch=25),
-        "adapter beside the weights (not fused)": replace(default, fused=False),
+        "batch 25": replace(default, batch_size=25),
+        "adapter beside the weights (not fused)": replace(default, fuse_lora=False),
     }
     return found | ({"compiled (inductor)": replace(default, compile="inductor")} if compiled else {})
 
@@ -214,7 +214,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         base, count = small(Path(folder) / "small"), max(8, asked.samples // 10)
-        generator = LatentDiffusion(base, batch=8, guidance=7.5, steps=20)
+        generator = LatentDiffusion(base, batch_size=8, guidance=7.5, steps=20)
         rows = {"diffusers, by default": plain(base, 64, 8), "ours": ours(generator), "bare passes": bare(generator)}
         record["random weights, Stable Diffusion's kind"] = compared(rows, labels[:count], asked.repeats)
         del record["random weights, Stable Diffusion's kind"]["drawn"]

@@ -20,12 +20,12 @@ import psutil
 import torch
 
 from warmfed.algorithms.fedavg import FedAvg
-from warmfed.core import Central
-from warmfed.core.rng import named
+from warmfed.core import ServerContext
+from warmfed.core.rng import stream
 from warmfed.fit import Training
 from warmfed.run import run
 from warmfed.tasks import Classify
-from warmfed.transports.client import Worker
+from warmfed.transports.client import Client
 from warmfed.transports.in_process import InProcess
 from warmfed.utils.files import write_json
 
@@ -33,16 +33,16 @@ TASK = Classify((1, 8, 8), 10, "linear")
 
 
 @dataclass(frozen=True)
-class Sites(Mapping[str, Worker]):
+class Sites(Mapping[str, Client]):
     """Workers that are made when they are asked for, and forgotten after."""
 
     count: int
     algorithm: FedAvg
 
-    def __getitem__(self, name: str) -> Worker:
-        rng = named("scale", name)
+    def __getitem__(self, name: str) -> Client:
+        rng = stream("scale", name)
         image = torch.randint(256, (20, 1, 8, 8), generator=rng, dtype=torch.uint8)
-        return Worker(name, self.algorithm, TASK, {"train": {"image": image, "label": torch.randint(10, (20,), generator=rng)}})
+        return Client(name, self.algorithm, TASK, {"train": {"image": image, "label": torch.randint(10, (20,), generator=rng)}})
 
     def __iter__(self) -> Iterator[str]:
         return (f"site{i:06d}" for i in range(self.count))
@@ -53,10 +53,10 @@ class Sites(Mapping[str, Worker]):
 
 def measured(sites: int, cohort: int, rounds: int) -> dict[str, Any]:
     """Seconds of a round, and what the process has grown by since before the federation was there, in MB."""
-    algorithm = FedAvg(rounds=rounds, sample=cohort / sites, local=Training(lr=0.02, batch=10))
+    algorithm = FedAvg(rounds=rounds, client_fraction=cohort / sites, local=Training(lr=0.02, batch_size=10))
     before, began = psutil.Process().memory_info().rss, time.perf_counter()
     seconds, grown = [], 0.0
-    for done in run(algorithm, Central(TASK, named(0)), InProcess(Sites(sites, algorithm)), evaluate="never"):
+    for done in run(algorithm, ServerContext(TASK, stream(0)), InProcess(Sites(sites, algorithm)), evaluate="never"):
         seconds.append(done.seconds)
         grown = max(grown, (psutil.Process().memory_info().rss - before) / 2**20)
     total = time.perf_counter() - began

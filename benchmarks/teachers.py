@@ -18,7 +18,7 @@ from warmfed.algorithms.moon import MOON
 from warmfed.algorithms.pfedsd import PFedSD
 from warmfed.algorithms.shared.base import Model, Personal
 from warmfed.algorithms.shared.distillation import Distillation, dynamic
-from warmfed.core import Local
+from warmfed.core import ClientContext
 from warmfed.core.tensors import only
 from warmfed.fit import Training, fit
 from warmfed.tasks import Classify
@@ -34,14 +34,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    task, training = Classify((3, args.side, args.side), 10, args.model), Training(lr=0.02, epochs=5, clip=1.0)
+    task, training = Classify((3, args.side, args.side), 10, args.model), Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     image = torch.randint(256, (args.rows, 3, args.side, args.side), dtype=torch.uint8)
     data = {"train": {"image": image, "label": torch.arange(args.rows) % 10}}
     shared, last, older = (task.init(torch.Generator().manual_seed(seed)) for seed in range(3))
     backbone = only(shared, FedBSD().shared(task))
 
-    def site() -> Local:
-        return Local(task, data, torch.Generator().manual_seed(5), "site", ())
+    def site() -> ClientContext:
+        return ClientContext(task, data, torch.Generator().manual_seed(5), "site", ())
 
     methods = {
         "plain": lambda: fit(site(), shared, training, data["train"]),

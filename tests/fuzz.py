@@ -19,18 +19,18 @@ import torch
 import toy
 
 from warmfed.algorithms import ALGORITHMS
-from warmfed.core import Absent, Central, Reply, Round, Stage
-from warmfed.core.admission import Border
+from warmfed.core import Failure, Reply, Round, ServerContext, Stage
+from warmfed.core.admission import AdmissionPolicy
 from warmfed.core.messages import KINDS, Message, decode, encode, kind, tensors_of
-from warmfed.core.rng import named
+from warmfed.core.rng import stream
 from warmfed.core.tensors import finite
 from warmfed.deploy.site import roster
 from warmfed.transports.in_process import InProcess
-from warmfed.transports.protocol import EVALUATE, HELLO, Answer, Card, Measures, Request, check_card, opened
+from warmfed.transports.protocol import EVALUATE, HELLO, Answer, EvaluateReply, Request, SiteInfo, check_site_info, opened
 from warmfed.transports.remote import Remote
 from warmfed.utils.errors import InputError
 
-RUN, BORDER, SITE = "0" * 16, Border(least=3), "b"
+RUN, BORDER, SITE = "0" * 16, AdmissionPolicy(min_sites=3), "b"
 ROWS = {site: {split: len(table["label"]) for split, table in tables.items()} for site, tables in toy.SITES.items()}
 CONFIG = tomli_w.dumps({})
 
@@ -52,11 +52,11 @@ class Case:
 
 @dataclass
 class Bytes:
-    """A `Post` that brings one answer."""
+    """A `Channel` that brings one answer."""
 
     data: bytes
 
-    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Absent]]:
+    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
         for site in letters:
             yield site, self.data
 
@@ -80,9 +80,9 @@ def of_algorithm(name: str, *, late: bool = False) -> list[Case]:
     algorithm, task, cases = toy.quick(name), toy.task_of(name), []
     transport = InProcess(toy.workers(algorithm, task=task))
     central = replace(toy.central(task=task), rows=ROWS)
-    server, plan, seen = algorithm.init(replace(central, rng=named(0, "init"))), algorithm.stages(), set[str]()
+    server, plan, seen = algorithm.init(replace(central, rng=stream(0, "init"))), algorithm.stages(), set[str]()
     for step, stage in enumerate(plan):
-        down = {site: (stage.down or algorithm.down)(server, site) for site in transport.sites if stage.client}
+        down = {site: (stage.broadcast or algorithm.broadcast)(server, site) for site in transport.sites if stage.client}
         replies = {site: reply for site, reply, _ in transport.send(step, stage.name, 0, down)}
         if late and step == 0:
             del replies[SITE]
@@ -97,7 +97,7 @@ def of_algorithm(name: str, *, late: bool = False) -> list[Case]:
                 tail.append(later)
             cases.append(_case(name, step, stage, server, down, replies, central, tail))
             seen.add(stage.name)
-        server, _ = stage.server(server, replies, replace(central, rng=named(0, step)))
+        server, _ = stage.server(server, replies, replace(central, rng=stream(0, step)))
     return cases
 
 
@@ -108,26 +108,26 @@ def _case(
     server: Message,
     down: Mapping[str, Message],
     replies: Mapping[str, Reply],
-    central: Central,
+    central: ServerContext,
     tail: list[Stage],
 ) -> Case:
     others = {site: reply for site, reply in replies.items() if site != SITE}
     sent = {SITE: down[SITE]}
 
     def take(data: bytes) -> str:
-        taken: dict[str, Reply | Absent] = dict(others)
+        taken: dict[str, Reply | Failure] = dict(others)
         for site, found, _ in remote(data).send(step, stage.name, 0, sent):
             taken[site] = BORDER.admit(found, site, down[site], stage, central)
-        good, absent = BORDER.settle(taken, down, stage)
+        good, absent = BORDER.exclude_outliers(taken, down, stage)
         if absent.keys() - {SITE}:
             raise BrokenError(f"honest sites are left out: {absent}")
         if absent:
             if not absent[SITE].isprintable() or len(absent[SITE]) > 300:
                 raise BrokenError(f"not a printable line: {absent[SITE]!r}")
             return absent[SITE]
-        state, metrics = stage.server(server, good, replace(central, rng=named(0, step)))
+        state, metrics = stage.server(server, good, replace(central, rng=stream(0, step)))
         for later in tail[:1]:
-            state, metrics = later.server(state, {}, replace(central, rng=named(0, step + 1)))
+            state, metrics = later.server(state, {}, replace(central, rng=stream(0, step + 1)))
         wrong = [path for path, tensor in tensors_of(state).items() if not finite(tensor)]
         if wrong:
             raise BrokenError(f"the server's state is not finite: {wrong[:3]}")
@@ -149,17 +149,17 @@ def beside() -> list[Case]:
     """The answers to hello and evaluate."""
     algorithm = toy.quick("fedavg")
     worker, central = toy.workers(algorithm)[SITE], replace(toy.central(), rows=ROWS)
-    server = algorithm.init(replace(central, rng=named(0, "init")))
+    server = algorithm.init(replace(central, rng=stream(0, "init")))
     found = {site: toy.workers(algorithm)[site].evaluate(server, None, server.model) for site in toy.SITES}
     flat = {f"{view}/{name}": value for view, values in found[SITE].items() for name, value in values.items()}
     rows = {split: float(count) for split, count in ROWS[SITE].items()}
-    card = Card("0", "toy", ("0", "1", "2"), "a {}", (3.0, 8.0, 8.0), rows, ("0" * 64,) * 3, "", "")
+    card = SiteInfo("0", "toy", ("0", "1", "2"), "a {}", (3.0, 8.0, 8.0), rows, ("0" * 64,) * 3, "", "")
     hello = Request(RUN, "", CONFIG, HELLO, 0, 0, None)
     assert worker.site == SITE
 
     def measure(data: bytes) -> str:
         views = {**found, **remote(data).evaluate({SITE: server}, server.model)}
-        taken, absent = BORDER.measured(views, server.model, central)
+        taken, absent = BORDER.admit_metrics(views, server.model, central)
         if absent.keys() - {SITE}:
             raise BrokenError(f"honest sites are left out: {absent}")
         recorded({}, {}, taken)
@@ -167,15 +167,15 @@ def beside() -> list[Case]:
 
     def introduce(data: bytes) -> str:
         try:
-            shown = opened(data, hello, None, Card)
-            check_card(shown.body)
+            shown = opened(data, hello, None, SiteInfo)
+            check_site_info(shown.body)
             roster({shown.site: shown.body}, (shown.site,))
         except InputError as error:
             return str(error)
         return ""
 
     return [
-        Case("evaluate", answer(EVALUATE, 0, 0, Measures(flat)), measure),
+        Case("evaluate", answer(EVALUATE, 0, 0, EvaluateReply(flat)), measure),
         Case("hello", answer(HELLO, 0, 0, card), introduce),
     ]
 

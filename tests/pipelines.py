@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from warmfed.core.rng import named, seeded
+from warmfed.core.rng import seeded, stream
 
 with warnings.catch_warnings():
     # diffusers and transformers import modules of their own that are deprecated
@@ -119,7 +119,7 @@ _MADE = {"sd15": _sd15, "sd21": _sd21, "sdxl": _sdxl, "sana": _sana}
 
 def write(kind: str, folder: Path) -> str:
     """The folder of a pipeline as diffusers itself saves it."""
-    with seeded(named("pipelines", kind)), warnings.catch_warnings():
+    with seeded(stream("pipelines", kind)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = _MADE[kind]()
         pipe.save_pretrained(folder)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from warmfed.core import Central, Local
-from warmfed.core.rng import named, seeded
+from warmfed.core import ClientContext, ServerContext
+from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import sha256
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"  # diffusers' schedulers, NumPy 2
 )
 PROMPTS = ("a photo of the digit zero", "a photo of the digit one", "a photo of the digit two")
-IMAGES = torch.randint(256, (12, 3, 32, 32), generator=named("images"), dtype=torch.uint8)
+IMAGES = torch.randint(256, (12, 3, 32, 32), generator=stream("images"), dtype=torch.uint8)
 TABLE = {"image": IMAGES, "label": torch.arange(12) % 3}
 LABELS = torch.tensor([0, 1, 2, 1])
 
@@ -43,7 +43,7 @@ LABELS = torch.tensor([0, 1, 2, 1])
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Two pipeline folders, tiny and untrained: the embedded base's kind, and one with Stable Diffusion's autoencoder."""
     folder = tmp_path_factory.mktemp("bases")
-    with seeded(named("tiny")):
+    with seeded(stream("tiny")):
         parts = build(Pretraining(channels=4, decoder_width=8, widths=(16, 32), text_width=16, text_layers=1))
         autoencoder = AutoencoderKL(
             block_out_channels=(8, 8, 8),
@@ -61,20 +61,20 @@ def base(bases: dict[str, str]) -> str:
     return bases["own"]
 
 
-TRAINING = Training(optimizer="adamw", lr=0.02, epochs=2, batch=6, clip=1.0)
+TRAINING = Training(optimizer="adamw", lr=0.02, epochs=2, batch_size=6, max_grad_norm=1.0)
 
 
 @pytest.fixture(scope="module")
 def generator(base: str) -> LatentDiffusion:
-    return LatentDiffusion(base, rank=2, training=TRAINING, steps=3, guidance=2.0, batch=3)
+    return LatentDiffusion(base, rank=2, training=TRAINING, steps=3, guidance=2.0, batch_size=3)
 
 
-def local(purpose: str = "adapt") -> Local:
-    return Local(None, {"train": TABLE}, named(purpose), "ink", PROMPTS)
+def local(purpose: str = "adapt") -> ClientContext:
+    return ClientContext(None, {"train": TABLE}, stream(purpose), "ink", PROMPTS)
 
 
-def central(purpose: str = "sample") -> Central:
-    return Central(None, named(purpose))
+def central(purpose: str = "sample") -> ServerContext:
+    return ServerContext(None, stream(purpose))
 
 
 @functools.cache
@@ -110,7 +110,7 @@ def test_an_adapter_travels_in_16_bits_under_diffusers_names(generator: LatentDi
 
 
 def test_samples_have_the_layout_of_images_that_were_read(generator: LatentDiffusion) -> None:
-    assert generator.synthesize(None, PROMPTS, LABELS, Central(None, named("layout"))).is_contiguous()
+    assert generator.synthesize(None, PROMPTS, LABELS, ServerContext(None, stream("layout"))).is_contiguous()
 
 
 def test_samples_depend_on_the_adapter_and_on_the_name_of_the_stream_only(generator: LatentDiffusion) -> None:
@@ -124,8 +124,8 @@ def test_samples_depend_on_the_adapter_and_on_the_name_of_the_stream_only(genera
 
 
 def test_an_adapter_that_changes_nothing_is_the_base(generator: LatentDiffusion) -> None:
-    model = lora.adapted(generator.base, PROMPTS, generator.rank, generator.targets, "cpu")
-    neutral = lora.outward(lora.fresh(model, named("fresh")))
+    model = lora.adapted(generator.base, PROMPTS, generator.rank, generator.target_modules, "cpu")
+    neutral = lora.to_diffusers(lora.fresh(model, stream("fresh")))
     neutral["prompts"] = model.prompts.detach().clone()  # in 16 bits they would be rounded
     a = generator.synthesize(neutral, PROMPTS, LABELS, central())
     assert torch.equal(a, generator.synthesize(None, PROMPTS, LABELS, central()))
@@ -153,7 +153,7 @@ def test_a_stable_diffusion_pipeline_loads_the_adapter_and_draws_the_same_images
     adapter = adapted(plain)
     plain.write(adapter, tmp_path, "ink")
     assert [path.name for path in tmp_path.iterdir()] == ["ink.safetensors"]
-    noise = torch.randn(4, 4, 8, 8, generator=named("sample"))
+    noise = torch.randn(4, 4, 8, 8, generator=stream("sample"))
 
     def theirs(output: str) -> Tensor:
         asked = [PROMPTS[label] for label in LABELS]
@@ -163,9 +163,11 @@ def test_a_stable_diffusion_pipeline_loads_the_adapter_and_draws_the_same_images
 
     without = theirs("latent")
     stable.load_lora_weights(tmp_path, weight_name="ink.safetensors")
-    model = lora.adapted(bases[kind], PROMPTS, 2, plain.targets, "cpu")
-    with lora.worn(model, lora.inward(adapter)):
-        ours = plain.denoise(model, lora.parts(bases[kind], "cpu"), noise, model.condition(LABELS), model.empty, named("noise"))
+    model = lora.adapted(bases[kind], PROMPTS, 2, plain.target_modules, "cpu")
+    with lora.applied(model, lora.to_peft(adapter)):
+        ours = plain.denoise(
+            model, lora.parts(bases[kind], "cpu"), noise, model.condition(LABELS), model.empty, stream("noise")
+        )
     assert torch.allclose(theirs("latent"), ours, atol=1e-3, rtol=1e-3)
     assert (without - ours).abs().mean() > 0.1
     images = plain.synthesize(adapter, PROMPTS, LABELS, central())
@@ -175,18 +177,18 @@ def test_a_stable_diffusion_pipeline_loads_the_adapter_and_draws_the_same_images
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_sampler_is_a_plain_loop_of_diffusers_scheduler(generator: LatentDiffusion, guidance: float) -> None:
     parts = lora.parts(generator.base, "cpu")
-    model = lora.adapted(generator.base, PROMPTS, generator.rank, generator.targets, "cpu")
-    noise = torch.randn(4, 4, 8, 8, generator=named("noise"))
+    model = lora.adapted(generator.base, PROMPTS, generator.rank, generator.target_modules, "cpu")
+    noise = torch.randn(4, 4, 8, 8, generator=stream("noise"))
     scheduler = DPMSolverMultistepScheduler.from_config(parts.scheduler.config)
     scheduler.set_timesteps(5)
     latents = noise * scheduler.init_noise_sigma
-    with lora.worn(model, lora.inward(adapted(generator))), torch.no_grad():
+    with lora.applied(model, lora.to_peft(adapted(generator))), torch.no_grad():
         prompts, empty = model.prompts[LABELS], parts.embed([""])["prompt"].expand(4, -1, -1)
         for time in scheduler.timesteps:
             guided, plain = model.unet(latents, time, prompts).sample, model.unet(latents, time, empty).sample
             latents = scheduler.step(plain + guidance * (guided - plain), time, latents).prev_sample
         ours = replace(generator, steps=5, guidance=guidance).denoise(
-            model, parts, noise, model.condition(LABELS), model.empty, named("noise")
+            model, parts, noise, model.condition(LABELS), model.empty, stream("noise")
         )
     assert torch.allclose(ours, latents, atol=1e-5, rtol=1e-4)
 
@@ -195,15 +197,15 @@ def test_the_sampler_is_a_plain_loop_of_diffusers_scheduler(generator: LatentDif
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_loss_is_diffusers(prediction: str, gamma: float) -> None:
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
-    latent, seen = torch.randn(8, 4, 4, 4, generator=named("latent")), []
+    latent, seen = torch.randn(8, 4, 4, 4, generator=stream("latent")), []
 
     def predict(noisy: Tensor, time: Tensor) -> Tensor:
         seen.append((noisy, time))
         return 0.3 * noisy
 
-    with seeded(named("loss")):
+    with seeded(stream("loss")):
         found = denoising_loss(predict, latent, scheduler.alphas_cumprod, prediction, gamma)
-    with seeded(named("loss")):
+    with seeded(stream("loss")):
         torch.rand(8)
         noise = torch.randn(latent.shape)
     ((noisy, time),) = seen
@@ -277,14 +279,14 @@ def test_a_spoiled_adapter_is_refused(name: str, generator: LatentDiffusion) -> 
 
 
 def test_an_adapter_of_another_rank_or_choice_of_layers_is_refused(generator: LatentDiffusion) -> None:
-    for other in (replace(generator, rank=3), replace(generator, targets="attention")):
+    for other in (replace(generator, rank=3), replace(generator, target_modules="attention")):
         with pytest.raises(InputError, match="another base"):
             other.check(adapted(generator), PROMPTS, "it")
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(InputError, match="no choice of layers 'atention'; did you mean 'attention'"):
-        LatentDiffusion(targets="atention")
+        LatentDiffusion(target_modules="atention")
     with pytest.raises(InputError, match="at least 1"):
         LatentDiffusion(rank=0)
 

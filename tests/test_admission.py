@@ -18,14 +18,14 @@ from test_flower import SETTINGS, SITES, Consortium, settings, spoil, tampered
 
 from warmfed.algorithms.shared.base import Model
 from warmfed.config import parse
-from warmfed.core import Absent, Nothing, Reply, Round, bounded
-from warmfed.core.admission import Border
+from warmfed.core import Empty, Failure, Reply, Round, cap_weights
+from warmfed.core.admission import AdmissionPolicy
 from warmfed.core.tensors import mean, sub
 from warmfed.run import run
 from warmfed.runs.prepare import prepare
 from warmfed.transports.flower import unpack
 from warmfed.transports.in_process import InProcess
-from warmfed.transports.protocol import Card, check_card
+from warmfed.transports.protocol import SiteInfo, check_site_info
 from warmfed.utils.errors import InputError
 
 NAN, SETTING = float("nan"), SETTINGS | {"algorithm": {"name": "fedavg", "rounds": 2, "local": {"epochs": 1}}}
@@ -68,7 +68,7 @@ TRAIN: dict[str, tuple[Tamper, str]] = {
     "weight 0": (body(weight=0.0), "its weight is 0.0"),
     "weight of 400 digits": (raw("body", "fields", "weight", text="1" + "0" * 400), "does not hold what is declared"),
     "no message": (body(message=None), "its answer cannot be used"),
-    "another kind": (body(message=Nothing()), "is of kind core.Nothing, expected averaging.Model"),
+    "another kind": (body(message=Empty()), "is of kind core.Nothing, expected averaging.Model"),
     "many metrics": (body(metrics={str(i): 0.0 for i in range(65)}), "it has 65 metrics"),
     "a metric's name": (metric("\x1b[2J", 0.0), "printable characters"),
     "seconds": (spoil(lambda a: replace(a, seconds=NAN)), "it worked for nan seconds"),
@@ -90,8 +90,8 @@ MEASURED: dict[str, tuple[Tamper, str]] = {
 def served(folder: Path, data: Path, action: str, fault: Tamper) -> list[dict[str, Any]]:
     """The records of a run in which site b's second answer to this action is forged."""
     consortium = Consortium(folder, data)
-    border = SETTINGS["border"] | {"least": 3, "deadline": 4.0}
-    consortium.config = settings(folder / "server.toml", **SETTING | {"border": border})
+    border = SETTINGS["server"] | {"min_sites": 3, "stage_timeout": 4.0}
+    consortium.config = settings(folder / "server.toml", **SETTING | {"server": border})
     seen: list[int] = []
 
     def tamper(node: int, message: Message, reply: Message) -> Message | None:
@@ -138,19 +138,19 @@ def test_a_metric_that_is_not_a_number_is_written_as_none(tmp_path: Path, data: 
     assert (tmp_path / "run" / "report.html").exists()
 
 
-ROWS, THREE = fuzz.ROWS, Border(least=3)
+ROWS, THREE = fuzz.ROWS, AdmissionPolicy(min_sites=3)
 
 
 def played(
     name: str,
     faults: Any,
-    border: Border = THREE,
+    border: AdmissionPolicy = THREE,
     rows: Any = ROWS,
     **changes: Any,
 ) -> list[Round]:
     algorithm, task = toy.quick(name, **changes), toy.task_of(name)
     central = replace(toy.central(task=task), rows=rows)
-    return list(run(algorithm, central, Faulty(InProcess(toy.workers(algorithm, task=task)), faults), border=border))
+    return list(run(algorithm, central, Faulty(InProcess(toy.workers(algorithm, task=task)), faults), admission=border))
 
 
 def message(**changes: Any) -> Callable[[Reply], Reply]:
@@ -180,7 +180,7 @@ def message(**changes: Any) -> Callable[[Reply], Reply]:
 def test_a_forged_reply_leaves_its_site_out(name: str, step: int, fault: Any, reason: str) -> None:
     rounds = played(name, {(step, "b"): fault})
     assert reason in rounds[step].absent["b"]
-    gone = played(name, {(step, "b"): lambda reply: Absent("it has not answered")})
+    gone = played(name, {(step, "b"): lambda reply: Failure("it has not answered")})
     assert [r.results() | {"absent": 0, "bytes_up": 0} for r in rounds] == [
         r.results() | {"absent": 0, "bytes_up": 0} for r in gone
     ]
@@ -197,11 +197,11 @@ def test_a_far_change_is_left_out_by_name_and_by_default() -> None:
     for fault in (scaled(1000.0), scaled(1e30)):
         found = played("fedavg", {(0, "b"): fault})
         assert "the change of its 'model' is" in found[0].absent["b"]
-    assert not played("fedavg", {(0, "b"): scaled(1000.0)}, Border(far=0))[0].absent
-    both = played("fedavg", {(0, "b"): scaled(1000.0), (0, "c"): scaled(-1000.0)}, Border(least=2))
+    assert not played("fedavg", {(0, "b"): scaled(1000.0)}, AdmissionPolicy(max_update_ratio=0))[0].absent
+    both = played("fedavg", {(0, "b"): scaled(1000.0), (0, "c"): scaled(-1000.0)}, AdmissionPolicy(min_sites=2))
     assert both[0].absent.keys() == {"b", "c"}
     with pytest.raises(InputError, match=r"3 of 4 sites gave a usable answer .* \(site 'b': the change of its 'model' is"):
-        played("fedavg", {(0, "b"): scaled(1000.0)}, Border())
+        played("fedavg", {(0, "b"): scaled(1000.0)}, AdmissionPolicy())
 
 
 def test_inflated_rows_let_nobody_go_far() -> None:
@@ -226,16 +226,16 @@ def test_inflated_rows_let_nobody_go_far() -> None:
     ],
 )
 def test_no_weight_is_more_than_its_share(weights: Any, share: float, expected: Any) -> None:
-    found = bounded(dict(zip("abc", map(float, weights), strict=False)), share)
+    found = cap_weights(dict(zip("abc", map(float, weights), strict=False)), share)
     assert tuple(found.values()) == pytest.approx(expected)
     assert share < 1 / max(len(weights), 1) or max(found.values(), default=0) <= share * sum(found.values()) + 1e-9
 
 
 def test_share_bounds_replies_verdicts_and_the_union_of_tests() -> None:
-    whole, shared = played("fedavg", {}), played("fedavg", {}, Border(share=0.25))
+    whole, shared = played("fedavg", {}), played("fedavg", {}, AdmissionPolicy(max_weight_share=0.25))
     replies = {}
     transport = InProcess(toy.workers(toy.quick("fedavg"), task=toy.task_of("fedavg")))
-    start = toy.quick("fedavg").init(replace(toy.central(task=toy.task_of("fedavg")), rng=toy.named(0, "init")))
+    start = toy.quick("fedavg").init(replace(toy.central(task=toy.task_of("fedavg")), rng=toy.stream(0, "init")))
     for site, reply, _ in transport.send(0, "train", 0, dict.fromkeys(transport.sites, start)):
         replies[site] = reply
     plain = mean((reply.message.model, 1.0) for _, reply in sorted(replies.items()))
@@ -251,7 +251,9 @@ def test_a_verdict_weighs_no_more_than_its_share() -> None:
         return replace(reply, weight=3.0, message=replace(reply.message, count=3, right=right))
 
     faults = {(3, site): few for site in "bcd"}  # three sites of three right answers of three, and one of 15 images
-    alone, shared = (played("warmfed", faults, Border(least=3, share=share))[3] for share in (1.0, 0.25))
+    alone, shared = (
+        played("warmfed", faults, AdmissionPolicy(min_sites=3, max_weight_share=share))[3] for share in (1.0, 0.25)
+    )
     # (9 + r) of 24 right answers, and with the share (9 + r/5) of 12, for r of 15 at the first site
     first = 24 * alone.aggregate["validation_before"] / 100 - 9
     assert first < 15
@@ -263,10 +265,10 @@ def test_share_names_the_run_and_other_bounds_do_not(tmp_path: Path) -> None:
     names = [prepare(tiny.config(data, **border)).fingerprint for border in ({}, {"border__far": 9.0}, {"border__share": 0.5})]
     assert names[0] == names[1] != names[2]
     with pytest.raises(InputError, match="share above 0 and at most 1"):
-        parse(None, {"border.share": 0.0})
+        parse(None, {"server.max_weight_share": 0.0})
 
 
-CARD = Card(
+CARD = SiteInfo(
     "0", "toy", ("0", "1"), "a {}", (3.0, 8.0, 8.0), {"train": 2.0, "validation": 1.0, "test": 1.0}, ("0" * 64,) * 3, "", ""
 )
 
@@ -293,16 +295,16 @@ CARD = Card(
     ],
 )
 def test_a_card_holds_what_a_card_may_hold(changes: dict[str, Any], reason: str) -> None:
-    check_card(CARD, 100)
+    check_site_info(CARD, 100)
     with pytest.raises(InputError, match=reason) as caught:
-        check_card(replace(CARD, **changes), 100)
+        check_site_info(replace(CARD, **changes), 100)
     assert str(caught.value).isprintable()
 
 
 def test_a_bad_card_is_refused_and_the_run_goes_on(tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     consortium = Consortium(tmp_path, data)
-    border = SETTINGS["border"] | {"least": 3, "deadline": 10.0}
-    consortium.config = settings(tmp_path / "server.toml", **SETTING | {"border": border})
+    border = SETTINGS["server"] | {"min_sites": 3, "stage_timeout": 10.0}
+    consortium.config = settings(tmp_path / "server.toml", **SETTING | {"server": border})
 
     def tamper(node: int, message: Message, reply: Message) -> Message | None:
         bad = node == consortium.node("b") and message.metadata.message_type == "query.hello"

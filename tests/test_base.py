@@ -15,18 +15,18 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from warmfed.cli.parser import main
-from warmfed.core.rng import named, seeded
+from warmfed.core.rng import seeded, stream
 from warmfed.data import Federation, arrays
 from warmfed.data.rendered_digits import rendered
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.pipeline_families import STABLE
-from warmfed.pretraining.captions import Pictures, digits, pictures, tokenizer
+from warmfed.pretraining.captions import ImageSet, digits, pictures, tokenizer
 from warmfed.pretraining.pretrain import Pretraining, build, pretrain, principal_patches
 from warmfed.utils.errors import InputError
 
 TINY = Pretraining(
-    images=64, channels=4, decoder_width=8, decoder_steps=2, decoder_batch=8, widths=(16, 16), text_width=16, text_layers=1,
-    steps=3, batch=16, warmup=1, classifier_epochs=1,
+    images=64, channels=4, decoder_width=8, decoder_steps=2, decoder_batch_size=8, widths=(16, 16), text_width=16,
+    text_layers=1, steps=3, batch_size=16, warmup=1, classifier_epochs=1,
 )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_parts_are_frozen_and_turn_text_and_images_into_tensors(made: tuple[Path
     assert not any(p.requires_grad for name in STABLE.models for p in parts.part(name).parameters())
     assert {p.dtype for name in STABLE.models for p in parts.part(name).parameters()} == {torch.float32}
     assert parts.embed(["a photo of the digit two", ""])["prompt"].shape == (2, 16, 16)
-    images = rendered(3, named("images"))["image"]
+    images = rendered(3, stream("images"))["image"]
     latents, deviation = parts.encode(images)
     assert latents.shape == deviation.shape == (3, 4, 8, 8)
     assert parts.decode(latents).shape == images.shape
@@ -84,8 +84,8 @@ def test_a_finished_phase_is_not_repeated(tmp_path: Path) -> None:
 
 
 def test_latents_are_uncorrelated_and_the_coarsest_come_first() -> None:
-    images = rendered(256, named("patches"))["image"]
-    with seeded(named("weights")):
+    images = rendered(256, stream("patches"))["image"]
+    with seeded(stream("weights")):
         encoder = build(TINY).vae.encoder
     principal_patches(encoder, images)
     with torch.no_grad():
@@ -149,7 +149,7 @@ PHOTOS = replace(TINY, side=64, flip=True)
 
 
 @pytest.fixture(scope="module")
-def pets() -> Pictures:
+def pets() -> ImageSet:
     return pictures(public(64), 64)
 
 
@@ -161,7 +161,7 @@ def public(side: int) -> Federation:
     return arrays({s: (table, label) for s, table in images.items()}, classes=("cat", "guinea_pig"), public=0.33)
 
 
-def test_what_a_base_learns_of_pictures_is_what_is_public(pets: Pictures) -> None:
+def test_what_a_base_learns_of_pictures_is_what_is_public(pets: ImageSet) -> None:
     federation = public(64)
     assert federation.public is not None
     assert sorted(i.sum().item() for i in pets.table["image"]) == sorted(i.sum().item() for i in federation.public["image"])
@@ -174,7 +174,7 @@ def test_what_a_base_learns_of_pictures_is_what_is_public(pets: Pictures) -> Non
         pictures(public(32), 64)
 
 
-def test_a_base_of_pictures_draws_at_their_size(pets: Pictures, tmp_path: Path) -> None:
+def test_a_base_of_pictures_draws_at_their_size(pets: ImageSet, tmp_path: Path) -> None:
     record = pretrain(PHOTOS, tmp_path / "pets", pictures=pets)
     assert record["pictures"]["classes"] == ["cat", "guinea_pig"]
     assert pipeline.side(tmp_path / "pets") == 64
@@ -187,13 +187,13 @@ def test_a_base_of_pictures_draws_at_their_size(pets: Pictures, tmp_path: Path) 
     assert head.shape == (2, 128)
 
 
-def test_principal_patches_are_the_components_of_large_patches_too(pets: Pictures) -> None:
+def test_principal_patches_are_the_components_of_large_patches_too(pets: ImageSet) -> None:
     """On images whose patches lie in the span of four components, the projection and back lose nothing."""
-    basis = torch.randn(4, 192, generator=named("basis"))
-    patches = (torch.randn(50, 8, 8, 4, generator=named("weights")) @ basis).reshape(50, 8, 8, 3, 8, 8)
+    basis = torch.randn(4, 192, generator=stream("basis"))
+    patches = (torch.randn(50, 8, 8, 4, generator=stream("weights")) @ basis).reshape(50, 8, 8, 3, 8, 8)
     images = patches.permute(0, 3, 1, 4, 2, 5).reshape(50, 3, 64, 64)
     images = ((images - images.min()) / (images.max() - images.min()) * 255).round().to(torch.uint8)
-    with seeded(named("weights")):
+    with seeded(stream("weights")):
         encoder = build(PHOTOS).vae.encoder
     principal_patches(encoder, images)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_principal_patches_are_the_components_of_large_patches_too(pets: Picture
     assert left.square().mean() < 1e-2 * cells.square().mean()
 
 
-def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: Pictures, tmp_path: Path) -> None:
+def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: ImageSet, tmp_path: Path) -> None:
     settings = replace(PHOTOS, steps=6, snapshot=2, at=(1, 5))
     pretrain(settings, tmp_path / "whole", pictures=pets)
     steps: list[int] = []

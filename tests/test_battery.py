@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from warmfed.algorithms import ALGORITHMS, entry
 from warmfed.algorithms.shared.base import PartlyShared
 from warmfed.core.messages import Message, decode, encode, tensors_of
-from warmfed.core.rng import named
+from warmfed.core.rng import stream
 from warmfed.core.tensors import join, sha256
 from warmfed.fit import Training, fit
 from warmfed.run import run
@@ -30,7 +30,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Classify:
     """A task that starts from a classifier trained on public images."""
     task, path = toy.LAYERED, tmp_path_factory.mktemp("public") / "classifier.safetensors"
     table = toy.table(9, "public", 30)
-    model, _ = fit(toy.central(task=task), task.init(named("public")), Training(lr=0.01), table)
+    model, _ = fit(toy.central(task=task), task.init(stream("public")), Training(lr=0.01), table)
     save_file(dict(model), path)
     return replace(task, start=str(path))
 
@@ -54,10 +54,10 @@ def score(algorithm: Any, server: Any, states: Any, task: Any) -> float:
     """Mean accuracy (or loss) over the sites of what each of them would use."""
     found = []
     for site, data in toy.SITES.items():
-        down = algorithm.down(server, site)
+        down = algorithm.broadcast(server, site)
         state = states(site)
         worker = toy.workers(algorithm, task=task)[site]
-        entered = algorithm.enter(down, worker.local("enter", 0)) if state is None else state
+        entered = algorithm.init_client_state(down, worker.local("enter", 0)) if state is None else state
         found.append(task.metrics(algorithm.client_model(down, entered), task.tables(data)["test"])[task.measure])
     return sum(found) / len(found)
 
@@ -124,9 +124,9 @@ def test_stopped_and_resumed_is_uninterrupted(name: str, outcome: toy.Outcome, t
 @every
 def test_some_of_the_sites_suffice(name: str, task: Any) -> None:
     algorithm = toy.quick(name)
-    if "sample" not in {f.name for f in fields(algorithm)}:
+    if "client_fraction" not in {f.name for f in fields(algorithm)}:
         pytest.skip("it has no share of sites")
-    half = toy.play(toy.quick(name, sample=0.5), task=task)
+    half = toy.play(toy.quick(name, client_fraction=0.5), task=task)
     asked = [r.cohort for r in half.rounds if r.stage == "train"]
     assert all(len(cohort) == 2 for cohort in asked)
     assert half.rounds[-1].evaluation.keys() == toy.SITES.keys()
@@ -143,7 +143,7 @@ def test_nothing_private_crosses(name: str, task: Any) -> None:
         if isinstance(algorithm, PartlyShared):
             mine = algorithm.mine(task)
             assert not [path for path in crossing if mine(path.split("/")[-1])]
-            assert {name for name in task.init(named("names")) if mine(name)} <= reply.state.model.keys()
+            assert {name for name in task.init(stream("names")) if mine(name)} <= reply.state.model.keys()
         if not name.startswith("centralized"):
             assert not [path for path in crossing if path.endswith(("/image", "/label")) and not path.startswith("subset/")]
     assert entry(name).shared

@@ -9,8 +9,8 @@ import torch
 import toy
 
 from warmfed.algorithms.shared.base import Model
-from warmfed.core import Absent, Exchange, Metrics, Nothing, Reply, Stage
-from warmfed.core.admission import STRICT, Border
+from warmfed.core import Empty, Exchange, Failure, Metrics, Reply, Stage
+from warmfed.core.admission import DEFAULT_ADMISSION, AdmissionPolicy
 from warmfed.core.messages import Message
 from warmfed.core.tensors import Tensors
 from warmfed.run import run
@@ -21,12 +21,12 @@ DOWN = Model({"w": torch.tensor([3.0, 4.0]), "n": torch.tensor(7)})
 STAGE = Stage("train", lambda server, replies, ctx: (server, {}))
 
 
-def verdict(message: Message, border: Border = STRICT, weight: float = 1.0, stage: Stage = STAGE) -> str:
+def verdict(message: Message, border: AdmissionPolicy = DEFAULT_ADMISSION, weight: float = 1.0, stage: Stage = STAGE) -> str:
     """Why the reply is refused; empty: it is taken."""
     reply = Reply(message, None, weight, {})
     found = border.admit(reply, "a", DOWN, stage, toy.central())
-    assert found is reply or isinstance(found, Absent)
-    return found.reason if isinstance(found, Absent) else ""
+    assert found is reply or isinstance(found, Failure)
+    return found.reason if isinstance(found, Failure) else ""
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_a_reply_has_the_layout_of_the_message_and_is_finite(tensors: Tensors, r
 
 def test_the_norm_is_that_of_the_change() -> None:
     moved = Model({"w": torch.tensor([6.0, 8.0]), "n": torch.tensor(7)})  # by 5
-    assert verdict(moved, Border(norm=5.1)) == ""
-    assert verdict(moved, Border(norm=4.9)) == "its norm is 5, at most 4.9 is taken"
+    assert verdict(moved, AdmissionPolicy(max_update_norm=5.1)) == ""
+    assert verdict(moved, AdmissionPolicy(max_update_norm=4.9)) == "its norm is 5, at most 4.9 is taken"
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
@@ -61,7 +61,7 @@ def test_a_stage_may_demand_more() -> None:
     def picky(reply: Reply, site: str, ctx: object) -> None:
         raise InputError(f"{site} must send more")
 
-    assert verdict(Nothing(), stage=replace(STAGE, check=picky, replies=(Nothing,))) == "a must send more"
+    assert verdict(Empty(), stage=replace(STAGE, check=picky, replies=(Empty,))) == "a must send more"
 
 
 @dataclass
@@ -69,12 +69,12 @@ class Faulty:
     """The sites of the toy federation, of which some go wrong in some steps."""
 
     inner: InProcess
-    faults: Mapping[tuple[int, str], Callable[[Reply], Reply | Absent]]
+    faults: Mapping[tuple[int, str], Callable[[Reply], Reply | Failure]]
     sites: tuple[str, ...] = ("a", "b", "c", "d")
 
     def send(
         self, step: int, stage: str, number: int, down: Mapping[str, Message]
-    ) -> Iterator[tuple[str, Reply | Absent, tuple[Exchange, ...]]]:
+    ) -> Iterator[tuple[str, Reply | Failure, tuple[Exchange, ...]]]:
         for site, reply, exchanges in self.inner.send(step, stage, number, down):
             yield site, self.faults.get((step, site), lambda r: r)(reply), exchanges
 
@@ -90,11 +90,11 @@ def spoiled(reply: Reply) -> Reply:
 def faulty(name: str, faults: Any, least: int) -> list[Any]:
     algorithm, task = toy.quick(name), toy.task_of(name)
     transport = Faulty(InProcess(toy.workers(algorithm, task=task)), faults)
-    return list(run(algorithm, toy.central(task=task), transport, border=Border(least=least), evaluate="never"))
+    return list(run(algorithm, toy.central(task=task), transport, admission=AdmissionPolicy(min_sites=least), evaluate="never"))
 
 
 def test_a_site_that_fails_is_left_out_and_comes_back() -> None:
-    rounds = faulty("fedavg", {(0, "b"): spoiled, (0, "c"): lambda reply: Absent("it hung")}, least=2)
+    rounds = faulty("fedavg", {(0, "b"): spoiled, (0, "c"): lambda reply: Failure("it hung")}, least=2)
     assert [list(r.train) for r in rounds] == [["a", "d"], ["a", "b", "c", "d"]]
     assert rounds[0].absent == {"b": "tensor 'model/body.1.bias' is not finite", "c": "it hung"}
     assert rounds[0].results()["absent"] == rounds[0].absent

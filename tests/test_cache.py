@@ -175,7 +175,7 @@ def test_a_run_on_mapped_tables_is_the_run_on_held_ones(mapped: Federation, tmp_
     with pytest.MonkeyPatch.context() as usual_bound:
         usual_bound.setattr(assembly, "HELD", 2**20)
         held = folder(tmp_path / "pets", image_size=8, cache=str(tmp_path / "cache"))
-    algorithm = FedAvg(rounds=1, local=Training(lr=0.02, steps=2, batch=4))
+    algorithm = FedAvg(rounds=1, local=Training(lr=0.02, steps=2, batch_size=4))
     results = []
     for federation, workers in ((mapped, 2), (mapped, 1), (held, 1)):
         task = Classify(federation.shape, 2, "linear")

@@ -11,8 +11,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, l
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from warmfed import models
-from warmfed.core import Central
-from warmfed.core.rng import named
+from warmfed.core import ServerContext
+from warmfed.core.rng import stream
 from warmfed.fit import Training, fit
 from warmfed.metrics.classification import measure
 from warmfed.tasks import Classify
@@ -22,7 +22,7 @@ from warmfed.utils.errors import InputError
 
 @pytest.mark.parametrize("case", range(4))
 def test_the_figures_are_scikit_learns_and_torchmetrics(case: int) -> None:
-    rng = named("figures", case)
+    rng = stream("figures", case)
     logits = 2 * torch.randn(200, 5, generator=rng)
     label = torch.randint(5, (200,), generator=rng) % (5 - case)  # fewer and fewer classes occur
     guess, probability = logits.argmax(-1), logits.double().softmax(-1)
@@ -58,7 +58,7 @@ def test_pixels_span_minus_one_to_one_and_leave_the_image_alone() -> None:
 
 def test_prediction_does_not_depend_on_the_batch() -> None:
     task, table = Classify((3, 8, 8), 3), toy.SITES["a"]["test"]
-    model = task.init(named("cnn"))
+    model = task.init(stream("cnn"))
     whole = task.predict(model, table)
     assert whole.shape == (48, 3)
     assert torch.allclose(whole, task.predict(model, table, batch=7), atol=1e-5)
@@ -79,22 +79,22 @@ def test_the_networks() -> None:
 
 
 def test_a_start_from_a_file(tmp_path: Path) -> None:
-    path, model = tmp_path / "start.safetensors", dict(toy.TASK.init(named("start")))
+    path, model = tmp_path / "start.safetensors", dict(toy.TASK.init(stream("start")))
     save_file(model, path)
     task = Classify(toy.SHAPE, 3, "linear", start=str(path))
-    assert toy.same(task.init(named("other")), model)
+    assert toy.same(task.init(stream("other")), model)
 
 
 def test_a_classifier_of_other_classes_lends_its_body(tmp_path: Path) -> None:
     path = tmp_path / "start.safetensors"
-    lender = {name: value + 1 for name, value in replace(toy.LAYERED, classes=7).init(named("start")).items()}
+    lender = {name: value + 1 for name, value in replace(toy.LAYERED, classes=7).init(stream("start")).items()}
     save_file(lender, path)
-    alone, begun = toy.LAYERED.init(named("own")), replace(toy.LAYERED, start=str(path)).init(named("own"))
+    alone, begun = toy.LAYERED.init(stream("own")), replace(toy.LAYERED, start=str(path)).init(stream("own"))
     assert {name for name in begun if torch.equal(begun[name], alone[name])} == {"head.weight", "head.bias"}
     assert {name for name in begun if torch.equal(begun[name], lender[name])} == begun.keys() - {"head.weight", "head.bias"}
     save_file({**lender, "head.bias": torch.zeros(3)}, path)
     with pytest.raises(InputError, match=r"'head\.bias' differs"):
-        replace(toy.LAYERED, start=str(path)).init(named("own"))
+        replace(toy.LAYERED, start=str(path)).init(stream("own"))
 
 
 @pytest.mark.parametrize(
@@ -112,17 +112,19 @@ def test_a_classifier_of_other_classes_lends_its_body(tmp_path: Path) -> None:
 def test_a_start_that_does_not_fit_is_refused(content: object, words: str, tmp_path: Path) -> None:
     content(tmp_path / "start.safetensors")
     with pytest.raises(InputError, match=words):
-        Classify(toy.SHAPE, 3, "linear", start=str(tmp_path / "start.safetensors")).init(named("start"))
+        Classify(toy.SHAPE, 3, "linear", start=str(tmp_path / "start.safetensors")).init(stream("start"))
 
 
 def test_the_layout_of_images_in_memory_changes_no_bit() -> None:
     """Samples straight from a generator and those that were written and read are the same data."""
     task = Classify((3, 32, 32), 10)
-    table = {"image": torch.randint(256, (64, 3, 32, 32), generator=named("layout"), dtype=torch.uint8)}
+    table = {"image": torch.randint(256, (64, 3, 32, 32), generator=stream("layout"), dtype=torch.uint8)}
     table["label"] = torch.arange(64) % 10
     other = {**table, "image": table["image"].contiguous(memory_format=torch.channels_last)}
     one, two = (
-        fit(Central(task, named("layout")), task.init(named("start")), Training(lr=0.05, epochs=2, batch=16), data)[0]
+        fit(
+            ServerContext(task, stream("layout")), task.init(stream("start")), Training(lr=0.05, epochs=2, batch_size=16), data
+        )[0]
         for data in (table, other)
     )
     assert toy.same(one, two)

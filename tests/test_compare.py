@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 
 from warmfed.cli.parser import main
 from warmfed.data import load
-from warmfed.experiments.aggregate import holm, paired, tabulate
+from warmfed.experiments.aggregate import aggregate, holm, paired
 from warmfed.experiments.compare import Cell, Cells, compare, plan
 from warmfed.report import latex
 from warmfed.utils.errors import InputError
@@ -49,7 +49,7 @@ def test_the_table() -> None:
     for cell in planned:
         union, personal = values[cell.arm]
         found.append(summary(union and union + cell.seed, personal + cell.rounds * cell.seed))
-    table = tabulate(planned, found)
+    table = aggregate(planned, found)
     assert [(row["algorithm"], row["rounds"]) for row in table["rows"]][:3] == [("fedavg", 1), ("fedavg", 5), ("warmfed", 1)]
     row = table["rows"][1]
     assert (row["global_mean"], row["global_std"], row["global_worst_mean"]) == (80.5, pytest.approx(0.5**0.5), 75.5)
@@ -65,7 +65,7 @@ def test_the_table() -> None:
     assert all(test["algorithm"] == "warmfed" for test in table["tests"])
     first = table["tests"][0]
     assert (first["metric"], first["against"], first["difference"]) == ("global", "fedavg", 10.0)
-    other = tabulate(planned, found, "fedavg")["tests"][0]
+    other = aggregate(planned, found, "fedavg")["tests"][0]
     assert (other["algorithm"], other["against"], other["difference"]) == ("fedavg", "warmfed", -10.0)
 
 
@@ -216,7 +216,7 @@ def test_bad_sweeps(content: str, words: str, tmp_path: Path) -> None:
 def test_a_site_that_takes_no_part(data: Path, tmp_path: Path) -> None:
     sites = list(load(str(data)).sites)
     planned = plan(None, QUICK | {"data.source": str(data)}, ["fedavg", "fedper"], [0], [1], sites[:2])
-    assert [(cell.arm, cell.unseen) for cell in planned] == [(arm, site) for arm in ("fedavg", "fedper") for site in sites[:2]]
+    assert [(cell.arm, cell.holdout) for cell in planned] == [(arm, site) for arm in ("fedavg", "fedper") for site in sites[:2]]
     table = compare(planned, tmp_path / "x", workers=2)
     assert table["unseen"] == sites[:2]
     fedavg, fedper = table["rows"]
@@ -233,14 +233,14 @@ def test_a_site_that_takes_no_part(data: Path, tmp_path: Path) -> None:
 def test_latex() -> None:
     planned = plan(None, {}, ["fedavg", "warmfed"], [0, 1], [1])
     found = [summary(80.0 + 10 * (cell.arm == "warmfed") + cell.seed, 85.0 + cell.seed) for cell in planned]
-    text = latex(tabulate(planned, found))
+    text = latex(aggregate(planned, found))
     assert r"warmfed & \textbf{90.5 $\pm$ 0.7}" in text
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
     assert r"global, \%" in text
 
 
 def test_a_cell_that_fails_is_named(data: Path, tmp_path: Path) -> None:
-    wild = {"algorithm.local.lr": 1e38, "algorithm.local.clip": 0.0, "algorithm.local.epochs": 5}
+    wild = {"algorithm.local.lr": 1e38, "algorithm.local.max_grad_norm": 0.0, "algorithm.local.epochs": 5}
     with pytest.raises(InputError, match="cell fedavg-rounds1-seed0: training diverged"):
         compare(cells(data, ["fedavg"], [0], [1], **wild), tmp_path / "x")
 

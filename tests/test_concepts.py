@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from warmfed.core import Central, GeneratorSpec, Local
-from warmfed.core.rng import named, seeded
+from warmfed.core import ClientContext, GeneratorSpec, ServerContext
+from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import sha256
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.concept_inversion import Concepts
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.result_cache import Once
+from warmfed.diffusion.result_cache import CachedGenerator
 from warmfed.fit import Training
 from warmfed.runs.generators import build_generator
 from warmfed.utils.errors import InputError
@@ -27,28 +27,28 @@ with warnings.catch_warnings():
 
 PROMPTS = ("a photo of the digit zero", "a photo of the digit one", "a photo of the digit two")
 TABLE = {
-    "image": torch.randint(256, (12, 3, 32, 32), generator=named("images"), dtype=torch.uint8),
+    "image": torch.randint(256, (12, 3, 32, 32), generator=stream("images"), dtype=torch.uint8),
     "label": torch.arange(12) % 3,
 }
 LABELS = torch.tensor([0, 1, 2, 1])
-TRAINING = Training(optimizer="adamw", lr=0.02, epochs=2, batch=6, clip=1.0)
+TRAINING = Training(optimizer="adamw", lr=0.02, epochs=2, batch_size=6, max_grad_norm=1.0)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
     folder = tmp_path_factory.mktemp("base") / "own"
-    with seeded(named("tiny")):
+    with seeded(stream("tiny")):
         parts = build(Pretraining(channels=4, decoder_width=8, widths=(16, 32), text_width=16, text_layers=1))
     pipeline.save(parts, folder)
-    return LatentDiffusion(str(folder), rank=2, steps=3, guidance=2.0, batch=3)
+    return LatentDiffusion(str(folder), rank=2, steps=3, guidance=2.0, batch_size=3)
 
 
-def local(purpose: str = "adapt") -> Local:
-    return Local(None, {"train": TABLE}, named(purpose), "ink", PROMPTS)
+def local(purpose: str = "adapt") -> ClientContext:
+    return ClientContext(None, {"train": TABLE}, stream(purpose), "ink", PROMPTS)
 
 
-def central(purpose: str = "sample") -> Central:
-    return Central(None, named(purpose))
+def central(purpose: str = "sample") -> ServerContext:
+    return ServerContext(None, stream(purpose))
 
 
 def described(plain: LatentDiffusion) -> LatentDiffusion:
@@ -93,7 +93,7 @@ def test_a_description_that_is_the_text_draws_what_the_base_draws(plain: LatentD
 
 def test_a_generator_must_have_something_to_learn() -> None:
     with pytest.raises(InputError, match="nothing to learn"):
-        LatentDiffusion(targets="none", prompts=False)
+        LatentDiffusion(target_modules="none", prompts=False)
 
 
 # concepts and latents
@@ -130,7 +130,7 @@ def test_concepts_are_vectors_and_latents(plain: LatentDiffusion, concepts: Conc
 
 def test_no_concepts_and_pure_noise_are_the_base(plain: LatentDiffusion) -> None:
     """Bit for bit: the same noise, the same prompts, the same times."""
-    noise = torch.randn(4, 4, 8, 8, generator=named("sample"))
+    noise = torch.randn(4, 4, 8, 8, generator=stream("sample"))
     still = conceived(plain, 0.0, 0.0)
     drawn = still.synthesize(neutral(still, noise[[0, 1, 3, 2]], torch.tensor([0, 1, 1, 2])), PROMPTS, LABELS, central("other"))
     assert torch.equal(drawn, plain.synthesize(None, PROMPTS, LABELS, central("sample")))
@@ -149,12 +149,12 @@ def test_a_latent_is_a_mixture_of_its_class_under_noise(plain: LatentDiffusion) 
     mean, _ = lora.parts(plain.base, "cpu").encode(TABLE["image"])
     alone = {"image": TABLE["image"], "label": torch.arange(12)}  # every image is its own partner
     concepts = conceived(plain, 0.36, 0.1)
-    residual = concepts.noised(alone, "cpu", named("noise")) - 0.6 * mean
+    residual = concepts.noised(alone, "cpu", stream("noise")) - 0.6 * mean
     assert residual.std().item() == pytest.approx(0.8, abs=0.02)
     assert residual.mean().item() == pytest.approx(0, abs=0.05)
     clear = replace(concepts, signal=1.0)
-    assert torch.allclose(clear.noised(alone, "cpu", named("noise")), mean, atol=1e-5)
-    mixed = clear.noised(TABLE, "cpu", named("noise"))
+    assert torch.allclose(clear.noised(alone, "cpu", stream("noise")), mean, atol=1e-5)
+    mixed = clear.noised(TABLE, "cpu", stream("noise"))
     for i in range(12):
         # between its own latent and that of one of the three others of its class
         ways = [(mixed[i] - mean[i]).flatten() / (mean[j] - mean[i]).flatten() for j in range(i % 3, 12, 3) if j != i]
@@ -162,7 +162,7 @@ def test_a_latent_is_a_mixture_of_its_class_under_noise(plain: LatentDiffusion) 
 
 
 def test_the_domains_vector_varies_from_sample_to_sample(plain: LatentDiffusion) -> None:
-    latent, of = torch.randn(3, 4, 8, 8, generator=named("one")), torch.arange(3)
+    latent, of = torch.randn(3, 4, 8, 8, generator=stream("one")), torch.arange(3)
     twice = torch.tensor([1, 1])
 
     def drawn(variation: float) -> Tensor:
@@ -174,7 +174,7 @@ def test_the_domains_vector_varies_from_sample_to_sample(plain: LatentDiffusion)
 
 
 def test_a_sampler_that_draws_noise_draws_it_from_the_run_s_numbers(plain: LatentDiffusion) -> None:
-    latent = torch.randn(3, 4, 8, 8, generator=named("one"))
+    latent = torch.randn(3, 4, 8, 8, generator=stream("one"))
     few = conceived(replace(plain, sampler="lcm"), 0.0, 0.0)
     first, again = (few.synthesize(neutral(few, latent, torch.arange(3)), PROMPTS, LABELS, central()) for _ in range(2))
     assert torch.equal(first, again)
@@ -211,7 +211,7 @@ def test_spoiled_concepts_are_refused(spoil: object, words: str, concepts: Conce
 
 def test_equal_work_is_done_once_in_every_form(plain: LatentDiffusion, tmp_path: Path) -> None:
     for own in (described(plain), conceived(plain, 0.1, 0.1)):
-        form = Once(own, tmp_path)
+        form = CachedGenerator(own, tmp_path)
         before = len(list(tmp_path.iterdir()))
         first, again, wanted = form.adapt(local()), form.adapt(local()), own.adapt(local())
         assert sha256(first[0]) == sha256(again[0]) == sha256(wanted[0])

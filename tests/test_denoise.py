@@ -9,7 +9,7 @@ import toy
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
-from warmfed.core.rng import named, seeded
+from warmfed.core.rng import seeded, stream
 from warmfed.diffusion.networks import DenoiserSettings
 from warmfed.fit import Training, fit
 from warmfed.tasks.denoising import Denoise, _autoencoder
@@ -27,22 +27,22 @@ def with_settings(**changes: Any) -> Denoise:
 @pytest.mark.parametrize("conditional", [True, False])
 def test_it_learns_and_draws(denoiser: str, conditional: bool) -> None:
     task = with_settings(denoiser=denoiser, conditional=conditional, width=32, depth=1)
-    start = task.init(named("start"))
-    model, info = fit(toy.central(task=task), start, Training(optimizer="adamw", lr=3e-3, epochs=8, batch=12), TABLE)
+    start = task.init(stream("start"))
+    model, info = fit(toy.central(task=task), start, Training(optimizer="adamw", lr=3e-3, epochs=8, batch_size=12), TABLE)
     assert task.metrics(model, TABLE)["loss"] < 0.9 * task.metrics(start, TABLE)["loss"]
     assert info["loss"] < info["first_loss"]
     label = torch.tensor([0, 1, 2, 2])
-    drawn = task.sample(model, label, named("draw"))
+    drawn = task.sample(model, label, stream("draw"))
     assert drawn.shape == (4, *toy.SHAPE)
     assert drawn.isfinite().all()
     assert task.decoded(drawn).dtype == torch.uint8
-    assert torch.equal(drawn, task.sample(model, label, named("draw")))
-    other = task.sample(model, label.flip(0), named("draw"))
+    assert torch.equal(drawn, task.sample(model, label, stream("draw")))
+    other = task.sample(model, label.flip(0), stream("draw"))
     assert torch.equal(drawn, other) is not conditional
 
 
 def test_metrics_do_not_disturb_and_repeat() -> None:
-    model = TASK.init(named(0))
+    model = TASK.init(stream(0))
     torch.manual_seed(3)
     first = torch.rand(1)
     torch.manual_seed(3)
@@ -63,9 +63,9 @@ class Constant(nn.Module):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_loss_is_that_of_diffusers(prediction: str, schedule: str) -> None:
     task = with_settings(prediction=prediction, schedule=schedule, gamma=0.0, dropout=0.0)
-    with seeded(named("loss")):
+    with seeded(stream("loss")):
         found = task.loss(Constant(), TABLE)
-    with seeded(named("loss")):  # the same draws: classes forgotten, times, noise
+    with seeded(stream("loss")):  # the same draws: classes forgotten, times, noise
         n = len(TABLE["label"])
         torch.rand(n)
         time = ((torch.arange(n) + torch.rand(n)) / n * 50).long()
@@ -94,33 +94,33 @@ def test_a_denoiser_that_knows_the_image_draws_it(sampler: str, monkeypatch: pyt
     image = torch.linspace(-0.9, 0.9, 192).view(toy.SHAPE)
     exact = Exact(image, DDIMScheduler(num_train_timesteps=50, beta_schedule="linear").alphas_cumprod)
     monkeypatch.setattr(Denoise, "build", lambda self: exact)
-    drawn = task.sample({}, torch.zeros(3, dtype=torch.int64), named("draw"))
+    drawn = task.sample({}, torch.zeros(3, dtype=torch.int64), stream("draw"))
     assert (drawn - image).abs().max() < 0.05
 
 
 def test_ddim_is_the_scheduler_of_diffusers_step_by_step() -> None:
     task = with_settings(sampler="ddim", steps=5)
-    model, label = task.init(named(1)), torch.tensor([0, 2])
+    model, label = task.init(stream(1)), torch.tensor([0, 2])
     net = task.build().eval()
     net.load_state_dict(dict(model))
     scheduler = DDIMScheduler(num_train_timesteps=50, beta_schedule="linear", prediction_type="epsilon")
     scheduler.set_timesteps(5)
-    latent = torch.randn((2, *toy.SHAPE), generator=named("draw"))
+    latent = torch.randn((2, *toy.SHAPE), generator=stream("draw"))
     with torch.no_grad():
         for time in scheduler.timesteps:
             latent = scheduler.step(net(latent, time.expand(2), label), time, latent).prev_sample
-    assert torch.allclose(task.sample(model, label, named("draw")), latent, atol=1e-5)
+    assert torch.allclose(task.sample(model, label, stream("draw")), latent, atol=1e-5)
 
 
 def test_guidance_of_one_is_none() -> None:
-    model, label = TASK.init(named(1)), torch.tensor([0, 2])
-    plain = TASK.sample(model, label, named("draw"))
-    assert not torch.allclose(with_settings(guidance=3.0).sample(model, label, named("draw")), plain)
+    model, label = TASK.init(stream(1)), torch.tensor([0, 2])
+    plain = TASK.sample(model, label, stream("draw"))
+    assert not torch.allclose(with_settings(guidance=3.0).sample(model, label, stream("draw")), plain)
 
 
 def test_the_latents_of_a_base() -> None:
     task = Denoise((3, 32, 32), 3, DenoiserSettings(width=32, depth=1))
-    image = torch.randint(256, (2, 3, 32, 32), generator=named("image"), dtype=torch.uint8)
+    image = torch.randint(256, (2, 3, 32, 32), generator=stream("image"), dtype=torch.uint8)
     table = task.encoded({"image": image, "label": torch.tensor([0, 1])})
     assert table["latent"].shape == (2, *task.space) == (2, 8, 8, 8)
     assert task.decoded(table["latent"]).shape == image.shape

@@ -27,7 +27,7 @@ from warmfed.deploy import policy
 from warmfed.deploy.site import read_site
 from warmfed.diffusion import pipeline
 from warmfed.utils.errors import InputError
-from warmfed.utils.files import locked
+from warmfed.utils.files import file_lock
 
 pytest.importorskip("flwr")
 
@@ -142,7 +142,7 @@ def test_the_project_is_complete_and_its_secrets_are_private(made: Path) -> None
     )  # fmt: skip
     assert site.policy.excess(agreed) == []
     assert "# Whether images of this site may leave it" in (made / "sites/ink/site.toml").read_text()
-    assert parse(made / "server" / "config.toml").border.sites == ("ink", "paper")
+    assert parse(made / "server" / "config.toml").server.sites == ("ink", "paper")
     assert (made / "sites/ink/node.pub").read_bytes() == (made / "server/nodes/ink.pub").read_bytes()
     assert read_project(made).app == app_sha256()
     assert not any("PORT" in (made / "sites" / site / "environment").read_text() for site in PICTURES)
@@ -343,7 +343,7 @@ def test_a_port_is_ours_if_its_superlink_is_of_this_folder(project: Path, tmp_pa
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            with locked(project / "server" / "server.key", ""):
+            with file_lock(project / "server" / "server.key", ""):
                 assert ("port" in failing(project / "server")) is wrong
             process.kill()
 
@@ -381,7 +381,7 @@ def test_a_site_is_added_and_a_certificate_renewed(project: Path, capsys: pytest
     old = (project / "sites" / "ink" / "node").read_bytes(), (project / "server" / "server.crt").read_bytes()
     assert main(["deploy", "add-site", str(project), "street"]) == 0
     assert read_project(project).sites == read_project(project / "sites" / "ink").sites == ("ink", "paper", "street")
-    assert parse(project / "server" / "config.toml").border.sites == ("ink", "paper", "street")
+    assert parse(project / "server" / "config.toml").server.sites == ("ink", "paper", "street")
     site = read_site(project / "sites" / "street")
     assert (site.classes, site.data.source, site.data.options) == (("cat", "dog"), "data", {"image_size": 8})
     assert site.policy == read_site(project / "sites" / "ink").policy

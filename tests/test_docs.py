@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "ben
 FILES = sorted([*(ROOT / "benchmarks").rglob("*.toml"), *(ROOT / "examples").glob("*.toml")])
 SHORT = (
     "LatentDiffusion()",
-    'LatentDiffusion(steps=2, views=1, training=Training(optimizer="adamw", lr=1e-3, steps=4, batch=16))',
+    'LatentDiffusion(steps=2, views=1, training=Training(optimizer="adamw", lr=1e-3, steps=4, batch_size=16))',
 )
 """The example adapts and samples for a minute; here it does the same with fewer steps."""
 

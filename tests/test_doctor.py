@@ -14,14 +14,14 @@ from PIL import Image
 
 from warmfed.cli.parser import main
 from warmfed.config import parse
-from warmfed.core import Local
-from warmfed.core.rng import named
+from warmfed.core import ClientContext
+from warmfed.core.rng import stream
 from warmfed.diffusion.cost import Machine, counted, plan, skeleton
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.known_pipelines import KNOWN
 from warmfed.diffusion.settings import Lora
 from warmfed.fit import Training
-from warmfed.runs.dry_run import rehearse
+from warmfed.runs.dry_run import dry_run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -84,7 +84,7 @@ def test_a_skeleton_tells_what_the_pipeline_tells(kind: str, tmp_path: Path) -> 
     }
     said, told = whole.embed(["a cat", ""]), bones.embed(["a cat", ""])
     assert {n: tuple(t.shape) for n, t in told.items()} == {n: tuple(t.shape) for n, t in said.items()}
-    found = plan(LatentDiffusion(base, rank=2, targets="attention", training=Training(batch=3)), 5)
+    found = plan(LatentDiffusion(base, rank=2, target_modules="attention", training=Training(batch_size=3)), 5)
     model = lora.Adapted(whole, lora.inject(whole.denoiser, 2, "attention"), [""] * 5)
     assert found.learned == sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n or n == "prompts")
     assert found.train.flops > 2 * found.sample.flops / (2 * 100) * 3
@@ -115,8 +115,10 @@ def test_known_bases_have_their_published_size(base: str) -> None:
 def test_stable_diffusion_at_full_size() -> None:
     """Rank 4 on attention is 1.6 MB in 16 bits, also with a learned word for each of ten classes, and a step with checkpoints
     in bf16 stays below 8 GB with all weights."""
-    training, options = Training(optimizer="adamw", batch=1), Lora(checkpointing=True, tokens=True)
-    generator = LatentDiffusion(SD15, dtype="bf16", rank=4, targets="attention", prompts=False, training=training, lora=options)
+    training, options = Training(optimizer="adamw", batch_size=1), Lora(gradient_checkpointing=True, textual_inversion=True)
+    generator = LatentDiffusion(
+        SD15, dtype="bf16", rank=4, target_modules="attention", prompts=False, training=training, lora=options
+    )
     found = plan(generator, 10)
     assert found.learned == 4 * 199_296 + 10 * 768
     assert 1.6e6 < found.adapter < 1.62e6
@@ -125,8 +127,8 @@ def test_stable_diffusion_at_full_size() -> None:
 
 
 def test_checkpoints_trade_memory_for_work(tmp_path: Path) -> None:
-    generator = LatentDiffusion(pipelines.write("sd15", tmp_path / "sd15"), size=64, training=Training(batch=8))
-    kept, again = plan(generator, 3), plan(replace(generator, lora=Lora(checkpointing=True)), 3)
+    generator = LatentDiffusion(pipelines.write("sd15", tmp_path / "sd15"), size=64, training=Training(batch_size=8))
+    kept, again = plan(generator, 3), plan(replace(generator, lora=Lora(gradient_checkpointing=True)), 3)
     assert again.train.flops > 1.2 * kept.train.flops  # what is not kept is computed again
     assert again.train.peak < 0.95 * kept.train.peak
     assert again.sample == kept.sample
@@ -134,19 +136,19 @@ def test_checkpoints_trade_memory_for_work(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("targets", "options"),
-    [("attention", Lora(dora=True)), ("attention", Lora(tokens=True)), ("none", Lora(tokens=True))],
+    [("attention", Lora(dora=True)), ("attention", Lora(textual_inversion=True)), ("none", Lora(textual_inversion=True))],
 )
 def test_what_travels_is_counted_and_so_is_reading(targets: str, options: Lora, tmp_path: Path) -> None:
     """DoRA's magnitudes have 32 bits; for learned words the text encoder runs at each step, also where nothing else learns."""
     base = pipelines.write("sd15", tmp_path / "sd15")
-    training = Training(optimizer="adamw", batch=2, steps=1)
-    generator = LatentDiffusion(base, rank=2, targets=targets, prompts=False, training=training, lora=options)
+    training = Training(optimizer="adamw", batch_size=2, steps=1)
+    generator = LatentDiffusion(base, rank=2, target_modules=targets, prompts=False, training=training, lora=options)
     table = {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "label": torch.arange(2)}
-    adapter, _ = generator.adapt(Local(None, {"train": table}, named("adapt"), "ink", ("a cat", "a dog")))
+    adapter, _ = generator.adapt(ClientContext(None, {"train": table}, stream("adapt"), "ink", ("a cat", "a dog")))
     found = plan(generator, 2)
     assert found.adapter == sum(value.nbytes for value in adapter.values())
     assert found.learned == sum(value.numel() for value in adapter.values())
-    if options.tokens:
+    if options.textual_inversion:
         prompts = plan(replace(generator, prompts=True, lora=Lora()), 2).train  # also back to the prompts, which nobody reads
         assert found.train.calls > prompts.calls + 50
         assert found.train.peak > prompts.peak
@@ -217,7 +219,7 @@ def pictures(folder: Path, sites: list[str], classes: list[str], each: int = 4) 
         for name in classes:
             (folder / site / name).mkdir(parents=True)
             for number in range(each):
-                pixels = torch.randint(256, (6, 6, 3), generator=named(site, name, number), dtype=torch.uint8)
+                pixels = torch.randint(256, (6, 6, 3), generator=stream(site, name, number), dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(folder / site / name / f"{number}.jpg")
     return folder
 
@@ -245,7 +247,7 @@ def camelyon(folder: Path) -> Path:
                 stem = f"patient_{center:03d}_node_{slide}"
                 (folder / "patches" / stem).mkdir(parents=True, exist_ok=True)
                 name = f"patch_{stem}_x_{tumor}_y_0.png"
-                pixels = torch.randint(256, (6, 6, 3), generator=named(stem, tumor), dtype=torch.uint8)
+                pixels = torch.randint(256, (6, 6, 3), generator=stream(stem, tumor), dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(folder / "patches" / stem / name)
                 rows.append([f"{center:03d}", slide, tumor, 0, tumor, 10 * center + slide, center, 0])
     with (folder / "metadata.csv").open("w", newline="") as file:
@@ -271,7 +273,7 @@ def test_the_configurations_for_the_real_thing(name: str, tmp_path: Path, monkey
     config = parse(EXAMPLES / name, {"data.path": str(data)} | fewer)
     assert config.generator.size in (0, side)
     assert config.data.options["image_size"] == side
-    found = rehearse(config)
+    found = dry_run(config)
     assert (found["sites"], found["classes"]) == (sites, classes)
     assert found["stages"]["adapt"] == found["stages"]["warm"] == 1
     assert found["stages"]["train"] == 5

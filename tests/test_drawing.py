@@ -13,7 +13,7 @@ from warmfed.cli.parser import main
 
 QUICK = [
     "denoising.width=32", "denoising.depth=1", "denoising.latent=", "denoising.steps=2", "denoising.times=20",
-    "measuring.samples=20", "measuring.when=every", "algorithm.local.epochs=1", "algorithm.first.epochs=1",
+    "evaluation.samples=20", "evaluation.when=every", "algorithm.local.epochs=1", "algorithm.first.epochs=1",
 ]  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("runs") / "x"
     arguments = ["run", "--algorithm", "fedddpm", "--rounds", "2", "--workers", "1", "--out", str(place), "--quiet"]
     eyes = tiny.eyes(place.parent / "eyes.npz")
-    assert main([*arguments, "--set", f"data.source={data}", f"measuring.features={eyes}", *QUICK]) == 0
+    assert main([*arguments, "--set", f"data.source={data}", f"evaluation.features={eyes}", *QUICK]) == 0
     return place
 
 
@@ -52,10 +52,10 @@ def test_sites_that_share_no_generator_are_measured_by_their_own(data: Path, fol
     """Each of the two sites draws half of the samples; the whole network averaged over rounds is one model again."""
     eyes = folder.parent / "eyes.npz"
     models = {}
-    for name, more in (("feddiffuse-udec", []), ("fedavg", ["smooth=0.5"])):
+    for name, more in (("feddiffuse-udec", []), ("fedavg", ["global_ema_decay=0.5"])):
         out = tmp_path / name
         arguments = ["run", "--algorithm", name, "--rounds", "1", "--workers", "1", "--out", str(out), "--quiet", "--set"]
-        assert main([*arguments, "task=denoise", f"data.source={data}", f"measuring.features={eyes}", *QUICK[:-1], *more]) == 0
+        assert main([*arguments, "task=denoise", f"data.source={data}", f"evaluation.features={eyes}", *QUICK[:-1], *more]) == 0
         models[name] = json.loads((out / "summary.json").read_text())["quality"]["models"]
         assert main(["verify", str(out), "--workers", "2"]) == 0
     assert models == {"feddiffuse-udec": 2, "fedavg": 1}
@@ -101,7 +101,7 @@ def test_a_comparison_of_diffusion_models(data: Path, folder: Path, tmp_path: Pa
         "--out",
         str(tmp_path / "x"),
     ]
-    arguments += ["--set", "task=denoise", f"data.source={data}", f"measuring.features={eyes}", *QUICK]
+    arguments += ["--set", "task=denoise", f"data.source={data}", f"evaluation.features={eyes}", *QUICK]
     assert main(arguments) == 0
     assert "Fréchet distance" in capsys.readouterr().out
     table = json.loads((tmp_path / "x" / "compare.json").read_text())

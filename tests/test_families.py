@@ -14,8 +14,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from warmfed.core import Central, GeneratorSpec, Local
-from warmfed.core.rng import named, seeded
+from warmfed.core import ClientContext, GeneratorSpec, ServerContext
+from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import sha256
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
@@ -34,11 +34,11 @@ pytestmark = pytest.mark.filterwarnings(
 KINDS = tuple(pipelines.CLASSES)
 PROMPTS = ("a photo of a cat", "a photo of a dog")
 TABLE = {
-    "image": torch.randint(256, (8, 3, 32, 32), generator=named("images"), dtype=torch.uint8),
+    "image": torch.randint(256, (8, 3, 32, 32), generator=stream("images"), dtype=torch.uint8),
     "label": torch.arange(8) % 2,
 }
 LABELS = torch.tensor([0, 1, 1])
-TRAINING = Training(optimizer="adamw", lr=0.02, epochs=2, batch=4, clip=1.0)
+TRAINING = Training(optimizer="adamw", lr=0.02, epochs=2, batch_size=4, max_grad_norm=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def adapters(bases: dict[str, str]) -> dict[str, dict[str, Tensor]]:
 
 
 def made(base: str, **changes: Any) -> LatentDiffusion:
-    settings = {"rank": 2, "targets": "attention", "prompts": False, "training": TRAINING, "steps": 3, "guidance": 2.0}
+    settings = {"rank": 2, "target_modules": "attention", "prompts": False, "training": TRAINING, "steps": 3, "guidance": 2.0}
     return LatentDiffusion(base, **settings | changes)
 
 
@@ -62,12 +62,12 @@ def conceived(generator: LatentDiffusion, signal: float) -> Concepts:
     return build_generator(generator, GeneratorSpec("concepts", TRAINING, signal))  # type: ignore[return-value]
 
 
-def local() -> Local:
-    return Local(None, {"train": TABLE}, named("adapt"), "ink", PROMPTS)
+def local() -> ClientContext:
+    return ClientContext(None, {"train": TABLE}, stream("adapt"), "ink", PROMPTS)
 
 
 def drawn(generator: LatentDiffusion, adapter: dict[str, Tensor] | None) -> Tensor:
-    return generator.synthesize(adapter, PROMPTS, LABELS, Central(None, named("sample")))
+    return generator.synthesize(adapter, PROMPTS, LABELS, ServerContext(None, stream("sample")))
 
 
 def theirs(base: str, kind: str, **options: Any) -> Any:
@@ -78,7 +78,7 @@ def theirs(base: str, kind: str, **options: Any) -> Any:
         options |= {"complex_human_instruction": None, "use_resolution_binning": False}
     asked = [PROMPTS[label] for label in LABELS]
     options = {"guidance_scale": 2.0, "height": 32, "width": 32} | options
-    return pipe(asked, num_inference_steps=3, generator=named("sample"), output_type="pt", **options).images
+    return pipe(asked, num_inference_steps=3, generator=stream("sample"), output_type="pt", **options).images
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,7 +127,7 @@ def test_a_worn_adapter_leaves_no_trace(kind: str, bases: dict[str, str], adapte
     before = sha256(parts.denoiser.state_dict())
     fused = drawn(generator, adapters[kind])
     assert sha256(parts.denoiser.state_dict()) == before
-    beside = drawn(replace(generator, fused=False), adapters[kind])
+    beside = drawn(replace(generator, fuse_lora=False), adapters[kind])
     assert (fused.int() - beside.int()).abs().max() <= 2
     model = lora.adapted(bases[kind], PROMPTS, 2, "attention", "cpu")
     held = {tensor.data_ptr() for tensor in parts.denoiser.parameters()}
@@ -159,15 +159,15 @@ def test_another_size_than_the_base_was_made_for(bases: dict[str, str], adapters
 def test_the_loss_of_a_flow_is_diffusers() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    latent, seen = torch.randn(8, 4, 4, 4, generator=named("latent")), []
+    latent, seen = torch.randn(8, 4, 4, 4, generator=stream("latent")), []
 
     def predict(noisy: Tensor, time: Tensor) -> Tensor:
         seen.append((noisy, time))
         return 0.3 * noisy
 
-    with seeded(named("loss")):
+    with seeded(stream("loss")):
         found = flow_loss(predict, latent, 3.0, 1000)
-    with seeded(named("loss")):
+    with seeded(stream("loss")):
         level, noise = (torch.arange(8) + torch.rand(8)) / 8, torch.randn(latent.shape)
     ((noisy, time),) = seen
     euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -189,7 +189,7 @@ def test_ddim_is_diffusers_own(bases: dict[str, str]) -> None:
     mine.set_timesteps(5)
     own.set_timesteps(5)
     assert mine.timesteps.tolist() == own.timesteps.tolist()
-    noise = torch.randn(2, 4, 8, 8, generator=named("noise"))
+    noise = torch.randn(2, 4, 8, 8, generator=stream("noise"))
     one = two = noise
     for time in own.timesteps:
         one, two = mine.step(0.5 * one, time, one).prev_sample, own.step(0.5 * two, time, two).prev_sample
@@ -223,7 +223,7 @@ class Noted(torch.nn.Module):
 
 def test_guidance_in_an_interval_costs_half_outside(bases: dict[str, str]) -> None:
     solver, model = scheduler(lora.parts(bases["sd15"], "cpu").scheduler, "dpm++", "trailing"), Noted()
-    noise = torch.randn(2, 1, 4, 4, generator=named("noise"))
+    noise = torch.randn(2, 1, 4, 4, generator=stream("noise"))
     told, empty = {"prompt": torch.tensor([1.0, 2.0])}, {"prompt": torch.tensor([0.5])}
 
     def run(guidance: float, interval: tuple[float, float]) -> Tensor:
@@ -260,10 +260,10 @@ def test_a_compiled_sampler_draws_the_same(bases: dict[str, str], adapters: dict
     [
         ({"sampler": "euler"}, "sampler must be one of dpm"),
         ({"dtype": "int8"}, "dtype must be one of fp32, bf16, fp16"),
-        ({"interval": (0.8, 0.2)}, "two shares in order"),
+        ({"guidance_interval": (0.8, 0.2)}, "two shares in order"),
         ({"spacing": "even"}, "spacing must be one of"),
         ({"sampler": "lcm", "spacing": "trailing"}, r"take generator\.spacing out"),
-        ({"gamma": -1.0}, r"generator\.gamma must be at least 0"),
+        ({"min_snr_gamma": -1.0}, r"generator\.min_snr_gamma must be at least 0"),
         ({"dropout": 1.5}, r"generator\.dropout from 0 to 1"),
     ],
 )
@@ -297,7 +297,7 @@ def test_a_repository_is_looked_for_in_the_hubs_cache_only(
 
 
 def test_weights_in_16_bits_or_in_shards_are_found(bases: dict[str, str], tmp_path: Path) -> None:
-    folder, noise = tmp_path / "half", torch.randn(1, 4, 8, 8, generator=named("noise"))
+    folder, noise = tmp_path / "half", torch.randn(1, 4, 8, 8, generator=stream("noise"))
     shutil.copytree(bases["sd15"], folder)
     for path in list(folder.rglob("*.safetensors")):
         path.rename(path.with_suffix(".fp16.safetensors"))
@@ -352,9 +352,9 @@ def test_a_spoiled_file_of_weights_is_told(bases: dict[str, str], tmp_path: Path
 def test_what_a_base_cannot_draw_by_is_told_before_anything_learns(
     kind: str, changes: dict[str, Any], words: str, bases: dict[str, str]
 ) -> None:
-    made(bases[kind]).able()
+    made(bases[kind]).check_settings()
     with pytest.raises(InputError, match=words):
-        made(bases[kind], **changes).able()
+        made(bases[kind], **changes).check_settings()
 
 
 @pytest.mark.parametrize(
@@ -369,9 +369,9 @@ def test_what_a_base_cannot_draw_by_is_told_before_anything_learns(
 def test_so_is_what_noised_latents_cannot_be_drawn_by(
     kind: str, changes: dict[str, Any], signal: float, words: str, bases: dict[str, str]
 ) -> None:
-    conceived(made(bases["sd15"]), 0.1).able()
+    conceived(made(bases["sd15"]), 0.1).check_settings()
     with pytest.raises(InputError, match=words):
-        conceived(made(bases[kind], **changes), signal).able()
+        conceived(made(bases[kind], **changes), signal).check_settings()
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_one_upload_of_a_site_s_own_model_and_then_the_rounds() -> None:
 
 
 def test_the_correction_learns_the_auxiliary_set() -> None:
-    strong = Training(optimizer="adamw", lr=3e-3, batch=12, epochs=20)
+    strong = Training(optimizer="adamw", lr=3e-3, batch_size=12, epochs=20)
     before, after = play(rounds=1, correct="never"), play(rounds=1, server=strong, share=1.0)
     table = after.server.auxiliary
     assert toy.DRAWING.metrics(after.model, table)["loss"] < toy.DRAWING.metrics(before.model, table)["loss"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from warmfed.core.rng import random_state
-from warmfed.data import deal
+from warmfed.data import partition
 from warmfed.data.federation import Federation, Site
 from warmfed.data.partition import dirichlet, iid, quantity, shards
 from warmfed.utils.errors import InputError
@@ -126,7 +126,7 @@ def test_alpha_is_the_strength_of_label_skew() -> None:
 
 
 def test_dirichlet_leaves_no_site_bare() -> None:
-    table = counts(dirichlet(LABELS, 6, 0.1, key=(0,), smallest=30))
+    table = counts(dirichlet(LABELS, 6, 0.1, key=(0,), min_partition_size=30))
     assert table.sum(axis=1).min() >= 30
     assert (table > 0).sum(axis=1).min() >= 2
 
@@ -139,7 +139,7 @@ def test_shards_hold_exactly_so_many_classes() -> None:
 
 
 def test_quantity_skews_sizes_only() -> None:
-    table = counts(quantity(LABELS, 4, 0.5, key=(0,), smallest=50))
+    table = counts(quantity(LABELS, 4, 0.5, key=(0,), min_partition_size=50))
     assert table.sum(axis=1).min() >= 50
     assert np.ptp(table.sum(axis=1)) > 60
     assert (table > 0).all()
@@ -149,13 +149,13 @@ def test_deals_that_cannot_be_say_so() -> None:
     with pytest.raises(InputError, match=r"alpha above 0 was expected, 0 came"):
         dirichlet(LABELS, 4, 0, key=(0,))
     with pytest.raises(InputError, match="larger alpha or fewer sites"):
-        dirichlet(LABELS, 10, 0.01, key=(0,), smallest=55, tries=20)
+        dirichlet(LABELS, 10, 0.01, key=(0,), min_partition_size=55, tries=20)
     with pytest.raises(InputError, match="classes per site from 4 to 10"):
         shards(LABELS, 3, 2, key=(0,))
     with pytest.raises(InputError, match="1 to 600 sites"):
         iid(LABELS, 0, key=(0,))
     with pytest.raises(InputError, match="700 examples or more were expected, 600 came"):
-        quantity(LABELS, 7, 1, key=(0,), smallest=100)
+        quantity(LABELS, 7, 1, key=(0,), min_partition_size=100)
 
 
 def pool() -> Federation:
@@ -169,7 +169,7 @@ def pool() -> Federation:
 
 @pytest.mark.parametrize("rule", ["iid", "dirichlet", "shards", "quantity"])
 def test_dealt_images_keep_their_split(rule: str) -> None:
-    dealt = deal(pool(), 2, rule, alpha=5.0)
+    dealt = partition(pool(), 2, rule, alpha=5.0)
     assert list(dealt.sites) == ["site-0", "site-1"]
     for split, rows in pool().sites["here"].splits.items():
         found = torch.cat([site.splits[split]["image"][:, 0, 0, 0] for site in dealt.sites.values()])
@@ -178,4 +178,4 @@ def test_dealt_images_keep_their_split(rule: str) -> None:
 
 def test_an_unknown_rule_has_a_neighbour() -> None:
     with pytest.raises(InputError, match="did you mean 'dirichlet'"):
-        deal(pool(), 2, "dirichlett")
+        partition(pool(), 2, "dirichlett")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from warmfed.core import Central
-from warmfed.core.rng import named
+from warmfed.core import ServerContext
+from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, Tensors
 from warmfed.fit import Training, fit, proximal
 from warmfed.utils.errors import InputError
@@ -39,21 +39,21 @@ class Rows:
         return F.cross_entropy(model(batch["x"]), batch["y"])
 
 
-DATA = {"x": torch.randn(10, 4, generator=named("x")), "y": torch.arange(10) % 3}
+DATA = {"x": torch.randn(10, 4, generator=stream("x")), "y": torch.arange(10) % 3}
 START = {
-    name: torch.randn(shape, generator=named(name)) / 2
+    name: torch.randn(shape, generator=stream(name)) / 2
     for name, shape in {"body.weight": (5, 4), "body.bias": (5,), "head.weight": (3, 5), "head.bias": (3,)}.items()
 }
-SGD = Training(lr=0.1, momentum=0.9, weight_decay=0.01, epochs=2, batch=4)
+SGD = Training(lr=0.1, momentum=0.9, weight_decay=0.01, epochs=2, batch_size=4)
 
 
-def ctx(task: Rows = Rows()) -> Central:
-    return Central(task, named("fit"))
+def ctx(task: Rows = Rows()) -> ServerContext:
+    return ServerContext(task, stream("fit"))
 
 
 def order(epochs: int, batch: int, n: int = 10) -> list[Tensor]:
     """The batches that `ctx().rng` names: its first number seeds the global stream, then come the shuffles."""
-    rng = named("fit")
+    rng = stream("fit")
     torch.randint(2**62, (), generator=rng)
     return [part for _ in range(epochs) for part in torch.randperm(n, generator=rng).split(batch)]
 
@@ -117,22 +117,22 @@ def test_the_losses_are_means_over_rows_of_the_first_and_the_last_epoch() -> Non
 def test_steps_replace_epochs() -> None:
     assert SGD.count(10) == 6
     assert replace(SGD, steps=4).count(10) == 4
-    assert replace(SGD, accumulate=2).count(10) == 4
+    assert replace(SGD, gradient_accumulation_steps=2).count(10) == 4
     tensors, info = fit(ctx(), START, replace(SGD, steps=4), DATA)
     assert info["steps"] == 4
     assert same(tensors, by_hand(order(2, 4)[:4])[-1])
 
 
 def test_accumulation_equals_a_bigger_batch() -> None:
-    small, _ = fit(ctx(), START, replace(SGD, batch=5, accumulate=2, clip=0.5), DATA)
-    big, _ = fit(ctx(), START, replace(SGD, batch=10, clip=0.5), DATA)
+    small, _ = fit(ctx(), START, replace(SGD, batch_size=5, gradient_accumulation_steps=2, max_grad_norm=0.5), DATA)
+    big, _ = fit(ctx(), START, replace(SGD, batch_size=10, max_grad_norm=0.5), DATA)
     assert close(small, big)
     assert not close(small, START, 1e-3)
 
 
 def test_the_proximal_penalty_adds_mu_times_the_distance_to_the_gradient() -> None:
     anchor = {name: value - 0.5 for name, value in START.items()}
-    once = Training(lr=1.0, momentum=0.0, batch=10)
+    once = Training(lr=1.0, momentum=0.0, batch_size=10)
     plain, _ = fit(ctx(), START, once, DATA)
     held, _ = fit(ctx(), START, once, DATA, penalty=proximal(anchor, 0.2))
     assert close(
@@ -148,7 +148,7 @@ def test_a_correction_rewrites_every_gradient() -> None:
         seen.append(name)
         return gradient + 1
 
-    once = Training(lr=0.5, momentum=0.0, batch=10)
+    once = Training(lr=0.5, momentum=0.0, batch_size=10)
     plain, _ = fit(ctx(), START, once, DATA)
     shifted, _ = fit(ctx(), START, once, DATA, correct=shift)
     assert seen == list(START)
@@ -195,7 +195,7 @@ def test_the_moving_average_has_a_short_memory_at_first() -> None:
     for step, weights in enumerate(path):
         decay = min(0.2, (1 + step) / (10 + step))  # 0.1, 0.1818…, 0.2, 0.2, …
         smooth = {name: decay * smooth[name] + (1 - decay) * weights[name] for name in weights}
-    tensors, _ = fit(ctx(), START, replace(SGD, ema=0.2), DATA)
+    tensors, _ = fit(ctx(), START, replace(SGD, ema_decay=0.2), DATA)
     assert close(tensors, smooth)
     assert not close(tensors, path[-1], 1e-3)
 
@@ -224,7 +224,7 @@ def test_warm_up_rises_in_equal_steps() -> None:
 
 
 def test_clipping_bounds_the_norm_of_the_whole_gradient() -> None:
-    once = Training(lr=1.0, momentum=0.0, batch=10, clip=0.01)
+    once = Training(lr=1.0, momentum=0.0, batch_size=10, max_grad_norm=0.01)
     tensors, _ = fit(ctx(), START, once, DATA)
     moved = torch.cat([(tensors[name] - START[name]).flatten() for name in START]).norm().item()
     assert moved == pytest.approx(0.01, rel=1e-3)
@@ -232,7 +232,7 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_32_bit_weights(precision: str) -> None:
-    half, _ = fit(ctx(), START, replace(SGD, precision=precision), DATA)
+    half, _ = fit(ctx(), START, replace(SGD, mixed_precision=precision), DATA)
     full, _ = fit(ctx(), START, SGD, DATA)
     assert all(value.dtype == torch.float32 for value in half.values())
     assert close(half, full, 0.05)
@@ -261,7 +261,7 @@ def test_nothing_outside_is_touched() -> None:
 def test_buffers_are_kept() -> None:
     make = lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))  # noqa: E731
     start = {name: value.clone() for name, value in make().state_dict().items()}
-    tensors, _ = fit(ctx(Rows(make)), start, replace(SGD, batch=5), DATA)
+    tensors, _ = fit(ctx(Rows(make)), start, replace(SGD, batch_size=5), DATA)
     assert tensors["0.num_batches_tracked"].item() == 4
     assert not torch.equal(tensors["0.running_mean"], start["0.running_mean"])
 
@@ -287,17 +287,17 @@ def test_no_rows_are_refused() -> None:
     [
         {"optimizer": "sdg"},
         {"schedule": "linear"},
-        {"precision": "int8"},
-        {"batch": 0},
-        {"accumulate": 0},
+        {"mixed_precision": "int8"},
+        {"batch_size": 0},
+        {"gradient_accumulation_steps": 0},
         {"epochs": 0},
         {"steps": -1},
         {"lr": -0.1},
         {"lr": float("nan")},
         {"weight_decay": -1e-4},
-        {"clip": float("inf")},
+        {"max_grad_norm": float("inf")},
         {"momentum": 1.0},
-        {"ema": -0.1},
+        {"ema_decay": -0.1},
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict) -> None:

@@ -17,7 +17,7 @@ from warmfed.core.training_snapshot import Snapshots
 from warmfed.fit import Stop, Training, fit
 from warmfed.utils.errors import InputError
 
-ADAM = replace(SGD, optimizer="adamw", epochs=4, schedule="cosine", warmup=2, ema=0.9)
+ADAM = replace(SGD, optimizer="adamw", epochs=4, schedule="cosine", warmup=2, ema_decay=0.9)
 
 
 class Died(BaseException):
@@ -27,9 +27,9 @@ class Died(BaseException):
 @pytest.mark.parametrize("micro", [1, 2, 3])
 def test_micro_batches_have_the_gradient_of_the_batch(micro: int) -> None:
     """Also where the last one is smaller (3 of 4), and of batches that are accumulated."""
-    for training in (SGD, replace(SGD, accumulate=2)):
+    for training in (SGD, replace(SGD, gradient_accumulation_steps=2)):
         whole, info = fit(ctx(), START, training, DATA)
-        parts, again = fit(ctx(), START, replace(training, micro=micro), DATA)
+        parts, again = fit(ctx(), START, replace(training, micro_batch_size=micro), DATA)
         assert close(whole, parts)
         assert again["steps"] == info["steps"]
         assert again["loss"] == pytest.approx(info["loss"])
@@ -37,7 +37,7 @@ def test_micro_batches_have_the_gradient_of_the_batch(micro: int) -> None:
 
 
 def test_a_micro_batch_as_large_as_the_batch_changes_no_bit() -> None:
-    assert same(fit(ctx(), START, SGD, DATA)[0], fit(ctx(), START, replace(SGD, micro=4), DATA)[0])
+    assert same(fit(ctx(), START, SGD, DATA)[0], fit(ctx(), START, replace(SGD, micro_batch_size=4), DATA)[0])
 
 
 def test_what_is_drawn_for_a_batch_is_not_drawn_anew_for_its_parts() -> None:
@@ -48,7 +48,7 @@ def test_what_is_drawn_for_a_batch_is_not_drawn_anew_for_its_parts() -> None:
         return {**batch, "noise": torch.randn(batch["x"].shape)}
 
     whole, _ = fit(ctx(), START, SGD, DATA, loss=noisy, draw=draw)
-    parts, _ = fit(ctx(), START, replace(SGD, micro=3), DATA, loss=noisy, draw=draw)
+    parts, _ = fit(ctx(), START, replace(SGD, micro_batch_size=3), DATA, loss=noisy, draw=draw)
     assert close(whole, parts)
     assert not close(whole, fit(ctx(), START, SGD, DATA)[0], 1e-3)
 
@@ -110,7 +110,7 @@ def figures(*values: float) -> tuple[Stop, list[Tensors]]:
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 def test_training_stops_when_nothing_gets_better_and_returns_the_best_epoch(ema: float) -> None:
     stop, seen = figures(3.0, 1.0, 2.0, 1.5, 0.5)
-    training = replace(SGD, epochs=9, ema=ema)
+    training = replace(SGD, epochs=9, ema_decay=ema)
     tensors, info = fit(ctx(), START, training, DATA, stop=stop)
     assert len(seen) == 4
     assert same(tensors, seen[1])
@@ -120,7 +120,7 @@ def test_training_stops_when_nothing_gets_better_and_returns_the_best_epoch(ema:
 
 def test_measuring_does_not_change_the_training() -> None:
     stop, seen = figures(4.0, 3.0, 2.0)
-    training = replace(SGD, epochs=3, ema=0.5)
+    training = replace(SGD, epochs=3, ema_decay=0.5)
     assert same(fit(ctx(), START, training, DATA, stop=stop)[0], fit(ctx(), START, training, DATA)[0])
     assert len(seen) == 3
 
@@ -138,7 +138,12 @@ def dying(at: int) -> Callable[[int, int, object], None]:
 
 @pytest.mark.parametrize(
     "training",
-    [SGD, replace(SGD, momentum=0.0, accumulate=2), ADAM, replace(ADAM, precision="fp16", micro=3)],
+    [
+        SGD,
+        replace(SGD, momentum=0.0, gradient_accumulation_steps=2),
+        ADAM,
+        replace(ADAM, mixed_precision="fp16", micro_batch_size=3),
+    ],
     ids=["momentum", "plain, accumulated", "adamw, cosine, average", "fp16, micro"],
 )
 @pytest.mark.parametrize("at", [1, 3, 4])
@@ -160,7 +165,7 @@ def test_a_killed_training_goes_on_with_the_same_bytes(training: Training, at: i
 
 
 def test_a_killed_training_remembers_its_best_epoch(tmp_path: Path) -> None:
-    snapshots, training = Snapshots(tmp_path / "a.unfinished", 2), replace(SGD, epochs=9, ema=0.5)
+    snapshots, training = Snapshots(tmp_path / "a.unfinished", 2), replace(SGD, epochs=9, ema_decay=0.5)
     whole, info = fit(ctx(), START, training, DATA, stop=figures(3.0, 1.0, 2.0, 1.5)[0])
     with pytest.raises(Died):
         fit(ctx(), START, training, DATA, stop=figures(3.0, 1.0, 2.0)[0], snapshots=snapshots, watch=dying(9))

@@ -29,7 +29,7 @@ from warmfed.deploy import server_app as serverapp
 from warmfed.deploy.site import answer
 from warmfed.runs.execute import execute, read_summary
 from warmfed.runs.predict import predict
-from warmfed.transports.flower import GridPost, pack, unpack
+from warmfed.transports.flower import FlowerChannel, pack, unpack
 from warmfed.transports.protocol import Answer, Request
 from warmfed.utils.errors import InputError
 from warmfed.utils.files import read_lines
@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     "algorithm": {"name": "ditto", "rounds": 2, "local": {"epochs": 1}, "personal": {"epochs": 1}},
     "model": {"name": "linear"},
     "workers": 1,
-    "border": {"sites": list(SITES), "deadline": 5.0},
+    "server": {"sites": list(SITES), "stage_timeout": 5.0},
 }
 
 
@@ -72,7 +72,7 @@ class Consortium:
     def __init__(self, folder: Path, data: Path, **border: Any) -> None:
         self.folder = folder
         self.folders = {977 * (7 - i): self.site(name, data={"source": str(data)}) for i, name in enumerate(SITES)}
-        self.config = settings(folder / "server.toml", border=SETTINGS["border"] | border)
+        self.config = settings(folder / "server.toml", server=SETTINGS["server"] | border)
 
     def site(self, name: str, **config: Any) -> Path:
         folder = self.folder / f"site-{name}"
@@ -88,7 +88,7 @@ class Consortium:
         self, tamper: Callable[[int, Message, Message], Message | None] | None = None, out: str = "run"
     ) -> dict[str, Any]:
         grid = Loopback(clientapp.app, self.folders, **({"tamper": tamper} if tamper else {}))
-        post = GridPost(grid, pause=0.01, look=0.02)
+        post = FlowerChannel(grid, pause=0.01, look=0.02)
         serverapp.serve(post, {"config": self.config.name, "out": out}, self.folder)
         return read_summary(self.folder / out)
 
@@ -237,10 +237,10 @@ def test_a_fault_leaves_its_site_out_of_one_round(fault: str, tmp_path: Path, da
 
 def test_who_must_be_there_is_waited_for(consortium: Consortium, data: Path) -> None:
     del consortium.folders[consortium.node("c")]
-    settings(consortium.config, border=SETTINGS["border"] | {"deadline": 1.5})
+    settings(consortium.config, server=SETTINGS["server"] | {"stage_timeout": 1.5})
     with pytest.raises(InputError, match="3 sites have come"):
         consortium.serve()
-    settings(consortium.config, border=SETTINGS["border"] | {"deadline": 1.5, "least": 3})
+    settings(consortium.config, server=SETTINGS["server"] | {"stage_timeout": 1.5, "min_sites": 3})
     consortium.serve()
     assert consortium.records()[0]["absent"] == {"c": "it is not connected (1.5 s)"}
 
@@ -248,7 +248,7 @@ def test_who_must_be_there_is_waited_for(consortium: Consortium, data: Path) -> 
 def test_a_late_site_joins(consortium: Consortium) -> None:
     late = consortium.node("c")
     folder = consortium.folders.pop(late)
-    settings(consortium.config, border=SETTINGS["border"] | {"deadline": 1.0, "least": 3})
+    settings(consortium.config, server=SETTINGS["server"] | {"stage_timeout": 1.0, "min_sites": 3})
 
     def join(node: int, message: Message, reply: Message) -> Message:
         if message.metadata.message_type == "evaluate":
@@ -272,7 +272,7 @@ def test_a_site_that_does_not_agree_is_refused(
     config: dict[str, Any], told: str, consortium: Consortium, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     consortium.site("d", data={"source": str(data)}, **config)
-    settings(consortium.config, border=SETTINGS["border"] | {"deadline": 0.5})
+    settings(consortium.config, server=SETTINGS["server"] | {"stage_timeout": 0.5})
     with pytest.raises(InputError):
         consortium.serve()
     (heard,) = {line for line in capsys.readouterr().out.splitlines() if line.startswith("the server has refused this site: ")}
@@ -367,7 +367,7 @@ def test_every_method_over_flower_is_unchanged(name: str, data: Path, tmp_path: 
         "algorithm": {"name": name, "rounds": 1, "local": {"epochs": 1}},
         "model": {"name": "cnn"},
         "denoising": DRAWING,
-        "measuring": {"samples": 0},
+        "evaluation": {"samples": 0},
     }
     there = Consortium(tmp_path, data)
     there.config = settings(tmp_path / "server.toml", **changes)

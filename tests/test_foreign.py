@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from warmfed.config import parse
-from warmfed.core import Local
-from warmfed.core.rng import named, seeded
+from warmfed.core import ClientContext
+from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import sha256
 from warmfed.deploy.policy import Policy
 from warmfed.deploy.site import SiteConfig, _local
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.result_cache import Once
+from warmfed.diffusion.result_cache import CachedGenerator
 from warmfed.runs.prepare import prepare
 from warmfed.utils.errors import InputError
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`num_attention_heads`:UserWarning",
 )
 PROMPTS = ("a photo of a cat", "a photo of a dog")
-NOISY, TIME = torch.randn(2, 4, 8, 8, generator=named("noisy")), torch.tensor([10, 500])
+NOISY, TIME = torch.randn(2, 4, 8, 8, generator=stream("noisy")), torch.tensor([10, 500])
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def made(base: str, file: Path, **changes: Any) -> LatentDiffusion:
-    settings = {"rank": 4, "targets": "transformer", "prompts": False, "steps": 3, "adapters": {"ink": str(file)}}
+    settings = {"rank": 4, "target_modules": "transformer", "prompts": False, "steps": 3, "adapters": {"ink": str(file)}}
     return LatentDiffusion(base, **settings | changes)
 
 
 def taken(generator: LatentDiffusion) -> dict[str, Tensor]:
     """The adapter of a site that has no images to learn from."""
-    adapter, info = generator.adapt(Local(None, {}, named("adapt"), "ink", PROMPTS))
+    adapter, info = generator.adapt(ClientContext(None, {}, stream("adapt"), "ink", PROMPTS))
     assert info == {"imported": 1.0}
     generator.check(adapter, PROMPTS, "it")
     return dict(adapter)
@@ -54,15 +54,15 @@ def taken(generator: LatentDiffusion) -> dict[str, Tensor]:
 
 def predicted(generator: LatentDiffusion, adapter: dict[str, Tensor]) -> Tensor:
     model = generator._model(PROMPTS, "cpu")
-    with torch.no_grad(), lora.worn(model, {**lora.fresh(model, named("fresh")), **lora.inward(adapter)}):
+    with torch.no_grad(), lora.applied(model, {**lora.fresh(model, stream("fresh")), **lora.to_peft(adapter)}):
         return model(NOISY, TIME, model.condition(torch.tensor([0, 1])))
 
 
 def layers(base: str, rank: int, targets: str = "transformer", dora: bool = False) -> dict[str, Tensor]:
     """Random layers under diffusers' names."""
     model = lora.adapted(base, PROMPTS, rank, targets, "cpu", dora=dora)
-    blank = lora.outward(lora.fresh(model, named("fresh")))
-    return {n: t + torch.randn(t.shape, generator=named(n)).to(t.dtype) / 4 for n, t in blank.items() if ".lora_" in n}
+    blank = lora.to_diffusers(lora.fresh(model, stream("fresh")))
+    return {n: t + torch.randn(t.shape, generator=stream(n)).to(t.dtype) / 4 for n, t in blank.items() if ".lora_" in n}
 
 
 def as_diffusers(adapter: dict[str, Tensor], file: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_file_of_diffusers_or_kohya_is_a_sites_adapter(write: Callable, scale:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_folder_of_peft_is_a_sites_adapter(rslora: bool, base: str, tmp_path: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v"], use_rslora=rslora)
-    with seeded(named("peft")):
+    with seeded(stream("peft")):
         model: Any = get_peft_model(pipelines.opened(pipelines.write("sd15", tmp_path / "base"), "sd15").unet, config)
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
@@ -142,7 +142,7 @@ def test_a_folder_of_peft_is_a_sites_adapter(rslora: bool, base: str, tmp_path: 
 def test_what_a_site_wrote_comes_in_again_bit_for_bit(dora: bool, base: str, tmp_path: Path) -> None:
     options = made(base, tmp_path / "ink.safetensors", prompts=True)
     generator = replace(options, lora=replace(options.lora, dora=dora))
-    adapter = {**layers(base, 4, dora=dora), "prompts": torch.randn(2, 24, 16, generator=named("prompts")).half()}
+    adapter = {**layers(base, 4, dora=dora), "prompts": torch.randn(2, 24, 16, generator=stream("prompts")).half()}
     generator.write(adapter, tmp_path, "ink")
     assert sha256(taken(generator)) == sha256(adapter)
 
@@ -155,7 +155,11 @@ def test_without_learned_prompts_the_bases_hold(base: str, tmp_path: Path) -> No
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Any], str]] = {
     "a higher rank": (lambda a: None, {"rank": 2}, r"has rank 4 at 'unet\.[\w.]+', this run has 2; set generator\.rank=4"),
-    "more layers": (lambda a: None, {"targets": "attention"}, r"adapts 'unet\.[\w.]+' and \d+ more, .*set targets wider"),
+    "more layers": (
+        lambda a: None,
+        {"target_modules": "attention"},
+        r"adapts 'unet\.[\w.]+' and \d+ more, .*set targets wider",
+    ),
     "a text encoder": (
         lambda a: a.update({"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 16)}),
         {},
@@ -201,7 +205,7 @@ def test_a_pickle_is_no_adapter(base: str, tmp_path: Path) -> None:
 def test_the_file_is_checked_before_anything_starts(base: str, tmp_path: Path) -> None:
     data = str(tiny.arrays(tmp_path / "data.npz", side=32))
     save_file(layers(base, 4), tmp_path / "a.safetensors")
-    settings = {"data.source": data, "generator.base": base, "generator.rank": 4, "generator.targets": "transformer"}
+    settings = {"data.source": data, "generator.base": base, "generator.rank": 4, "generator.target_modules": "transformer"}
 
     def ready(**adapters: str) -> str:
         return prepare(parse(None, {**settings, "generator.adapters": adapters})).base
@@ -218,7 +222,10 @@ def test_the_file_is_checked_before_anything_starts(base: str, tmp_path: Path) -
 
 def test_what_is_shared_between_runs_knows_the_files_content(base: str, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
-    once, ctx = Once(made(base, file), tmp_path / "shared"), Local(None, {"train": {}}, named("adapt"), "ink", PROMPTS)
+    once, ctx = (
+        CachedGenerator(made(base, file), tmp_path / "shared"),
+        ClientContext(None, {"train": {}}, stream("adapt"), "ink", PROMPTS),
+    )
     save_file(layers(base, 4), file)
     first = once.adapt(ctx)[0]
     assert sha256(once.adapt(ctx)[0]) == sha256(first)

@@ -19,7 +19,7 @@ from warmfed.algorithms.pdfed import PDFed
 from warmfed.algorithms.shared.base import Model
 from warmfed.core import Reply
 from warmfed.core.messages import encode
-from warmfed.core.rng import named
+from warmfed.core.rng import stream
 from warmfed.core.tensors import mean
 from warmfed.diffusion import pruning
 from warmfed.diffusion.networks import noise_scheduler
@@ -32,7 +32,7 @@ from warmfed.utils.errors import InputError
 
 TASK = toy.DRAWING
 UNET = replace(TASK, settings=replace(TASK.settings, denoiser="unet"))
-START = TASK.init(named("start"))
+START = TASK.init(stream("start"))
 ALL = tuple(toy.SITES)
 
 
@@ -49,7 +49,7 @@ def plain() -> toy.Outcome:
 
 
 def size(task: Denoise, parts: tuple[str, ...]) -> int:
-    return sum(value.nbytes for name, value in task.init(named(0)).items() if task.part(name) in parts)
+    return sum(value.nbytes for name, value in task.init(stream(0)).items() if task.part(name) in parts)
 
 
 def crossed(algorithm: Any) -> dict[str, list[tuple[int, int]]]:
@@ -94,7 +94,7 @@ def test_usplit_averages_a_part_over_those_who_return_it() -> None:
         site: Reply(Model({name: torch.full_like(value, i) for name, value in START.items()}), None, 1.0, {})
         for i, site in enumerate(ALL)
     }
-    merged, _ = algorithm.merge(server, replies, toy.central(task=TASK))
+    merged, _ = algorithm.aggregate(server, replies, toy.central(task=TASK))
     means = {"encoder": 0.5, "bottleneck": 1.0, "decoder": 2.5}
     for name, value in merged.model.items():
         assert torch.equal(value, torch.full_like(value, means[TASK.part(name)]))
@@ -149,7 +149,7 @@ def test_without_bits_it_is_fedavg_bit_for_bit(plain: toy.Outcome) -> None:
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_rounding_is_within_a_step_and_right_in_the_mean(bits: int) -> None:
     values = torch.tensor([-1.0, -0.4, 0.1, 0.25, 2.0])
-    rng = named("rounding")
+    rng = stream("rounding")
     drawn = []
     for _ in range(400):
         codes, grid = quantize(values, bits, rng)
@@ -163,7 +163,7 @@ def test_rounding_is_within_a_step_and_right_in_the_mean(bits: int) -> None:
 
 def test_a_tensor_of_one_value_is_exact() -> None:
     values = torch.full((3, 2), -0.7)
-    assert torch.equal(restore(*quantize(values, 4, named(0)), 4, values), values)
+    assert torch.equal(restore(*quantize(values, 4, stream(0)), 4, values), values)
 
 
 def test_the_wire_carries_the_small_bytes(plain: toy.Outcome) -> None:
@@ -178,7 +178,7 @@ def test_the_wire_carries_the_small_bytes(plain: toy.Outcome) -> None:
 
 def test_codes_of_another_size_are_refused() -> None:
     algorithm, ctx = FedDMQuant(bits=8), toy.central(task=TASK)
-    packed = {name: quantize(value, 8, named(0)) for name, value in START.items()}
+    packed = {name: quantize(value, 8, stream(0)) for name, value in START.items()}
     codes, grids = ({name: pair[i] for name, pair in packed.items()} for i in (0, 1))
     algorithm.check(Reply(Quantized(codes, grids, {}), None, 1.0, {}), "a", ctx)
     codes["net.proj_out_1.bias"] = codes["net.proj_out_1.bias"][:-1]
@@ -207,7 +207,7 @@ def test_sites_join_the_edge_that_lacks_their_classes() -> None:
     algorithm = FedPhD(edges=2)
     labels = {site: torch.tensor([10.0, 0.0]) if site in "ab" else torch.tensor([0.0, 10.0]) for site in ALL}
     for seed in range(6):
-        ctx = replace(toy.central(task=TASK), rng=named(seed))
+        ctx = replace(toy.central(task=TASK), rng=stream(seed))
         joined = algorithm.joined(replace(algorithm.init(ctx), labels=labels), ctx)
         assert [len(sites) for sites in joined.members.values()] == [2, 2]
         assert all(homogeneity(sum(sites.values())) == 1 for sites in joined.members.values())
@@ -223,10 +223,10 @@ def test_the_cloud_weighs_edges_by_images_and_evenness() -> None:
     )
     models = {site: {name: torch.full_like(v, i) for name, v in START.items()} for i, site in enumerate("ab")}
     replies = {site: Reply(Model(models[site]), None, float(labels[site].sum()), {}) for site in "ab"}
-    merged, metrics = algorithm.merge(server, replies, toy.central(task=TASK))
+    merged, metrics = algorithm.aggregate(server, replies, toy.central(task=TASK))
     expected = mean([(models["a"], 6 * 0.25), (models["b"], 2 * 1.0)])
     assert toy.same(merged.model, expected)
-    assert toy.same(algorithm.down(merged, "a").model, models["a"])  # between the cloud's rounds an edge has its own
+    assert toy.same(algorithm.broadcast(merged, "a").model, models["a"])  # between the cloud's rounds an edge has its own
     assert metrics["homogeneity/x"] == 0.5
 
 
@@ -248,7 +248,7 @@ def test_the_pruned_network_is_smaller_and_so_are_its_messages() -> None:
 @pytest.mark.parametrize("task", [TASK, UNET], ids=["dit", "unet"])
 def test_units_without_weight_go_first_and_are_not_missed(task: Denoise) -> None:
     """A network whose last half of each block's units is zero predicts the same without them."""
-    model = {name: value + 0.05 for name, value in task.init(named("prune")).items()}
+    model = {name: value + 0.05 for name, value in task.init(stream("prune")).items()}
     for prefix, kind in pruning.blocks(model).items():
         for name, axis in kind.items():
             units = model[f"{prefix}.{name}"].movedim(axis, 0)
@@ -270,7 +270,7 @@ def test_a_pruned_run_s_model_can_be_drawn_from(tmp_path: Path) -> None:
     data = tiny.arrays(tmp_path / "data.npz")
     changes = {
         "algorithm.name": "fedphd", "algorithm.rounds": 1, "algorithm.dense": 1, "algorithm.local.epochs": 1, "task": "denoise",
-        "denoising.latent": "", "denoising.width": 32, "denoising.depth": 1, "denoising.steps": 2, "measuring.samples": 0,
+        "denoising.latent": "", "denoising.width": 32, "denoising.depth": 1, "denoising.steps": 2, "evaluation.samples": 0,
     }  # fmt: skip
     settings = {key: value for key, value in tiny.SETTINGS.items() if not key.startswith(("algorithm", "model"))}
     execute(tiny.parse(None, settings | {"data.source": str(data)} | changes), tmp_path / "run")
@@ -284,7 +284,7 @@ def test_a_pruned_run_s_model_can_be_drawn_from(tmp_path: Path) -> None:
 def test_a_site_goes_on_from_the_model_that_scores_best() -> None:
     algorithm = PDFed(rounds=2, local=toy.LEARNING, samples=12)
     outcome = play(algorithm)
-    board = algorithm.down(outcome.after("train", 0).server, "a")
+    board = algorithm.broadcast(outcome.after("train", 0).server, "a")
     worker = toy.workers(algorithm, task=TASK)["a"]
     scores = algorithm.scores(board, worker.local("train", 1))
     best = min(scores, key=lambda site: scores[site])
@@ -321,7 +321,7 @@ def test_the_auxiliary_set_alone_is_training_on_it_and_nothing_else() -> None:
 def test_the_average_over_rounds_leaves_the_rounds_as_they_were(plain: toy.Outcome, tmp_path: Path) -> None:
     smooth = play(Smoothed(plain.algorithm, 0.5))
     first, second = (plain.algorithm.global_model(r.server) for r in plain.rounds)
-    start = plain.algorithm.init(replace(toy.central(task=TASK), rng=named(0, "init"))).model
+    start = plain.algorithm.init(replace(toy.central(task=TASK), rng=stream(0, "init"))).model
     assert toy.same(smooth.server.inner.model, second)
     for name, value in smooth.model.items():
         once = torch.lerp(first[name], start[name], 2 / 11)
@@ -332,7 +332,7 @@ def test_the_average_over_rounds_leaves_the_rounds_as_they_were(plain: toy.Outco
 
 
 def test_an_average_needs_a_global_model() -> None:
-    with pytest.raises(InputError, match="smooth needs an algorithm"):
+    with pytest.raises(InputError, match="global_ema_decay needs an algorithm"):
         play(Smoothed(PDFed(), 0.9))
 
 

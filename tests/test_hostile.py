@@ -32,9 +32,9 @@ from warmfed.diffusion.lora import opened
 from warmfed.evaluation.features import extractor
 from warmfed.experiments.compare import plan
 from warmfed.pretraining.pretrain import kept
-from warmfed.runs.console import Lines, console
+from warmfed.runs.console import LineReporter, console
 from warmfed.utils.errors import InputError
-from warmfed.utils.files import loads_json, read_bytes, read_json, read_lines, write_whole
+from warmfed.utils.files import atomic_write, loads_json, read_bytes, read_json, read_lines
 
 BOUND = 60
 """Seconds that a reader may take with everything that it imports."""
@@ -370,7 +370,7 @@ def test_names_on_the_terminal_are_neither_codes_nor_markup(capsys: pytest.Captu
     out = console()
     out.print(table)
     out.print(name, highlight=False)
-    Lines().say(name)
+    LineReporter().say(name)
     assert main(["run", "--algorithm", f"{name}\nx"]) == 2
     told = capsys.readouterr()
     assert told.out.count("[red]]0;own[2Jcat[/] :smile: 31m") == 3
@@ -385,8 +385,8 @@ OPEN = stat.S_IRWXG | stat.S_IRWXO
 def test_what_is_written_is_private_and_respects_the_umask(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
-        write_whole(tmp_path / "a" / "b" / "state", b"x")
-        write_whole(tmp_path / "p" / "report.html", "x", 0o644)
+        atomic_write(tmp_path / "a" / "b" / "state", b"x")
+        atomic_write(tmp_path / "p" / "report.html", "x", 0o644)
         images = np.random.default_rng(0).integers(0, 255, (60, 8, 8), np.uint8)
         np.savez(tmp_path / "x.npz", train_images=images, train_labels=np.arange(60) % 2)
         load("npz", str(tmp_path / "x.npz"), cache=str(tmp_path / "deep" / "cache"))

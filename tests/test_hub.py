@@ -97,7 +97,7 @@ def test_our_rules_skew_as_theirs_do() -> None:
 @pytest.mark.parametrize("alpha", [0.5, 5.0])
 def test_our_label_skew_is_as_strong_as_theirs(alpha: float) -> None:
     free = {"num_partitions": 5, "alpha": alpha, "min_partition_size": 1, "self_balancing": False}
-    ours = [table(dirichlet(LABELS, 5, alpha, key=(seed,), smallest=1)) for seed in range(20)]
+    ours = [table(dirichlet(LABELS, 5, alpha, key=(seed,), min_partition_size=1)) for seed in range(20)]
     others = [table(theirs("DirichletPartitioner", **free, seed=seed)) for seed in range(20)]
     spread = np.array([[counts.std(axis=0).mean() for counts in deals] for deals in (ours, others)])
     error = np.sqrt((spread.var(axis=1, ddof=1) / 20).sum())
@@ -110,7 +110,7 @@ def test_a_partitioner_of_theirs_deals_our_data(tmp_path: Path) -> None:
 
     def dealt(partitioner: str, **options: object) -> dict[str, tuple[int, ...]]:
         deal = {"rule": "flwr", "partitioner": partitioner, "options": options}
-        return sizes(parquet(tmp_path / "x.parquet", site="writer", image_size=8, deal=deal))
+        return sizes(parquet(tmp_path / "x.parquet", site="writer", image_size=8, partition=deal))
 
     assert dealt("IidPartitioner", num_partitions=2) == {"site-0": (18, 6, 6), "site-1": (18, 6, 6)}
     assert dealt("NaturalIdPartitioner", partition_by="site") == {"site-0": (18, 6, 6), "site-1": (18, 6, 6)}

@@ -14,10 +14,10 @@ from torch import nn
 
 from warmfed.algorithms.dense import frozen
 from warmfed.algorithms.shared.distillation import Distillation, distilled, divergence, dynamic
-from warmfed.algorithms.shared.synthetic_data import Synthesis, draw, even, judged, warm_start
-from warmfed.algorithms.warmfed import Verdict, WarmFed
-from warmfed.core import Local, Reply
-from warmfed.core.rng import child, named
+from warmfed.algorithms.shared.synthetic_data import Synthesis, balanced_subset, cross_predict, draw, warm_start
+from warmfed.algorithms.warmfed import ValidationVote, WarmFed
+from warmfed.core import ClientContext, Reply
+from warmfed.core.rng import spawn, stream
 from warmfed.core.tensors import Table, mean, mix, rows, select, sub
 from warmfed.fit import Training, fit
 from warmfed.run import run
@@ -39,12 +39,12 @@ def all_same(a: list, b: list) -> bool:
     return all(toy.same(x, y) for x, y in zip(a, b, strict=True))
 
 
-def local(purpose: str = "identity", site: str = "c", task: Classify = toy.TASK) -> Local:
-    return Local(task, toy.SITES[site], named(purpose), site, toy.PROMPTS, toy.Means())
+def local(purpose: str = "identity", site: str = "c", task: Classify = toy.TASK) -> ClientContext:
+    return ClientContext(task, toy.SITES[site], stream(purpose), site, toy.PROMPTS, toy.Means())
 
 
 def weights(*key: object) -> dict[str, torch.Tensor]:
-    return dict(toy.TASK.init(named(*key)))
+    return dict(toy.TASK.init(stream(*key)))
 
 
 # the baselines
@@ -57,9 +57,9 @@ def test_fedprox_without_its_term_is_fedavg() -> None:
 
 def test_one_round_of_fedavg_is_the_weighted_mean_of_local_training() -> None:
     server = play(quick("fedavg", rounds=1))
-    start = toy.TASK.init(named(0, "init"))
+    start = toy.TASK.init(stream(0, "init"))
     models = {
-        site: fit(Local(toy.TASK, data, named(0, "train", 0, site)), start, TRAINING, data["train"])[0]
+        site: fit(ClientContext(toy.TASK, data, stream(0, "train", 0, site)), start, TRAINING, data["train"])[0]
         for site, data in toy.SITES.items()
     }
     share = {"a": 24 / 120, "b": 28 / 120, "c": 32 / 120, "d": 36 / 120}
@@ -87,7 +87,7 @@ def test_fedper_that_keeps_nothing_is_fedavg() -> None:
 
 def test_fedper_averages_the_body_and_leaves_the_heads_apart() -> None:
     task = replace(toy.TASK, model="cnn")
-    outcome = toy.play(quick("fedper", rounds=1, local=Training(lr=0.01, batch=16)), task=task, evaluate="never")
+    outcome = toy.play(quick("fedper", rounds=1, local=Training(lr=0.01, batch_size=16)), task=task, evaluate="never")
     a, b = outcome.personal("a"), outcome.personal("b")
     for name in a:
         assert torch.equal(a[name], b[name]) == name.startswith("body.")
@@ -125,7 +125,7 @@ def test_pfedsd_without_its_teacher_is_fedavg() -> None:
 def test_fine_tuning_leaves_fedavgs_global_model_alone() -> None:
     tuned = play(quick("fedavg-finetune"))
     assert toy.same(tuned.model, play(quick("fedavg")).model)
-    ctx = Local(toy.TASK, toy.SITES["b"], named(0, "personalize", 0, "b"))
+    ctx = ClientContext(toy.TASK, toy.SITES["b"], stream(0, "personalize", 0, "b"))
     assert toy.same(tuned.personal("b"), fit(ctx, tuned.model, TRAINING, toy.SITES["b"]["train"])[0])
 
 
@@ -160,16 +160,16 @@ def test_one_shot_is_training_on_the_synthetic_set_alone(tmp_path: Path) -> None
     outcome = toy.play(algorithm, artefacts=tmp_path)
     samples = load_file(tmp_path / "synthetic" / "samples.safetensors")
     kept = select(samples, samples["kept"])
-    ctx = replace(toy.central(), rng=named(0, "warm", 0, "server"))
+    ctx = replace(toy.central(), rng=stream(0, "warm", 0, "server"))
     torch.randint(2**62, (4,), generator=ctx.rng)  # what drawing the four sites' samples takes
-    judged(ctx, samples, algorithm.synthesis.filter_training)
-    train = replace(ctx, rng=child(ctx.rng))
-    start = toy.TASK.init(child(ctx.rng))
+    cross_predict(ctx, samples, algorithm.synthesis.filter_training)
+    train = replace(ctx, rng=spawn(ctx.rng))
+    start = toy.TASK.init(spawn(ctx.rng))
     model, _ = fit(train, start, algorithm.synthesis.training, {"image": kept["image"], "label": kept["label"]})
     assert toy.same(outcome.model, model)
     assert [r.stage for r in outcome.rounds] == ["adapt", "warm", "personalize"]
     own = fit(local(site="c"), model, TRAINING, toy.SITES["c"]["train"])[0]
-    ctx_c = Local(toy.TASK, toy.SITES["c"], named(0, "personalize", 0, "c"))
+    ctx_c = ClientContext(toy.TASK, toy.SITES["c"], stream(0, "personalize", 0, "c"))
     assert toy.same(outcome.personal("c"), fit(ctx_c, model, TRAINING, toy.SITES["c"]["train"])[0])
     assert not toy.same(outcome.personal("c"), own)
 
@@ -200,11 +200,11 @@ def test_ungated_it_is_the_papers(before: str) -> None:
     warm, subset = outcome.after("warm", 0).server.model, outcome.after("warm", 0).server.subset
     uploads = []
     for site, data in toy.SITES.items():
-        ctx, start = Local(toy.TASK, data, named(0, "train", 0, site)), warm
+        ctx, start = ClientContext(toy.TASK, data, stream(0, "train", 0, site)), warm
         if before == "client":
             start, _ = fit(ctx, start, algorithm.before_training, subset)
         uploads.append((fit(ctx, start, TRAINING, data["train"])[0], float(rows(data["train"]))))
-    server = replace(toy.central(), rng=named(0, "train", 0, "server"))
+    server = replace(toy.central(), rng=stream(0, "train", 0, "server"))
     if before == "server":
         uploads = [(fit(server, model, algorithm.before_training, subset)[0], weight) for model, weight in uploads]
     tuned, _ = fit(server, mean(uploads), algorithm.tune_training, subset)
@@ -214,7 +214,7 @@ def test_ungated_it_is_the_papers(before: str) -> None:
 
 @pytest.mark.parametrize("sample", [1.0, 0.5])
 def test_each_site_gets_the_subset_once(sample: float) -> None:
-    algorithm = quick("warmfed", before="client", rounds=3, sample=sample)
+    algorithm = quick("warmfed", before="client", rounds=3, client_fraction=sample)
     tap = toy.Tap(InProcess(toy.workers(algorithm)))
     list(run(algorithm, toy.central(), tap, evaluate="never"))
     sent = [(site, down.subset is not None) for stage, site, down, _, _ in tap.seen if stage == "train"]
@@ -230,7 +230,7 @@ def test_each_site_gets_the_subset_once(sample: float) -> None:
 def verdicts(*found: dict[str, float]) -> dict[str, Reply]:
     shares = ("0.0", "0.5", "1.0")
     return {
-        str(i): Reply(Verdict({s: f[s] for s in shares}, {s: -f[s] for s in shares}, 20), None, 20.0, {})
+        str(i): Reply(ValidationVote({s: f[s] for s in shares}, {s: -f[s] for s in shares}, 20), None, 20.0, {})
         for i, f in enumerate(found)
     }
 
@@ -382,15 +382,17 @@ def test_the_selectors_shares_sum_to_one_and_its_temperature_falls() -> None:
     assert second["selector_temperature"] == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("parts", [{"micro": 4}, {"micro": 1}, {"batch": 4, "accumulate": 2}])
+@pytest.mark.parametrize(
+    "parts", [{"micro_batch_size": 4}, {"micro_batch_size": 1}, {"batch_size": 4, "gradient_accumulation_steps": 2}]
+)
 def test_the_temperature_falls_by_steps_whatever_parts_a_batch_is_in(parts: dict[str, int]) -> None:
-    whole = Training(lr=0.05, epochs=2, batch=8)
+    whole = Training(lr=0.05, epochs=2, batch_size=8)
     student, chosen, info = dynamic(local(), weights("start"), whole, POOL, selector(), Distillation(), 0, 40)
     parted = replace(whole, **parts)
     assert parted.count(32) == whole.count(32) == 8
     again, chosen_again, told = dynamic(local(), weights("start"), parted, POOL, selector(), Distillation(), 0, 40)
     assert told["selector_temperature"] == info["selector_temperature"] == pytest.approx(0.1**0.2)
-    if "micro" in parts:
+    if "micro_batch_size" in parts:
         assert told["selector_share_recent"] == pytest.approx(info["selector_share_recent"])
         for name in student:
             assert torch.allclose(student[name], again[name], atol=1e-5)
@@ -401,7 +403,7 @@ def test_the_temperature_falls_by_steps_whatever_parts_a_batch_is_in(parts: dict
 def test_the_selector_learns_to_pick_the_teacher_that_knows() -> None:
     knows, _ = fit(local("teacher"), weights("start"), Training(lr=0.05, epochs=5), toy.SITES["c"]["train"])
     wrong = {name: -value for name, value in knows.items()}
-    settings, much = Distillation(selector_lr=1.0), Training(lr=0.05, epochs=15, batch=8)
+    settings, much = Distillation(selector_lr=1.0), Training(lr=0.05, epochs=15, batch_size=8)
     _, _, info = dynamic(local(), weights("start"), much, (wrong, knows), selector(), settings, 0, 60)
     assert info["selector_share_older"] > 0.8
 
@@ -422,12 +424,12 @@ def test_the_pool_is_the_last_two_personal_models() -> None:
 
 
 def test_samples_are_drawn_by_plan_and_named_by_site() -> None:
-    ctx = replace(toy.central(), rng=named("draw"))
+    ctx = replace(toy.central(), rng=stream("draw"))
     adapters = {site: toy.Means().adapt(local(site=site))[0] for site in "ab"}
     table = draw(ctx, adapters, {"a": (0, 2), "b": (1,)}, 3)
     assert table["label"].tolist() == [0, 0, 0, 2, 2, 2, 1, 1, 1]
     assert table["site"].tolist() == [0] * 6 + [1] * 3
-    alone = draw(replace(toy.central(), rng=named("draw")), {"a": adapters["a"]}, {"a": (0, 2)}, 3)
+    alone = draw(replace(toy.central(), rng=stream("draw")), {"a": adapters["a"]}, {"a": (0, 2)}, 3)
     assert torch.equal(alone["image"], table["image"][:6])
     with pytest.raises(InputError, match="needs a generator"):
         draw(toy.central(generator=None), adapters, {"a": (0,), "b": (0,)}, 1)
@@ -445,11 +447,11 @@ def test_samples_look_like_the_site_of_their_adapter() -> None:
 def test_a_subset_is_even_over_sites_and_classes() -> None:
     label = torch.tensor([0] * 10 + [1] * 2 + [0] * 3 + [1] * 9)
     table = {"label": label, "site": torch.tensor([0] * 12 + [1] * 12), "row": torch.arange(24)}
-    part = even(table, 10, named("even"))
+    part = balanced_subset(table, 10, stream("even"))
     counts = [int(((part["site"] == s) & (part["label"] == c)).sum()) for s in (0, 1) for c in (0, 1)]
     assert sorted(counts) == [2, 2, 3, 3]
     assert part["row"].tolist() == sorted(part["row"].tolist())
-    assert rows(even(table, 100, named("even"))) == 24
+    assert rows(balanced_subset(table, 100, stream("even"))) == 24
 
 
 def test_the_filter_drops_what_nobody_recognises(tmp_path: Path) -> None:
@@ -458,8 +460,10 @@ def test_the_filter_drops_what_nobody_recognises(tmp_path: Path) -> None:
     adapters["b"] = {"shift": adapters["b"]["shift"].clone()}
     adapters["b"]["shift"][2] -= 50 * toy.pattern(2).half() - 50 * toy.pattern(0).half()
     classes = dict.fromkeys(adapters, (0, 1, 2))
-    settings = Synthesis(per_class=30, least=0.5, filter_training=Training(lr=0.03, epochs=4), training=TRAINING, subset=30)
-    ctx = replace(toy.central(generator=toy.Means(noise=20.0), folder=tmp_path), rng=named("filter"))
+    settings = Synthesis(
+        per_class=30, min_class_probability=0.5, filter_training=Training(lr=0.03, epochs=4), training=TRAINING, subset=30
+    )
+    ctx = replace(toy.central(generator=toy.Means(noise=20.0), folder=tmp_path), rng=stream("filter"))
     model, subset, metrics = warm_start(ctx, adapters, classes, settings)
     samples = load_file(tmp_path / "synthetic" / "samples.safetensors")
     assert metrics["recognised/b"] < 0.8 < 0.9 < min(metrics["recognised/a"], metrics["recognised/c"])
@@ -468,11 +472,11 @@ def test_the_filter_drops_what_nobody_recognises(tmp_path: Path) -> None:
     dropped, mirrored = ~samples["kept"], (samples["site"] == 1) & (samples["label"] == 2)
     assert dropped[mirrored].float().mean() > 0.5 > 0.1 > dropped[~mirrored].float().mean()
     assert rows(subset) == 30
-    assert model.keys() == toy.TASK.init(named(0)).keys()
-    everything = warm_start(replace(ctx, rng=named("filter")), adapters, classes, replace(settings, filter="none"))[2]
+    assert model.keys() == toy.TASK.init(stream(0)).keys()
+    everything = warm_start(replace(ctx, rng=stream("filter")), adapters, classes, replace(settings, filter="none"))[2]
     assert everything["kept"] == 270
     assert everything["recognised/b"] == metrics["recognised/b"]
-    lenient = warm_start(replace(ctx, rng=named("filter")), adapters, classes, replace(settings, least=0.0))[2]
+    lenient = warm_start(replace(ctx, rng=stream("filter")), adapters, classes, replace(settings, min_class_probability=0.0))[2]
     assert lenient["kept"] == 270
 
 

@@ -14,9 +14,9 @@ from warmfed.algorithms.fedopt import ServerOptimizer
 from warmfed.algorithms.moon import contrast
 from warmfed.algorithms.scaffold import Control, Server
 from warmfed.algorithms.shared.base import Model
-from warmfed.core import Local
+from warmfed.core import ClientContext
 from warmfed.core.messages import tensors_of
-from warmfed.core.rng import named
+from warmfed.core.rng import stream
 from warmfed.core.tensors import Tensors, mean, only, sub
 from warmfed.fit import Training, fit
 from warmfed.run import run
@@ -28,12 +28,12 @@ quick = toy.quick
 play = functools.cache(functools.partial(toy.play, task=toy.LAYERED))
 
 
-def local(site: str = "c", purpose: str = "identity") -> Local:
-    return Local(toy.LAYERED, toy.SITES[site], named(purpose), site, toy.PROMPTS)
+def local(site: str = "c", purpose: str = "identity") -> ClientContext:
+    return ClientContext(toy.LAYERED, toy.SITES[site], stream(purpose), site, toy.PROMPTS)
 
 
 def weights(*key: object) -> Tensors:
-    return toy.LAYERED.init(named(*key))
+    return toy.LAYERED.init(stream(*key))
 
 
 def close(a: Tensors, b: Tensors, tolerance: float = 1e-6) -> bool:
@@ -74,7 +74,7 @@ def test_fedbsds_student_starts_alike_before_it_has_a_backbone_of_its_own() -> N
 
 def test_fedbsds_teacher_draws_the_sites_own_backbone_to_the_global_one() -> None:
     """λ → ∞: from far apart, the student's features become the teacher's."""
-    far, training = weights("student"), Training(lr=0.05, epochs=40, batch=12, clip=1.0)
+    far, training = weights("student"), Training(lr=0.05, epochs=40, batch_size=12, max_grad_norm=1.0)
     down = Model(only(weights("teacher"), of_body))
 
     def gap(weight: float) -> float:
@@ -139,7 +139,7 @@ def test_what_a_site_keeps_is_its_own_and_the_rest_is_everyones(name: str, kept:
 
 
 def test_fedbabu_never_trains_the_head_before_the_end() -> None:
-    outcome, start = play(quick("fedbabu")), toy.LAYERED.init(named(0, "init"))
+    outcome, start = play(quick("fedbabu")), toy.LAYERED.init(stream(0, "init"))
     assert toy.same(only(outcome.model, of_head), only(start, of_head))
     assert not toy.same(outcome.model, start)
     up = [tensors_of(reply.message).keys() for stage, _, _, _, reply in tapped(quick("fedbabu")).seen if stage == "train"]
@@ -161,7 +161,7 @@ def test_fedrods_generic_model_is_fedavgs_where_classes_are_balanced() -> None:
 
 
 def test_fedrods_personal_head_is_added_and_never_reaches_the_generic_model() -> None:
-    rod, other = play(quick("fedrod")), play(quick("fedrod", personal=Training(lr=0.001, batch=5)))
+    rod, other = play(quick("fedrod")), play(quick("fedrod", personal=Training(lr=0.001, batch_size=5)))
     assert toy.same(rod.model, other.model)
     for site in ASIDE:
         apart = sub(rod.personal(site), rod.model)
@@ -225,14 +225,14 @@ def test_without_memory_adaptive_steps_have_one_length(name: str) -> None:
 
 
 def test_fednova_of_equal_steps_is_fedavg() -> None:
-    alike, apart = Training(lr=0.03, batch=12, steps=3), Training(lr=0.03, batch=12)
+    alike, apart = Training(lr=0.03, batch_size=12, steps=3), Training(lr=0.03, batch_size=12)
     assert close(play(quick("fednova", local=alike)).model, play(quick("fedavg", local=alike)).model)
     assert not close(play(quick("fednova", local=apart)).model, play(quick("fedavg", local=apart)).model, 1e-4)
 
 
 def test_fednova_gives_a_site_its_share_however_many_steps_it_takes() -> None:
     """x + Σp_i·K_i · Σp_i·(y_i - x)/K_i, written out: 2, 3, 3 and 3 steps of plain sgd."""
-    training, start = Training(lr=0.03, momentum=0.0, batch=12), toy.LAYERED.init(named(0, "init"))
+    training, start = Training(lr=0.03, momentum=0.0, batch_size=12), toy.LAYERED.init(stream(0, "init"))
     outcome = play(quick("fednova", local=training, rounds=1))
     share, steps = (
         dict(zip(ASIDE, (24 / 120, 28 / 120, 32 / 120, 36 / 120), strict=True)),
@@ -240,7 +240,7 @@ def test_fednova_gives_a_site_its_share_however_many_steps_it_takes() -> None:
     )
     wanted = dict(start)
     for site, data in toy.SITES.items():
-        model, _ = fit(Local(toy.LAYERED, data, named(0, "train", 0, site)), start, training, data["train"])
+        model, _ = fit(ClientContext(toy.LAYERED, data, stream(0, "train", 0, site)), start, training, data["train"])
         length = sum(share[s] * steps[s] for s in ASIDE)
         wanted = {name: wanted[name] + length * share[site] * (model[name] - start[name]) / steps[site] for name in start}
     assert close(outcome.model, wanted)
@@ -249,7 +249,7 @@ def test_fednova_gives_a_site_its_share_however_many_steps_it_takes() -> None:
 
 @pytest.mark.parametrize(("momentum", "accumulated"), [(0.0, 3.0), (0.9, 1 + 1.9 + 2.71)])
 def test_accumulated_gradients_are_how_far_a_constant_one_goes(momentum: float, accumulated: float) -> None:
-    training = Training(lr=0.5, momentum=momentum, batch=12)
+    training = Training(lr=0.5, momentum=momentum, batch_size=12)
     start, data = weights("start"), toy.SITES["c"]["train"]
     model, _ = fit(local(), start, training, data, correct=lambda name, gradient: torch.ones_like(gradient))
     assert training.accumulated(32) == pytest.approx(accumulated)
@@ -288,7 +288,7 @@ def scaffold_state() -> tuple[Server, Control]:
 
 def test_one_full_step_of_scaffold_is_the_corrected_gradient() -> None:
     down, state = scaffold_state()
-    once = Training(lr=0.1, momentum=0.0, batch=10**6)
+    once = Training(lr=0.1, momentum=0.0, batch_size=10**6)
     gradient = {
         name: -10 * v for name, v in sub(fit(local(), down.model, once, toy.SITES["c"]["train"])[0], down.model).items()
     }
@@ -302,7 +302,7 @@ def test_one_full_step_of_scaffold_is_the_corrected_gradient() -> None:
 def test_scaffolds_new_control_is_the_mean_gradient(momentum: float) -> None:
     """Of all K steps, not of an epoch's; with momentum, weighted by how much each moved the weights."""
     down, state = scaffold_state()
-    training = Training(lr=0.05, momentum=momentum, epochs=2, batch=12)
+    training = Training(lr=0.05, momentum=momentum, epochs=2, batch_size=12)
     seen: dict[str, list[Tensor]] = {}
 
     def spy(name: str, gradient: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ def test_scaffolds_new_control_is_the_mean_gradient(momentum: float) -> None:
 
 @pytest.mark.parametrize("sample", [1.0, 0.5])
 def test_scaffolds_server_control_is_the_mean_of_all_sites(sample: float) -> None:
-    outcome = play(quick("scaffold", rounds=4, sample=sample))
+    outcome = play(quick("scaffold", rounds=4, client_fraction=sample))
     none = {name: torch.zeros_like(value) for name, value in outcome.server.control.items()}
     states = [outcome.transport.state(site) for site in ASIDE]
     assert close(outcome.server.control, mean((none if s is None else s.control, 1.0) for s in states))
@@ -331,7 +331,7 @@ def test_scaffolds_server_control_is_the_mean_of_all_sites(sample: float) -> Non
 
 @pytest.mark.parametrize("sample", [1.0, 0.5])
 def test_feddyns_drift_is_the_mean_of_the_sites_gradients(sample: float) -> None:
-    outcome = play(quick("feddyn", rounds=4, sample=sample, alpha=0.1))
+    outcome = play(quick("feddyn", rounds=4, client_fraction=sample, alpha=0.1))
     none = {name: torch.zeros_like(value) for name, value in outcome.server.drift.items()}
     states = [outcome.transport.state(site) for site in ASIDE]
     assert close(outcome.server.drift, mean((none if s is None else s.gradient, 1.0) for s in states))
@@ -340,7 +340,7 @@ def test_feddyns_drift_is_the_mean_of_the_sites_gradients(sample: float) -> None
 
 def test_feddyns_first_round_is_fedproxs_and_goes_twice_as_far() -> None:
     even = {site: {**toy.SITES[site], "train": {k: v[:24] for k, v in toy.SITES[site]["train"].items()}} for site in ASIDE}
-    start = toy.LAYERED.init(named(0, "init"))
+    start = toy.LAYERED.init(stream(0, "init"))
     dyn, prox = (
         toy.play(quick(name, rounds=1, **{key: 0.3}), task=toy.LAYERED, sites=even).model
         for name, key in (("feddyn", "alpha"), ("fedprox", "mu"))

@@ -18,9 +18,9 @@ from warmfed.algorithms.fedala import FedALA, Site, mixed
 from warmfed.algorithms.fedproto import nearest, prototypes
 from warmfed.algorithms.shared.distillation import divergence
 from warmfed.config import resolve
-from warmfed.core import Local, Reply
-from warmfed.core.admission import Border
-from warmfed.core.rng import aside, named, seeded
+from warmfed.core import ClientContext, Reply
+from warmfed.core.admission import AdmissionPolicy
+from warmfed.core.rng import fork, seeded, stream
 from warmfed.core.tensors import mix, sub
 from warmfed.fit import Training, at, fit, minibatches
 from warmfed.models import initial
@@ -30,17 +30,17 @@ from warmfed.utils.errors import InputError
 
 ASIDE = "abcd"
 TRAINING = toy.TRAINING
-PLAIN = Training(lr=0.03, momentum=0.0, batch=12)
+PLAIN = Training(lr=0.03, momentum=0.0, batch_size=12)
 play = functools.cache(toy.play)
 quick = toy.quick
 
 
-def local(site: str = "c", purpose: str = "identity") -> Local:
-    return Local(toy.TASK, toy.SITES[site], named(purpose), site, toy.PROMPTS, toy.Means())
+def local(site: str = "c", purpose: str = "identity") -> ClientContext:
+    return ClientContext(toy.TASK, toy.SITES[site], stream(purpose), site, toy.PROMPTS, toy.Means())
 
 
 def weights(*key: object) -> dict[str, torch.Tensor]:
-    return dict(toy.TASK.init(named(*key)))
+    return dict(toy.TASK.init(stream(*key)))
 
 
 def near(a: dict, b: dict, atol: float = 1e-6) -> bool:
@@ -60,7 +60,10 @@ def test_minibatches_are_fits() -> None:
         model, _ = fit(ctx, model, PLAIN, batch)
     assert near(model, together)
     assert not near(model, start)
-    one = [len(batch["label"]) for _, batch in minibatches(local(), replace(PLAIN, batch=6, accumulate=2), data)]
+    one = [
+        len(batch["label"])
+        for _, batch in minibatches(local(), replace(PLAIN, batch_size=6, gradient_accumulation_steps=2), data)
+    ]
     assert one == [12, 12, 8]
     with pytest.raises(InputError, match="no rows"):
         list(minibatches(local(), PLAIN, {"label": torch.empty(0)}))
@@ -68,18 +71,18 @@ def test_minibatches_are_fits() -> None:
 
 def test_a_model_at_other_weights_is_the_model_that_has_them() -> None:
     net, other = toy.TASK.build(), toy.TASK.build()
-    images = torch.rand(2, *toy.SHAPE, generator=named("images"))
+    images = torch.rand(2, *toy.SHAPE, generator=stream("images"))
     assert torch.equal(at(net, dict(other.named_parameters()))(images), other(images))
     assert not torch.equal(net(images), other(images))
 
 
 def test_a_stream_aside_leaves_its_parent_where_it_is() -> None:
-    parent = named("parent")
-    first = torch.rand(3, generator=aside(parent, "one"))
-    assert torch.equal(first, torch.rand(3, generator=aside(parent, "one")))
-    assert not torch.equal(first, torch.rand(3, generator=aside(parent, "two")))
-    assert torch.equal(torch.rand(3, generator=parent), torch.rand(3, generator=named("parent")))
-    assert not torch.equal(first, torch.rand(3, generator=aside(parent, "one")))
+    parent = stream("parent")
+    first = torch.rand(3, generator=fork(parent, "one"))
+    assert torch.equal(first, torch.rand(3, generator=fork(parent, "one")))
+    assert not torch.equal(first, torch.rand(3, generator=fork(parent, "two")))
+    assert torch.equal(torch.rand(3, generator=parent), torch.rand(3, generator=stream("parent")))
+    assert not torch.equal(first, torch.rand(3, generator=fork(parent, "one")))
 
 
 # APFL
@@ -104,10 +107,10 @@ def test_apfls_global_model_is_fedavgs_whatever_alpha() -> None:
 
 def test_apfls_first_step_is_the_papers() -> None:
     """v ← v - ηα∇f(v̄) and α ← α - η⟨v - w, ∇f(v̄)⟩, from v ≠ w."""
-    one = Training(lr=0.1, momentum=0.0, batch=64)
+    one = Training(lr=0.1, momentum=0.0, batch_size=64)
     algorithm = quick("apfl", adaptive=True, local=one)
     w, v, alpha = weights("w"), weights("v"), 0.25
-    state = replace(algorithm.enter(algorithm.init(toy.central()), local()), model=v, alpha=alpha)
+    state = replace(algorithm.init_client_state(algorithm.init(toy.central()), local()), model=v, alpha=alpha)
     reply = algorithm.train(replace(algorithm.init(toy.central()), model=w), state, local())
     between = mix(w, v, alpha)
     stepped, _ = fit(local(), between, one, toy.SITES["c"]["train"])
@@ -120,7 +123,7 @@ def test_apfls_first_step_is_the_papers() -> None:
 
 def test_apfls_alpha_stays_a_share() -> None:
     wild = quick("apfl", alpha=1.0, adaptive=True, local=Training(lr=3.0, momentum=0.0))
-    outcome = play(wild, border=Border(far=0.0))  # at such a rate honest sites go far, too
+    outcome = play(wild, admission=AdmissionPolicy(max_update_ratio=0.0))  # at such a rate honest sites go far, too
     assert all(0 <= outcome.transport.state(site).alpha <= 1 for site in ASIDE)
     with pytest.raises(InputError, match="alpha must be at least 0"):
         quick("apfl", alpha=1.5)
@@ -131,7 +134,7 @@ def test_apfls_alpha_stays_a_share() -> None:
 
 def test_pfedme_without_its_term_leaves_the_global_model_alone() -> None:
     outcome = play(quick("pfedme", lam=0.0))
-    assert toy.same(outcome.model, toy.TASK.init(named(0, "init")))
+    assert toy.same(outcome.model, toy.TASK.init(stream(0, "init")))
     assert not toy.same(outcome.personal("a"), outcome.model)
 
 
@@ -142,7 +145,7 @@ def test_pfedme_that_goes_all_the_way_in_one_step_is_fedavg() -> None:
 
 
 def test_pfedme_of_a_server_that_stays_is_its_start() -> None:
-    assert toy.same(play(quick("pfedme", beta=0.0)).model, toy.TASK.init(named(0, "init")))
+    assert toy.same(play(quick("pfedme", beta=0.0)).model, toy.TASK.init(stream(0, "init")))
 
 
 # Per-FedAvg
@@ -219,7 +222,7 @@ def test_fedala_with_weights_of_one_is_fedavg() -> None:
 def test_fedalas_personal_model_is_the_sites_last() -> None:
     outcome = play(quick("fedala", rounds=1))
     alone, _ = fit(
-        Local(toy.TASK, toy.SITES["b"], named(0, "train", 0, "b")), toy.TASK.init(named(0, "init")), TRAINING,
+        ClientContext(toy.TASK, toy.SITES["b"], stream(0, "train", 0, "b")), toy.TASK.init(stream(0, "init")), TRAINING,
         toy.SITES["b"]["train"],
     )  # fmt: skip
     assert toy.same(outcome.personal("b"), alone)
@@ -229,10 +232,10 @@ def test_fedalas_weights_take_projected_gradient_steps() -> None:
     """W ← clip(W - η·∇L(Θ_i + (Θ - Θ_i)⊙W) ⊙ (Θ - Θ_i)), on all rows of the site in one batch."""
     mine, theirs, data = weights("mine"), weights("theirs"), toy.SITES["c"]["train"]
     start = {name: torch.full_like(value, 0.5) for name, value in mine.items()}
-    algorithm = FedALA(share=1.0, eta=8.0, local=Training(batch=64))
+    algorithm = FedALA(share=1.0, eta=8.0, local=Training(batch_size=64))
     found = algorithm.learn(theirs, Site(mine, start), local())
     between = mixed(mine, theirs, start)
-    stepped, _ = fit(local(), between, Training(lr=1.0, momentum=0.0, batch=64), data)
+    stepped, _ = fit(local(), between, Training(lr=1.0, momentum=0.0, batch_size=64), data)
     for name, value in found.items():
         slope = (between[name] - stepped[name]) * (theirs[name] - mine[name])
         assert torch.allclose(value, (0.5 - 8.0 * slope).clamp(0, 1), atol=1e-4)
@@ -274,7 +277,7 @@ def test_fedprotos_prototypes_are_the_means_over_all_sites_images() -> None:
 
 
 def test_fedprotos_head_is_the_nearest_prototype() -> None:
-    features, label = torch.randn(20, 5, generator=named("features")), torch.arange(20) % 3
+    features, label = torch.randn(20, 5, generator=stream("features")), torch.arange(20) % 3
     known = prototypes(features, label, 4)
     head = nearest(known)
     logits = features @ head["head.weight"].T + head["head.bias"]
@@ -288,7 +291,7 @@ def test_fedprotos_class_that_nobody_brings_keeps_its_prototype() -> None:
     algorithm = quick("fedproto")
     before = prototypes(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 2]), 3)
     now = prototypes(torch.tensor([[8.0], [4.0]]), torch.tensor([0, 1]), 3)
-    server, _ = algorithm.merge(before, {"a": Reply(now, None, 1.0, {})}, toy.central())
+    server, _ = algorithm.aggregate(before, {"a": Reply(now, None, 1.0, {})}, toy.central())
     assert server.feature["mean"].flatten().tolist() == [8.0, 4.0, 5.0]
     assert server.count["images"].tolist() == [1, 1, 1]
 
@@ -296,7 +299,7 @@ def test_fedprotos_class_that_nobody_brings_keeps_its_prototype() -> None:
 def test_fedprotos_term_pulls_the_features_together() -> None:
     def spread(lam: float) -> float:
         sites = {site: toy.SITES[site] for site in "ad"}
-        training = Training(lr=0.01, batch=16, epochs=2)
+        training = Training(lr=0.01, batch_size=16, epochs=2)
         task = replace(toy.TASK, model="cnn")
         outcome = toy.play(quick("fedproto", lam=lam, local=training), task=task, sites=sites, evaluate="never")
         means = [prototypes(task.features(outcome.transport.state(s).model, toy.SITES[s]["train"]),
@@ -368,7 +371,7 @@ def test_dense_without_distillation_is_one_round_of_fedavg() -> None:
 
 def test_denses_ensemble_is_the_mean_of_logits() -> None:
     nets = [toy.TASK.build() for _ in range(3)]
-    images = torch.rand(2, *toy.SHAPE, generator=named("images"))
+    images = torch.rand(2, *toy.SHAPE, generator=stream("images"))
     assert torch.allclose(Ensemble(nets)(images), sum(net(images) for net in nets) / 3, atol=1e-6)
 
 
@@ -381,16 +384,16 @@ def test_dense_of_one_site_keeps_its_model() -> None:
 
 
 def test_denses_generator_draws_what_the_ensemble_recognises_or_what_the_student_does_not() -> None:
-    algorithm = quick("dense", drawing=Training(optimizer="adam", lr=5e-3, steps=60, batch=24))
+    algorithm = quick("dense", drawing=Training(optimizer="adam", lr=5e-3, steps=60, batch_size=24))
     knows, _ = fit(local(), weights("start"), Training(lr=0.03, epochs=5), toy.SITES["c"]["train"])
     ctx, label, student = toy.central(), torch.arange(24) % 3, weights("student")
     right, apart = {}, {}
     for disagreement in (0.0, 1.0):
         task = replace(algorithm, disagreement=disagreement).task(ctx, Ensemble([frozen(ctx, knows)]), student)
-        with seeded(named("begin")):
+        with seeded(stream("begin")):
             begun = initial(task.build())
-        drawn, _ = fit(replace(ctx, task=task, rng=named("draw")), begun, algorithm.drawing, {"label": label})
-        table = algorithm.imagine(replace(ctx, rng=named("see")), task, drawn, label)
+        drawn, _ = fit(replace(ctx, task=task, rng=stream("draw")), begun, algorithm.drawing, {"label": label})
+        table = algorithm.imagine(replace(ctx, rng=stream("see")), task, drawn, label)
         right[disagreement] = table["right"].double().mean().item()
         theirs = toy.TASK.predict(student, table)
         apart[disagreement] = divergence(theirs, table["logits"], 1.0).item()

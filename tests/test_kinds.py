@@ -17,7 +17,7 @@ from test_sources import pets, picture, refused, sizes
 
 from warmfed.cli.parser import main
 from warmfed.data import DataError, Federation, camelyon17, csv, folder, idx, load, npz, save_partition
-from warmfed.data.examples import Pool, texts
+from warmfed.data.examples import Examples, texts
 from warmfed.data.splits import split, units
 
 
@@ -106,7 +106,7 @@ def test_a_tree_of_classes_is_one_site(tmp_path: Path) -> None:
     pets(tmp_path / "zoo", ("animals",))
     (tmp_path / "zoo" / "animals").rename(tmp_path / "animals")
     assert sizes(folder(tmp_path / "animals", image_size=8)) == {"animals": (12, 4, 4)}
-    dealt = folder(tmp_path / "animals", image_size=8, deal={"sites": 2})
+    dealt = folder(tmp_path / "animals", image_size=8, partition={"sites": 2})
     assert sizes(dealt) == {"site-0": (6, 2, 2), "site-1": (6, 2, 2)}
     assert dealt.name == "animals dealt to 2 by iid"
 
@@ -311,21 +311,23 @@ def test_long_arrays_are_read_piece_by_piece_and_every_piece_is_checked(tmp_path
 
 def test_a_partition_is_saved_and_dealt_again(tmp_path: Path) -> None:
     root = pets(tmp_path / "pets", each=30)
-    dealt = folder(root, image_size=8, deal={"sites": 3, "rule": "dirichlet", "alpha": 1.0, "smallest": 10})
+    dealt = folder(root, image_size=8, partition={"sites": 3, "rule": "dirichlet", "alpha": 1.0, "min_partition_size": 10})
     digest = save_partition(dealt, tmp_path / "partition.json")
     assert len(digest) == 64
-    again = folder(root, image_size=8, deal={"rule": "file", "path": str(tmp_path / "partition.json")})
+    again = folder(root, image_size=8, partition={"rule": "file", "path": str(tmp_path / "partition.json")})
     assert again.fingerprint == dealt.fingerprint
     assert again.origin == dealt.origin
     (root / "home" / "cat" / "00.png").unlink()
     refused(
-        lambda: folder(root, image_size=8, deal={"rule": "file", "path": str(tmp_path / "partition.json")}),
+        lambda: folder(root, image_size=8, partition={"rule": "file", "path": str(tmp_path / "partition.json")}),
         "home/cat/00.png is not in the data",
     )
     content = json.loads((tmp_path / "partition.json").read_text())
     content["sites"]["site-0"]["train"].pop()
     (tmp_path / "partition.json").write_text(json.dumps(content))
-    refused(lambda: folder(root, deal={"rule": "file", "path": str(tmp_path / "partition.json")}), "damaged or of another kind")
+    refused(
+        lambda: folder(root, partition={"rule": "file", "path": str(tmp_path / "partition.json")}), "damaged or of another kind"
+    )
 
 
 ROWS = st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(0, 9), st.integers(0, 3))
@@ -338,7 +340,7 @@ def test_nothing_that_belongs_together_is_parted(rows: list[tuple[int, int, int,
     digest = np.zeros((len(rows), 32), np.uint8)
     digest[:, 0] = image
     names = texts(f"g{g}" if g else "" for g in group.tolist())
-    pool = Pool(np.zeros((len(rows), 1, 1, 1), np.uint8), label, texts(f"s{s}" for s in site.tolist()),
+    pool = Examples(np.zeros((len(rows), 1, 1, 1), np.uint8), label, texts(f"s{s}" for s in site.tolist()),
                 texts(["all"] * len(rows)), texts("x" for _ in rows), digest, names)  # fmt: skip
     found = split(pool, {"test": 0.2, "validation": 0.2, "public": 0.1}, seed)
     assert set(found.tolist()) <= {"train", "validation", "test", "public"}

@@ -15,8 +15,8 @@ from test_border import Faulty
 
 from warmfed.cli.parser import main
 from warmfed.config import parse
-from warmfed.core import Absent, Round
-from warmfed.core.admission import Border
+from warmfed.core import Failure, Round
+from warmfed.core.admission import AdmissionPolicy
 from warmfed.core.tensors import only
 from warmfed.run import run
 from warmfed.runs.execute import execute, read_summary
@@ -29,11 +29,13 @@ SETTINGS = {"algorithm.name": "fedavg", "algorithm.rounds": 1, "algorithm.local.
 def rounds(faults: dict[tuple[int, str], Callable[[Any], Any]], folder: Path | None = None, **changes: Any) -> list[Round]:
     algorithm = toy.quick("warmfed", **changes)
     central = replace(toy.central(), folder=folder)
-    return list(run(algorithm, central, Faulty(InProcess(toy.workers(algorithm)), faults), border=Border(least=3)))
+    return list(
+        run(algorithm, central, Faulty(InProcess(toy.workers(algorithm)), faults), admission=AdmissionPolicy(min_sites=3))
+    )
 
 
-def away(reply: Any) -> Absent:
-    return Absent("it is not connected")
+def away(reply: Any) -> Failure:
+    return Failure("it is not connected")
 
 
 def kinds(done: Round, site: str) -> list[str]:
@@ -90,7 +92,7 @@ def test_a_model_of_another_layout_leaves_its_site_out() -> None:
 def site(tmp_path: Path) -> Path:
     """A run of sites a, b and c, and the folder of site d."""
     data = tiny.arrays(tmp_path / "toy.npz", "abcd")
-    execute(parse(None, {**SETTINGS, "model.name": "linear", "data.source": str(data), "unseen.site": "d"}), tmp_path / "run")
+    execute(parse(None, {**SETTINGS, "model.name": "linear", "data.source": str(data), "holdout.site": "d"}), tmp_path / "run")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "site.toml").write_text(tomli_w.dumps({"name": "d", "data": {"source": str(data)}}))
     return tmp_path / "site"

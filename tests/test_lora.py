@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from warmfed.algorithms.warmfed import WarmFed
 from warmfed.config import parse
-from warmfed.core import Central, Local, Nothing
+from warmfed.core import ClientContext, Empty, ServerContext
 from warmfed.core.messages import Message
-from warmfed.core.rng import named, seeded
+from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import Table, Tensors, sha256
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import lora_training as adapting
 from warmfed.diffusion.cost import micro_batch, plan
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.diffusion.lora_training import Adapting, latents
+from warmfed.diffusion.lora_training import LoraTask, latents
 from warmfed.diffusion.losses import denoising_loss, drawn
 from warmfed.diffusion.settings import Lora
 from warmfed.fit import Training
-from warmfed.transports.client import Worker
+from warmfed.transports.client import Client
 from warmfed.transports.in_process import InProcess
 from warmfed.utils.errors import InputError
 
@@ -41,12 +41,12 @@ LABELS = torch.tensor([0, 1, 1])
 
 
 def table(name: str, count: int) -> dict[str, Tensor]:
-    image = torch.randint(256, (count, 3, 32, 32), generator=named(name), dtype=torch.uint8)
+    image = torch.randint(256, (count, 3, 32, 32), generator=stream(name), dtype=torch.uint8)
     return {"image": image, "label": torch.arange(count) % 2}
 
 
 TRAIN, HELD = table("train", 8), table("held", 5)
-TRAINING = Training(optimizer="adamw", lr=0.02, epochs=2, batch=4, clip=1.0)
+TRAINING = Training(optimizer="adamw", lr=0.02, epochs=2, batch_size=4, max_grad_norm=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +56,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def plain(base: str) -> LatentDiffusion:
-    return LatentDiffusion(base, rank=2, targets="attention", prompts=False, views=1, training=TRAINING, steps=3, guidance=1.0)
+    return LatentDiffusion(
+        base, rank=2, target_modules="attention", prompts=False, views=1, training=TRAINING, steps=3, guidance=1.0
+    )
 
 
-def local(**more: Any) -> Local:
-    return Local(None, {"train": TRAIN, "validation": HELD}, named("adapt"), "ink", PROMPTS, **more)
+def local(**more: Any) -> ClientContext:
+    return ClientContext(None, {"train": TRAIN, "validation": HELD}, stream("adapt"), "ink", PROMPTS, **more)
 
 
 def with_(generator: LatentDiffusion, **options: Any) -> LatentDiffusion:
     return replace(generator, lora=replace(generator.lora, **options))
 
 
-def task(generator: LatentDiffusion, prior: Table | None = None) -> Adapting:
-    return Adapting(generator._model(PROMPTS, "cpu"), generator, generator._parts("cpu"), prior)
+def task(generator: LatentDiffusion, prior: Table | None = None) -> LoraTask:
+    return LoraTask(generator._model(PROMPTS, "cpu"), generator, generator._parts("cpu"), prior)
 
 
-def batch(of: Adapting) -> dict[str, Tensor]:
-    with seeded(named("batch")):
+def batch(of: LoraTask) -> dict[str, Tensor]:
+    with seeded(stream("batch")):
         return of.draw(latents(local(), "train", of.settings, of.base))
 
 
@@ -92,10 +94,10 @@ def test_the_scale_is_alpha_over_the_rank_or_over_its_root() -> None:
 
 def test_an_adapter_leaves_with_its_scale_in_it(plain: LatentDiffusion) -> None:
     """The layers that learned it, scaled, predict what the model predicts that wears it."""
-    model, noisy = plain._model(PROMPTS, "cpu"), torch.randn(2, 4, 8, 8, generator=named("noisy"))
+    model, noisy = plain._model(PROMPTS, "cpu"), torch.randn(2, 4, 8, 8, generator=stream("noisy"))
     inner = {
-        name: torch.randn(value.shape, generator=named(name)) / 4
-        for name, value in lora.fresh(model, named("fresh")).items()
+        name: torch.randn(value.shape, generator=stream(name)) / 4
+        for name, value in lora.fresh(model, stream("fresh")).items()
         if ".lora_" in name
     }
     condition, time = model.condition(torch.tensor([0, 1])), torch.tensor([10, 500])
@@ -103,9 +105,9 @@ def test_an_adapter_leaves_with_its_scale_in_it(plain: LatentDiffusion) -> None:
         with lora.scaled(model, 3.0):
             model.load_state_dict(inner, strict=False)
             learned = model(noisy, time, condition)
-        with lora.worn(model, {name: value.float() for name, value in lora.inward(lora.outward(inner, 3.0)).items()}):
+        with lora.applied(model, {name: value.float() for name, value in lora.to_peft(lora.to_diffusers(inner, 3.0)).items()}):
             worn = model(noisy, time, condition)
-        with lora.worn(model, inner):
+        with lora.applied(model, inner):
             unscaled = model(noisy, time, condition)
     assert torch.allclose(learned, worn, atol=5e-3)
     assert not torch.allclose(learned, unscaled, atol=0.05)
@@ -132,7 +134,7 @@ def test_targets_choose_the_layers(targets: str, plain: LatentDiffusion) -> None
     }
     found = {
         name.removeprefix("unet.").removesuffix(".lora_A.weight")
-        for name in replace(plain, targets=targets).adapt(local())[0]
+        for name in replace(plain, target_modules=targets).adapt(local())[0]
         if "lora_A" in name
     }
     assert found == wanted
@@ -143,8 +145,8 @@ def test_targets_choose_the_layers(targets: str, plain: LatentDiffusion) -> None
 def test_dora_has_a_magnitude_for_each_output_and_plain_diffusers_draws_the_same(
     targets: str, base: str, plain: LatentDiffusion, tmp_path: Path
 ) -> None:
-    generator = with_(replace(plain, targets=targets), dora=True)
-    blank = lora.outward(lora.fresh(generator._model(PROMPTS, "cpu"), named("fresh")))
+    generator = with_(replace(plain, target_modules=targets), dora=True)
+    blank = lora.to_diffusers(lora.fresh(generator._model(PROMPTS, "cpu"), stream("fresh")))
     unchanged = generator.synthesize({n: t for n, t in blank.items() if n != "prompts"}, PROMPTS, LABELS, drawing())
     assert (unchanged.int() - generator.synthesize(None, PROMPTS, LABELS, drawing()).int()).abs().max() <= 1
     adapter, _ = generator.adapt(local())
@@ -159,28 +161,28 @@ def test_dora_has_a_magnitude_for_each_output_and_plain_diffusers_draws_the_same
     assert sha256(lora.read(tmp_path, "ink")) == sha256(adapter)
     pipe = pipelines.opened(base, "sd15")
     pipe.load_lora_weights(tmp_path, weight_name="ink.safetensors")
-    noisy, time = torch.randn(2, 4, 8, 8, generator=named("noisy")), torch.tensor([10, 500])
+    noisy, time = torch.randn(2, 4, 8, 8, generator=stream("noisy")), torch.tensor([10, 500])
     model = generator._model(PROMPTS, "cpu")
     with torch.no_grad():
         theirs = pipe.unet(noisy, time, model.prompts).sample
-        with lora.worn(model, lora.inward(adapter)):
+        with lora.applied(model, lora.to_peft(adapter)):
             ours = model(noisy, time, model.condition(torch.tensor([0, 1])))
     pipe.unload_lora_weights()
     assert torch.allclose(theirs, ours, atol=1e-3)
 
 
-def drawing() -> Central:
-    return Central(None, named("draw"))
+def drawing() -> ServerContext:
+    return ServerContext(None, stream("draw"))
 
 
 def test_a_learned_token_stands_in_the_place_of_the_last_word(base: str, plain: LatentDiffusion, tmp_path: Path) -> None:
-    generator = replace(plain, targets="none", lora=Lora(tokens=True))
+    generator = replace(plain, target_modules="none", lora=Lora(textual_inversion=True))
     before = sha256(generator._parts("cpu").text_encoder.state_dict())
     adapter, info = generator.adapt(local())
     assert {name: tuple(value.shape) for name, value in adapter.items()} == {"tokens": (2, 16)}
     assert info["steps"] == 4
     assert sha256(generator._parts("cpu").text_encoder.state_dict()) == before
-    start = lora.fresh(generator._model(PROMPTS, "cpu"), named("fresh"))["tokens"]
+    start = lora.fresh(generator._model(PROMPTS, "cpu"), stream("fresh"))["tokens"]
     assert not torch.equal(adapter["tokens"], start.half())
     assert torch.equal(
         generator.synthesize({"tokens": start}, PROMPTS, LABELS, drawing()),
@@ -213,9 +215,9 @@ def test_tokens_are_for_one_clip_text_encoder(tmp_path: Path, plain: LatentDiffu
 
 def test_offset_noise_moves_whole_channels() -> None:
     latent = torch.zeros(64, 4, 8, 8)
-    with seeded(named("offset")):
+    with seeded(stream("offset")):
         place, noise = drawn(latent)
-    with seeded(named("offset")):
+    with seeded(stream("offset")):
         same_place, moved = drawn(latent, 0.5)
     assert torch.equal(place, same_place)
     shift = moved - noise
@@ -225,19 +227,19 @@ def test_offset_noise_moves_whole_channels() -> None:
 
 def test_prior_preservation_is_the_weighted_sum_of_two_losses(plain: LatentDiffusion) -> None:
     generator = with_(plain, prior=0.3, prior_images=3)
-    samples = adapting.prior(local(), generator, generator._parts("cpu"), generator.drawn_latents)
+    samples = adapting.prior_samples(local(), generator, generator._parts("cpu"), generator.drawn_latents)
     assert samples["label"].tolist() == [0, 0, 0, 1, 1, 1]
     both, alone = task(generator, samples), task(plain)
     found = batch(both)
     model, parts = both.model, generator._parts("cpu")
-    model.load_state_dict(dict(lora.inward(plain.adapt(local())[0])), strict=False)
+    model.load_state_dict(dict(lora.to_peft(plain.adapt(local())[0])), strict=False)
     told = parts.embed(PROMPTS)["prompt"][found["prior/label"]]
 
     def predict(noisy: Tensor, time: Tensor) -> Tensor:
         return model(noisy, time, {"prompt": told})
 
     scheduler, at = parts.scheduler, (found["prior/place"], found["prior/noise"])
-    kept = denoising_loss(predict, found["prior/latent"], scheduler.alphas_cumprod, "epsilon", generator.gamma, at)
+    kept = denoising_loss(predict, found["prior/latent"], scheduler.alphas_cumprod, "epsilon", generator.min_snr_gamma, at)
     with torch.no_grad():
         assert both.loss(model, found).item() == pytest.approx(alone.loss(model, found).item() + 0.3 * kept.item(), rel=1e-6)
     assert kept.item() > 0
@@ -246,10 +248,10 @@ def test_prior_preservation_is_the_weighted_sum_of_two_losses(plain: LatentDiffu
 def test_the_prior_is_drawn_by_the_base_alone_and_costs_no_random_number(plain: LatentDiffusion) -> None:
     generator, ctx = with_(plain, prior=1.0, prior_images=2), local()
     before = ctx.rng.get_state()
-    first = adapting.prior(ctx, generator, generator._parts("cpu"), generator.drawn_latents)
+    first = adapting.prior_samples(ctx, generator, generator._parts("cpu"), generator.drawn_latents)
     assert torch.equal(ctx.rng.get_state(), before)
     assert torch.equal(
-        first["latent"], adapting.prior(ctx, generator, generator._parts("cpu"), generator.drawn_latents)["latent"]
+        first["latent"], adapting.prior_samples(ctx, generator, generator._parts("cpu"), generator.drawn_latents)["latent"]
     )
     adapter = generator.adapt(local())[0]
     assert sha256(adapter) == sha256(generator.adapt(local())[0])
@@ -285,7 +287,7 @@ def test_latents_on_disk_are_those_in_memory_and_are_made_once(
     made = path.stat().st_mtime_ns
     assert generator.adapt(local())[1] == wanted[1]
     assert path.stat().st_mtime_ns == made
-    other = Local(None, {"train": HELD}, named("adapt"), "ink", PROMPTS)
+    other = ClientContext(None, {"train": HELD}, stream("adapt"), "ink", PROMPTS)
     generator.adapt(other)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -295,7 +297,7 @@ def test_latents_of_large_images_on_disk_are_made_in_the_same_batches(
 ) -> None:
     """Of 48 pixels the autoencoder takes 28 at a time; in 64s it would end a batch elsewhere, and last bits with it."""
     monkeypatch.setenv("WARMFED_CACHE", str(tmp_path))
-    image = torch.randint(256, (80, 3, 48, 48), generator=named("large"), dtype=torch.uint8)
+    image = torch.randint(256, (80, 3, 48, 48), generator=stream("large"), dtype=torch.uint8)
     ctx = replace(local(), data={"train": {"image": image, "label": torch.arange(80) % 3}})
     kept, made = (latents(ctx, "train", with_(plain, cache=where), plain._parts("cpu")) for where in ("disk", "memory"))
     assert torch.equal(kept["latent"], made["latent"])
@@ -312,15 +314,15 @@ def test_checkpointing_changes_no_bit(plain: LatentDiffusion) -> None:
 
 def peak(generator: LatentDiffusion, rows: int) -> float:
     """Bytes that so many rows at a time need."""
-    return plan(replace(generator, training=replace(TRAINING, batch=rows)), 2).train.peak
+    return plan(replace(generator, training=replace(TRAINING, batch_size=rows)), 2).train.peak
 
 
 def test_the_bytes_of_a_pass_grow_with_its_rows_and_not_with_the_batch(plain: LatentDiffusion) -> None:
     one, two, four = (peak(plain, n) for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.1)
-    micro = plan(replace(plain, training=replace(TRAINING, batch=4, micro=2)), 2).train
+    micro = plan(replace(plain, training=replace(TRAINING, batch_size=4, micro_batch_size=2)), 2).train
     assert micro.peak == pytest.approx(two)
-    assert micro.flops == pytest.approx(plan(replace(plain, training=replace(TRAINING, batch=4)), 2).train.flops, rel=0.05)
+    assert micro.flops == pytest.approx(plan(replace(plain, training=replace(TRAINING, batch_size=4)), 2).train.flops, rel=0.05)
 
 
 def free_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -334,10 +336,10 @@ def test_the_batch_is_split_to_fit_into_half_of_the_free_memory(
     found, automatic = {}, with_(plain, auto=True)
     for room in (1, 2, 3, 4):
         free_memory(monkeypatch, int(2 * (one + (room - 0.9) * (two - one))))
-        found[room] = micro_batch(automatic, 2, "cpu").training.micro
+        found[room] = micro_batch(automatic, 2, "cpu").training.micro_batch_size
     assert found == {1: 1, 2: 2, 3: 2, 4: 0}  # three fit, but two and two are as quick as three and one
     free_memory(monkeypatch, int(one))
-    with pytest.raises(InputError, match=r"one image of a batch needs .* MB; set generator\.lora\.checkpointing"):
+    with pytest.raises(InputError, match=r"one image of a batch needs .* MB; set generator\.lora\.gradient_checkpointing"):
         micro_batch(automatic, 2, "cpu")
 
 
@@ -366,7 +368,7 @@ def test_an_early_stop_returns_the_best_epochs_adapter(plain: LatentDiffusion) -
     best = replace(plain, training=replace(TRAINING, lr=0.2, epochs=epochs)).adapt(local())[0]
     assert sha256(adapter) == sha256(best)
     of = task(plain)
-    of.model.load_state_dict(dict(lora.inward(adapter)), strict=False)
+    of.model.load_state_dict(dict(lora.to_peft(adapter)), strict=False)
     judge = of.judge(latents(local(), "validation", plain, of.base), "cpu")
     with torch.no_grad():
         assert judge(of.model.eval()) == pytest.approx(info["judged"], rel=1e-3)  # in 16 bits
@@ -374,7 +376,7 @@ def test_an_early_stop_returns_the_best_epochs_adapter(plain: LatentDiffusion) -
 
 
 def test_an_early_stop_needs_validation_images(plain: LatentDiffusion) -> None:
-    alone = Local(None, {"train": TRAIN}, named("adapt"), "ink", PROMPTS)
+    alone = ClientContext(None, {"train": TRAIN}, stream("adapt"), "ink", PROMPTS)
     with pytest.raises(InputError, match="site 'ink' has no validation images to stop early by"):
         with_(plain, patience=1).adapt(alone)
 
@@ -392,13 +394,13 @@ def dying(at: int) -> Callable[[str, int, int], None]:
 
 
 def test_a_killed_site_goes_on_from_its_snapshot(plain: LatentDiffusion, tmp_path: Path) -> None:
-    generator = with_(replace(plain, training=replace(TRAINING, epochs=4, schedule="cosine", ema=0.9)), snapshots=3)
+    generator = with_(replace(plain, training=replace(TRAINING, epochs=4, schedule="cosine", ema_decay=0.9)), snapshots=3)
     wanted = generator.adapt(local())
     path, seen = tmp_path / "ink.unfinished", []
     with pytest.raises(Died):
-        generator.adapt(local(unfinished=path, progress=dying(5)))
+        generator.adapt(local(snapshot_path=path, progress=dying(5)))
     assert path.exists()
-    again = generator.adapt(local(unfinished=path, progress=lambda what, done, total: seen.append(done)))
+    again = generator.adapt(local(snapshot_path=path, progress=lambda what, done, total: seen.append(done)))
     assert seen == [4, 5, 6, 7, 8]
     assert sha256(again[0]) == sha256(wanted[0])
     assert again[1] == wanted[1]
@@ -415,9 +417,9 @@ def test_a_killed_run_goes_on_within_a_sites_training(plain: LatentDiffusion, tm
                 seen.append(done)
                 dying(at)(what, done, total)
 
-        worker = Worker("ink", WarmFed(), None, local().data, 0, PROMPTS, generator)
+        worker = Client("ink", WarmFed(), None, local().data, 0, PROMPTS, generator)
         with InProcess({"ink": worker}, folder=folder, progress=progress) as transport:
-            ((_, reply, _),) = transport.send(0, "adapt", 0, {"ink": Nothing()})
+            ((_, reply, _),) = transport.send(0, "adapt", 0, {"ink": Empty()})
         return reply.message, seen
 
     wanted, _ = answered(None)
@@ -440,11 +442,11 @@ def test_a_killed_run_goes_on_within_a_sites_training(plain: LatentDiffusion, tm
         ({"generator.lora.patience": -1}, "at least 0"),
         ({"generator.lora.prior_images": 0}, "prior_images 1"),
         ({"generator.lora.cache": "tape"}, "cache must be one of memory, disk"),
-        ({"generator.lora.tokens": True}, r"set generator\.prompts=false"),
+        ({"generator.lora.textual_inversion": True}, r"set generator\.prompts=false"),
         ({"generator.lora.dorra": True}, r"unknown key 'generator\.lora\.dorra'; did you mean 'dora'"),
         ({"generator.lora.dora": 1}, r"generator\.lora\.dora must be of type bool"),
         ({"generator.adapters.ink": 1}, "a file for each site"),
-        ({"generator.training.micro": -1}, "micro at least 0"),
+        ({"generator.training.micro_batch_size": -1}, "micro at least 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:

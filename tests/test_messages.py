@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 import warmfed.algorithms  # declares the algorithms' messages
 import warmfed.transports.client_state  # noqa: F401
 from warmfed.algorithms.shared.base import Model
-from warmfed.algorithms.warmfed import Adapter, Verdict
-from warmfed.core import Nothing, Reply
+from warmfed.algorithms.warmfed import Adapter, ValidationVote
+from warmfed.core import Empty, Reply
 from warmfed.core.messages import KINDS, Message, _fields, decode, encode, kind, message, tensors_of
 from warmfed.core.tensors import Tensors
 from warmfed.utils.errors import InputError
@@ -46,7 +46,7 @@ TYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.flo
 TENSOR = st.builds(lambda shape, dtype: torch.arange(60).view(3, 4, 5).sum().expand(shape).to(dtype), SHAPES, TYPES)
 TENSORS = st.dictionaries(NAMES, TENSOR, max_size=3)
 REAL = st.floats(allow_nan=False)
-INNER = st.one_of(st.none(), st.just(Nothing()), st.builds(Model, TENSORS))
+INNER = st.one_of(st.none(), st.just(Empty()), st.builds(Model, TENSORS))
 STRATEGIES: dict[Any, st.SearchStrategy[Any]] = {
     Tensors: TENSORS,
     Tensors | None: st.none() | TENSORS,
@@ -97,7 +97,7 @@ def test_equal_messages_have_equal_bytes() -> None:
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([5])
     assert encode(Model({"a": a, "b": b})) == encode(Model({"b": b.clone(), "a": a.clone()}))
     assert encode(Model({"a": a})) != encode(Model({"a": a.double()}))
-    assert encode(Verdict({"x": 1}, {}, 2)) == encode(Verdict({"x": 1.0}, {}, 2))
+    assert encode(ValidationVote({"x": 1}, {}, 2)) == encode(ValidationVote({"x": 1.0}, {}, 2))
 
 
 def test_views_and_shared_tensors_travel_by_value() -> None:
@@ -126,7 +126,7 @@ def test_the_ledger_counts_the_tensors_of_inner_messages() -> None:
 
 
 MODEL = Model({"w": torch.ones(2)})
-VERDICT = Verdict({"0.0": 3.0}, {"0.0": 1.5}, 4)
+VERDICT = ValidationVote({"0.0": 3.0}, {"0.0": 1.5}, 4)
 
 
 def forged(change: Any, sent: Message = MODEL) -> bytes:
@@ -198,7 +198,7 @@ def test_no_depth_of_nesting_breaks_the_reader() -> None:
 
 def test_another_kind_than_expected_is_refused() -> None:
     with pytest.raises(InputError, match=r"is of kind 'core\.Nothing', expected averaging\.Model"):
-        decode(encode(Nothing()), Model)
+        decode(encode(Empty()), Model)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -207,7 +207,7 @@ def test_a_flipped_byte_is_refused_or_read_as_the_same_kind(place: int, flip: in
     wire = bytearray(encode(VERDICT))
     wire[place % len(wire)] ^= flip
     with suppress(InputError):
-        assert isinstance(decode(bytes(wire)), Verdict)
+        assert isinstance(decode(bytes(wire)), ValidationVote)
 
 
 def test_two_kinds_of_one_name_are_an_error() -> None:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 import toy
 from safetensors.torch import load_file
 
-from warmfed.algorithms.shared.synthetic_data import Synthesis, confused, draw, labelled, repeated, warm_start
-from warmfed.core import Local, prompt, prompts_of
-from warmfed.core.rng import named
+from warmfed.algorithms.shared.synthetic_data import Synthesis, draw, labelled, repeated, sample_hard, warm_start
+from warmfed.core import ClientContext, prompt, prompts_of
+from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, Tensors
 from warmfed.fit import Training
 from warmfed.utils.errors import InputError
@@ -20,7 +20,7 @@ SITED = ("{site|a=a|b=a} left bar", "a middle bar", "{site|a=a|b=a} right bar")
 
 
 def adapters() -> dict[str, dict[str, torch.Tensor]]:
-    ctx = {site: Local(toy.TASK, toy.SITES[site], named(site), site, toy.PROMPTS) for site in "ab"}
+    ctx = {site: ClientContext(toy.TASK, toy.SITES[site], stream(site), site, toy.PROMPTS) for site in "ab"}
     return {site: dict(toy.Means().adapt(local)[0]) for site, local in ctx.items()}
 
 
@@ -41,8 +41,8 @@ def test_sites_and_server_use_the_prompts_of_the_site() -> None:
     worker = replace(workers["a"], prompts=SITED)
     assert worker.local("adapt", 0).prompts == toy.PROMPTS
     classes = {"a": (0, 2), "b": (1, 2)}
-    plain = draw(replace(toy.central(), rng=named("draw")), adapters(), classes, 2)
-    sited = draw(replace(toy.central(), rng=named("draw"), prompts=SITED), adapters(), classes, 2)
+    plain = draw(replace(toy.central(), rng=stream("draw")), adapters(), classes, 2)
+    sited = draw(replace(toy.central(), rng=stream("draw"), prompts=SITED), adapters(), classes, 2)
     assert torch.equal(plain["image"], sited["image"])
 
 
@@ -50,7 +50,7 @@ def test_more_samples_go_where_they_are_doubtful_or_rare() -> None:
     # site a holds the classes 0 and 1, site b holds 1 only: class 0 is rare, and a's class 1 doubtful
     samples = {"site": torch.tensor([0, 0, 0, 0, 1, 1]), "label": torch.tensor([0, 0, 1, 1, 1, 1])}
     probability = torch.tensor([0.9, 0.9, 0.2, 0.4, 0.9, 0.9])
-    more = confused(samples, probability, {"a": None, "b": None}, 100)
+    more = sample_hard(samples, probability, {"a": None, "b": None}, 100)
     # doubts 0.1, 0.7, 0.1, by 1, 2 and 2 holders: 0.1, 0.35 and 0.05 of 0.5
     assert {site: label.bincount(minlength=2).tolist() for site, label in more.items()} == {"a": [20, 70], "b": [0, 10]}
 
@@ -59,8 +59,10 @@ def test_a_focus_asks_for_no_more_samples_in_all(tmp_path: Path) -> None:
     folder, drawn = tmp_path, adapters()
     drawn["b"] = {"shift": drawn["b"]["shift"].clone()}
     drawn["b"]["shift"][2] -= 50 * toy.pattern(2).half() - 50 * toy.pattern(0).half()  # class 2 looks like class 0
-    settings = Synthesis(per_class=20, focus=0.5, filter_training=Training(lr=0.03, epochs=4), training=toy.TRAINING, subset=12)
-    ctx = replace(toy.central(generator=toy.Means(noise=20.0), folder=folder), rng=named("focus"))
+    settings = Synthesis(
+        per_class=20, hard_fraction=0.5, filter_training=Training(lr=0.03, epochs=4), training=toy.TRAINING, subset=12
+    )
+    ctx = replace(toy.central(generator=toy.Means(noise=20.0), folder=folder), rng=stream("focus"))
     metrics = warm_start(ctx, drawn, dict.fromkeys(drawn, (0, 1, 2)), settings)[2]
     samples = load_file(folder / "synthetic" / "samples.safetensors")
     assert metrics["samples"] == 120 == len(samples["label"])
@@ -95,8 +97,10 @@ def test_soft_labels_are_part_prompt_and_part_belief() -> None:
 
 def test_a_warm_start_on_soft_labels(tmp_path: Path) -> None:
     def start(soft: float) -> tuple[Tensors, Table]:
-        quick = Synthesis(per_class=8, soft=soft, filter_training=Training(lr=0.03, epochs=4), training=toy.TRAINING, subset=12)
-        ctx = replace(toy.central(generator=toy.Means(noise=20.0)), rng=named("soft"))
+        quick = Synthesis(
+            per_class=8, soft_label_weight=soft, filter_training=Training(lr=0.03, epochs=4), training=toy.TRAINING, subset=12
+        )
+        ctx = replace(toy.central(generator=toy.Means(noise=20.0)), rng=stream("soft"))
         return warm_start(ctx, adapters(), dict.fromkeys(adapters(), (0, 1, 2)), quick)[:2]
 
     (hard, plain), (model, subset) = start(0.0), start(0.7)
@@ -106,7 +110,16 @@ def test_a_warm_start_on_soft_labels(tmp_path: Path) -> None:
     assert 0.3 <= subset["target"].gather(1, subset["label"][:, None]).min() < 1
 
 
-@pytest.mark.parametrize("wrong", [{"focus": 1.0}, {"focus": -0.1}, {"distinct": -1.0}, {"least": 1.0}, {"soft": 1.1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hard_fraction": 1.0},
+        {"hard_fraction": -0.1},
+        {"dedup_distance": -1.0},
+        {"min_class_probability": 1.0},
+        {"soft_label_weight": 1.1},
+    ],
+)
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(InputError, match="least and focus must be"):
+    with pytest.raises(InputError, match="min_class_probability and hard_fraction must be"):
         Synthesis(**wrong)

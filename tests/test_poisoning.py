@@ -12,9 +12,9 @@ from test_border import Faulty
 from warmfed.algorithms.shared.adapter_screening import contradicted, favourites, gradients, late_suspects, suspects, votes
 from warmfed.algorithms.shared.synthetic_data import Synthesis, draw, warm_start
 from warmfed.config import parse
-from warmfed.core import Absent, Central, Reply, Round
-from warmfed.core.admission import Border
-from warmfed.core.rng import named
+from warmfed.core import Failure, Reply, Round, ServerContext
+from warmfed.core.admission import AdmissionPolicy
+from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, Tensors, join, select
 from warmfed.data.readers.digits4 import digits4
 from warmfed.fit import Training
@@ -36,7 +36,7 @@ def rolled(adapter: Tensors) -> Tensors:
 def adapters(sites: str, liars: str = "") -> dict[str, Tensors | None]:
     found = {}
     for number, name in enumerate(sites):
-        ctx = replace(toy.central(), rng=named("adapt", name))
+        ctx = replace(toy.central(), rng=stream("adapt", name))
         data = toy.site(number % 4)
         local: Any = type("Ctx", (), {"prompts": toy.PROMPTS, "data": data, "rng": ctx.rng})
         honest = toy.Means().adapt(local)[0]
@@ -44,8 +44,8 @@ def adapters(sites: str, liars: str = "") -> dict[str, Tensors | None]:
     return found
 
 
-def central() -> Central:
-    return replace(toy.central(generator=toy.Means(noise=8.0)), rng=named("poison"))
+def central() -> ServerContext:
+    return replace(toy.central(generator=toy.Means(noise=8.0)), rng=stream("poison"))
 
 
 def warmed(found: dict[str, Tensors | None], **changes: Any) -> tuple[Tensors, Table, dict[str, float]]:
@@ -153,7 +153,7 @@ def test_opinions_by_hand() -> None:
 
 
 def test_the_descriptor_does_not_depend_on_colour_or_polarity() -> None:
-    image = torch.randint(60, 120, (4, 3, 32, 32), dtype=torch.uint8, generator=named("image"))
+    image = torch.randint(60, 120, (4, 3, 32, 32), dtype=torch.uint8, generator=stream("image"))
     seen = gradients(image)
     assert seen.shape == (4, 576)
     assert torch.allclose(gradients(255 - image), seen)
@@ -185,11 +185,11 @@ def told_again(reply: Reply) -> Reply:
 def lying(faults: dict[tuple[int, str], Any]) -> list[Round]:
     algorithm = toy.quick("warmfed", synthesis=SETTINGS)
     transport = Faulty(InProcess(toy.workers(algorithm, generator=toy.Means(noise=8.0))), faults)
-    return list(run(algorithm, toy.central(generator=toy.Means(noise=8.0)), transport, border=Border(least=3)))
+    return list(run(algorithm, toy.central(generator=toy.Means(noise=8.0)), transport, admission=AdmissionPolicy(min_sites=3)))
 
 
 def test_a_late_site_is_judged_too() -> None:
-    away, late = {(0, "d"): lambda reply: Absent("it is not connected")}, (2, "d")
+    away, late = {(0, "d"): lambda reply: Failure("it is not connected")}, (2, "d")
     honest, liar = lying(dict(away)), lying({**away, late: told_again})
     assert aside(dict(honest[2].aggregate)) == []
     assert honest[2].aggregate["joined_samples"] > 0
@@ -200,7 +200,7 @@ def test_a_late_site_is_judged_too() -> None:
 
 
 def test_late_samples_against_one_class_are_not_judged() -> None:
-    image = torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8, generator=named("late"))
+    image = torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8, generator=stream("late"))
     one = {"image": image, "label": torch.zeros(4, dtype=torch.int64)}
     assert late_suspects({**one, "site": torch.zeros(4, dtype=torch.int64)}, ("d",), one, 0.4) == ((), {})
 

@@ -21,7 +21,7 @@ from warmfed.algorithms import ALGORITHMS
 from warmfed.algorithms.baselines import Images
 from warmfed.algorithms.shared.base import Model
 from warmfed.config import parse, resolve
-from warmfed.core import Nothing
+from warmfed.core import Empty
 from warmfed.core.messages import decode, encode
 from warmfed.deploy.policy import Policy, agreed, images_in, toml
 from warmfed.deploy.site import SiteConfig, _local, answer, read_site
@@ -67,7 +67,7 @@ def test_no_image_leaves_because_the_server_says_so(
 ) -> None:
     for name in SITES:
         consortium.site(name, data={"source": str(data)}, policy=policy)
-    settings(consortium.config, **CENTRALIZED, border={"sites": list(SITES), "deadline": 2.0})
+    settings(consortium.config, **CENTRALIZED, server={"sites": list(SITES), "stage_timeout": 2.0})
     left: list[bytes] = []
 
     def listen(node: int, message: Message, reply: Message) -> Message:
@@ -81,7 +81,7 @@ def test_no_image_leaves_because_the_server_says_so(
     assert rows
     assert left
     assert not any(row in letter for row in rows for letter in left)
-    assert not any(b"Card" in letter for letter in left)
+    assert not any(b"SiteInfo" in letter for letter in left)
     told = capsys.readouterr().out
     for name in SITES:
         first = ledger(consortium.folder / f"site-{name}")[0]
@@ -100,7 +100,7 @@ def test_what_stays_at_a_site_is_as_agreed() -> None:
 
 
 def test_images_leave_where_the_site_has_written_so(consortium: Consortium) -> None:
-    settings(consortium.config, **CENTRALIZED, border={"sites": list(SITES), "deadline": 60.0})
+    settings(consortium.config, **CENTRALIZED, server={"sites": list(SITES), "stage_timeout": 60.0})
     consortium.serve()
     lines = ledger(consortium.folder / "site-a")
     assert [line["kind"] for line in lines if line["stage"] == "collect"] == ["references.Images"]
@@ -135,8 +135,8 @@ OUTSIDE = [
     ({"algorithm.local.epochs": 3}, "algorithm.local.epochs is 3, at most 2 is allowed (policy.limits)"),
     ({"algorithm.rounds": 10**12}, "algorithm.rounds is 1000000000000, at most 2 is allowed"),
     ({"algorithm.local.steps": 1}, "algorithm.local.steps is 1, at most 0 is allowed"),
-    ({"algorithm.local.batch": 1}, "takes 1 images a step, at least 32 must be (policy.min_batch)"),
-    ({"algorithm.local.batch": 4096}, "algorithm.local.batch is 4096, at most 32 is allowed"),
+    ({"algorithm.local.batch_size": 1}, "takes 1 images a step, at least 32 must be (policy.min_batch)"),
+    ({"algorithm.local.batch_size": 4096}, "algorithm.local.batch_size is 4096, at most 32 is allowed"),
     ({"generator.rank": 4096}, "generator.rank is 4096, at most 6 is allowed"),
     ({"denoising.width": 2**20}, "denoising.width is 1048576"),
     ({"generator.base": "/etc"}, "generator.base is '/etc', this site has only digits"),
@@ -221,11 +221,11 @@ def test_a_site_answers_no_more_than_it_allows(policy: dict[str, Any], told: str
 def test_what_a_run_names_is_not_opened_here(tmp_path: Path) -> None:
     """Settings that name files and that a site replaces by its own."""
     secret = str(tmp_path / "secret")
-    changes = {"measuring.features": secret, "data.source": secret, "data.path": secret, "data.cache": secret}
-    run = {"algorithm.name": "fedavg-tun", "generator.compile": "inductor", "measuring.samples": 9}
+    changes = {"evaluation.features": secret, "data.source": secret, "data.path": secret, "data.cache": secret}
+    run = {"algorithm.name": "fedavg-tun", "generator.compile": "inductor", "evaluation.samples": 9}
     local = _local(SiteConfig(name="a", policy=Policy(algorithms=("fedavg-tun",))), parse(None, run | changes).toml())
     assert secret not in local.toml()
-    assert (local.generator.compile, local.measuring.samples, local.device) == ("", 0, "cpu")
+    assert (local.generator.compile, local.evaluation.samples, local.device) == ("", 0, "cpu")
 
 
 def test_the_own_base_of_a_site(tmp_path: Path) -> None:
@@ -241,9 +241,9 @@ def test_the_own_base_of_a_site(tmp_path: Path) -> None:
         _local(named, parse().toml())
 
 
-FREE = {"generator.negative"}
+FREE = {"generator.negative_prompt"}
 """Texts of a configuration that may be anything: a prompt."""
-REPLACED = {"device", "generator.compile", "data.source", "data.path", "data.cache", "measuring.features", "unseen.site"}
+REPLACED = {"device", "generator.compile", "data.source", "data.path", "data.cache", "evaluation.features", "holdout.site"}
 """Texts that a site replaces by its own."""
 PREPARED = {"task", "evaluate", "model.name"}
 """Texts that `prepare` compares with a list of words."""
@@ -295,7 +295,7 @@ def test_images_are_found_whatever_they_are_called(data: Path) -> None:
         assert images_in(Model({"plain": torch.zeros(3, 192), "w": hidden}), [images]) == "model/w"
     assert images_in(Images({"image": others}, {}), [images[:0], images]) == ""
     assert images_in(Model({"w": torch.zeros(192), "nan": torch.full((192,), float("nan"))}), [images]) == ""
-    assert images_in(Nothing(), [images]) == ""
+    assert images_in(Empty(), [images]) == ""
 
 
 def test_a_mean_of_one_image_does_not_leave(tmp_path: Path) -> None:

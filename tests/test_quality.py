@@ -8,19 +8,19 @@ import torch
 from safetensors.torch import save_file
 
 from warmfed import models
-from warmfed.core.rng import named
-from warmfed.core.tensors import dealt
+from warmfed.core.rng import stream
+from warmfed.core.tensors import apportion
 from warmfed.data import Federation, Site
 from warmfed.evaluation.features import extractor
 from warmfed.evaluation.generators import adapter_scores
-from warmfed.metrics.images import copies, distances, diversity, nearest, neighbourhoods
-from warmfed.models import EYES
+from warmfed.metrics.images import distances, diversity, memorization_rate, nearest, neighbourhoods
+from warmfed.models import FEATURE_EXTRACTORS
 from warmfed.tasks import Classify
 from warmfed.utils.errors import InputError
 
 
 def points(name: str, n: int = 400, shift: float = 0.0) -> torch.Tensor:
-    return torch.randn(n, 6, generator=named(name)) + shift
+    return torch.randn(n, 6, generator=stream(name)) + shift
 
 
 def test_frechet_distance_is_its_formula() -> None:
@@ -54,23 +54,23 @@ def test_neighbourhoods_on_a_line() -> None:
 
 def test_copies_are_found() -> None:
     train, test = points("train", 300), points("test", 300)
-    assert copies(train, test, train[:50])["copies"] == 100
-    assert copies(train, test, points("new", 300))["copies"] < 12
+    assert memorization_rate(train, test, train[:50])["copies"] == 100
+    assert memorization_rate(train, test, points("new", 300))["copies"] < 12
 
 
 def test_labels_as_frequent_as_the_data() -> None:
-    assert dealt(torch.tensor([10, 0, 5, 5]), 8).tolist() == [0, 0, 0, 0, 2, 2, 3, 3]
-    assert dealt(torch.tensor([2, 1]), 4).bincount().tolist() == [3, 1]
+    assert apportion(torch.tensor([10, 0, 5, 5]), 8).tolist() == [0, 0, 0, 0, 2, 2, 3, 3]
+    assert apportion(torch.tensor([2, 1]), 4).bincount().tolist() == [3, 1]
 
 
-@pytest.mark.parametrize("name", EYES)
+@pytest.mark.parametrize("name", FEATURE_EXTRACTORS)
 def test_networks_of_a_file(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = EYES[name]().eval()
+    net = FEATURE_EXTRACTORS[name]().eval()
     weights = {key: value.numpy() for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
     np.savez(tmp_path / "eyes.npz", **weights)
     look, digest = extractor(str(tmp_path / "eyes.npz"), "digits", (3, 32, 32))
-    image = torch.randint(256, (3, 3, 32, 32), generator=named("image"), dtype=torch.uint8)
+    image = torch.randint(256, (3, 3, 32, 32), generator=stream("image"), dtype=torch.uint8)
     assert torch.allclose(look(image), net(image), atol=1e-6)
     assert len(digest) == 64
 
@@ -89,9 +89,9 @@ def test_the_public_classifier_looks_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_classifier_of_any_network_and_any_classes_looks(name: str, tmp_path: Path) -> None:
     """As a base's public one may be: of two hundred classes, a ResNet-18."""
-    image = torch.randint(256, (3, 3, 32, 32), generator=named("image"), dtype=torch.uint8)
+    image = torch.randint(256, (3, 3, 32, 32), generator=stream("image"), dtype=torch.uint8)
     task = Classify((3, 32, 32), 7, name)
-    model = task.init(named("classifier"))
+    model = task.init(stream("classifier"))
     save_file(dict(model), tmp_path / "eyes.safetensors")
     look, _ = extractor(str(tmp_path / "eyes.safetensors"), "digits", (3, 32, 32))
     assert torch.equal(look(image), task.features(model, {"image": image}))
@@ -122,7 +122,7 @@ LIGHTS = (("a", 0), ("b", 190))
 
 def test_the_samples_of_each_adapter_are_measured_against_its_own_site() -> None:
     def table(name: str, light: int, count: int) -> dict[str, torch.Tensor]:
-        image = torch.randint(light, light + 60, (count, 3, 8, 8), generator=named("panel", name), dtype=torch.uint8)
+        image = torch.randint(light, light + 60, (count, 3, 8, 8), generator=stream("panel", name), dtype=torch.uint8)
         return {"image": image, "label": torch.arange(count) % 2}
 
     sites = {name: Site(table(name, light, 40), table("v", light, 4), table(f"t{name}", light, 20)) for name, light in LIGHTS}

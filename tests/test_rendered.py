@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from warmfed.core.rng import named
+from warmfed.core.rng import stream
 from warmfed.data.rendered_digits import FONTS, blurred, characters, glyphs, looks, rendered, spline
 
 
 def test_the_generator_names_the_images() -> None:
-    one, again, other = (rendered(20, named("rendered", seed)) for seed in (1, 1, 2))
+    one, again, other = (rendered(20, stream("rendered", seed)) for seed in (1, 1, 2))
     assert one["image"].equal(again["image"])
     assert one["label"].equal(again["label"])
     assert not one["image"].equal(other["image"])
 
 
 def test_as_many_of_each_class_in_random_order() -> None:
-    table = rendered(30, named("rendered"))
+    table = rendered(30, stream("rendered"))
     assert table["image"].shape == (30, 3, 32, 32)
     assert table["image"].dtype == torch.uint8
     assert table["label"].bincount().tolist() == [3] * 10
@@ -23,7 +23,7 @@ def test_as_many_of_each_class_in_random_order() -> None:
 
 
 def test_only_the_classes_asked_for() -> None:
-    assert set(rendered(12, named("rendered"), classes=(3, 7))["label"].tolist()) == {3, 7}
+    assert set(rendered(12, stream("rendered"), classes=(3, 7))["label"].tolist()) == {3, 7}
 
 
 def test_every_font_has_every_digit() -> None:
@@ -41,7 +41,7 @@ def test_catmull_rom_weights(at: float, weights: list[float]) -> None:
 
 
 def test_characters_are_drawn_and_an_eight_takes_more_ink_than_a_one() -> None:
-    ink = characters(torch.tensor([1, 8]).repeat(64), named("ink"))
+    ink = characters(torch.tensor([1, 8]).repeat(64), stream("ink"))
     assert ink.shape == (128, 1, 32, 32)
     assert ink.min() >= 0
     assert ink.max() <= 1
@@ -53,7 +53,7 @@ def test_characters_are_drawn_and_an_eight_takes_more_ink_than_a_one() -> None:
 def test_the_character_differs_from_its_ground() -> None:
     ink = torch.zeros(100, 1, 32, 32)
     ink[:, :, 8:24, 8:24] = 1
-    image = looks(ink, named("looks"))
+    image = looks(ink, stream("looks"))
     inside, outside = image[:, :, 10:22, 10:22].mean((2, 3)), image[:, :, :6].mean((2, 3))
     assert ((inside - outside).abs().amax(1) > 0.1).float().mean() > 0.9
 

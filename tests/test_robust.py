@@ -10,7 +10,7 @@ from warmfed.algorithms.shared.base import Model, average
 from warmfed.algorithms.shared.robust_aggregation import Robust
 from warmfed.config import parse
 from warmfed.core import Reply
-from warmfed.core.rng import named
+from warmfed.core.rng import stream
 from warmfed.runs.prepare import prepare
 from warmfed.utils.errors import InputError
 
@@ -59,7 +59,7 @@ def test_a_change_is_shortened_to_the_clip() -> None:
 
 
 def test_the_default_is_the_weighted_mean_bit_for_bit() -> None:
-    rng = named("robust")
+    rng = stream("robust")
     some = replies(*((torch.randn(2, generator=rng).tolist(), float(i + 1)) for i in range(5)))
     assert toy.same(Robust().combine(START, some), average(some))
 
@@ -101,7 +101,7 @@ def test_as_flower_combines(count: int) -> None:
     from flwr.serverapp.strategy.multikrum import select_multikrum
     from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-    rng = named("flower", count)
+    rng = stream("flower", count)
     rows = [(torch.randn(2, generator=rng).tolist(), float(i % 3 + 1)) for i in range(count)]
     some, stacked = replies(*rows), np.array([row for row, _ in rows], np.float32)
     assert Robust("median").combine(START, some)["w"].numpy() == pytest.approx(np.median(stacked, 0), rel=1e-5)
@@ -125,10 +125,10 @@ def test_warmfed_combines_by_the_same_rules() -> None:
         for site, change in {"a": 1.0, "b": 2.0, "c": 3.0, "d": -1e30}.items()
     }
     known = replace(sent, classes={site: torch.tensor([0]) for site in back})
-    merged = algorithm.merge(known, back, toy.central())[0].model
+    merged = algorithm.aggregate(known, back, toy.central())[0].model
     assert toy.same(merged, Robust("median").combine(sent.model, back))
     assert merged["head.bias"].abs().max() < 3
-    mean = replace(algorithm, robust=Robust()).merge(known, back, toy.central())[0].model
+    mean = replace(algorithm, robust=Robust()).aggregate(known, back, toy.central())[0].model
     assert toy.same(mean, average(back))
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import toy
 
-from warmfed.core import Exchange, Metrics, Nothing, Reply, Stage
+from warmfed.core import Empty, Exchange, Metrics, Reply, Stage
 from warmfed.core.messages import Message, decode, encode
-from warmfed.core.rng import named
+from warmfed.core.rng import stream
 from warmfed.core.tensors import Tensors
 from warmfed.run import cohort, run
 from warmfed.transports.in_process import InProcess
@@ -18,8 +18,8 @@ SITES = tuple("abcdef")
 
 
 def asked(share: float, seed: int = 0) -> list[str]:
-    stage = Stage("train", lambda *_: (None, {}), lambda *_: Reply(None, None, 1.0, {}), sample=share)
-    return cohort(stage, SITES, named(seed, "cohort"))
+    stage = Stage("train", lambda *_: (None, {}), lambda *_: Reply(None, None, 1.0, {}), client_fraction=share)
+    return cohort(stage, SITES, stream(seed, "cohort"))
 
 
 @pytest.mark.parametrize(("share", "count"), [(1.0, 6), (0.5, 3), (0.34, 2), (0.01, 1)])
@@ -34,7 +34,7 @@ def test_every_site_is_asked_as_often() -> None:
 
 
 def test_a_stage_without_a_client_asks_nobody() -> None:
-    assert cohort(Stage("warm", lambda *_: (None, {})), SITES, named(0)) == []
+    assert cohort(Stage("warm", lambda *_: (None, {})), SITES, stream(0)) == []
 
 
 def test_stages_are_numbered_by_name() -> None:
@@ -108,7 +108,7 @@ def test_the_record_unites_the_test_sets_by_their_sizes() -> None:
 @pytest.mark.parametrize("sample", [1.0, 0.5])
 def test_a_run_may_stop_at_any_border(sample: float, tmp_path: Path) -> None:
     """All that a resumed run has is the server's bytes and the sites' folder."""
-    algorithm = toy.quick("warmfed", sample=sample)
+    algorithm = toy.quick("warmfed", client_fraction=sample)
     whole = toy.play(algorithm)
     for border in range(1, 7):
         folder = tmp_path / str(border)
@@ -147,4 +147,4 @@ def test_a_ledger_of_all_that_crossed() -> None:
     assert len({e.sha256 for e in record.exchanges}) == 5  # one model down to all, four different ones up
     assert record.results()["bytes_up"] == dict.fromkeys("abcd", size)
     silence = toy.play(toy.quick("local")).rounds[0]
-    assert silence.results()["bytes_up"] == dict.fromkeys("abcd", len(encode(Nothing())))
+    assert silence.results()["bytes_up"] == dict.fromkeys("abcd", len(encode(Empty())))

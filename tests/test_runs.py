@@ -25,14 +25,14 @@ from safetensors.torch import load_file
 from warmfed.cli.parser import main
 from warmfed.config import Config, parse
 from warmfed.core.messages import decode, encode
-from warmfed.core.rng import named, seeded
+from warmfed.core.rng import seeded, stream
 from warmfed.diffusion import pipeline
-from warmfed.evaluation.generators import Measuring
+from warmfed.evaluation.generators import Evaluation
 from warmfed.runs.execute import Checkpoint, execute, read_summary, resume
 from warmfed.runs.prepare import prepare
 from warmfed.runs.verify import DifferenceError, verify
 from warmfed.utils.errors import InputError
-from warmfed.utils.files import read_sealed, sweep, write_sealed, write_whole
+from warmfed.utils.files import atomic_write, read_checksummed, remove_partial_files, write_checksummed
 
 with warnings.catch_warnings():
     # diffusers and transformers import modules of their own that are deprecated
@@ -129,7 +129,7 @@ def test_resuming_a_finished_run_does_nothing(whole: Path) -> None:
 
 
 def test_a_site_that_was_never_asked_has_a_model(data: Path, tmp_path: Path) -> None:
-    settings = {"algorithm.name": "fedper", "algorithm.rounds": 1, "algorithm.sample": 0.5, "model.name": "linear"}
+    settings = {"algorithm.name": "fedper", "algorithm.rounds": 1, "algorithm.client_fraction": 0.5, "model.name": "linear"}
     execute(parse(None, settings | {"data.source": str(data), "workers": 1}), tmp_path / "run")
     assert len(tiny.models(tmp_path / "run")) == 2
 
@@ -148,7 +148,7 @@ def test_how_often_models_are_measured(evaluate: str, measured: int, data: Path,
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """WarmFed in a second, on an untrained base."""
     folder = tmp_path_factory.mktemp("warm")
-    with seeded(named("tiny")):
+    with seeded(stream("tiny")):
         base = build(Pretraining(channels=4, decoder_width=8, widths=(16, 32), text_width=16, text_layers=1))
     pipeline.save(base, folder / "base")
     quick = {"rounds": 2, "synthesis__per_class": 4, "synthesis__subset": 12, "synthesis__filter": "none", "gate": False}
@@ -180,7 +180,7 @@ def test_every_process_of_warmfed_is_killed(warm: Config, tmp_path: Path) -> Non
 
 
 def test_the_samples_of_each_adapter_are_measured(warm: Config, tmp_path: Path) -> None:
-    measured = replace(warm, measuring=replace(warm.measuring, adapters=True, features="global"))
+    measured = replace(warm, evaluation=replace(warm.evaluation, adapters=True, features="global"))
     summary = execute(measured, tmp_path / "run")
     panel = json.loads((tmp_path / "run" / "panel" / "panel.json").read_text())
     assert panel["eyes"] == summary["models_sha256"]["global"]
@@ -189,7 +189,7 @@ def test_the_samples_of_each_adapter_are_measured(warm: Config, tmp_path: Path) 
     assert "Quality of the adapters" in page
     assert panel["eyes"][:12] in page
     with pytest.raises(InputError, match=r"classifier\.safetensors is not there; set features to global"):
-        prepare(replace(warm, measuring=replace(warm.measuring, adapters=True)))
+        prepare(replace(warm, evaluation=replace(warm.evaluation, adapters=True)))
 
 
 def test_samples_are_shown_and_measured_as_those_of_the_sites_whose_adapters_came(warm: Config, tmp_path: Path) -> None:
@@ -203,7 +203,11 @@ def test_samples_are_shown_and_measured_as_those_of_the_sites_whose_adapters_cam
         norm[site] = float(torch.stack(parts).sum().sqrt())
     assert norm["b"] < norm["a"]
     limit = sum(norm.values()) / 2
-    one = replace(warm, border=replace(warm.border, norm=limit, least=1), measuring=Measuring(adapters=True, features="global"))
+    one = replace(
+        warm,
+        server=replace(warm.server, max_update_norm=limit, min_sites=1),
+        evaluation=Evaluation(adapters=True, features="global"),
+    )
     execute(one, tmp_path / "one")
     panel = json.loads((tmp_path / "one" / "panel" / "panel.json").read_text())
     assert {site: bool(shown["synthetic"]) for site, shown in panel["sites"].items()} == {"a": False, "b": True}
@@ -215,7 +219,7 @@ def test_a_run_whose_sites_learned_prompts_alone_draws_again(
     name: str, warm: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if name == "warmfed":
-        config = replace(warm, generator=replace(warm.generator, targets="none"))
+        config = replace(warm, generator=replace(warm.generator, target_modules="none"))
     else:
         quick = {f"algorithm.{each}.epochs": 1 for each in ("description", "local", "synthesis.training", "tune_training")}
         quick |= {"algorithm.rounds": 0, "algorithm.synthesis.per_class": 4, "algorithm.synthesis.filter": "none"}
@@ -315,8 +319,8 @@ def test_changed_before_the_first_stage_is_done(data: Path, tmp_path: Path, caps
 def test_another_version(begun: Path, tmp_path: Path, capsys: Any) -> None:
     folder = tiny.copy(begun, tmp_path / "run")
     path = folder / "checkpoint" / "server.safetensors"
-    kept = decode(read_sealed(path, "the checkpoint"), Checkpoint)
-    write_sealed(path, encode(replace(kept, version="0.0.7")))
+    kept = decode(read_checksummed(path, "the checkpoint"), Checkpoint)
+    write_checksummed(path, encode(replace(kept, version="0.0.7")))
     refused(folder, capsys, "0.0.7", "finish it with that version")
 
 
@@ -353,14 +357,14 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder"):
         with pytest.raises(InputError, match="it is there and no file; choose another path"):
-            write_whole(tmp_path / name, "text")
+            atomic_write(tmp_path / name, "text")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_a_full_disk_changes_nothing(begun: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:
     folder = tiny.copy(begun, tmp_path / "run")
-    sweep(folder)
+    remove_partial_files(folder)
     with small_disk():
         refused(folder, capsys, "cannot write", "free some space")
     resume(folder)

@@ -35,7 +35,7 @@ def steps(count: int, lr: float = 0.1) -> Training:
 @pytest.mark.parametrize("sample", [1.0, 0.5])
 def test_scaffold_is_algorithm_1_option_ii(sample: float) -> None:
     k, lr_l, lr_g = 5, 0.1, 0.8
-    outcome = trained(Scaffold(rounds=12, sample=sample, local=steps(k, lr_l), server_lr=lr_g))
+    outcome = trained(Scaffold(rounds=12, client_fraction=sample, local=steps(k, lr_l), server_lr=lr_g))
     x, c, c_i = np.array(START), np.zeros(2), {site: np.zeros(2) for site in SITES}
     for record in outcome.rounds:
         dy, dc = [], []
@@ -61,7 +61,7 @@ def test_scaffold_is_algorithm_1_option_ii(sample: float) -> None:
 def test_feddyn_is_algorithm_1(sample: float) -> None:
     """Its local problem is quadratic too, and its minimum known: (A + α)·θ = A·b + ∇L_k(θ_k) + α·θ^{t-1}."""
     alpha = 0.4
-    outcome = trained(FedDyn(rounds=6, sample=sample, local=steps(130, 0.4), alpha=alpha))
+    outcome = trained(FedDyn(rounds=6, client_fraction=sample, local=steps(130, 0.4), alpha=alpha))
     theta, h, gradient = np.array(START), np.zeros(2), {site: np.zeros(2) for site in SITES}
     for record in outcome.rounds:
         solved = {i: (A[i] * B[i] + gradient[i] + alpha * theta) / (A[i] + alpha) for i in record.cohort}

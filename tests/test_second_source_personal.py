@@ -36,7 +36,7 @@ def weighted(models: dict[str, np.ndarray]) -> np.ndarray:
 
 def test_pfedme_is_its_algorithm_1() -> None:
     eta, lam, beta, lr, inner, rounds, passes = 0.03, 4.0, 1.5, 0.1, 3, 3, 2
-    local = Training(lr=lr, momentum=0.0, steps=inner, batch=3)
+    local = Training(lr=lr, momentum=0.0, steps=inner, batch_size=3)
     found = play(PFedMe(rounds=rounds, local=local, passes=passes, lam=lam, eta=eta, beta=beta))
     w, theta = START, dict.fromkeys("abc", START)
     for _ in range(rounds):
@@ -56,7 +56,7 @@ def test_pfedme_is_its_algorithm_1() -> None:
 
 def test_pfedmes_inner_problem_is_the_moreau_envelopes() -> None:
     """Solved to its end, θ̃ = (A + λI)⁻¹(A·x̄ + λ·w)."""
-    local = Training(lr=0.2, momentum=0.0, steps=300, batch=9)
+    local = Training(lr=0.2, momentum=0.0, steps=300, batch_size=9)
     found = play(PFedMe(rounds=1, local=local, passes=1, lam=2.0, eta=0.1))
     for name in "abc":
         a = CURVATURES[name]
@@ -67,8 +67,8 @@ def test_pfedmes_inner_problem_is_the_moreau_envelopes() -> None:
 def test_per_fedavg_is_its_algorithm_1(variant: str) -> None:
     """On a quadratic the difference of gradients is the Hessian's product itself."""
     alpha, beta, rounds = 0.2, 0.1, 3
-    local = Training(lr=beta, momentum=0.0, epochs=2, batch=3)
-    own = Training(lr=alpha, momentum=0.0, steps=1, batch=9)
+    local = Training(lr=beta, momentum=0.0, epochs=2, batch_size=3)
+    own = Training(lr=alpha, momentum=0.0, steps=1, batch_size=9)
     found = play(PerFedAvg(rounds=rounds, local=local, alpha=alpha, variant=variant, delta=0.01, personal=own))
     w = START
     for _ in range(rounds):
@@ -88,7 +88,7 @@ def test_per_fedavg_is_its_algorithm_1(variant: str) -> None:
 @pytest.mark.parametrize("attention", ["distance", "cosine"])
 def test_fedamp_is_its_algorithm_1(attention: str) -> None:
     sigma, alpha, lam, itself, lr, rounds = 20.0, 5.0, 2.0, 0.3, 0.1, 4
-    local = Training(lr=lr, momentum=0.0, epochs=2, batch=3)
+    local = Training(lr=lr, momentum=0.0, epochs=2, batch_size=3)
     settings = {"sigma": sigma, "alpha": alpha, "lam": lam, "itself": itself, "attention": attention}
     found = play(FedAMP(rounds=rounds, local=local, **settings))
     held = lam / alpha if attention == "distance" else lam

@@ -13,7 +13,7 @@ pytest.importorskip("flwr")
 
 from warmfed.config import Config, parse
 from warmfed.deploy.ray_simulation import simulate_on_ray
-from warmfed.runs.execute import Watcher, execute, read_summary, resume
+from warmfed.runs.execute import RunListener, execute, read_summary, resume
 from warmfed.transports import flower
 from warmfed.utils.errors import InputError
 from warmfed.utils.files import read_lines
@@ -64,5 +64,5 @@ def test_a_run_on_ray_is_the_run_in_process(config: Config, tmp_path: Path) -> N
 def test_ray_is_asked_for_by_name(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(flower, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'warmfed\[simulation\]'"):
-        simulate_on_ray(config, tmp_path / "x", Watcher())
+        simulate_on_ray(config, tmp_path / "x", RunListener())
     assert not (tmp_path / "x").exists()

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from warmfed.core import Central, Local
-from warmfed.core.rng import named
+from warmfed.core import ClientContext, ServerContext
+from warmfed.core.rng import stream
 from warmfed.core.tensors import Tensors
 from warmfed.data import digits4
 from warmfed.diffusion.generator import LatentDiffusion
@@ -17,27 +17,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 FEDERATION, TASK = digits4(), Classify((3, 32, 32), 10)
 SITES = ("ink", "paper")
 GENERATOR = LatentDiffusion(
-    training=Training(optimizer="adamw", lr=1e-2, epochs=4, batch=32, schedule="cosine", warmup=5, clip=1.0)
+    training=Training(optimizer="adamw", lr=1e-2, epochs=4, batch_size=32, schedule="cosine", warmup=5, max_grad_norm=1.0)
 )
 LABELS = torch.arange(60) % 10
 
 
-def local(site: str) -> Local:
-    return Local(TASK, FEDERATION.sites[site].splits, named("sites", site), site, FEDERATION.prompts, GENERATOR)
+def local(site: str) -> ClientContext:
+    return ClientContext(TASK, FEDERATION.sites[site].splits, stream("sites", site), site, FEDERATION.prompts, GENERATOR)
 
 
 @pytest.fixture(scope="module")
 def recognised() -> Mapping[tuple[str, str], float]:
     """By (site whose classifier judges, site whose adapter draws): the share of samples that it takes for their class."""
-    training = Training(lr=0.02, epochs=25, clip=1.0)
+    training = Training(lr=0.02, epochs=25, max_grad_norm=1.0)
     judges: dict[str, Tensors] = {}
     for site in SITES:
         ctx = local(site)
-        judges[site], _ = fit(ctx, TASK.init(named("judge")), training, ctx.data["train"])
+        judges[site], _ = fit(ctx, TASK.init(stream("judge")), training, ctx.data["train"])
     found = {}
     for drawer in SITES:
         adapter, _ = GENERATOR.adapt(local(drawer))
-        image = GENERATOR.synthesize(adapter, FEDERATION.prompts, LABELS, Central(None, named("draw")))
+        image = GENERATOR.synthesize(adapter, FEDERATION.prompts, LABELS, ServerContext(None, stream("draw")))
         for judge in SITES:
             right = TASK.predict(judges[judge], {"image": image}).argmax(1) == LABELS
             found[judge, drawer] = right.double().mean().item()

@@ -211,7 +211,9 @@ def test_a_public_share_of_what_brings_its_splits(tmp_path: Path) -> None:
     assert federation.public is not None
     assert len(federation.public["label"]) == 4
     save_partition(federation, tmp_path / "partition.json")
-    refused(lambda: folder(tmp_path, public=0.25, deal={"rule": "file", "path": str(tmp_path / "partition.json")}), "public")
+    refused(
+        lambda: folder(tmp_path, public=0.25, partition={"rule": "file", "path": str(tmp_path / "partition.json")}), "public"
+    )
 
 
 def test_what_is_no_image_folder_is_refused(tmp_path: Path) -> None:
@@ -351,10 +353,10 @@ def test_npz_as_medmnist_has_it_can_be_dealt_to_sites(tmp_path: Path) -> None:
         content[f"{split}_labels"] = (np.arange(40) % 2)[:, None].astype(np.uint8)
     np.savez(path, **content)
     assert sizes(npz(path)) == {"lungs": (40, 40, 40)}
-    dealt = load(str(path), deal={"sites": 3, "rule": "dirichlet", "alpha": 1})
+    dealt = load(str(path), partition={"sites": 3, "rule": "dirichlet", "alpha": 1})
     assert [sum(column) for column in zip(*sizes(dealt).values(), strict=True)] == [40, 40, 40]
-    refused(lambda: load(str(path), deal={"sites": 3, "alhpa": 1}), "did you mean 'alpha'?")
-    refused(lambda: load(str(path), deal={"rule": "iid"}), "needs sites")
+    refused(lambda: load(str(path), partition={"sites": 3, "alhpa": 1}), "did you mean 'alpha'?")
+    refused(lambda: load(str(path), partition={"rule": "iid"}), "needs sites")
 
 
 def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from warmfed.core.rng import child, named, number, numpy_named, seeded
-from warmfed.core.tensors import add, finite, join, mean, mix, only, rows, scale, select, sha256, spread, sub, to, zeros
+from warmfed.core.rng import numpy_stream, seeded, spawn, stream, stream_seed
+from warmfed.core.tensors import add, evenly_spaced, finite, join, mean, mix, only, rows, scale, select, sha256, sub, to, zeros
 
 A = {"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(3)}
 B = {"w": torch.tensor([3.0, 6.0]), "steps": torch.tensor(5)}
@@ -69,8 +69,8 @@ def test_tables() -> None:
     table = {"image": torch.arange(6).view(3, 2), "label": torch.tensor([0, 1, 0])}
     assert rows(table) == 3
     assert select(table, torch.tensor([2, 0]))["image"].tolist() == [[4, 5], [0, 1]]
-    assert spread(table, 2)["image"].tolist() == [[0, 1], [4, 5]]
-    assert spread(table, 9)["label"].tolist() == table["label"].tolist()
+    assert evenly_spaced(table, 2)["image"].tolist() == [[0, 1], [4, 5]]
+    assert evenly_spaced(table, 9)["label"].tolist() == table["label"].tolist()
     assert join([table, select(table, slice(1))])["label"].tolist() == [0, 1, 0, 0]
     with pytest.raises(KeyError, match="column names differ"):
         join([table, {"image": table["image"]}])
@@ -92,19 +92,19 @@ def test_the_digest_knows_names_types_shapes_and_bytes() -> None:
 
 
 def test_streams_have_names_not_an_order_of_use() -> None:
-    first = torch.rand(3, generator=named(0, "train", 1, "ink"))
-    assert torch.equal(first, torch.rand(3, generator=named(0, "train", 1, "ink")))
-    assert not torch.equal(first, torch.rand(3, generator=named(0, "train", 1, "inks")))
-    assert number(0, "a") != number("0", "a")
-    assert numpy_named(0, "deal").integers(1000) == numpy_named(0, "deal").integers(1000)
-    parent = named("parent")
-    assert not torch.equal(torch.rand(3, generator=child(parent)), torch.rand(3, generator=child(parent)))
+    first = torch.rand(3, generator=stream(0, "train", 1, "ink"))
+    assert torch.equal(first, torch.rand(3, generator=stream(0, "train", 1, "ink")))
+    assert not torch.equal(first, torch.rand(3, generator=stream(0, "train", 1, "inks")))
+    assert stream_seed(0, "a") != stream_seed("0", "a")
+    assert numpy_stream(0, "deal").integers(1000) == numpy_stream(0, "deal").integers(1000)
+    parent = stream("parent")
+    assert not torch.equal(torch.rand(3, generator=spawn(parent)), torch.rand(3, generator=spawn(parent)))
 
 
 def test_a_seeded_block_leaves_the_global_stream_alone() -> None:
     before = torch.get_rng_state()
-    with seeded(named("block")):
+    with seeded(stream("block")):
         inside = torch.rand(2)
     assert torch.equal(torch.get_rng_state(), before)
-    with seeded(named("block")):
+    with seeded(stream("block")):
         assert torch.equal(torch.rand(2), inside)

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load
 
 from warmfed.config import Config, parse
-from warmfed.core.rng import named, seeded
+from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import sha256
-from warmfed.models import EYES
+from warmfed.models import FEATURE_EXTRACTORS
 from warmfed.runs.execute import execute, resume
 
 SETTINGS = {
@@ -45,8 +45,8 @@ def arrays(path: Path, sites: str = "ab", side: int = 8) -> Path:
 
 def eyes(path: Path) -> Path:
     """A LeNet of random weights, as .npz: features good enough to tell a run from another."""
-    with seeded(named("eyes")):
-        weights = EYES["lenet"]().state_dict()
+    with seeded(stream("eyes")):
+        weights = FEATURE_EXTRACTORS["lenet"]().state_dict()
     np.savez(path, **{name: value.numpy() for name, value in weights.items()})
     return path
 
@@ -58,7 +58,7 @@ def pictures(folder: Path, sites: dict[str, dict[str, int]]) -> Path:
         for name, count in classes.items():
             (folder / site / name).mkdir()
             for i in range(count):
-                pixels = torch.randint(256, (8, 8, 3), generator=named(site, name, i), dtype=torch.uint8)
+                pixels = torch.randint(256, (8, 8, 3), generator=stream(site, name, i), dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(folder / site / name / f"{i}.png")
     return folder
 

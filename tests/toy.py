@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from warmfed.algorithms import ALGORITHMS, entry
 from warmfed.algorithms.baselines import Budget
 from warmfed.algorithms.shared.synthetic_data import Synthesis
-from warmfed.core import Algorithm, Central, Exchange, Local, Metrics, Reply, Round
-from warmfed.core.admission import STRICT, Border
+from warmfed.core import Algorithm, ClientContext, Exchange, Metrics, Reply, Round, ServerContext
+from warmfed.core.admission import DEFAULT_ADMISSION, AdmissionPolicy
 from warmfed.core.messages import Message
-from warmfed.core.rng import named
+from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, Tensors
 from warmfed.diffusion.networks import DenoiserSettings
 from warmfed.fit import Training
@@ -26,10 +26,10 @@ from warmfed.models import Split
 from warmfed.run import run
 from warmfed.tasks import Classify
 from warmfed.tasks.denoising import Denoise
-from warmfed.transports.client import Worker
+from warmfed.transports.client import Client
 from warmfed.transports.in_process import InProcess
 from warmfed.utils.errors import InputError
-from warmfed.utils.files import write_whole
+from warmfed.utils.files import atomic_write
 
 SHAPE, CLASSES = (3, 8, 8), 3
 PROMPTS = ("a left bar", "a middle bar", "a right bar")
@@ -38,7 +38,7 @@ DRAWING = Denoise(
     SHAPE, CLASSES, DenoiserSettings(width=32, depth=1, latent="", prediction="epsilon", schedule="linear", times=50, steps=3)
 )
 """For algorithms that learn to draw."""
-LEARNING = Training(optimizer="adamw", lr=3e-3, batch=12, epochs=3)
+LEARNING = Training(optimizer="adamw", lr=3e-3, batch_size=12, epochs=3)
 """Their training."""
 
 
@@ -52,7 +52,7 @@ class Layered(Classify):
 
 
 LAYERED = Layered(SHAPE, CLASSES)
-TRAINING = Training(lr=0.03, batch=12)
+TRAINING = Training(lr=0.03, batch_size=12)
 
 
 def pattern(label: int) -> Tensor:
@@ -64,7 +64,7 @@ def pattern(label: int) -> Tensor:
 
 def table(site: int, split: str, count: int) -> dict[str, Tensor]:
     """`count` images of a site: its own light, colour and contrast, and much noise."""
-    rng = named("toy", site, split)
+    rng = stream("toy", site, split)
     label = torch.arange(count) % CLASSES
     tint = torch.tensor([1.0, 0.8, 0.6]).roll(site)[:, None, None]
     clean = torch.stack([40 + 20 * site + (40 + 10 * site) * tint * pattern(int(c)) for c in label])
@@ -94,7 +94,7 @@ class Means:
     def base(self, prompts: Sequence[str]) -> Tensor:
         return torch.stack([70 + 50 * pattern(PROMPTS.index(prompt)) for prompt in prompts])
 
-    def adapt(self, ctx: Local) -> tuple[Tensors, Metrics]:
+    def adapt(self, ctx: ClientContext) -> tuple[Tensors, Metrics]:
         base, data = self.base(ctx.prompts), ctx.data["train"]
         shift = torch.zeros_like(base)
         for label in [] if self.neutral else data["label"].unique().tolist():
@@ -107,9 +107,11 @@ class Means:
             raise InputError(f"{who} does not hold a finite shift of shape {wanted}; adapt again")
 
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
-        write_whole(folder / f"{site}.safetensors", save(dict(adapter)))
+        atomic_write(folder / f"{site}.safetensors", save(dict(adapter)))
 
-    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
+    def synthesize(
+        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: ClientContext | ServerContext
+    ) -> Tensor:
         means = self.base(prompts) + (adapter["shift"].float() if adapter else 0)
         drawn = means[labels] + self.noise * torch.randn(len(labels), *SHAPE, generator=ctx.rng)
         return drawn.clamp(0, 255).to(torch.uint8)
@@ -118,7 +120,11 @@ class Means:
 QUICK = {
     Training: TRAINING,
     Synthesis: Synthesis(
-        per_class=8, least=0.4, subset=36, filter_training=Training(lr=0.02, epochs=2), training=Training(lr=0.01)
+        per_class=8,
+        min_class_probability=0.4,
+        subset=36,
+        filter_training=Training(lr=0.02, epochs=2),
+        training=Training(lr=0.01),
     ),
     Budget: Budget(patience=1, limit=2),
 }
@@ -169,7 +175,7 @@ class Outcome:
         return self.algorithm.global_model(self.server)
 
     def personal(self, name: str) -> Tensors:
-        return self.algorithm.client_model(self.algorithm.down(self.server, name), self.transport.state(name))
+        return self.algorithm.client_model(self.algorithm.broadcast(self.server, name), self.transport.state(name))
 
     def after(self, stage: str, number: int) -> Round:
         return next(r for r in self.rounds if (r.stage, r.number) == (stage, number))
@@ -177,15 +183,15 @@ class Outcome:
 
 def workers(
     algorithm: Algorithm, *, seed: int = 0, task: Any = TASK, generator: Any = Means(), sites: Any = SITES
-) -> dict[str, Worker]:
+) -> dict[str, Client]:
     return {
-        name: Worker(name, algorithm, task, task.tables(data), seed, prompts=PROMPTS, generator=generator)
+        name: Client(name, algorithm, task, task.tables(data), seed, prompts=PROMPTS, generator=generator)
         for name, data in sites.items()
     }
 
 
-def central(*, task: Any = TASK, generator: Any = Means(), sites: Any = SITES, **more: Any) -> Central:
-    return Central(task, named("unused"), tuple(sorted(sites)), prompts=PROMPTS, generator=generator, **more)
+def central(*, task: Any = TASK, generator: Any = Means(), sites: Any = SITES, **more: Any) -> ServerContext:
+    return ServerContext(task, stream("unused"), tuple(sorted(sites)), prompts=PROMPTS, generator=generator, **more)
 
 
 def play(
@@ -199,12 +205,12 @@ def play(
     artefacts: Path | None = None,
     start: tuple[int, Message] | None = None,
     evaluate: str = "every",
-    border: Border = STRICT,
+    border: AdmissionPolicy = DEFAULT_ADMISSION,
 ) -> Outcome:
     """Run an algorithm to its end, one site after another."""
     transport = InProcess(workers(algorithm, seed=seed, task=task, generator=generator, sites=sites), folder=folder)
     server = central(task=task, generator=generator, sites=sites, folder=artefacts)
-    rounds = run(algorithm, server, transport, seed, start=start, evaluate=evaluate, border=border)
+    rounds = run(algorithm, server, transport, seed, start=start, evaluate=evaluate, admission=border)
     return Outcome(algorithm, list(rounds), transport)
 
 

@@ -14,7 +14,7 @@ import tomli_w
 from deployment import Deployment
 
 from warmfed.config import parse
-from warmfed.core.rng import named, seeded
+from warmfed.core.rng import seeded, stream
 from warmfed.deploy import keys
 from warmfed.diffusion import pipeline
 from warmfed.runs.execute import execute, read_summary
@@ -39,7 +39,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "algorithm": {**ONCE, "first": {"epochs": 1}, "server": {"epochs": 1}},
         "task": "denoise",
         "denoising": {"width": 32, "depth": 1, "latent": "", "times": 20, "steps": 2},
-        "measuring": {"samples": 0},
+        "evaluation": {"samples": 0},
     },
 }
 
@@ -50,7 +50,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     trusts another authority."""
     folder = tmp_path_factory.mktemp("deployment")
     data = tiny.arrays(folder / "toy.npz", SITES + "xy", side=32)
-    with seeded(named("tiny")):
+    with seeded(stream("tiny")):
         base = build(Pretraining(channels=4, decoder_width=8, widths=(16, 32), text_width=16, text_layers=1))
     pipeline.save(base, folder / "base")
     begun = folder / "run.toml"
@@ -72,7 +72,7 @@ def settings(folder: Path, name: str) -> dict[str, Any]:
         **own,
         "algorithm": {"name": name, **own["algorithm"]},
         "generator": {"base": str(folder / "base"), "rank": 2, "steps": 2, "training": {"epochs": 1}},
-        "border": {"sites": list(SITES), "deadline": 240.0},
+        "server": {"sites": list(SITES), "stage_timeout": 240.0},
         "workers": 1,
     }
 

@@ -46,9 +46,9 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     folder = tmp_path_factory.mktemp("deployment")
     data = arrays(folder / "toy.npz", (*SITES, "escaped"))
     begun = folder / "run.toml"
-    border = {"sites": list(SITES), "least": 2, "deadline": 45.0}
+    border = {"sites": list(SITES), "min_sites": 2, "stage_timeout": 45.0}
     algorithm = {"name": "fedavg", "rounds": 1, "local": {"epochs": 1}}
-    begun.write_text(tomli_w.dumps({"algorithm": algorithm, "data": {"source": str(data)}, "border": border, "workers": 1}))
+    begun.write_text(tomli_w.dumps({"algorithm": algorithm, "data": {"source": str(data)}, "server": border, "workers": 1}))
     with Deployment(folder / "all", begun, SITES, {"data": {"source": str(data)}}) as running:
         change(running.site("c") / "site.toml", name="a")
         running.superlink()

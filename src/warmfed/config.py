@@ -4,16 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import tomli_w
 
 from .algorithms import ALGORITHMS, Smoothed, WarmFed, entry
 from .core import Algorithm
-from .core.admission import Border
+from .core.admission import AdmissionPolicy
 from .diffusion.generator import LatentDiffusion
 from .diffusion.networks import DenoiserSettings
-from .evaluation.generators import Measuring
+from .evaluation.generators import Evaluation
 from .fit import Training
 from .utils.errors import InputError, suggest
 from .utils.files import loads_toml, read_bytes
@@ -52,12 +52,12 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Unseen:
+class Holdout:
     """A site that takes no part. At the end it joins late: it is sent the global model, and tunes it alone."""
 
     site: str = ""
     """Its name; empty: every site takes part."""
-    training: Training = Training(lr=0.005, epochs=5, clip=1.0)
+    training: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
     """How it tunes the global model, in every algorithm alike."""
 
 
@@ -65,11 +65,18 @@ class Unseen:
 class Config:
     """One run, resolved: every value that it used is in here."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "border": "server",
+        "measuring": "evaluation",
+        "unseen": "holdout",
+        "smooth": "global_ema_decay",
+    }
+
     name: str = "warmfed"
     """The algorithm, by its name on the command line."""
     algorithm: Algorithm = field(default_factory=WarmFed)
     """Its hyper-parameters."""
-    smooth: float = 0.0
+    global_ema_decay: float = 0.0
     """Decay of a moving average of the global model over the rounds, which is released in its place; 0: none."""
     seed: int = 0
     """Names every random number of the run."""
@@ -79,11 +86,11 @@ class Config:
     """What is learned: classify, or denoise (a diffusion model of the images)."""
     denoising: DenoiserSettings = DenoiserSettings()
     """The diffusion model, where it is learned."""
-    measuring: Measuring = Measuring()
+    evaluation: Evaluation = Evaluation()
     """How it is measured."""
-    unseen: Unseen = Unseen()
+    holdout: Holdout = Holdout()
     generator: LatentDiffusion = field(default_factory=LatentDiffusion)
-    border: Border = Border()
+    server: AdmissionPolicy = AdmissionPolicy()
     """What is taken from the sites."""
     workers: int = 2
     """Processes that work at the same time; the results do not depend on it."""
@@ -93,13 +100,13 @@ class Config:
     """When the models are measured: every (stage), last or never."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.smooth < 1:
-            raise InputError(f"smooth must be from 0 to below 1; got {self.smooth}")
+        if not 0 <= self.global_ema_decay < 1:
+            raise InputError(f"global_ema_decay must be from 0 to below 1; got {self.global_ema_decay}")
 
     @property
     def method(self) -> Algorithm:
         """The algorithm as the server runs it."""
-        return Smoothed(self.algorithm, self.smooth) if self.smooth else self.algorithm
+        return Smoothed(self.algorithm, self.global_ema_decay) if self.global_ema_decay else self.algorithm
 
     def toml(self) -> str:
         algorithm = {"name": self.name, **_plain(self.algorithm)}
@@ -190,6 +197,8 @@ def build(values: dict[str, Any]) -> Config:
             raise InputError(f"{name} has no setting algorithm.{key}; take it out, or choose one that has: {', '.join(owners)}")
     known = {f.name for f in dataclasses.fields(Config)} - {"name"}
     for key in values:
+        if key in Config.RENAMED:
+            raise InputError(f"{key} is now called {Config.RENAMED[key]}; rename it")
         if key not in known:
             raise InputError(f"unknown key {key!r}{suggest(key, sorted(known))}")
     algorithm: Any = construct(entry(name).cls, table, "algorithm")

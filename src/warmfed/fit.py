@@ -2,18 +2,18 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .core.rng import child, seeded
+from .core.rng import seeded, spawn
 from .core.tensors import Table, Tensors, rows, select, sha256, to
-from .core.training_snapshot import Snapshots, moments, restore
+from .core.training_snapshot import Snapshots, load_optimizer_state, optimizer_state
 from .utils.errors import InputError, one_of
 
 Loss = Callable[[nn.Module, Table], Tensor]
@@ -34,7 +34,7 @@ class Trains(Protocol):
 
 
 class Context(Protocol):
-    """What `fit` needs of a `Local` or `Central`."""
+    """What `fit` needs of a `ClientContext` or `ServerContext`."""
 
     @property
     def task(self) -> Trains: ...
@@ -53,6 +53,15 @@ C = TypeVar("C", bound=Context)
 class Training:
     """How to train: the optimizer and how long."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "micro": "micro_batch_size",
+        "accumulate": "gradient_accumulation_steps",
+        "clip": "max_grad_norm",
+        "ema": "ema_decay",
+        "precision": "mixed_precision",
+        "batch": "batch_size",
+    }
+
     optimizer: str = "sgd"
     """sgd, adam, adamw, or adamw8bit (its moments in 8 bits: bitsandbytes)."""
     lr: float = 0.05
@@ -65,39 +74,47 @@ class Training:
     """Passes over the data."""
     steps: int = 0
     """Optimizer steps; above zero it replaces `epochs`."""
-    batch: int = 32
+    batch_size: int = 32
     """Rows of one batch; the last one of an epoch may be smaller."""
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     """Batches of one optimizer step."""
-    micro: int = 0
+    micro_batch_size: int = 0
     """Rows of a batch that go through the model at a time; 0: all. Less memory, the same gradient but for rounding."""
     schedule: str = "constant"
     """constant, or cosine (to zero at the last step)."""
     warmup: int = 0
     """Steps over which the learning rate rises from zero."""
-    clip: float = 0.0
+    max_grad_norm: float = 0.0
     """Largest norm of the whole gradient; 0: no clipping."""
-    ema: float = 0.0
+    ema_decay: float = 0.0
     """Decay of the exponential moving average that is returned instead of the last weights; 0: none."""
-    precision: str = "fp32"
+    mixed_precision: str = "fp32"
     """fp32, bf16 or fp16: the type of the forward pass (autocast)."""
 
     def __post_init__(self) -> None:
-        one_of(self, optimizer=OPTIMIZERS, schedule=("constant", "cosine"), precision=("fp32", "bf16", "fp16"))
-        if self.batch < 1 or self.accumulate < 1 or min(self.steps, self.micro) < 0 or (self.epochs < 1 and not self.steps):
+        one_of(self, optimizer=OPTIMIZERS, schedule=("constant", "cosine"), mixed_precision=("fp32", "bf16", "fp16"))
+        if (
+            self.batch_size < 1
+            or self.gradient_accumulation_steps < 1
+            or min(self.steps, self.micro_batch_size) < 0
+            or (self.epochs < 1 and not self.steps)
+        ):
             raise InputError(
-                "batch, accumulate and epochs must be at least 1, steps and micro at least 0; check the training settings"
+                "batch_size, gradient_accumulation_steps and epochs must be at least 1, steps and micro_batch_size at least 0; "
+                "check the training settings"
             )
-        if not all(0 <= number < math.inf for number in (self.lr, self.weight_decay, self.clip, self.warmup)):
-            raise InputError("lr, weight_decay, clip and warmup must be finite and at least 0; check the training settings")
-        if not (0 <= self.momentum < 1 and 0 <= self.ema < 1):
-            raise InputError("momentum and ema must be at least 0 and below 1; check the training settings")
+        if not all(0 <= number < math.inf for number in (self.lr, self.weight_decay, self.max_grad_norm, self.warmup)):
+            raise InputError(
+                "lr, weight_decay, max_grad_norm and warmup must be finite and at least 0; check the training settings"
+            )
+        if not (0 <= self.momentum < 1 and 0 <= self.ema_decay < 1):
+            raise InputError("momentum and ema_decay must be at least 0 and below 1; check the training settings")
 
     def count(self, n: int) -> int:
         """Optimizer steps that training on `n` rows takes."""
         if self.steps or not n:
             return self.steps
-        return self.epochs * -(-n // (self.batch * self.accumulate))
+        return self.epochs * -(-n // (self.batch_size * self.gradient_accumulation_steps))
 
     def accumulated(self, n: int) -> float:
         """How many gradients, times `lr`, training on `n` rows adds up (‖a‖₁ of FedNova): `count(n)`, and more with momentum.
@@ -186,13 +203,13 @@ def fit(
         correct: correct(name, gradient) rewrites each gradient (SCAFFOLD).
         trainable: trainable(name) freezes the rest (FedPer, LoRA).
         watch: watch(step, steps, tensors), called after each optimizer step; tensors() is what would be returned now.
-        draw: draw(batch) adds to a batch what its loss needs of random numbers, so that `training.micro` cannot change them.
+        draw: draw(batch) adds the random numbers that a batch's loss needs; `training.micro_batch_size` cannot change them.
         stop: ends the training early, and the tensors of the best epoch are returned.
         snapshots: where unfinished training is kept. A training of the same start, settings, data and random numbers that
             finds a snapshot goes on from it and ends with the same bytes. Dropout on a graphics card is not covered.
 
     Returns:
-        The tensors (the moving average's where `training.ema` is set), and the mean loss of the last and of the first
+        The tensors (the moving average's where `training.ema_decay` is set), and the mean loss of the last and of the first
         epoch (or of a tenth of the steps, where `training.steps` is set), the number of steps and of rows seen; with `stop`
         also the best figure and the step it was measured at.
 
@@ -216,18 +233,21 @@ def fit(
             raise InputError("nothing to train: the model has no tensor of the part that is asked for; choose a model that has")
         optimizer, objective = _optimizer(training, live), loss or ctx.task.loss
         steps = training.count(n)
-        tail = -(-n // (training.batch * training.accumulate)) if not training.steps else -(-steps // 10)
-        average = {name: p.detach().clone() for name, p in parameters.items() if p.requires_grad} if training.ema else {}
+        tail = -(-n // (training.batch_size * training.gradient_accumulation_steps)) if not training.steps else -(-steps // 10)
+        average = {name: p.detach().clone() for name, p in parameters.items() if p.requires_grad} if training.ema_decay else {}
         kind = torch.device(ctx.device).type
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.precision)
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.mixed_precision)
         autocast = torch.autocast(kind, half) if half else nullcontext()
-        scaler = torch.amp.GradScaler(kind, enabled=training.precision == "fp16")
+        scaler = torch.amp.GradScaler(kind, enabled=training.mixed_precision == "fp16")
         varying = training.warmup > 0 or training.schedule != "constant"
         # in one piece: a small tensor for each step would lie between what the next steps free and take, and split it
-        losses, counts = torch.zeros(steps * training.accumulate, dtype=torch.float64, device=ctx.device), list[int]()
+        losses, counts = (
+            torch.zeros(steps * training.gradient_accumulation_steps, dtype=torch.float64, device=ctx.device),
+            list[int](),
+        )
         best, best_step, found = dict[str, Tensor](), 0, math.inf
         key = _key(ctx.rng, start, training, data, snapshots.of) if snapshots else ""
-        batches = _batches(n, training.batch, ctx.rng)
+        batches = _batches(n, training.batch_size, ctx.rng)
         resident = sum(column.nbytes for column in data.values()) <= _RESIDENT
         if resident:
             data = to(data, ctx.device)
@@ -246,15 +266,15 @@ def fit(
             return figure
 
         first = 0
-        if snapshots and (kept := snapshots.recall(key)):
+        if snapshots and (kept := snapshots.load(key)):
             model.load_state_dict(kept("model"), strict=False)
-            restore(optimizer, kept("optimizer"))
+            load_optimizer_state(optimizer, kept("optimizer"))
             scaler.load_state_dict({name: value.item() for name, value in kept("scaler").items()})
             average, best, log = to(kept("average"), ctx.device), kept("best"), kept("log")
             (first, best_step), found = log["steps"].tolist(), log["found"].item()
             counts = log["counts"].tolist()
             losses[: len(counts)] = log["losses"].to(ctx.device)
-            for _ in range(first * training.accumulate):
+            for _ in range(first * training.gradient_accumulation_steps):
                 next(batches)
             torch.default_generator.set_state(log["rng"])
 
@@ -264,17 +284,19 @@ def fit(
                     group["lr"] = _rate(training, step, steps)
             for parameter in live:  # optimizer.zero_grad() without its profiler's record: a tenth of a small step
                 parameter.grad = None
-            for _ in range(training.accumulate):
+            for _ in range(training.gradient_accumulation_steps):
                 batch = select(data, next(batches))
                 if not resident:
                     batch = to(batch, ctx.device)
                 batch = dict(draw(batch)) if draw else batch
                 count, values = rows(batch), []
-                for part in [batch] if count <= (training.micro or count) else _slices(batch, training.micro):
+                for part in (
+                    [batch] if count <= (training.micro_batch_size or count) else _slices(batch, training.micro_batch_size)
+                ):
                     with autocast:
                         value = objective(model, part)
                         full = value + penalty(parameters) if penalty else value
-                    fraction = training.accumulate * count / rows(part)
+                    fraction = training.gradient_accumulation_steps * count / rows(part)
                     scaler.scale(full / fraction if fraction != 1 else full).backward()
                     values.append(value.detach() * (rows(part) / count) if rows(part) < count else value.detach())
                 losses[len(counts)] = sum(values[1:], start=values[0])
@@ -284,13 +306,13 @@ def fit(
                 for name, parameter in parameters.items():
                     if parameter.grad is not None:
                         parameter.grad = correct(name, parameter.grad)
-            if training.clip:
-                torch.nn.utils.clip_grad_norm_(live, training.clip)
+            if training.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(live, training.max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             for name, smooth in average.items():
                 # a short memory at first, so that the start does not linger in a short training
-                decay = min(training.ema, (1 + step) / (10 + step))
+                decay = min(training.ema_decay, (1 + step) / (10 + step))
                 smooth.lerp_(parameters[name].detach(), 1 - decay)
             if watch:
                 watch(step + 1, steps, tensors)
@@ -309,13 +331,13 @@ def fit(
                 }
                 scale = {name: torch.as_tensor(value) for name, value in scaler.state_dict().items()}
                 state = {name: value for name, value in model.state_dict().items() if name in start}
-                snapshots.keep(
-                    key, model=state, optimizer=moments(optimizer), average=average, best=best, log=log, scaler=scale
+                snapshots.save(
+                    key, model=state, optimizer=optimizer_state(optimizer), average=average, best=best, log=log, scaler=scale
                 )
             ctx.progress("train", step + 1, steps)
 
-    window = tail * training.accumulate
-    info = {"steps": len(counts) / training.accumulate, "samples": float(sum(counts))}
+    window = tail * training.gradient_accumulation_steps
+    info = {"steps": len(counts) / training.gradient_accumulation_steps, "samples": float(sum(counts))}
     result = best or tensors()
     if stop:
         info |= {"judged": found, "best_step": float(best_step)}
@@ -325,7 +347,8 @@ def fit(
         # one sum tells whether any term is not finite
         if not all(math.isfinite(value.sum()) for value in (losses, *result.values())):
             raise InputError(
-                f"training diverged: loss or weights not finite after {steps} steps; lower lr (now {training.lr}) or set clip"
+                f"training diverged: loss or weights not finite after {steps} steps; "
+                f"lower lr (now {training.lr}) or set max_grad_norm"
             )
     return result, info
 
@@ -365,10 +388,10 @@ def minibatches(ctx: C, training: Training, data: Table) -> Iterator[tuple[C, Ta
     """
     if not rows(data):
         raise InputError("cannot train on no rows; check the site's training data")
-    inner: Any = replace(ctx, rng=child(ctx.rng))  # type: ignore[type-var]
-    order = _batches(rows(data), training.batch, ctx.rng)
+    inner: Any = replace(ctx, rng=spawn(ctx.rng))  # type: ignore[type-var]
+    order = _batches(rows(data), training.batch_size, ctx.rng)
     for _ in range(training.count(rows(data))):
-        yield inner, select(data, torch.cat([next(order) for _ in range(training.accumulate)]))
+        yield inner, select(data, torch.cat([next(order) for _ in range(training.gradient_accumulation_steps)]))
 
 
 def at(model: nn.Module, weights: Tensors) -> Any:

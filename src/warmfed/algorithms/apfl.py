@@ -3,8 +3,8 @@
 α = 0.25 is one of the paper's. In five rounds a learned α falls to 0, where APFL is FedAvg: w is ahead of v all the time.
 
 Departures: the global branch w, the personal branch v and α are steps of one optimizer (`local`), so its momentum holds for
-all three and its `clip` bounds their gradients together; α is clipped to [0, 1] where it is used and at the end of a round.
-The personal model mixes v with the last global model, not with the site's own branch of it.
+all three and its `max_grad_norm` bounds their gradients together; α is clipped to [0, 1] where it is used and after
+a round. The personal model mixes v with the last global model, not with the site's own branch of it.
 """
 
 from dataclasses import dataclass, replace
@@ -13,9 +13,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..core import Local, Reply, State
+from ..core import ClientContext, Reply, State
 from ..core.messages import Message, message
-from ..core.tensors import Table, Tensors, mix, prefixed, under
+from ..core.tensors import Table, Tensors, add_prefix, mix, strip_prefix
 from ..fit import at, fit
 from ..utils.errors import InputError
 from .shared.base import Averaging, upload
@@ -70,17 +70,17 @@ class APFL(Averaging):
         if not 0 <= self.alpha <= 1:
             raise InputError(f"alpha must be at least 0 and at most 1; got {self.alpha}")
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return Site(down.model, self.alpha)
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+        return Site(received.model, self.alpha)
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        start = prefixed(down.model, "shared.") | prefixed(state.model, "personal.")
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        start = add_prefix(received.model, "shared.") | add_prefix(state.model, "personal.")
         if self.adaptive:
             start |= {"alpha": torch.tensor(state.alpha)}
         found, metrics = fit(replace(ctx, task=_Joint(ctx.task, state.alpha)), start, self.local, ctx.data["train"])
         alpha = min(max(found["alpha"].item(), 0.0), 1.0) if self.adaptive else state.alpha
-        site = Site(under(found, "personal."), alpha)
-        return upload(under(found, "shared."), site, ctx, {**metrics, "alpha": alpha})
+        site = Site(strip_prefix(found, "personal."), alpha)
+        return upload(strip_prefix(found, "shared."), site, ctx, {**metrics, "alpha": alpha})
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
-        return mix(down.model, state.model, state.alpha)
+    def client_model(self, received: Message, state: State) -> Tensors | None:
+        return mix(received.model, state.model, state.alpha)

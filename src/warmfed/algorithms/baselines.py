@@ -10,9 +10,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..core import Central, GeneratorSpec, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State
 from ..core.messages import Message, message
-from ..core.tensors import Table, Tensors, join, misfit, rows
+from ..core.tensors import Table, Tensors, join, layout_mismatch, rows
 from ..fit import Context, Training, fit
 from ..utils.errors import InputError
 from .shared.base import Model, gathering
@@ -59,7 +59,7 @@ class LocalOnly:
 
     rounds: int = 5
     """Trainings in the budget."""
-    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """A site's training in one round."""
     budget: Budget = Budget()
     """When to stop."""
@@ -68,37 +68,37 @@ class LocalOnly:
     def needs_generator(self) -> GeneratorSpec | None:
         return None
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return Model(down.model)
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+        return Model(received.model)
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         return server
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         # the common random start, as in FedAvg: one seed names one start
         return Model(ctx.task.init(ctx.rng))
 
     def stages(self) -> tuple[Stage, ...]:
-        first = Stage("train", self.done, self.train, replies=(Nothing,), images=False)
-        later = replace(first, down=lambda server, site: Nothing())
+        first = Stage("train", self.done, self.train, replies=(Empty,), images=False)
+        later = replace(first, broadcast=lambda server, site: Empty())
         count = self.rounds if self.budget.until == "budget" else 1
         return ((first,) + (later,) * count)[:count]
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         data = ctx.data
         if self.budget.until == "budget":
             model, metrics = fit(ctx, state.model, self.local, data["train"])
         else:
             model, metrics = train_until(ctx, state.model, self.local, data["train"], data["validation"], self.budget)
-        return Reply(Nothing(), Model(model), float(rows(data["train"])), metrics)
+        return Reply(Empty(), Model(model), float(rows(data["train"])), metrics)
 
-    def done(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def done(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         return server, {}
 
     def global_model(self, server: ServerState) -> Tensors | None:
         return None
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Message, state: State) -> Tensors | None:
         return state.model
 
 
@@ -126,7 +126,7 @@ class Centralized:
 
     rounds: int = 5
     """Trainings in the budget."""
-    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """The training of one round, on all images."""
     budget: Budget = Budget()
     """When to stop."""
@@ -135,24 +135,24 @@ class Centralized:
     def needs_generator(self) -> GeneratorSpec | None:
         return None
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return Pool(ctx.task.init(ctx.rng), {}, {})
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         return Model(server.model)
 
-    def enter(self, down: Message, ctx: Local) -> State:
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
         return None
 
     def stages(self) -> tuple[Stage, ...]:
         collect = gathering("collect", self.pool, self.send, replies=(Images,), check=self.check, images=True)
         return (collect,) + (Stage("train", self.train),) * (self.rounds if self.budget.until == "budget" else 1)
 
-    def send(self, down: Message, state: State, ctx: Local) -> Reply:
+    def send(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         images = Images(ctx.data["train"], ctx.data["validation"])
         return Reply(images, None, float(rows(ctx.data["train"])), {})
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
         """Raise `InputError` if a table does not have the columns that the task learns from, or unknown labels."""
         blank = {"image": torch.zeros(1, *ctx.task.shape, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.int64)}
         like = ctx.task.tables({"train": blank})["train"]
@@ -160,17 +160,19 @@ class Centralized:
         for split, table in (("train", reply.message.train), ("validation", reply.message.validation)):
             label = table.get("label", torch.empty(0))
             count = int(declared.get(split, label.numel()))
-            if wrong := misfit(table, {name: column.expand(count, *column.shape[1:]) for name, column in like.items()}):
+            if wrong := layout_mismatch(
+                table, {name: column.expand(count, *column.shape[1:]) for name, column in like.items()}
+            ):
                 raise InputError(f"{split}: {wrong}")
             if not count or not 0 <= int(label.min()) <= int(label.max()) < ctx.task.classes:
                 raise InputError(f"{split}: it has no labels, or one that is not from 0 to {ctx.task.classes - 1}")
 
-    def pool(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def pool(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         train = join(reply.message.train for reply in replies.values())
         validation = join(reply.message.validation for reply in replies.values())
         return replace(server, train=train, validation=validation), {}
 
-    def train(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def train(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         if self.budget.until == "budget":
             model, info = fit(ctx, server.model, self.local, server.train)
         else:
@@ -180,5 +182,5 @@ class Centralized:
     def global_model(self, server: ServerState) -> Tensors | None:
         return server.model
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
-        return down.model
+    def client_model(self, received: Message, state: State) -> Tensors | None:
+        return received.model

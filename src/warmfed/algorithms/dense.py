@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
 from ..core.messages import Message
-from ..core.rng import child, seeded
+from ..core.rng import seeded, spawn
 from ..core.tensors import Table, Tensors, join
 from ..fit import Training, fit
 from ..models import initial
@@ -68,7 +68,7 @@ class Ensemble(nn.Module):
         return torch.stack([model(image) for model in self.models]).mean(0)
 
 
-def frozen(ctx: Central, tensors: Tensors) -> nn.Module:
+def frozen(ctx: ServerContext, tensors: Tensors) -> nn.Module:
     """The task's model with these weights, to be asked and not to be trained."""
     model = ctx.task.build().eval().requires_grad_(False)
     model.load_state_dict(dict(tensors))
@@ -104,11 +104,11 @@ class DENSE(Rounds):
 
     rounds: int = 1
     """Rounds of local training and distillation; 1 is one-shot."""
-    local: Training = Training(lr=0.02, epochs=25, clip=1.0)
+    local: Training = Training(lr=0.02, epochs=25, max_grad_norm=1.0)
     """A site's training in one round: in one round as much as others have in five."""
     epochs: int = 12
     """E: how often generator and student take turns."""
-    drawing: Training = Training(optimizer="adam", lr=2e-3, steps=20, batch=64)
+    drawing: Training = Training(optimizer="adam", lr=2e-3, steps=20, batch_size=64)
     """The generator's training in one turn: T_G is `steps`."""
     images: int = 64
     """Images that each turn adds to the pool."""
@@ -116,7 +116,7 @@ class DENSE(Rounds):
     """Width of the generator's noise z."""
     disagreement: float = 1.0
     """λ_2, weight of the student's disagreement in the generator's loss."""
-    distillation: Training = Training(lr=0.01, epochs=2, batch=64, clip=1.0)
+    distillation: Training = Training(lr=0.01, epochs=2, batch_size=64, max_grad_norm=1.0)
     """The student's training on the pool in one turn."""
     temperature: float = 1.0
     """T of the distillation."""
@@ -129,11 +129,11 @@ class DENSE(Rounds):
         if min(self.epochs, self.images, self.noise) < 1:
             raise InputError("epochs, images and noise must be at least 1; check [algorithm]")
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         student = average(replies) if self.student == "average" else server.model
         ensemble = Ensemble([frozen(ctx, reply.message.model) for reply in replies.values()])
         with seeded(ctx.rng):
@@ -149,20 +149,20 @@ class DENSE(Rounds):
         right = join(pool)["right"].double().mean().item()
         return Model(student), {"generator_loss": drawn["loss"], "distillation_loss": learned["loss"], "recognised": right}
 
-    def task(self, ctx: Central, ensemble: nn.Module, student: Tensors) -> _Drawing:
+    def task(self, ctx: ServerContext, ensemble: nn.Module, student: Tensors) -> _Drawing:
         shape, classes = ctx.task.shape, ctx.task.classes
         return _Drawing(shape, classes, self.noise, self.disagreement, ensemble, frozen(ctx, student))
 
-    def imagine(self, ctx: Central, task: _Drawing, generator: Tensors, label: Tensor) -> Table:
+    def imagine(self, ctx: ServerContext, task: _Drawing, generator: Tensors, label: Tensor) -> Table:
         """Images of the generator in 8 bits, the ensemble's logits for them, and whether it recognises their labels."""
         net = task.build().eval().to(ctx.device)
         net.load_state_dict(dict(generator))
-        with seeded(child(ctx.rng), ctx.device), torch.no_grad():
+        with seeded(spawn(ctx.rng), ctx.device), torch.no_grad():
             image = net(label.to(ctx.device)).add(1).mul(127.5).round().to(torch.uint8)
             logits = ctx.task.logits(task.ensemble, {"image": image}).cpu()
         return {"image": image.cpu(), "logits": logits, "right": logits.argmax(1) == label}
 
-    def distil(self, ctx: Central) -> Any:
+    def distil(self, ctx: ServerContext) -> Any:
         """KL(ensemble ‖ student) on the pool."""
 
         def loss(model: nn.Module, batch: Table) -> Tensor:

@@ -6,7 +6,7 @@ Departures: local steps are counted in epochs; the personal model gets as many (
 from dataclasses import dataclass
 from typing import final
 
-from ..core import Local, Reply, State
+from ..core import ClientContext, Reply, State
 from ..core.messages import Message
 from ..core.tensors import Tensors
 from ..fit import Training, fit, proximal
@@ -20,16 +20,16 @@ class Ditto(Averaging):
 
     lam: float = 0.1
     """Weight of the proximal term."""
-    personal: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """The personal model's training in one round."""
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return Model(down.model)  # v_k
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+        return Model(received.model)  # v_k
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])
-        personal, info = fit(ctx, state.model, self.personal, ctx.data["train"], penalty=proximal(down.model, self.lam))
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
+        personal, info = fit(ctx, state.model, self.personal, ctx.data["train"], penalty=proximal(received.model, self.lam))
         return upload(model, Model(personal), ctx, {**metrics, "personal_loss": info["loss"]})
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Message, state: State) -> Tensors | None:
         return state.model

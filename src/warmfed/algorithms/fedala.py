@@ -11,10 +11,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..core import Local, Reply, State
+from ..core import ClientContext, Reply, State
 from ..core.messages import Message, message
-from ..core.rng import aside
-from ..core.tensors import Table, Tensors, only, prefixed, rows, select, to, under
+from ..core.rng import fork
+from ..core.tensors import Table, Tensors, add_prefix, only, rows, select, strip_prefix, to
 from ..fit import Training, at, fit, minibatches
 from ..utils.errors import InputError
 from .shared.base import Averaging, upload
@@ -68,34 +68,34 @@ class FedALA(Averaging):
         if not 0 < self.share <= 1 or self.patience < 1:
             raise InputError("share must be above 0 and at most 1, patience at least 1; check [algorithm]")
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return Site(down.model, None)
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+        return Site(received.model, None)
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        start, weights = dict(down.model), state.weights
-        if any(not torch.equal(state.model[name], down.model[name]) for name in state.model):
-            weights = self.learn(down.model, state, ctx)
-            start = mixed(state.model, down.model, weights)
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        start, weights = dict(received.model), state.weights
+        if any(not torch.equal(state.model[name], received.model[name]) for name in state.model):
+            weights = self.learn(received.model, state, ctx)
+            start = mixed(state.model, received.model, weights)
         model, metrics = fit(ctx, start, self.local, ctx.data["train"])
         if weights:
             metrics["global_share"] = torch.cat([w.flatten() for w in weights.values()]).double().mean().item()
         return upload(model, Site(model, weights), ctx, metrics)
 
-    def learn(self, model: Tensors, state: State, ctx: Local) -> dict[str, Tensor]:
+    def learn(self, model: Tensors, state: State, ctx: ClientContext) -> dict[str, Tensor]:
         """W by projected gradient descent, on a part of the site's images drawn anew each round."""
         data = ctx.data["train"]
         task = _Mixing(ctx.task, to(state.model, ctx.device), to(model, ctx.device))
-        inner = replace(ctx, task=task, rng=aside(ctx.rng, "weights"))
+        inner = replace(ctx, task=task, rng=fork(ctx.rng, "weights"))
         chosen = torch.randperm(rows(data), generator=inner.rng)[: max(1, round(self.share * rows(data)))]
-        one = Training(lr=self.eta, momentum=0.0, batch=self.local.batch)
+        one = Training(lr=self.eta, momentum=0.0, batch_size=self.local.batch_size)
         mixes = only(model, lambda name: name.startswith(self.adaptive))
         weights = dict(state.weights) if state.weights else {name: torch.ones_like(value) for name, value in mixes.items()}
         best, waited = float("inf"), 0
         while weights and waited < self.patience:
             losses = []
             for solve, batch in minibatches(inner, one, select(data, chosen)):
-                found, info = fit(solve, prefixed(weights, "weight."), one, batch)
-                weights = {name: w.clamp(0, 1) for name, w in under(found, "weight.").items()}
+                found, info = fit(solve, add_prefix(weights, "weight."), one, batch)
+                weights = {name: w.clamp(0, 1) for name, w in strip_prefix(found, "weight.").items()}
                 losses.append(info["loss"])
             loss = sum(losses) / len(losses)
             best, waited = (loss, 0) if loss < best else (best, waited + 1)
@@ -103,5 +103,5 @@ class FedALA(Averaging):
                 break
         return weights
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Message, state: State) -> Tensors | None:
         return state.model

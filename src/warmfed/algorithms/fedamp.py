@@ -14,7 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
 from ..core.messages import Message, message
 from ..core.tensors import Tensors, mean
 from ..fit import fit, proximal
@@ -53,21 +53,21 @@ class FedAMP(Rounds):
         if not self.sigma > 0 or not self.alpha > 0 or not 0 <= self.itself <= 1:
             raise InputError("sigma and alpha must be above 0, itself at least 0 and at most 1; check [algorithm]")
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return Server(ctx.task.init(ctx.rng), {}, {})
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         return Model(server.cloud.get(site, server.start))
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return Model(down.model)
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+        return Model(received.model)
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         held = self.lam / (self.alpha if self.attention == "distance" else 1.0)
-        model, metrics = fit(ctx, state.model, self.local, ctx.data["train"], penalty=proximal(down.model, held))
+        model, metrics = fit(ctx, state.model, self.local, ctx.data["train"], penalty=proximal(received.model, held))
         return upload(model, Model(model), ctx, metrics)
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         personal = dict(sorted({**server.personal, **{site: r.message.model for site, r in replies.items()}}.items()))
         weight = self.weights([torch.cat([value.double().flatten() for value in w.values()]) for w in personal.values()])
         cloud = {
@@ -100,5 +100,5 @@ class FedAMP(Rounds):
     def global_model(self, server: ServerState) -> Tensors | None:
         return None
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Message, state: State) -> Tensors | None:
         return state.model

@@ -6,7 +6,7 @@ Departures: none. The personal model is the global one.
 from dataclasses import dataclass
 from typing import final
 
-from ..core import Local, Reply, State
+from ..core import ClientContext, Reply, State
 from ..core.messages import Message
 from ..fit import fit
 from .shared.base import Averaging, upload
@@ -17,6 +17,6 @@ from .shared.base import Averaging, upload
 class FedAvg(Averaging):
     """Local training from the global model, then the mean weighted by the sites' numbers of images."""
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)

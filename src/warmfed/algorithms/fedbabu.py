@@ -7,7 +7,7 @@ whole model, which the paper found best.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..core import Central, Local, Metrics, Reply, State
+from ..core import ClientContext, Metrics, Reply, ServerContext, State
 from ..core.messages import Message, message
 from ..core.tensors import Tensors, only, rows
 from ..fit import Training, fit
@@ -28,20 +28,20 @@ class FedBABU(Personalized):
 
     head: str = "head."
     """How the names of the tensors begin that stay as they were drawn until then."""
-    personal: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """That fine-tuning."""
     replies: ClassVar[tuple[type, ...]] = (Body,)
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"], trainable=self.body)
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"], trainable=self.body)
         return Reply(Body(only(model, self.body)), state, float(rows(ctx.data["train"])), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
         expect(reply.message.model, ctx, self.body)
 
     def body(self, name: str) -> bool:
         return not name.startswith(self.head)
 
-    def own(self, model: Tensors, ctx: Local) -> tuple[Tensors, Metrics]:
+    def own(self, model: Tensors, ctx: ClientContext) -> tuple[Tensors, Metrics]:
         tuned, info = fit(ctx, model, self.personal, ctx.data["train"])
         return tuned, {"personal_loss": info["loss"]}

@@ -25,7 +25,7 @@ class FedBiP(WarmStarted):
 
     images: ClassVar[bool] = True  # the latents are the site's images, encoded and noised
 
-    concepts: Training = Training(optimizer="adam", lr=3e-2, epochs=12, schedule="cosine", warmup=5, clip=1.0)
+    concepts: Training = Training(optimizer="adam", lr=3e-2, epochs=12, schedule="cosine", warmup=5, max_grad_norm=1.0)
     """A site's training of its domain and class vectors (the paper: Adam with 0.1, 50 epochs of 16 images a class)."""
     signal: float = 0.0047
     """The share of the uploaded latents' variance that is image, ᾱ; near 1 they are nearly the images."""

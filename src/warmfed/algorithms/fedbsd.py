@@ -17,7 +17,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Local, Reply, State
+from ..core import ClientContext, Reply, State
 from ..core.messages import Message
 from ..core.tensors import Table, only
 from ..fit import Loss, Training, fit
@@ -50,17 +50,17 @@ class FedBSD(SplitByName):
     """T of kl."""
     weight: float = 1.0
     """λ, the weight of D."""
-    head: Training = Training(lr=0.02, epochs=1, clip=1.0)
+    head: Training = Training(lr=0.02, epochs=1, max_grad_norm=1.0)
     """The head's training in one round."""
-    local: Training = Training(lr=0.02, epochs=4, clip=1.0)
+    local: Training = Training(lr=0.02, epochs=4, max_grad_norm=1.0)
     """The backbone's training in one round, after the head's."""
 
     def __post_init__(self) -> None:
         one_of(self, start=("own", "global"), distance=("kl", "mse", "cosine"))
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         mine, shared, data = self.mine(ctx.task), self.shared(ctx.task), ctx.data["train"]
-        teacher, info = fit(ctx, {**state.model, **down.model}, self.head, data, trainable=mine)
+        teacher, info = fit(ctx, {**state.model, **received.model}, self.head, data, trainable=mine)
         student = {**teacher, **only(state.model, shared)} if self.start == "own" else teacher
         loss: Loss | None = None
         if self.weight:
@@ -69,7 +69,7 @@ class FedBSD(SplitByName):
         model, metrics = fit(ctx, student, self.local, data, loss=loss, trainable=shared)
         return upload(only(model, shared), Model(model), ctx, {**metrics, "head_loss": info["loss"]})
 
-    def taught(self, ctx: Local, student: nn.Module, batch: Table) -> Tensor:
+    def taught(self, ctx: ClientContext, student: nn.Module, batch: Table) -> Tensor:
         """Cross-entropy + λ·D."""
         features = ctx.task.embed(student, batch)  # φ(x; θ)
         far = distance(features, batch["wanted"], self.distance, self.temperature)

@@ -18,10 +18,10 @@ from typing import final
 
 import torch
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, Stage, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State
 from ..core.messages import Message, message
-from ..core.rng import child
-from ..core.tensors import Tensors, dealt, flat, rows, select, sub
+from ..core.rng import spawn
+from ..core.tensors import Tensors, apportion, flat, rows, select, sub
 from ..fit import Training, fit
 from ..utils.errors import InputError, one_of
 from .shared.base import DRAWING, Averaging, Model, count_fits, counted, expect, gathering, upload
@@ -60,11 +60,13 @@ class FedDDPM(Averaging):
     """R, rounds of training."""
     local: Training = DRAWING
     """A site's training in one round."""
-    first: Training = Training(optimizer="adam", lr=1e-3, epochs=60, batch=32, schedule="cosine", warmup=20, clip=1.0, ema=0.99)
+    first: Training = Training(
+        optimizer="adam", lr=1e-3, epochs=60, batch_size=32, schedule="cosine", warmup=20, max_grad_norm=1.0, ema_decay=0.99
+    )
     """A site's training of its own model, before the rounds (E_0)."""
     share: float = 0.1
     """Size of the auxiliary set, as a share of the sites' images (M)."""
-    server: Training = Training(optimizer="adam", lr=2e-4, epochs=1, batch=32, clip=1.0)
+    server: Training = Training(optimizer="adam", lr=2e-4, epochs=1, batch_size=32, max_grad_norm=1.0)
     """The server's training on the auxiliary set after an aggregation (E_s)."""
     decay: float = 1.0
     """Factor on the learning rate of `server` from one round to the next: below 1, the auxiliary set leads the first rounds and
@@ -72,7 +74,7 @@ class FedDDPM(Averaging):
     correct: str = "every"
     """When it takes place: every (FedDDPM: after every aggregation), slow (FedDDPM+: where learning is slow), never, or only:
     the control in which no site trains, and in each round the server gives `local` to the auxiliary set."""
-    correction: Training = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
+    correction: Training = Training(optimizer="adam", lr=2e-4, epochs=5, batch_size=32, max_grad_norm=1.0)
     """The server's training where learning was slow (E_c)."""
     signal: str = "progress"
     """What tells slow learning: progress (of the held-out auxiliary loss, relative), update (‖w̄ - w‖/‖w‖) or dispersion (mean
@@ -97,41 +99,41 @@ class FedDDPM(Averaging):
     def stages(self) -> tuple[Stage, ...]:
         local = gathering("local", self.collect, self.draw, replies=(Drawing,), check=self.check, images=False)
         auxiliary = Stage("auxiliary", self.auxiliary, evaluated=False)
-        train = Stage("train", self.merge, self.train, sample=self.sample, images=False)
+        train = Stage("train", self.aggregate, self.train, client_fraction=self.client_fraction, images=False)
         alone = Stage("alone", self.alone)
         return (local, auxiliary, *(alone if self.correct == "only" else train,) * self.rounds)
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return Server(ctx.task.init(ctx.rng), {}, {}, {}, {}, (), ())
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         return Model(server.model)
 
     # local: each site learns its own images well
 
-    def draw(self, down: Message, state: State, ctx: Local) -> Reply:
+    def draw(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         data = ctx.data["train"]
         model, metrics = ctx.task.learned_alone(ctx, self.first)  # v_k
         counts = tuple(data["label"].bincount(minlength=ctx.task.classes).tolist())
         return Reply(Drawing(model, counts), None, float(rows(data)), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
         expect(reply.message.model, ctx)
         count_fits(reply.message.labels, ctx.task.classes, reply.weight)
 
-    def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def collect(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         labels = {site: counted(torch.tensor(reply.message.labels), reply.weight) for site, reply in replies.items()}
         return replace(server, locals={site: r.message.model for site, r in replies.items()}, labels=labels), {}
 
     # auxiliary: the server draws from all of them, in proportion to the sites' images
 
-    def auxiliary(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def auxiliary(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         drawn: list[dict[str, torch.Tensor]] = []
         for site, model in server.locals.items():
             counts = server.labels[site]
             wanted = max(1, round(self.share * int(counts.sum())))
-            label = dealt(counts, wanted)
-            latent = ctx.task.sample_alone(model, label, replace(ctx, rng=child(ctx.rng)))
+            label = apportion(counts, wanted)
+            latent = ctx.task.sample_alone(model, label, replace(ctx, rng=spawn(ctx.rng)))
             drawn.append({"latent": latent, "label": label, "site": torch.full((wanted,), len(drawn))})
         table = {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}
         images = {"image": ctx.task.decoded(table["latent"]), "label": table["label"], "site": table["site"]}
@@ -146,11 +148,11 @@ class FedDDPM(Averaging):
 
     # train: FedAvg, and the server's correction
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])  # w_{r+1}^k
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])  # w_{r+1}^k
         return upload(model, state, ctx, metrics)
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         merged = {**server.model, **self.robust.combine(server.model, replies)}  # w̄_{r+1}
         held = ctx.task.metrics(merged, server.held, ctx.device)["loss"]
         signals = (*server.signals, self._signal(server, replies, merged, held))
@@ -167,7 +169,7 @@ class FedDDPM(Averaging):
         server = replace(server, model=model, corrected=(*server.corrected, len(signals) - 1))
         return server, {**metrics, "corrected": 1.0, "correction_loss": info["loss"], "correction_steps": info["steps"]}
 
-    def alone(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def alone(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         model, metrics = fit(ctx, server.model, self.local, server.auxiliary)
         return replace(server, model=model), metrics
 

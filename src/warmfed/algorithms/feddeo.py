@@ -23,7 +23,7 @@ class FedDEO(WarmStarted):
 
     images: ClassVar[bool] = False
 
-    description: Training = Training(optimizer="adamw", lr=3e-2, epochs=12, schedule="cosine", warmup=5, clip=1.0)
+    description: Training = Training(optimizer="adamw", lr=3e-2, epochs=12, schedule="cosine", warmup=5, max_grad_norm=1.0)
     """A site's training of its descriptions."""
 
     @property

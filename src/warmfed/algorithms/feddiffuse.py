@@ -14,7 +14,7 @@ from typing import ClassVar, final
 
 import torch
 
-from ..core import Central, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State
 from ..core.messages import Message, message
 from ..core.tensors import Tensors, only, rows
 from ..fit import Training, fit
@@ -66,7 +66,7 @@ class FedDiffuse(Averaging):
         one_of(self, exchange=tuple(TRAVELS))
 
     def stages(self) -> tuple[Stage, ...]:
-        start = Stage("start", self.started, self.keep, evaluated=False, replies=(Nothing,), images=False)
+        start = Stage("start", self.started, self.keep, evaluated=False, replies=(Empty,), images=False)
         return ((start,) if self.private else ()) + (self.round,) * self.rounds
 
     @property
@@ -74,10 +74,10 @@ class FedDiffuse(Averaging):
         """The parts that stay with the sites."""
         return tuple(part for part in PARTS if part not in TRAVELS[self.exchange])
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return self.turn(ctx.task.init(ctx.rng), ctx)
 
-    def turn(self, model: Tensors, ctx: Central) -> Server:
+    def turn(self, model: Tensors, ctx: ServerContext) -> Server:
         """The model, and who returns what of it."""
         if self.exchange != "usplit":
             return Server(model, *(ctx.sites if part in TRAVELS[self.exchange] else () for part in PARTS))
@@ -93,33 +93,33 @@ class FedDiffuse(Averaging):
             halves[1].append(pair[coin % len(pair)])
         return Server(model, *(tuple(sorted(half)) for half in halves))
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         return Asked(server.model, tuple(part for part in PARTS if site in getattr(server, part)))
 
     # start: the sites keep what will not travel
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return Model(only(down.model, lambda name: ctx.task.part(name) in self.private)) if self.private else None
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+        return Model(only(received.model, lambda name: ctx.task.part(name) in self.private)) if self.private else None
 
-    def keep(self, down: Message, state: State, ctx: Local) -> Reply:
-        return Reply(Nothing(), state, float(rows(ctx.data["train"])), {})
+    def keep(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        return Reply(Empty(), state, float(rows(ctx.data["train"])), {})
 
-    def started(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def started(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         return replace(server, model=only(server.model, lambda name: ctx.task.part(name) not in self.private)), {}
 
     # train
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, self.client_model(down, state), self.local, ctx.data["train"])
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, self.client_model(received, state), self.local, ctx.data["train"])
         kept = Model(only(model, lambda name: ctx.task.part(name) in self.private)) if self.private else None
-        back = only(model, lambda name: ctx.task.part(name) in down.parts)
+        back = only(model, lambda name: ctx.task.part(name) in received.parts)
         return Reply(Returned(back), kept, float(rows(ctx.data["train"])), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
         parts = {ctx.task.part(name) for name in reply.message.model}
         expect(reply.message.model, ctx, lambda name: ctx.task.part(name) in parts)
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         model = dict(server.model)
         for part in PARTS:
             asked = {site: reply for site, reply in replies.items() if site in getattr(server, part)}
@@ -129,12 +129,12 @@ class FedDiffuse(Averaging):
                 model |= self.robust.combine(server.model, returned)
         return self.turn(model, ctx), {}
 
-    def of(self, part: str, reply: Reply, ctx: Central) -> Reply:
+    def of(self, part: str, reply: Reply, ctx: ServerContext) -> Reply:
         """The reply, of whose model there is one part."""
         return replace(reply, message=Model(only(reply.message.model, lambda name: ctx.task.part(name) == part)))
 
     def global_model(self, server: ServerState) -> Tensors | None:
         return None if self.private else server.model
 
-    def client_model(self, down: Message, state: State) -> Tensors:
-        return {**down.model, **(state.model if state is not None else {})}
+    def client_model(self, received: Message, state: State) -> Tensors:
+        return {**received.model, **(state.model if state is not None else {})}

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
 from ..core.messages import Message, kind, message
-from ..core.rng import aside
-from ..core.tensors import Tensors, add, misfit, rows, sub
+from ..core.rng import fork
+from ..core.tensors import Tensors, add, layout_mismatch, rows, sub
 from ..fit import Training, fit
 from ..utils.errors import InputError
 from .shared.base import DRAWING, Averaging, Model, upload
@@ -69,13 +69,13 @@ class FedDMQuant(Averaging):
         if self.bits not in BITS:
             raise InputError(f"bits must be one of {', '.join(map(str, BITS))}; got {self.bits}")
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        data, rng = ctx.data["train"], aside(ctx.rng, "quantize")
-        model, metrics = fit(ctx, down.model, self.local, data)
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        data, rng = ctx.data["train"], fork(ctx.rng, "quantize")
+        model, metrics = fit(ctx, received.model, self.local, data)
         if not self.bits:
             return upload(model, state, ctx, metrics)
         floating = {name: value for name, value in model.items() if value.is_floating_point()}
-        change = sub(floating, {name: down.model[name] for name in floating})
+        change = sub(floating, {name: received.model[name] for name in floating})
         packed = {name: quantize(value, self.bits, rng) for name, value in sorted(change.items())}
         sent = Quantized(
             {name: codes for name, (codes, _) in packed.items()},
@@ -84,7 +84,7 @@ class FedDMQuant(Averaging):
         )
         return Reply(sent, state, float(rows(data)), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
         if type(reply.message) is not (Quantized if self.bits else Model):
             raise InputError(f"it sent {kind(type(reply.message))}, expected its change in {self.bits} bits")
         if not self.bits:
@@ -96,18 +96,22 @@ class FedDMQuant(Averaging):
             grids = {name: torch.empty(2) for name in floating}
         plain = {name: value for name, value in model.items() if name not in floating}
         sent: Any = reply.message
-        if wrong := misfit(sent.codes, codes) or misfit(sent.grids, grids) or misfit(sent.plain, plain):
+        if (
+            wrong := layout_mismatch(sent.codes, codes)
+            or layout_mismatch(sent.grids, grids)
+            or layout_mismatch(sent.plain, plain)
+        ):
             raise InputError(f"{wrong}, for the model's change in {self.bits} bits")
 
-    def change(self, message: Message, down: Message) -> Tensors:
+    def change(self, message: Message, received: Message) -> Tensors:
         if not self.bits:
-            return sub(message.model, down.model)
+            return sub(message.model, received.model)
         return {
-            f"model/{name}": restore(codes, message.grids[name].double(), self.bits, down.model[name].double())
+            f"model/{name}": restore(codes, message.grids[name].double(), self.bits, received.model[name].double())
             for name, codes in message.codes.items()
         }
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         restored = {site: self._restored(server.model, reply) for site, reply in replies.items()} if self.bits else replies
         return Model({**server.model, **self.robust.combine(server.model, restored)}), {}
 

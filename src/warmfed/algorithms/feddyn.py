@@ -6,7 +6,7 @@ Departures: the local problem is solved by a fixed number of epochs, not to its 
 from dataclasses import dataclass
 from typing import final
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
 from ..core.messages import Message, message
 from ..core.tensors import Tensors, mean, scale, sub, to, zeros
 from ..fit import fit, proximal
@@ -41,25 +41,25 @@ class FedDyn(Rounds):
         if self.alpha <= 0:
             raise InputError(f"alpha must be above 0; got {self.alpha}")
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         model = ctx.task.init(ctx.rng)
         return Server(model, zeros(model))
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         return Model(server.model)
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return Gradient(zeros(down.model))
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+        return Gradient(zeros(received.model))
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         # L_k(θ) - ⟨∇L_k(θ_k), θ⟩ + α/2·||θ - θ^{t-1}||²
-        penalty = proximal(down.model, self.alpha)
+        penalty = proximal(received.model, self.alpha)
         data, linear = ctx.data["train"], to(state.gradient, ctx.device)
-        model, metrics = fit(ctx, down.model, self.local, data, penalty=penalty, correct=lambda name, g: g - linear[name])
-        gradient = sub(state.gradient, scale(sub(model, down.model), self.alpha))
+        model, metrics = fit(ctx, received.model, self.local, data, penalty=penalty, correct=lambda name, g: g - linear[name])
+        gradient = sub(state.gradient, scale(sub(model, received.model), self.alpha))
         return upload(model, Gradient(gradient), ctx, metrics)
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         average = mean((reply.message.model, 1.0) for reply in replies.values())
         step = scale(sub(average, server.model), self.alpha * len(replies) / len(ctx.sites))
         drift = sub(server.drift, step)  # h^t = h^{t-1} - α/m·Σ_{k∈P} (θ_k - θ^{t-1})

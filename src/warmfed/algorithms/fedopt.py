@@ -10,7 +10,7 @@ from typing import final
 
 import torch
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
 from ..core.messages import Message, message
 from ..core.tensors import Tensors, add, mix, scale, sub, zeros
 from ..fit import fit
@@ -73,15 +73,15 @@ class FedOpt(Averaging):
     server: ServerOptimizer = ServerOptimizer()
     """That optimizer."""
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return self.server.begin(ctx.task.init(ctx.rng))
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         return Model(server.model)
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         return self.server.step(server, sub(self.robust.combine(server.model, replies), server.model)), {}

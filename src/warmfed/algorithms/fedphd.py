@@ -18,7 +18,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, Stage, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State
 from ..core.messages import Message, message
 from ..core.tensors import Tensors, mean, rows
 from ..fit import Training, fit
@@ -84,30 +84,33 @@ class FedPhD(Averaging):
 
     def stages(self) -> tuple[Stage, ...]:
         enrol = gathering("enrol", self.enrolled, self.tell, replies=(Labels,), check=self.told, images=False)
-        return (enrol, *(Stage("train", self.merge, self.train, sample=self.sample, images=False),) * self.rounds)
+        return (
+            enrol,
+            *(Stage("train", self.aggregate, self.train, client_fraction=self.client_fraction, images=False),) * self.rounds,
+        )
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return Server(ctx.task.init(ctx.rng), {}, {}, {}, 0)
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         edge = next((edge for edge, sites in server.members.items() if site in sites), None)
         return Model(server.model if edge is None else server.edges[edge])
 
     # enrol: sites say which classes they have, and join an edge
 
-    def tell(self, down: Message, state: State, ctx: Local) -> Reply:
+    def tell(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         counts = ctx.data["train"]["label"].bincount(minlength=ctx.task.classes)
         return Reply(Labels(tuple(map(float, counts.tolist()))), state, float(rows(ctx.data["train"])), {})
 
-    def told(self, reply: Reply, site: str, ctx: Central) -> None:
+    def told(self, reply: Reply, site: str, ctx: ServerContext) -> None:
         """Raise `InputError` if the counts are not those of the site's rows."""
         count_fits(reply.message.counts, ctx.task.classes, reply.weight)
 
-    def enrolled(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def enrolled(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         labels = {site: counted(torch.tensor(reply.message.counts), reply.weight) for site, reply in replies.items()}
         return self.joined(replace(server, labels=labels), ctx), {}
 
-    def joined(self, server: Server, ctx: Central) -> Server:
+    def joined(self, server: Server, ctx: ServerContext) -> Server:
         """Every edge has the cloud's model; the sites, in an order that is drawn, choose where they make classes most even."""
         sites = [sorted(server.labels)[i] for i in torch.randperm(len(server.labels), generator=ctx.rng).tolist()]
         names = [f"edge-{i}" for i in range(min(self.edges, len(sites)))]
@@ -121,12 +124,12 @@ class FedPhD(Averaging):
 
     # train
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        there = replace(ctx, task=ctx.task.fitting(down.model))
-        model, metrics = fit(there, down.model, self.local, ctx.data["train"])
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        there = replace(ctx, task=ctx.task.fitting(received.model))
+        model, metrics = fit(there, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         edges = dict(server.edges)
         for edge, sites in server.members.items():
             answered = {

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
 from ..core.messages import Message, message
-from ..core.tensors import Table, Tensors, misfit, rows
+from ..core.tensors import Table, Tensors, layout_mismatch, rows
 from ..fit import Loss, fit
 from ..utils.errors import InputError
 from .shared.base import Model, Rounds, count_fits, counted
@@ -56,22 +56,22 @@ class FedProto(Rounds):
         if self.predict not in ("prototype", "head"):
             raise InputError(f"predict must be prototype or head; got {self.predict!r}")
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return Prototypes({}, {})
 
-    def enter(self, down: Message, ctx: Local) -> State:
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
         return Model(ctx.task.init(ctx.rng))
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         data = ctx.data["train"]
-        pulled = self.pull(ctx, down) if self.lam and down.feature else None
+        pulled = self.pull(ctx, received) if self.lam and received.feature else None
         model, metrics = fit(ctx, state.model, self.local, data, loss=pulled)
         mine = prototypes(ctx.task.features(model, data, device=ctx.device), data["label"], ctx.task.classes)
         return Reply(mine, Model(model), float(rows(data)), metrics)
 
-    def pull(self, ctx: Local, down: Message) -> Loss:
+    def pull(self, ctx: ClientContext, received: Message) -> Loss:
         """Cross-entropy and λ times the distance of each image's feature to its class's prototype, where there is one."""
-        mean, known = down.feature["mean"].to(ctx.device), (down.count["images"] > 0).to(ctx.device)
+        mean, known = received.feature["mean"].to(ctx.device), (received.count["images"] > 0).to(ctx.device)
 
         def loss(model: Any, batch: Table) -> Tensor:
             features, label = ctx.task.embed(model, batch), batch["label"]
@@ -80,22 +80,24 @@ class FedProto(Rounds):
 
         return loss
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
         with torch.device("meta"):  # only shapes are needed
             mean = torch.empty_like(ctx.task.build().head.weight)
             count = torch.empty(ctx.task.classes, dtype=torch.int64)
-        wrong = misfit(reply.message.feature, {"mean": mean}) or misfit(reply.message.count, {"images": count})
+        wrong = layout_mismatch(reply.message.feature, {"mean": mean}) or layout_mismatch(
+            reply.message.count, {"images": count}
+        )
         if wrong:
             raise InputError(wrong)
         count_fits(reply.message.count["images"].tolist(), ctx.task.classes, reply.weight)
 
-    def change(self, message: Message, down: Message) -> Tensors:
+    def change(self, message: Message, received: Message) -> Tensors:
         # of classes that the site holds: of the others it sends zeros
         known = message.count["images"] > 0
         now = message.feature["mean"][known].double()
-        return {"feature/mean": now - down.feature["mean"][known].double() if down.feature else now}
+        return {"feature/mean": now - received.feature["mean"][known].double() if received.feature else now}
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         counts = [counted(reply.message.count["images"], reply.weight) for reply in replies.values()]
         sent = [reply.message.feature["mean"].double() for reply in replies.values()]
         weight = torch.stack(counts).sum(0)
@@ -112,6 +114,6 @@ class FedProto(Rounds):
     def global_model(self, server: ServerState) -> Tensors | None:
         return None
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
-        decides = nearest(down) if self.predict == "prototype" and down.feature else {}
+    def client_model(self, received: Message, state: State) -> Tensors | None:
+        decides = nearest(received) if self.predict == "prototype" and received.feature else {}
         return {**state.model, **decides}

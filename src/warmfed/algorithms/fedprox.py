@@ -6,7 +6,7 @@ Departures: the local problem is solved by a fixed number of epochs, not to a gi
 from dataclasses import dataclass
 from typing import final
 
-from ..core import Local, Reply, State
+from ..core import ClientContext, Reply, State
 from ..core.messages import Message
 from ..fit import fit, proximal
 from .shared.base import Averaging, upload
@@ -20,7 +20,7 @@ class FedProx(Averaging):
     mu: float = 0.01
     """Weight of the proximal term."""
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        penalty = proximal(down.model, self.mu) if self.mu else None
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"], penalty=penalty)
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        penalty = proximal(received.model, self.mu) if self.mu else None
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"], penalty=penalty)
         return upload(model, state, ctx, metrics)

@@ -6,7 +6,7 @@ Departures: steps are counted in epochs.
 from dataclasses import dataclass
 from typing import final
 
-from ..core import Local, Reply, State
+from ..core import ClientContext, Reply, State
 from ..core.messages import Message
 from ..fit import Training, fit
 from .shared.base import SplitByName
@@ -17,13 +17,13 @@ from .shared.base import SplitByName
 class FedRep(SplitByName):
     """Each round a site fits its own head to the shared representation, then the representation under that head."""
 
-    head: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    head: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """The head's training in one round; `local` is the representation's."""
-    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """The representation's training in one round, after the head's."""
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         mine, shared, data = self.mine(ctx.task), self.shared(ctx.task), ctx.data["train"]
-        model, info = fit(ctx, self.whole(down, state), self.head, data, trainable=mine)
+        model, info = fit(ctx, self.whole(received, state), self.head, data, trainable=mine)
         model, metrics = fit(ctx, model, self.local, data, trainable=shared)
         return self.split(model, ctx, {**metrics, "head_loss": info["loss"]})

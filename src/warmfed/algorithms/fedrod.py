@@ -12,14 +12,14 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Local, Reply, State
+from ..core import ClientContext, Reply, State
 from ..core.messages import Message
 from ..core.tensors import Table, Tensors, add, only, sub, zeros
 from ..fit import Loss, Training, fit
 from .shared.base import Averaging, Model, upload
 
 
-def balanced(ctx: Local) -> Loss:
+def balanced(ctx: ClientContext) -> Loss:
     """Balanced softmax (Ren et al. 2020): cross-entropy of the logits + log of how often each class occurs at the site."""
     label = ctx.data["train"]["label"]
 
@@ -38,21 +38,21 @@ class FedRoD(Averaging):
 
     head: str = "head."
     """How the names of the head's tensors begin."""
-    personal: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """The personal head's training in one round."""
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return Model(zeros(only(down.model, self.of_head)))
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+        return Model(zeros(only(received.model, self.of_head)))
 
     def of_head(self, name: str) -> bool:
         return name.startswith(self.head)
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"], loss=balanced(ctx))
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"], loss=balanced(ctx))
         both = self.client_model(Model(model), state)
         tuned, info = fit(ctx, both, self.personal, ctx.data["train"], trainable=self.of_head)
         head = sub(only(tuned, self.of_head), only(model, self.of_head))
         return upload(model, Model(head), ctx, {**metrics, "personal_loss": info["loss"]})
 
-    def client_model(self, down: Message, state: State) -> Tensors:
-        return {**down.model, **add(only(down.model, self.of_head), state.model)}
+    def client_model(self, received: Message, state: State) -> Tensors:
+        return {**received.model, **add(only(received.model, self.of_head), state.model)}

@@ -10,10 +10,10 @@ from typing import ClassVar, final
 
 import torch
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
 from ..core.messages import Message, message
 from ..core.tensors import rows
-from .shared.synthetic_data import WarmStarted, held, known
+from .shared.synthetic_data import WarmStarted, check_classes, classes_of
 
 
 @message("fgl.Classes")
@@ -31,11 +31,11 @@ class FGL(WarmStarted):
     images: ClassVar[bool] = False
     offers: ClassVar[tuple[type, ...]] = (Classes,)
 
-    def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
-        return Reply(Classes(held(ctx)), None, float(rows(ctx.data["train"])), {})
+    def adapt(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        return Reply(Classes(classes_of(ctx)), None, float(rows(ctx.data["train"])), {})
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
-        known(reply.message.classes, ctx)  # class names are all that there is
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+        check_classes(reply.message.classes, ctx)  # class names are all that there is
 
-    def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def collect(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         return replace(server, classes={site: torch.tensor(r.message.classes) for site, r in replies.items()}), {}

@@ -7,7 +7,7 @@ Departures: none.
 from dataclasses import dataclass
 from typing import final
 
-from ..core import Local, Metrics, Reply, State
+from ..core import ClientContext, Metrics, Reply, State
 from ..core.messages import Message
 from ..core.tensors import Tensors
 from ..fit import Training, fit
@@ -19,13 +19,13 @@ from .shared.base import Personalized, upload
 class FedAvgFineTune(Personalized):
     """FedAvg; then each site trains the last global model once more for itself."""
 
-    personal: Training = Training(lr=0.005, epochs=5, clip=1.0)
+    personal: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
     """That last training."""
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 
-    def own(self, model: Tensors, ctx: Local) -> tuple[Tensors, Metrics]:
+    def own(self, model: Tensors, ctx: ClientContext) -> tuple[Tensors, Metrics]:
         tuned, info = fit(ctx, model, self.personal, ctx.data["train"])
         return tuned, {"personal_loss": info["loss"]}

@@ -10,9 +10,9 @@ from typing import final
 
 import torch
 
-from ..core import Local, Metrics, Reply, State
+from ..core import ClientContext, Metrics, Reply, State
 from ..core.messages import Message
-from ..core.tensors import Tensors, prefixed
+from ..core.tensors import Tensors, add_prefix
 from ..fit import fit
 from ..utils.errors import InputError
 from .shared.base import Personalized, upload
@@ -36,14 +36,14 @@ class KNNPer(Personalized):
         if not self.shares or not all(0 <= share <= 1 for share in self.shares):
             raise InputError(f"shares must be numbers from 0 to 1, at least one; got {self.shares}")
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 
-    def own(self, model: Tensors, ctx: Local) -> tuple[Tensors, Metrics]:
+    def own(self, model: Tensors, ctx: ClientContext) -> tuple[Tensors, Metrics]:
         features = ctx.task.features(model, ctx.data["train"], device=ctx.device)
         candidates = [
-            {**model, **prefixed(self.datastore(features, ctx.data["train"]["label"], share), "datastore.")}
+            {**model, **add_prefix(self.datastore(features, ctx.data["train"]["label"], share), "datastore.")}
             for share in self.shares
         ]
         found = [ctx.task.metrics(candidate, ctx.data["validation"], ctx.device) for candidate in candidates]

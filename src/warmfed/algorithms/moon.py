@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Local, Reply, State
+from ..core import ClientContext, Reply, State
 from ..core.messages import Message
 from ..core.tensors import Table
 from ..fit import fit
@@ -35,19 +35,19 @@ class MOON(Averaging):
     temperature: float = 0.5
     """τ."""
 
-    def enter(self, down: Message, ctx: Local) -> State:
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
         return Personal(None)
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         data, loss = ctx.data["train"], None
         if self.mu and state.model is not None:
-            near, far = (ctx.task.features(other, data, device=ctx.device) for other in (down.model, state.model))
+            near, far = (ctx.task.features(other, data, device=ctx.device) for other in (received.model, state.model))
             data = {**data, "near": near, "far": far}  # z_glob, z_prev
             loss = partial(self.contrasted, ctx)
-        model, metrics = fit(ctx, down.model, self.local, data, loss=loss)
+        model, metrics = fit(ctx, received.model, self.local, data, loss=loss)
         return upload(model, Personal(model), ctx, metrics)
 
-    def contrasted(self, ctx: Local, model: nn.Module, batch: Table) -> Tensor:
+    def contrasted(self, ctx: ClientContext, model: nn.Module, batch: Table) -> Tensor:
         """Cross-entropy + μ·ℓ_con."""
         features = ctx.task.embed(model, batch)  # z
         logits = model.get_submodule("head")(features)

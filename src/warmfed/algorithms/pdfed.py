@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
 from ..core.messages import Message, message
-from ..core.rng import aside, child
+from ..core.rng import fork, spawn
 from ..core.tensors import Tensors, rows
 from ..fit import Training, fit
 from ..utils.errors import InputError
@@ -56,43 +56,43 @@ class PDFed(Averaging):
         if self.samples < 2 or self.novelty < 0:
             raise InputError("samples must be at least 2 and novelty at least 0; check [algorithm]")
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return Board({}, ctx.task.init(ctx.rng))
 
-    def enter(self, down: Message, ctx: Local) -> State:
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
         return Personal(None)
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        scores = self.scores(down, ctx)
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        scores = self.scores(received, ctx)
         best = min(sorted(scores), key=lambda site: scores[site], default="")
-        start = down.models[best] if best else down.start
+        start = received.models[best] if best else received.start
         model, metrics = fit(ctx, start, self.local, ctx.data["train"])
         chosen = {"score": scores[best], "own": float(best == ctx.site)} if best else {}
         return Reply(Submission(model, best), Personal(model), float(rows(ctx.data["train"])), {**metrics, **chosen})
 
-    def scores(self, down: Message, ctx: Local) -> dict[str, float]:
+    def scores(self, received: Message, ctx: ClientContext) -> dict[str, float]:
         """By site, how far its model's images are from the private ones; lower is better. All models get the same noise."""
-        rng, found = aside(ctx.rng, "scores"), {}
+        rng, found = fork(ctx.rng, "scores"), {}
         key = rng.get_state()
-        for site, model in sorted(down.models.items()):
-            like = ctx.task.likeness(model, ctx.data, self.samples, child(rng.set_state(key)), ctx.device)
+        for site, model in sorted(received.models.items()):
+            like = ctx.task.fidelity(model, ctx.data, self.samples, spawn(rng.set_state(key)), ctx.device)
             found[site] = (like["fid"] + self.novelty * like["copies"]) / 2
         return found
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
         expect(reply.message.model, ctx)
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         votes = Counter(reply.message.vote for reply in replies.values() if reply.message.vote in server.models)
         models = {**server.models, **{site: reply.message.model for site, reply in replies.items()}}
         board = replace(server, models=dict(sorted(models.items())))
         return board, {f"votes/{site}": float(n) for site, n in sorted(votes.items())}
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         return Board(server.models, None if server.models else server.start)
 
     def global_model(self, server: ServerState) -> Tensors | None:
         return None
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
-        return state.model if state.model is not None else down.start
+    def client_model(self, received: Message, state: State) -> Tensors | None:
+        return state.model if state.model is not None else received.start

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from ..core import Local, Metrics, Reply, State
+from ..core import ClientContext, Metrics, Reply, State
 from ..core.messages import Message
 from ..core.tensors import Table, Tensors, add, rows, scale, select, sub
 from ..fit import Loss, Training, at, fit
@@ -42,11 +42,11 @@ class PerFedAvg(Personalized):
         if self.variant not in ("exact", "first-order", "hessian-free"):
             raise InputError(f"variant must be exact, first-order or hessian-free; got {self.variant!r}")
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"], loss=self.meta(ctx.task))
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"], loss=self.meta(ctx.task))
         return upload(model, state, ctx, metrics)
 
-    def own(self, model: Tensors, ctx: Local) -> tuple[Tensors, Metrics]:
+    def own(self, model: Tensors, ctx: ClientContext) -> tuple[Tensors, Metrics]:
         stepped, info = fit(ctx, model, self.personal, ctx.data["train"])
         return stepped, {"personal_loss": info["loss"]}
 

@@ -8,7 +8,7 @@ Departures: local rounds are counted in passes over the data; the mean is weight
 from dataclasses import dataclass, replace
 from typing import final
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
 from ..core.messages import Message
 from ..core.tensors import Tensors, mix
 from ..fit import Training, fit, minibatches, proximal
@@ -36,11 +36,11 @@ class PFedMe(Averaging):
         if self.passes < 1:
             raise InputError(f"passes must be at least 1; got {self.passes}")
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return Model(down.model)  # θ̃_i
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+        return Model(received.model)  # θ̃_i
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        w, theta, losses = down.model, down.model, []
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        w, theta, losses = received.model, received.model, []
         outer = replace(self.local, steps=0, epochs=self.passes)
         for inner, batch in minibatches(ctx, outer, ctx.data["train"]):
             theta, info = fit(inner, theta, self.local, batch, penalty=proximal(w, self.lam))
@@ -48,8 +48,8 @@ class PFedMe(Averaging):
             losses.append(info["loss"])
         return upload(w, Model(theta), ctx, {"loss": sum(losses) / len(losses), "steps": float(len(losses))})
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         return Model(mix(server.model, self.robust.combine(server.model, replies), self.beta)), {}
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Message, state: State) -> Tensors | None:
         return state.model

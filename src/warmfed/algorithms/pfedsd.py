@@ -7,7 +7,7 @@ Departures: none known; λ and T are `distillation.weight` and `.temperature`.
 from dataclasses import dataclass
 from typing import final
 
-from ..core import Local, Reply, State
+from ..core import ClientContext, Reply, State
 from ..core.messages import Message
 from ..core.tensors import Tensors
 from ..fit import Training
@@ -20,17 +20,17 @@ from .shared.distillation import Distillation, distilled
 class PFedSD(Averaging):
     """FedAvg whose local training is taught by the site's own model of the round before."""
 
-    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """A site's training in one round."""
     distillation: Distillation = Distillation()
     """How the past model teaches."""
 
-    def enter(self, down: Message, ctx: Local) -> State:
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
         return Personal(None)
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = distilled(ctx, down.model, self.local, state.model, self.distillation)
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = distilled(ctx, received.model, self.local, state.model, self.distillation)
         return upload(model, Personal(model), ctx, metrics)
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
-        return down.model if state.model is None else state.model
+    def client_model(self, received: Message, state: State) -> Tensors | None:
+        return received.model if state.model is None else state.model

@@ -2,13 +2,14 @@
 
 K counts optimizer steps. With momentum, each gradient moves the weights more than once; K·η is then what a site's gradients
 were multiplied with in all (‖a‖₁·η in FedNova's terms), so that c_i is their mean still.
-Departures: none with `local.momentum` and `local.clip` 0; clipping bounds the corrected gradient, and c_i is the mean of those.
+Departures: none with `local.momentum` and `local.max_grad_norm` 0; clipping bounds the corrected gradient, and c_i is
+the mean of those.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..core import Central, Local, Metrics, Replies, Reply, ServerState, State
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
 from ..core.messages import Message, message, tensors_of
 from ..core.tensors import Tensors, add, mean, rows, scale, sub, to, zeros
 from ..fit import fit
@@ -50,30 +51,30 @@ class Scaffold(Rounds):
     def __post_init__(self) -> None:
         self.local.accumulated(1)  # refuses a training whose steps are no sum of gradients
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         model = ctx.task.init(ctx.rng)
         return Server(model, zeros(model))
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return Control(zeros(down.control))
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+        return Control(zeros(received.control))
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        data, shift = ctx.data["train"], sub(down.control, state.control)
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        data, shift = ctx.data["train"], sub(received.control, state.control)
         there = to(shift, ctx.device)
-        model, metrics = fit(ctx, down.model, self.local, data, correct=lambda name, gradient: gradient + there[name])
-        change = sub(model, down.model)
+        model, metrics = fit(ctx, received.model, self.local, data, correct=lambda name, gradient: gradient + there[name])
+        change = sub(model, received.model)
         reach = self.local.accumulated(rows(data)) * self.local.lr  # K·η
         control = sub(scale(change, -1 / reach), shift)  # c_i⁺ = c_i - c + (x - y_i)/(K·η)
         return Reply(Change(change, sub(control, state.control)), Control(control), float(rows(data)), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
         expect(reply.message.model, ctx)
         expect(reply.message.control, ctx)
 
-    def change(self, message: Message, down: Message) -> Tensors:
+    def change(self, message: Message, received: Message) -> Tensors:
         return tensors_of(message)
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         model = mean((reply.message.model, 1.0) for reply in replies.values())
         control = mean((reply.message.control, 1.0) for reply in replies.values())
         share = len(replies) / len(ctx.sites)  # |S|/N

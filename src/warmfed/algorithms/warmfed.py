@@ -15,11 +15,11 @@ sends its adapter with its first model, and S_sub grows by samples of it.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
-from ..core import Central, GeneratorSpec, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State
+from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State
 from ..core.messages import Message, message
-from ..core.rng import child
+from ..core.rng import spawn
 from ..core.tensors import Tensors, join, mix, rows, select
 from ..fit import Training, fit
 from ..utils.errors import InputError, one_of
@@ -27,7 +27,18 @@ from .shared.adapter_screening import late_suspects
 from .shared.base import Model, expect, gathering, upload
 from .shared.distillation import Distillation, distilled, dynamic
 from .shared.robust_aggregation import Robust
-from .shared.synthetic_data import Synthesis, draw, fits, gather, generator_of, held, labelled, likely, warm_start, without
+from .shared.synthetic_data import (
+    Synthesis,
+    check_adapter,
+    classes_of,
+    draw,
+    gather,
+    generator_of,
+    labelled,
+    likely,
+    warm_start,
+    without,
+)
 
 
 @message("warmfed.Server")
@@ -59,7 +70,7 @@ class Down:
 
 
 @message("warmfed.Late")
-class Late:
+class LateJoinRequest:
     """What a site is sent that has sent no adapter yet: to train as the others do, and to send one too."""
 
     model: Tensors
@@ -67,7 +78,7 @@ class Late:
 
 
 @message("warmfed.Joined")
-class Joined:
+class LateJoinReply:
     """A late site's model, with all that the others have sent before the warm start."""
 
     model: Tensors
@@ -84,7 +95,7 @@ class Candidates:
 
 
 @message("warmfed.Verdict")
-class Verdict:
+class ValidationVote:
     """A site's validation of each share of fine-tuning."""
 
     right: Mapping[str, float]
@@ -108,25 +119,27 @@ class Site:
 class WarmFed:
     """Warm start from the sites' adapters, then rounds with server fine-tuning and dynamic self-distillation."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"sample": "client_fraction"}
+
     rounds: int = 5
     """R, rounds after the warm start; 0: one-shot."""
-    sample: float = 1.0
+    client_fraction: float = 1.0
     """Share of the sites asked in each round."""
     warm: bool = True
     """Whether there is a warm start at all; without it the start is random, and nothing is synthesised."""
     synthesis: Synthesis = Synthesis()
     """How S is drawn and learned."""
-    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """A site's training in one round, for the global model."""
-    personal: Training = Training(lr=0.005, epochs=5, clip=1.0)
+    personal: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
     """A site's training in one round, for its own model."""
     before: str = "none"
     """Who fine-tunes on S_sub before the aggregation: client, server or none."""
-    before_training: Training = Training(lr=0.01, epochs=1, clip=1.0)
+    before_training: Training = Training(lr=0.01, epochs=1, max_grad_norm=1.0)
     """That fine-tuning."""
     tune: bool = True
     """Whether the server fine-tunes the aggregated model on S_sub."""
-    tune_training: Training = Training(lr=0.005, epochs=1, clip=1.0)
+    tune_training: Training = Training(lr=0.005, epochs=1, max_grad_norm=1.0)
     """That fine-tuning."""
     gate: bool = True
     """Whether the sites' validation decides how much of the fine-tuning is kept: all, half or none of it."""
@@ -157,12 +170,12 @@ class WarmFed:
         warm = Stage("warm", self.start)
         train = Stage(
             "train",
-            self.merge,
+            self.aggregate,
             self.train,
             self.invite,
-            sample=self.sample,
+            client_fraction=self.client_fraction,
             evaluated=not (self.tunes and self.gate),
-            replies=(Model, Joined),
+            replies=(Model, LateJoinReply),
             check=self.check,
             images=False,
         )
@@ -171,51 +184,51 @@ class WarmFed:
             self.decide,
             self.judge,
             self.candidates,
-            replies=(Verdict,),
+            replies=(ValidationVote,),
             check=self.judged,
-            weighs="validation",
+            weight_split="validation",
             images=False,
         )
-        personalize = Stage("personalize", self.done, self.personalize, replies=(Nothing,), images=False)
+        personalize = Stage("personalize", self.done, self.personalize, replies=(Empty,), images=False)
         one_round = (train, gate) if self.tunes and self.gate else (train,)
         return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return Server(ctx.task.init(ctx.rng), tuned=None, subset={}, holders=(), classes={}, adapters={})
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         needed = self.warm and self.before == "client" and site not in server.holders
         return Down(server.model, server.subset if needed else None)
 
-    def enter(self, down: Message, ctx: Local) -> State:
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
         return Site(None, None, None, None, 0)
 
     def global_model(self, server: ServerState) -> Tensors | None:
         return server.model
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
-        return down.model if state.personal is None else state.personal
+    def client_model(self, received: Message, state: State) -> Tensors | None:
+        return received.model if state.personal is None else state.personal
 
     # adapt: each site tunes its adapter, step 0a
 
-    def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
+    def adapt(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         tensors, metrics = generator_of(ctx).adapt(ctx)
         # no state: a site enters anew after the warm start
-        return Reply(Adapter(tensors, held(ctx)), None, float(rows(ctx.data["train"])), metrics)
+        return Reply(Adapter(tensors, classes_of(ctx)), None, float(rows(ctx.data["train"])), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
-        if isinstance(reply.message, Adapter | Joined):
-            fits(ctx.generator, reply, site, ctx)
-        if isinstance(reply.message, Model | Joined):
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+        if isinstance(reply.message, Adapter | LateJoinReply):
+            check_adapter(ctx.generator, reply, site, ctx)
+        if isinstance(reply.message, Model | LateJoinReply):
             expect(reply.message.model, ctx)
 
-    def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def collect(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         adapters, classes = gather(ctx, ctx.generator, replies)
         return replace(server, adapters=adapters, classes=classes), {}
 
     # warm: the server samples, filters and trains, steps 0b and 0c
 
-    def start(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def start(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
         model, subset, metrics = warm_start(ctx, server.adapters, classes, self.synthesis)
         # none of its classes is in S_sub, from which a late site's share is counted
@@ -225,14 +238,14 @@ class WarmFed:
     # train: rounds t = 1..R
 
     def invite(self, server: ServerState, site: str) -> Message:
-        down = self.down(server, site)
+        received = self.broadcast(server, site)
         late = self.warm and (self.tune or self.before == "server") and site not in server.classes
-        return Late(down.model, down.subset) if late else down
+        return LateJoinRequest(received.model, received.subset) if late else received
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        if down.subset is not None:
-            state = replace(state, subset=down.subset)
-        start = down.model
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        if received.subset is not None:
+            state = replace(state, subset=received.subset)
+        start = received.model
         if state.subset is not None:
             start, _ = fit(ctx, start, self.before_training, state.subset)  # e_s epochs, reading R2
         model, metrics = dict(start), dict[str, float]()
@@ -240,12 +253,12 @@ class WarmFed:
             model, metrics = fit(ctx, start, self.local, ctx.data["train"])  # θ_n^t
         state, info = self.personal_step(start, state, ctx)  # θ_{p,n}^t
         reply = upload(state.personal if self.upload == "personal" else model, state, ctx, {**metrics, **info})
-        if isinstance(down, Late):
-            adapter, _ = generator_of(ctx).adapt(replace(ctx, rng=child(ctx.rng)))
-            return replace(reply, message=Joined(reply.message.model, adapter, held(ctx)))
+        if isinstance(received, LateJoinRequest):
+            adapter, _ = generator_of(ctx).adapt(replace(ctx, rng=spawn(ctx.rng)))
+            return replace(reply, message=LateJoinReply(reply.message.model, adapter, classes_of(ctx)))
         return reply
 
-    def personal_step(self, start: Tensors, state: State, ctx: Local) -> tuple[State, dict[str, float]]:
+    def personal_step(self, start: Tensors, state: State, ctx: ClientContext) -> tuple[State, dict[str, float]]:
         """One round of the personal branch: from the global model, taught by the site's own last two models."""
         count = self.personal.count(rows(ctx.data["train"]))
         selector = state.selector
@@ -262,9 +275,11 @@ class WarmFed:
         }
         return replace(state, personal=model, older=state.personal, selector=selector), info
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         server = replace(server, holders=tuple(sorted({*server.holders, *replies})))
-        late = {s: reply for s, reply in replies.items() if isinstance(reply.message, Joined) and s not in server.classes}
+        late = {
+            s: reply for s, reply in replies.items() if isinstance(reply.message, LateJoinReply) and s not in server.classes
+        }
         server, added = self.welcome(server, late, ctx) if late else (server, {})
         if self.before == "server" and self.warm:
             # reading R1: each uploaded model, before they are averaged
@@ -281,7 +296,7 @@ class WarmFed:
             return replace(server, model=merged, tuned=tuned), metrics
         return replace(server, model=tuned), {**metrics, "gate_kept": 1.0, "gate_strength": 1.0}
 
-    def welcome(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def welcome(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         """Draw from the adapters that came late, and add to S_sub as much of each as the others have in it.
 
         Samples that S_sub contradicts are not added.
@@ -293,9 +308,9 @@ class WarmFed:
         samples = without(samples, tuple(adapters), aside)
         # the model that there is by now does what the two halves of S did for each other
         belief = ctx.task.predict(server.model, samples, device=ctx.device).softmax(-1)
-        table = labelled(samples, belief, self.synthesis.soft)
+        table = labelled(samples, belief, self.synthesis.soft_label_weight)
         if self.synthesis.filter == "cross":
-            table = select(table, likely(belief, samples["label"]) >= self.synthesis.least)
+            table = select(table, likely(belief, samples["label"]) >= self.synthesis.min_class_probability)
         classes = {site: held[:0] if site in aside else held for site, held in classes.items()}
         server = replace(server, subset=join([server.subset, table]), classes={**server.classes, **classes})
         return server, {"joined_samples": float(rows(table)), **told}
@@ -305,18 +320,18 @@ class WarmFed:
     def candidates(self, server: ServerState, site: str) -> Message:
         return Candidates(server.model, server.tuned)
 
-    def judge(self, down: Message, state: State, ctx: Local) -> Reply:
-        verdict = _verdict(ctx, down.average, down.tuned)
+    def judge(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        verdict = _verdict(ctx, received.average, received.tuned)
         return Reply(verdict, state, float(verdict.count), {})
 
-    def judged(self, reply: Reply, site: str, ctx: Central) -> None:
+    def judged(self, reply: Reply, site: str, ctx: ServerContext) -> None:
         """Raise `InputError` where a verdict lacks a share of the fine-tuning, or holds numbers that cannot be."""
         right, loss, count = reply.message.right, reply.message.loss, reply.message.count
         known = right.keys() == loss.keys() == set(_SHARES) and count == reply.weight
         if not known or not all(0 <= right[s] < count + 0.5 and 0 <= loss[s] < math.inf for s in _SHARES):
             raise InputError(f"right answers and losses of {', '.join(_SHARES)} were expected, {reply.message} came")
 
-    def decide(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def decide(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         """Keep the share of the fine-tuning with most right answers; of equal ones the lower loss."""
         heard = [(r.message, r.weight / r.message.count) for r in replies.values()]  # below 1 if the border reduced its weight
         right = {share: sum(verdict.right[share] * part for verdict, part in heard) for share in _SHARES}
@@ -334,28 +349,28 @@ class WarmFed:
 
     # personalize: the sites' last step, from the last global model
 
-    def personalize(self, down: Message, state: State, ctx: Local) -> Reply:
-        state, info = self.personal_step(down.model, state, ctx)
+    def personalize(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        state, info = self.personal_step(received.model, state, ctx)
         if self.personal_gate:
-            verdict = _verdict(ctx, down.model, state.personal)
+            verdict = _verdict(ctx, received.model, state.personal)
             share = float(_best(verdict.right, verdict.loss))
-            state = replace(state, personal=mix(down.model, state.personal, share))
+            state = replace(state, personal=mix(received.model, state.personal, share))
             info = {**info, "personal_strength": share}
-        return Reply(Nothing(), state, float(rows(ctx.data["train"])), info)
+        return Reply(Empty(), state, float(rows(ctx.data["train"])), info)
 
-    def done(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def done(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         return server, {}
 
 
 _SHARES = ("0.0", "0.5", "1.0")
 
 
-def _verdict(ctx: Local, before: Tensors, after: Tensors) -> Verdict:
+def _verdict(ctx: ClientContext, before: Tensors, after: Tensors) -> ValidationVote:
     """What the site's validation says of each share of the way from one model to the other."""
     table = ctx.data["validation"]
     found = {share: ctx.task.metrics(mix(before, after, float(share)), table, ctx.device) for share in _SHARES}
     right = {share: m["accuracy"] * m["count"] / 100 for share, m in found.items()}
-    return Verdict(right, {share: m["loss"] * m["count"] for share, m in found.items()}, rows(table))
+    return ValidationVote(right, {share: m["loss"] * m["count"] for share, m in found.items()}, rows(table))
 
 
 def _best(right: Mapping[str, float], loss: Mapping[str, float]) -> str:

@@ -21,20 +21,20 @@ from ..experiments.compare import compare as compare_cells
 from ..experiments.compare import plan as plan_cells
 from ..report.parts import duration
 from ..runs.console import (
-    Events,
-    Quiet,
-    Teller,
+    JsonReporter,
+    ProgressReporter,
+    SilentReporter,
     console,
     data_counts,
     data_facts,
     emit,
+    progress_reporter,
     rich_table,
     run_facts,
     run_table,
     shown,
-    teller,
 )
-from ..runs.execute import Watcher, claimed, execute
+from ..runs.execute import RunListener, claim_run_folder, execute
 from ..runs.execute import resume as resume_run
 from ..runs.predict import predict as predict_images
 from ..runs.progress import spoken
@@ -44,7 +44,7 @@ from ..runs.verify import verify as verify_run
 from ..utils.errors import InputError
 from ..utils.files import occupied
 from ..utils.settings import construct
-from .tables import files_table, rehearsal_facts, rehearsal_table
+from .tables import dry_run_facts, dry_run_table, files_table
 
 
 def run(asked: Namespace) -> int:
@@ -60,7 +60,7 @@ def run(asked: Namespace) -> int:
         return _rehearsed(config, asked.json)
     if asked.transport == "inprocess":
         return _finished(asked, lambda watcher: execute(config, asked.out, watcher))
-    folder = asked.out or claimed(config)
+    folder = asked.out or claim_run_folder(config)
     try:
         return _finished(asked, lambda watcher: _over_flower(asked, config, folder, watcher))
     except InputError:
@@ -69,7 +69,7 @@ def run(asked: Namespace) -> int:
         raise
 
 
-def _over_flower(asked: Namespace, config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
+def _over_flower(asked: Namespace, config: Config, folder: Path, watcher: RunListener) -> dict[str, Any]:
     if asked.transport == "flower":
         return launch(config, folder, asked.superlink, watcher)
     from ..deploy.ray_simulation import simulate_on_ray
@@ -78,15 +78,15 @@ def _over_flower(asked: Namespace, config: Config, folder: Path, watcher: Watche
 
 
 def _rehearsed(config: Config, as_json: bool) -> int:
-    from ..runs.dry_run import rehearse
+    from ..runs.dry_run import dry_run
 
-    found = rehearse(config)
+    found = dry_run(config)
     if as_json:
         print(json.dumps(found, indent=1))
         return 0
     out = console()
-    out.print(rehearsal_table(found))
-    out.print(rehearsal_facts(found), highlight=False)
+    out.print(dry_run_table(found))
+    out.print(dry_run_facts(found), highlight=False)
     return 0
 
 
@@ -110,17 +110,17 @@ def resume(asked: Namespace) -> int:
     return _finished(asked, lambda watcher: resume_run(asked.folder, watcher, asked.workers))
 
 
-def _finished(asked: Namespace, work: Callable[[Teller], dict[str, Any]]) -> int:
+def _finished(asked: Namespace, work: Callable[[ProgressReporter], dict[str, Any]]) -> int:
     """Do the work of a run and show its end."""
-    with teller(quiet=asked.quiet, events=asked.json) as watcher:
+    with progress_reporter(quiet=asked.quiet, events=asked.json) as watcher:
         try:
             summary = work(watcher)
         except KeyboardInterrupt:
             raise _stopped(watcher.folder and f"resume with: warmfed resume {watcher.folder}") from None
     folder = watcher.folder or asked.folder
-    if isinstance(watcher, Events):
+    if isinstance(watcher, JsonReporter):
         emit("finished", folder=str(folder), summary=summary)
-    elif isinstance(watcher, Quiet):
+    elif isinstance(watcher, SilentReporter):
         print(folder)
     else:
         out = console()
@@ -137,13 +137,13 @@ def _stopped(advice: object) -> KeyboardInterrupt:
 
 def compare(asked: Namespace) -> int:
     settings = dict(setting(text) for text in asked.settings)
-    return _study(asked, plan_cells(asked.config, settings, asked.algorithms, asked.seeds, asked.rounds, asked.unseen))
+    return _study(asked, plan_cells(asked.config, settings, asked.algorithms, asked.seeds, asked.rounds, asked.holdout_site))
 
 
 def sweep(asked: Namespace) -> int:
     settings, grid = dict(setting(text) for text in asked.settings), dict(choices(text) for text in asked.grid)
     names = asked.algorithms or ["warmfed"] * (asked.config is None)
-    cells = plan_cells(asked.config, settings, names, asked.seeds, asked.rounds, asked.unseen, grid)
+    cells = plan_cells(asked.config, settings, names, asked.seeds, asked.rounds, asked.holdout_site, grid)
     if not cells[0].settings:
         raise InputError("a sweep needs settings to vary; name some: --grid algorithm.local.lr=0.01,0.02")
     return _study(asked, cells)
@@ -154,14 +154,14 @@ def _study(asked: Namespace, cells: Sequence[Cell]) -> int:
     folder = asked.out or next(
         path for n in count(1) if not (path := Path("runs") / (asked.command + (f"-{n}" if n > 1 else ""))).exists()
     )
-    with teller(quiet=asked.quiet, events=asked.json) as watcher:
+    with progress_reporter(quiet=asked.quiet, events=asked.json) as watcher:
         try:
-            table = compare_cells(cells, folder, asked.workers, _Shown(watcher), asked.tested)
+            table = compare_cells(cells, folder, asked.workers, _Shown(watcher), asked.reference)
         except KeyboardInterrupt:
             raise _stopped(f"the same command with --out {folder} goes on from here") from None
-    if isinstance(watcher, Events):
+    if isinstance(watcher, JsonReporter):
         emit("finished", folder=str(folder), comparison=table)
-    elif isinstance(watcher, Quiet):
+    elif isinstance(watcher, SilentReporter):
         print(folder)
     else:
         out = console()
@@ -179,7 +179,7 @@ def _study(asked: Namespace, cells: Sequence[Cell]) -> int:
 class _Shown(Cells):
     """A comparison's progress by a run's teller."""
 
-    def __init__(self, watcher: Teller) -> None:
+    def __init__(self, watcher: ProgressReporter) -> None:
         self._watcher, self._finished, self._total = watcher, 0, 0
 
     def plan(self, folder: Path, cells: Sequence[Cell], finished: int) -> None:
@@ -213,7 +213,7 @@ def report(asked: Namespace) -> int:
 
 
 def data(asked: Namespace) -> int:
-    from ..data.describe import facts, plot
+    from ..data.describe import describe, plot
     from ..runs.prepare import load_data
 
     chosen = data_table(asked.config, dict(setting(text) for text in asked.settings))
@@ -226,7 +226,7 @@ def data(asked: Namespace) -> int:
             console().print("\n".join(error.faults), highlight=False, markup=False)
         many = "1 fault" if len(error.faults) == 1 else f"{len(error.faults)} faults"
         raise InputError(f"{error.name} is not usable: {many}, listed above") from error
-    found = facts(federation, chosen.cache)
+    found = describe(federation, chosen.cache)
     if asked.plot:
         plot(federation, asked.plot)
     if asked.save:
@@ -271,7 +271,7 @@ def personalize(asked: Namespace) -> int:
 
 
 def synthesize(asked: Namespace) -> int:
-    with teller(quiet=asked.quiet, events=asked.json) as watcher:
+    with progress_reporter(quiet=asked.quiet, events=asked.json) as watcher:
         made = draw(
             asked.folder,
             site=asked.site,
@@ -282,9 +282,9 @@ def synthesize(asked: Namespace) -> int:
             out=asked.out,
             progress=watcher.phase,
         )
-    if isinstance(watcher, Events):
+    if isinstance(watcher, JsonReporter):
         emit("finished", **made)
-    elif isinstance(watcher, Quiet):
+    elif isinstance(watcher, SilentReporter):
         print(made.get("grid") or made["out"])
     else:
         places = ", ".join(made[key] for key in ("grid", "out") if key in made)
@@ -303,13 +303,13 @@ def pretrain(asked: Namespace) -> int:
     if occupied(asked.out) and not (asked.work and resumable(asked.out, settings)):
         raise InputError(f"{asked.out} is there already; choose another --out")
     images = pictures(load_data(data), settings.side) if data else None
-    with teller(quiet=asked.quiet, events=asked.json) as watcher:
+    with progress_reporter(quiet=asked.quiet, events=asked.json) as watcher:
         try:
             record = make(settings, asked.out, watcher.phase, asked.work, asked.device, images)
         except KeyboardInterrupt:
             kept = f"the same command goes on from what is in {asked.work}" if asked.work else ""
             raise _stopped(kept) from None
-    if isinstance(watcher, Events):
+    if isinstance(watcher, JsonReporter):
         emit("finished", folder=str(asked.out), record=record)
     else:
         print(asked.out)
@@ -334,12 +334,12 @@ def algorithms(asked: Namespace) -> int:
 
 
 def verify(asked: Namespace) -> int:
-    with teller(quiet=asked.quiet, events=asked.json) as watcher:
+    with progress_reporter(quiet=asked.quiet, events=asked.json) as watcher:
         try:
             history, difference = verify_run(asked.folder, watcher, asked.workers), None
         except DifferenceError as error:
             history, difference = None, str(error)
-    if isinstance(watcher, Events):
+    if isinstance(watcher, JsonReporter):
         emit("verified", identical=difference is None, history_sha256=history, difference=difference)
     else:
         print(f"identical: history {history}" if difference is None else shown(f"different: {difference}"))

@@ -20,8 +20,14 @@ CODES = """exit codes:
 """
 
 
+_RENAMED = {"--unseen": "--holdout-site", "--tested": "--reference"}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        for old, new in _RENAMED.items():
+            if old in message.split():
+                raise InputError(f"{old} is now called {new}; rename it")
         raise InputError(f"{message}; `{self.prog} --help` shows what there is")
 
 
@@ -207,9 +213,13 @@ def _study(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="default 0 1 2")
     command.add_argument("--rounds", nargs="+", type=int, default=[], metavar="R", help="default: what the configuration says")
     command.add_argument(
-        "--unseen", nargs="+", default=[], metavar="SITE", help="leave these sites out, one at a time, and measure there too"
+        "--holdout-site",
+        nargs="+",
+        default=[],
+        metavar="SITE",
+        help="leave these sites out, one at a time, and measure there too",
     )
-    command.add_argument("--tested", default="", metavar="NAME", help="compare this arm with each other one in the tests")
+    command.add_argument("--reference", default="", metavar="NAME", help="compare this arm with each other one in the tests")
     command.add_argument("--out", type=Path, metavar="DIR", help="folder of the study; an existing one goes on")
     _workers(command, "runs at the same time (default: one for each processor)")
     _settings(command)

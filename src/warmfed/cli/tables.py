@@ -21,7 +21,7 @@ def files_table(files: Sequence[File]) -> Table:
     return table
 
 
-def rehearsal_table(found: Mapping[str, Any]) -> Table:
+def dry_run_table(found: Mapping[str, Any]) -> Table:
     """A row for each kind of work."""
     table = Table(box=None, pad_edge=False)
     for header in ("work", "at", "how much", "about", "memory"):
@@ -32,7 +32,7 @@ def rehearsal_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def rehearsal_facts(found: Mapping[str, Any]) -> str:
+def dry_run_facts(found: Mapping[str, Any]) -> str:
     """What it comes to."""
     stages = ", ".join(f"{name} × {count}" if count > 1 else name for name, count in found["stages"].items())
     lines = [

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..utils.errors import InputError
-from .contract import LARGEST, Absent, Central, Metrics, Reply, ServerState, Stage, bounded
+from .contract import LARGEST, Failure, Metrics, Reply, ServerContext, ServerState, Stage, cap_weights
 from .messages import Message, kind, tensors_of
-from .tensors import Tensors, finite, misfit
+from .tensors import Tensors, finite, layout_mismatch
 
 T = TypeVar("T")
 _METRICS, _NAME, _ROWS = 64, 100, 10**12
@@ -23,81 +23,95 @@ _FAR = 1e15
 
 
 @dataclass(frozen=True)
-class Border:
+class AdmissionPolicy:
     """What the server takes from the sites."""
 
-    deadline: float = 3600.0
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "least": "min_sites",
+        "deadline": "stage_timeout",
+        "norm": "max_update_norm",
+        "bytes": "max_reply_bytes",
+        "far": "max_update_ratio",
+        "rows": "max_rows",
+        "share": "max_weight_share",
+    }
+
+    stage_timeout: float = 3600.0
     """Seconds that a stage may take, and as long for its evaluation; only where the sites are elsewhere."""
-    least: int = 0
+    min_sites: int = 0
     """Sites that must have answered a stage, or the run stops at its last checkpoint; 0: all that were asked."""
-    norm: float = 0.0
+    max_update_norm: float = 0.0
     """Largest L2 norm of a reply's change (`Stage.change`); 0: any finite one."""
-    far: float = 8.0
+    max_update_ratio: float = 8.0
     """Largest size of a reply's change, in medians of the other sites' changes: a larger one, if it is also more than a
     quarter as large as what was sent, is left out by name. A site with more rows than the median may go as many times
     farther, as far as it has no more rows than all others together. It takes three replies to judge; 0: any size."""
-    bytes: int = 0
+    max_reply_bytes: int = 0
     """Largest reply in bytes; 0: any that the wire takes. Only where the sites are elsewhere."""
-    rows: int = 0
+    max_rows: int = 0
     """Most rows that a site may declare, all splits together; 0: any number."""
-    share: float = 1.0
+    max_weight_share: float = 1.0
     """Largest part of the total weight that any one site may have; heavier sites are reduced to it. 1.0: no bound."""
 
     sites: tuple[str, ...] = ()
-    """Who takes part; a run begins when all have come, or after the deadline with `least` of them. Empty: who is there
+    """Who takes part; a run begins when all have come, or after `stage_timeout` with `min_sites` of them. Empty: who is there
     when the run begins. Only where the sites are elsewhere."""
 
     def __post_init__(self) -> None:
-        sizes = (self.norm, self.far, self.least, self.bytes, self.rows)
-        if not (0 < self.deadline < inf and all(0 <= size < inf for size in sizes) and 0 < self.share <= 1):
+        sizes = (self.max_update_norm, self.max_update_ratio, self.min_sites, self.max_reply_bytes, self.max_rows)
+        if not (0 < self.stage_timeout < inf and all(0 <= size < inf for size in sizes) and 0 < self.max_weight_share <= 1):
             raise InputError(
-                "deadline must be above 0, norm, far, least, bytes and rows at least 0, share above 0 and at most 1, "
-                "and all finite; check [border]"
+                "stage_timeout must be above 0, max_update_norm, max_update_ratio, min_sites, max_reply_bytes and max_rows "
+                "at least 0, max_weight_share above 0 and at most 1, and all finite; check [server]"
             )
 
     def needed(self, asked: int) -> int:
         """How many of the sites that were asked must have answered."""
-        return min(self.least, asked) if self.least else asked
+        return min(self.min_sites, asked) if self.min_sites else asked
 
-    def admit(self, answer: Reply | Absent, site: str, down: Message, stage: Stage, ctx: Central) -> Reply | Absent:
+    def admit(self, answer: Reply | Failure, site: str, sent: Message, stage: Stage, ctx: ServerContext) -> Reply | Failure:
         """Return the reply, or why it is refused.
 
         Its kind must be one that the stage takes. A reply of the message's own kind has the message's layout: names, shapes and
         types of its tensors, if it has any. Every floating-point tensor must be finite, the weight one that the site's rows
         allow, and the metrics few and named by short printable words. What else a stage demands, its `check` says.
         """
-        if isinstance(answer, Absent):
+        if isinstance(answer, Failure):
             return answer
-        return guarded(partial(self._admitted, answer, site, down, stage, ctx))
+        return catch_failure(partial(self._admitted, answer, site, sent, stage, ctx))
 
-    def _admitted(self, reply: Reply, site: str, down: Message, stage: Stage, ctx: Central) -> Reply:
+    def _admitted(self, reply: Reply, site: str, sent_message: Message, stage: Stage, ctx: ServerContext) -> Reply:
         rows = ctx.rows.get(site, {})
-        if self.rows and sum(rows.values()) > self.rows:
-            raise InputError(f"it declares {sum(rows.values())} rows, at most {self.rows} are taken")
-        most = rows.get(stage.weighs, _ROWS)
+        if self.max_rows and sum(rows.values()) > self.max_rows:
+            raise InputError(f"it declares {sum(rows.values())} rows, at most {self.max_rows} are taken")
+        most = rows.get(stage.weight_split, _ROWS)
         if not 1 <= reply.weight <= most:
-            raise InputError(f"its weight is {reply.weight}, expected 1 to the {most} {stage.weighs} rows that it declares")
-        _named(reply.metrics)
-        kinds = stage.replies or (type(down),)
+            raise InputError(
+                f"its weight is {reply.weight}, expected 1 to the {most} {stage.weight_split} rows that it declares"
+            )
+        _check_names(reply.metrics)
+        kinds = stage.replies or (type(sent_message),)
         if type(reply.message) not in kinds:
             wanted = " or ".join(kind(each) for each in kinds)
             raise InputError(f"its message is of kind {kind(type(reply.message))}, expected {wanted}")
-        came, sent = tensors_of(reply.message), tensors_of(down)
-        if wrong := misfit(came, sent) if sent and type(reply.message) is type(down) else "":
+        came, sent = tensors_of(reply.message), tensors_of(sent_message)
+        if wrong := layout_mismatch(came, sent) if sent and type(reply.message) is type(sent_message) else "":
             raise InputError(wrong)
         for name, tensor in sorted(came.items()):
             if not finite(tensor):
                 raise InputError(f"tensor {name!r} is not finite")
         if stage.check is not None:
             stage.check(reply, site, ctx)
-        if self.norm:
-            norm = math.hypot(*(size * math.sqrt(count) for size, count in _changes(reply.message, down, stage).values()))
-            if norm > self.norm:
-                raise InputError(f"its norm is {norm:.4g}, at most {self.norm:.4g} is taken")
+        if self.max_update_norm:
+            norm = math.hypot(
+                *(size * math.sqrt(count) for size, count in _changes(reply.message, sent_message, stage).values())
+            )
+            if norm > self.max_update_norm:
+                raise InputError(f"its norm is {norm:.4g}, at most {self.max_update_norm:.4g} is taken")
         return reply
 
-    def settle(
-        self, answers: Mapping[str, Reply | Absent], sent: Mapping[str, Message], stage: Stage
+    def exclude_outliers(
+        self, answers: Mapping[str, Reply | Failure], sent: Mapping[str, Message], stage: Stage
     ) -> tuple[dict[str, Reply], dict[str, str]]:
         """Return the replies that the stage's server function gets, and why the other sites are left out; both by site.
 
@@ -106,35 +120,35 @@ class Border:
         answers = dict(sorted(answers.items()))
         replies = {site: answer for site, answer in answers.items() if isinstance(answer, Reply)}
         changes = {site: _changes(reply.message, sent[site], stage) for site, reply in replies.items()}
-        weights = bounded({site: reply.weight for site, reply in replies.items()}, 0.5)  # declared, and perhaps inflated
+        weights = cap_weights({site: reply.weight for site, reply in replies.items()}, 0.5)  # declared, and perhaps inflated
         for site, fields in changes.items():
-            if wrong := next(filter(None, (self._far(site, field, changes, weights, sent[site]) for field in fields)), ""):
-                answers[site] = Absent(wrong)
+            if wrong := next(filter(None, (self._outlier(site, field, changes, weights, sent[site]) for field in fields)), ""):
+                answers[site] = Failure(wrong)
                 del replies[site]
-        weights = bounded({site: reply.weight for site, reply in replies.items()}, self.share)
+        weights = cap_weights({site: reply.weight for site, reply in replies.items()}, self.max_weight_share)
         replies = {
             site: reply if reply.weight == weights[site] else replace(reply, weight=weights[site])
             for site, reply in replies.items()
         }
-        return replies, {site: answer.reason for site, answer in answers.items() if isinstance(answer, Absent)}
+        return replies, {site: answer.reason for site, answer in answers.items() if isinstance(answer, Failure)}
 
-    def _far(self, site: str, field: str, changes: Mapping[str, Any], weights: Mapping[str, float], sent: Message) -> str:
+    def _outlier(self, site: str, field: str, changes: Mapping[str, Any], weights: Mapping[str, float], sent: Message) -> str:
         """Why the change of one field of a site's reply is too large; empty: it is not."""
         size = changes[site][field][0]
         if not size <= _FAR:
             return f"the change of its {field!r} is {size:.4g}, root mean square; at most {_FAR:.0e} is taken"
         others = [other for other in changes if other != site and field in changes[other]]
-        if not self.far or len(others) < 2:
+        if not self.max_update_ratio or len(others) < 2:
             return ""
         middle, rows = median(changes[other][field][0] for other in others), median(weights[other] for other in others)
-        times = self.far * max(1.0, weights[site] / rows)
+        times = self.max_update_ratio * max(1.0, weights[site] / rows)
         if not 0 < middle * times < size or size <= _size(_by_field(tensors_of(sent)).get(field, []))[0] / 4:
             return ""
         found = f"the change of its {field!r} is {size / middle:.4g} times the others' median"
-        return f"{found}, at most {times:.4g} is taken (border.far)"
+        return f"{found}, at most {times:.4g} is taken (server.max_update_ratio)"
 
-    def measured(
-        self, answers: Mapping[str, Mapping[str, Metrics] | Absent], model: Tensors | None, ctx: Central
+    def admit_metrics(
+        self, answers: Mapping[str, Mapping[str, Metrics] | Failure], model: Tensors | None, ctx: ServerContext
     ) -> tuple[dict[str, Mapping[str, Metrics]], dict[str, str]]:
         """Return the sites' metrics of the models as they may be recorded, and why other sites' may not be; both by site.
 
@@ -146,27 +160,29 @@ class Border:
         absent: dict[str, str] = {}
         for site, views in answers.items():
             rows = ctx.rows.get(site, {})
-            taken = views if isinstance(views, Absent) else guarded(partial(_measures, views, model is not None, rows, ctx))
-            if isinstance(taken, Absent):
+            taken = (
+                views if isinstance(views, Failure) else catch_failure(partial(_measures, views, model is not None, rows, ctx))
+            )
+            if isinstance(taken, Failure):
                 absent[site] = f"its models are not measured: {taken.reason}"
             else:
                 found[site] = taken
         return found, absent
 
-    def sound(self, server: ServerState, stage: str) -> None:
+    def check_state(self, server: ServerState, stage: str) -> None:
         """Raise `InputError` if the server's new state holds a number that is not finite: a later stage could not use it."""
         if wrong := next((name for name, tensor in sorted(tensors_of(server).items()) if not finite(tensor)), ""):
             raise InputError(
                 f"after stage {stage}, tensor {wrong!r} of the server is not finite: its training ran away; "
-                "set a lower learning rate, or border.norm to bound what the sites send"
+                "set a lower learning rate, or server.max_update_norm to bound what the sites send"
             )
 
 
-STRICT = Border()
+DEFAULT_ADMISSION = AdmissionPolicy()
 """All that were asked must answer; nothing that is not finite is taken."""
 
 
-def guarded(take: Callable[[], T]) -> T | Absent:
+def catch_failure(take: Callable[[], T]) -> T | Failure:
     """Return what `take` makes of one site's answer, or why it can make nothing of it.
 
     Whatever an answer raises, its site has failed, and not the run: this is the only place that catches every exception.
@@ -174,12 +190,12 @@ def guarded(take: Callable[[], T]) -> T | Absent:
     try:
         return take()
     except InputError as error:
-        return Absent(str(error))
+        return Failure(str(error))
     except Exception as error:
-        return Absent(f"its answer cannot be used ({type(error).__name__}: {error})")
+        return Failure(f"its answer cannot be used ({type(error).__name__}: {error})")
 
 
-def _named(metrics: Mapping[str, Any]) -> None:
+def _check_names(metrics: Mapping[str, Any]) -> None:
     """Raise `InputError` if there are too many metrics, or one has a name that cannot be shown."""
     if len(metrics) > _METRICS or not all(len(name) <= _NAME and name.isprintable() for name in metrics):
         raise InputError(f"it has {len(metrics)} metrics; expected at most {_METRICS}, each of {_NAME} printable characters")
@@ -188,14 +204,14 @@ def _named(metrics: Mapping[str, Any]) -> None:
 _VIEWS = {f"{model}/{split}" for model in ("global", "personal") for split in ("validation", "test")}
 
 
-def _measures(views: Mapping[str, Metrics], shared: bool, rows: Mapping[str, int], ctx: Central) -> Mapping[str, Metrics]:
+def _measures(views: Mapping[str, Metrics], shared: bool, rows: Mapping[str, int], ctx: ServerContext) -> Mapping[str, Metrics]:
     """Raise `InputError` if metrics are not those of the models that the site has, on the rows that it declares."""
     models = {view.partition("/")[0] for view in views} | ({"global"} if shared else set())
     wanted = {f"{model}/{split}" for model in models for split in ("validation", "test") if rows.get(split)}
     if views.keys() - _VIEWS or wanted - views.keys():
         raise InputError(f"it measured {sorted(views)[:8]}, expected {sorted(wanted)}")
     for view, metrics in views.items():
-        _named(metrics)
+        _check_names(metrics)
         value, count = metrics.get(ctx.task.measure, inf), metrics.get("count", inf)
         most = 100.0 if ctx.task.measure == "accuracy" else LARGEST
         split = view.partition("/")[2]
@@ -206,12 +222,12 @@ def _measures(views: Mapping[str, Metrics], shared: bool, rows: Mapping[str, int
     return views
 
 
-def _changes(message: Message, down: Message, stage: Stage) -> dict[str, tuple[float, int]]:
+def _changes(message: Message, sent_message: Message, stage: Stage) -> dict[str, tuple[float, int]]:
     """By field of a reply's message: the root mean square of its change, and of how many numbers."""
     if stage.change is not None:
-        moved: Tensors = stage.change(message, down)
+        moved: Tensors = stage.change(message, sent_message)
     else:
-        came, sent = tensors_of(message), tensors_of(down)
+        came, sent = tensors_of(message), tensors_of(sent_message)
         both = [name for name in came if name in sent and sent[name].shape == came[name].shape]
         floating = [name for name in both if came[name].is_floating_point()]
         moved = {name: came[name].sub(sent[name]) for name in floating} if both else came

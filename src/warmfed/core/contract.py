@@ -51,7 +51,7 @@ class Task(Protocol):
 class Generator(Protocol):
     """A text-conditioned image generator that adapts to a site and samples as that site."""
 
-    def adapt(self, ctx: "Local") -> tuple[Tensors, Metrics]:
+    def adapt(self, ctx: "ClientContext") -> tuple[Tensors, Metrics]:
         """Tune a small adapter on the site's images. Returns its tensors, and what the report shows."""
         ...
 
@@ -67,7 +67,9 @@ class Generator(Protocol):
         """Keep a site's adapter as files that other tools open."""
         ...
 
-    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: "Local | Central") -> Tensor:
+    def synthesize(
+        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: "ClientContext | ServerContext"
+    ) -> Tensor:
         """One image for each label, uint8 [n, 3, h, w], drawn from `ctx.rng`; None: from the base alone."""
         ...
 
@@ -108,17 +110,17 @@ def prompts_of(site: str, prompts: Sequence[str]) -> tuple[str, ...]:
     return tuple(_SITE.sub(word, text) for text in prompts)
 
 
-def silent(what: str, done: int, total: int) -> None:
+def no_progress(what: str, done: int, total: int) -> None:
     """The default of `progress`: says nothing."""
 
 
-def in_turn(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
+def map_serial(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
     """The default of `spread`: one job after another, in this process."""
     return [function(*job) for job in jobs]
 
 
 @dataclass(frozen=True)
-class Local:
+class ClientContext:
     """All that a client function may see."""
 
     task: Any
@@ -130,13 +132,13 @@ class Local:
     """The text of each class, in the order of the labels."""
     generator: Any = None
     device: str = "cpu"
-    unfinished: Path | None = None
+    snapshot_path: Path | None = None
     """Where a long training may keep its snapshots; it is removed when the reply is safe. None: they are not kept."""
-    progress: Callable[[str, int, int], None] = silent
+    progress: Callable[[str, int, int], None] = no_progress
 
 
 @dataclass(frozen=True)
-class Central:
+class ServerContext:
     """All that a server function may see."""
 
     task: Any
@@ -150,9 +152,9 @@ class Central:
     device: str = "cpu"
     folder: Path | None = None
     """Where artefacts go (adapters, the synthetic set); None: they are not kept."""
-    spread: Callable[..., list[Any]] = in_turn
+    map_jobs: Callable[..., list[Any]] = map_serial
     """spread(function, jobs): the results of independent jobs in order, over the worker processes if there are any."""
-    progress: Callable[[str, int, int], None] = silent
+    progress: Callable[[str, int, int], None] = no_progress
 
 
 @message("core.Reply")
@@ -168,7 +170,7 @@ class Reply:
 
 
 @message("core.Nothing")
-class Nothing:
+class Empty:
     """A message without content."""
 
 
@@ -182,24 +184,24 @@ class Stage:
 
     name: str
     """Also the name of Flower's action: train.<name>."""
-    server: Callable[[ServerState, Replies, Central], tuple[ServerState, Metrics]]
-    client: Callable[[Message, State, Local], Reply] | None = None
+    server: Callable[[ServerState, Replies, ServerContext], tuple[ServerState, Metrics]]
+    client: Callable[[Message, State, ClientContext], Reply] | None = None
     """None: only the server works."""
-    down: Callable[[ServerState, str], Message] | None = None
+    broadcast: Callable[[ServerState, str], Message] | None = None
     """down(server, site), where this stage sends something else than `Algorithm.down`."""
-    sample: float = 1.0
+    client_fraction: float = 1.0
     """Share of the sites that is asked."""
     evaluated: bool = True
     """Whether the models are measured after it; not where it leaves them as they were."""
     replies: tuple[type, ...] = ()
     """Kinds of message that it takes; empty: the kind that was sent, with the layout that was sent."""
-    check: Callable[[Reply, str, Central], None] | None = None
+    check: Callable[[Reply, str, ServerContext], None] | None = None
     """check(reply, site, ctx) raises an error if a reply cannot be used: the site is then left out of the round. It checks the
     layout of what is not of the kind that was sent, and the range of every number."""
     change: Callable[[Message, Message], Tensors] | None = None
     """change(reply's message, what was sent): how far the site went, by `field/name`; its size is compared with the other
     sites'. None: the difference of the tensors that both have, or the reply's tensors if there are none."""
-    weighs: str = "train"
+    weight_split: str = "train"
     """Split whose rows a reply's weight counts."""
     images: bool | None = None
     """Whether its replies hold images of the site, raw or encoded; None: not declared, and every site refuses the stage."""
@@ -213,15 +215,15 @@ class Algorithm(Protocol):
         """The form of the run's generator that its contexts hold; None: it uses none."""
         ...
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         """The server's state before anything has happened."""
         ...
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         """What this site is sent."""
         ...
 
-    def enter(self, down: Message, ctx: Local) -> State:
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
         """A site's state at first contact; None: it needs none yet."""
         ...
 
@@ -233,7 +235,7 @@ class Algorithm(Protocol):
         """The model that the server would release; None: there is none."""
         ...
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Message, state: State) -> Tensors | None:
         """What a site would use: all it has is its last message and its state. None: nothing yet."""
         ...
 
@@ -253,7 +255,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Absent:
+class Failure:
     """What comes in the place of a reply: why a site is left out of this round, as one printable line."""
 
     reason: str
@@ -268,12 +270,12 @@ class Transport(Protocol):
     sites: tuple[str, ...]
 
     def send(
-        self, step: int, stage: str, number: int, down: Mapping[str, Message]
-    ) -> Iterator[tuple[str, Reply | Absent, tuple[Exchange, ...]]]:
+        self, step: int, stage: str, number: int, messages: Mapping[str, Message]
+    ) -> Iterator[tuple[str, Reply | Failure, tuple[Exchange, ...]]]:
         """Send each site its message; yield replies as they come, with what crossed the wire."""
         ...
 
-    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics] | Absent]:
+    def evaluate(self, messages: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics] | Failure]:
         """By site: the metrics of "global/validation", "global/test", "personal/validation", "personal/test", or why not."""
         ...
 
@@ -317,7 +319,7 @@ class Round:
         } | ({"absent": dict(self.absent)} if self.absent else {})
 
 
-def bounded(weights: Mapping[str, float], share: float) -> dict[str, float]:
+def cap_weights(weights: Mapping[str, float], share: float) -> dict[str, float]:
     """Return weights of which none is more than `share` of their sum: heavier ones are reduced to it.
 
     If there are too few for that (`share` below one divided by their number), all become equal to the smallest.
@@ -354,7 +356,7 @@ def _counted(metrics: Metrics) -> dict[str, float]:
 def _union(evaluation: Mapping[str, Mapping[str, Metrics]], share: float) -> dict[str, dict[str, float]]:
     """The global model on all test sets joined: means weighted by the sites' counts."""
     tests = {site: _counted(views["global/test"]) for site, views in evaluation.items() if "global/test" in views}
-    weights = bounded({site: m["count"] for site, m in tests.items()}, share)
+    weights = cap_weights({site: m["count"] for site, m in tests.items()}, share)
     total = sum(weights.values())
     if not total:
         return {}

@@ -17,19 +17,19 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 """Without it cuBLAS adds in another order from run to run; it looks once, before its first product."""
 
 
-def number(*key: object) -> int:
+def stream_seed(*key: object) -> int:
     """A 63-bit number that depends on every part of `key` (SHA-256 of its representation)."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
-def named(*key: object) -> torch.Generator:
+def stream(*key: object) -> torch.Generator:
     """The stream of this name, on the CPU: drawing on the CPU keeps results equal across devices."""
-    return torch.Generator().manual_seed(number(*key))
+    return torch.Generator().manual_seed(stream_seed(*key))
 
 
-def numpy_named(*key: object) -> np.random.Generator:
+def numpy_stream(*key: object) -> np.random.Generator:
     """The same for code that needs NumPy (partitions, drawing of data)."""
-    return np.random.default_rng(number(*key))
+    return np.random.default_rng(stream_seed(*key))
 
 
 def random_state(*key: object) -> np.random.RandomState:
@@ -37,18 +37,18 @@ def random_state(*key: object) -> np.random.RandomState:
 
     RandomState because its stream is frozen for good; NumPy keeps the right to change that of `Generator`.
     """
-    name = number(*key)
+    name = stream_seed(*key)
     return np.random.RandomState([name >> 32, name & 0xFFFFFFFF])
 
 
-def child(parent: torch.Generator) -> torch.Generator:
+def spawn(parent: torch.Generator) -> torch.Generator:
     """A stream of its own, drawn from `parent`: two users of it cannot disturb each other."""
     return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=parent, device="cpu")))
 
 
-def aside(parent: torch.Generator, purpose: str) -> torch.Generator:
+def fork(parent: torch.Generator, purpose: str) -> torch.Generator:
     """A stream named by its purpose and by where `parent` stands, which stays there: what is extra disturbs nobody."""
-    return named(hashlib.sha256(parent.get_state().numpy().tobytes()).hexdigest(), purpose)
+    return stream(hashlib.sha256(parent.get_state().numpy().tobytes()).hexdigest(), purpose)
 
 
 @contextmanager

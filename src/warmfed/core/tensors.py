@@ -53,12 +53,12 @@ def only(a: Tensors, keep: Callable[[str], bool]) -> dict[str, Tensor]:
     return {name: value for name, value in a.items() if keep(name)}
 
 
-def prefixed(a: Tensors, prefix: str) -> dict[str, Tensor]:
+def add_prefix(a: Tensors, prefix: str) -> dict[str, Tensor]:
     """The same tensors, their names after a prefix: several models become one."""
     return {prefix + name: value for name, value in a.items()}
 
 
-def under(a: Tensors, prefix: str) -> dict[str, Tensor]:
+def strip_prefix(a: Tensors, prefix: str) -> dict[str, Tensor]:
     """Those whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in a.items() if name.startswith(prefix)}
 
@@ -83,7 +83,7 @@ def mean(items: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
     }
 
 
-def misfit(came: Tensors, wanted: Tensors) -> str:
+def layout_mismatch(came: Tensors, wanted: Tensors) -> str:
     """The first tensor by name that has not the wanted type and shape, or is missing or too many; empty: all fit."""
     names = came.keys() | wanted.keys()
     name = min((name for name in names if not _same(came.get(name), wanted.get(name))), default=None)
@@ -116,7 +116,7 @@ def select(table: Table, index: Tensor | slice) -> dict[str, Tensor]:
     return {name: column[index] for name, column in table.items()}
 
 
-def spread(table: Table, count: int) -> dict[str, Tensor]:
+def evenly_spaced(table: Table, count: int) -> dict[str, Tensor]:
     """At most `count` rows, evenly spread over the table, which may be sorted by class."""
     return select(table, torch.linspace(0, rows(table) - 1, min(count, rows(table))).long())
 
@@ -143,7 +143,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return first.as_strided(shape, torch.empty(shape, device="meta").stride())
 
 
-def dealt(counts: Tensor, wanted: int) -> Tensor:
+def apportion(counts: Tensor, wanted: int) -> Tensor:
     """`wanted` labels, sorted, as frequent as `counts` says: largest remainders."""
     exact = counts.double() * wanted / counts.sum()
     base = exact.floor().long()

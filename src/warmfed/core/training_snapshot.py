@@ -10,8 +10,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..utils.errors import InputError
-from ..utils.files import read_sealed, write_sealed
-from .tensors import Tensors, prefixed, to, under
+from ..utils.files import read_checksummed, write_checksummed
+from .tensors import Tensors, add_prefix, strip_prefix, to
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Snapshots:
     of: str = ""
     """What the training is of beside its start, settings, data and random numbers: the loss's settings, a frozen part."""
 
-    def recall(self, key: str) -> Callable[[str], dict[str, Tensor]] | None:
+    def load(self, key: str) -> Callable[[str], dict[str, Tensor]] | None:
         """The last snapshot, as a function that gives a part's tensors; None: none is of the training that `key` names.
 
         A damaged one is of no training: it begins anew, and only time is lost.
@@ -32,23 +32,23 @@ class Snapshots:
         if not self.path.exists():
             return None
         try:
-            content = read_sealed(self.path, "the unfinished training")
+            content = read_checksummed(self.path, "the unfinished training")
         except InputError:
             return None
         name, _, tensors = content.partition(b"\n")
         if name.decode() != key:
             return None
         whole = load(tensors)
-        return lambda part: under(whole, f"{part}/")
+        return lambda part: strip_prefix(whole, f"{part}/")
 
-    def keep(self, key: str, **parts: Tensors) -> None:
+    def save(self, key: str, **parts: Tensors) -> None:
         """Replace the snapshot, each part's names under its own; raises `InputError` where the disk is full."""
-        flat = {name: value for part, named in parts.items() for name, value in prefixed(named, f"{part}/").items()}
+        flat = {name: value for part, named in parts.items() for name, value in add_prefix(named, f"{part}/").items()}
         whole = {name: value.contiguous() for name, value in to(flat, "cpu").items()}
-        write_sealed(self.path, key.encode() + b"\n" + save(whole))
+        write_checksummed(self.path, key.encode() + b"\n" + save(whole))
 
 
-def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What an optimizer remembers, by the number of the parameter and its own names; whole numbers become int64."""
     return {
         f"{number}/{name}": torch.as_tensor(value)
@@ -58,7 +58,7 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore(optimizer: torch.optim.Optimizer, remembered: Tensors) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, remembered: Tensors) -> None:
     """Give an optimizer what `moments` told."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in remembered.items():

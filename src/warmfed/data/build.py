@@ -16,10 +16,10 @@ from ..core.tensors import Table, rows
 from ..utils.errors import InputError, suggest
 from ..utils.files import read_json, write_json
 from .decode import Entry, pictures
-from .examples import WHOLE, Common, Pool, digests, names_in_order, refuse, texts
+from .examples import WHOLE, Examples, ReaderOptions, digests, names_in_order, refuse, texts
 from .federation import SPLITS, Federation, Site
 from .image_cache import Cache, Mapped
-from .partition import Deal
+from .partition import Partition
 from .splits import DROPPED, PUBLIC, remarks, split
 
 HELD = 256 * 2**20
@@ -27,7 +27,7 @@ HELD = 256 * 2**20
 
 
 def finished(
-    name: str, entries: list[Entry], asked: Common, faults: list[str], notes: list[str], order: tuple[str, ...] = ()
+    name: str, entries: list[Entry], asked: ReaderOptions, faults: list[str], notes: list[str], order: tuple[str, ...] = ()
 ) -> Federation:
     """The federation of these pictures, of the sites and classes that are asked for."""
     if asked.sites is not None:
@@ -42,17 +42,17 @@ def finished(
         if left:
             notes.append(f"the classes {', '.join(names_in_order(left))} were left out")
         classes, entries = tuple(asked.classes), [entry for entry in entries if entry.label in asked.classes]
-    deal = None if asked.deal is None else Deal(**asked.deal)
+    deal = None if asked.partition is None else Partition(**asked.partition)
     pool = pictures(entries, classes, asked, faults)
     return assemble(asked.name or name, pool, classes, replace(asked, sites=None), deal, faults=faults, notes=notes)
 
 
 def assemble(
     name: str,
-    pool: Pool,
+    pool: Examples,
     classes: Sequence[str],
-    options: Common,
-    deal: Deal | None = None,
+    options: ReaderOptions,
+    deal: Partition | None = None,
     *,
     faults: Sequence[str] = (),
     notes: Sequence[str] = (),
@@ -100,7 +100,7 @@ def assemble(
     return Federation(name, tuple(classes), options.template, sites, tuple(notes), origin, pool.sides, public)
 
 
-def _only(pool: Pool, mask: NDArray[np.bool_]) -> Pool:
+def _only(pool: Examples, mask: NDArray[np.bool_]) -> Examples:
     """The pool of some rows; its images stay where they are, as the rows' numbers say."""
     if mask.all():
         return pool
@@ -109,7 +109,7 @@ def _only(pool: Pool, mask: NDArray[np.bool_]) -> Pool:
     return replace(pool, **pool.take(mask), digest=pool.digest[mask], group=group, at=at[mask])
 
 
-def _limited(pool: Pool, limit: int, seed: int) -> Pool:
+def _limited(pool: Examples, limit: int, seed: int) -> Examples:
     """At most so many images of each site, class and split, in the pool's order."""
     order = random_state("limit", seed).permutation(len(pool.label))
     kinds = np.unique(np.stack([pool.site, pool.split, pool.label.astype(np.str_)]), axis=1, return_inverse=True)[1]
@@ -119,7 +119,7 @@ def _limited(pool: Pool, limit: int, seed: int) -> Pool:
     return _only(pool, chosen)
 
 
-def _checked(pool: Pool, classes: Sequence[str], dealt: bool, faults: list[str], notes: list[str]) -> list[str]:
+def _checked(pool: Examples, classes: Sequence[str], dealt: bool, faults: list[str], notes: list[str]) -> list[str]:
     """The sites whose labels can be used; what is wrong with the others, and what is missing, is added to the lists."""
     sound = []
     for site in np.unique(pool.site).tolist():
@@ -139,7 +139,7 @@ def _some(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more classes" if len(names) > most else "")
 
 
-def _laid_out(pool: Pool, cache: Cache) -> tuple[dict[str, Site], dict[str, dict[str, tuple[str, ...]]], Table | None]:
+def _laid_out(pool: Examples, cache: Cache) -> tuple[dict[str, Site], dict[str, dict[str, tuple[str, ...]]], Table | None]:
     """The sites, their tables one after another by split and site: all of one split are one piece, too. And what is public."""
     parts = (*SPLITS, PUBLIC, DROPPED)
     rank = np.array([parts.index(part) for part in pool.split.tolist()])
@@ -179,17 +179,17 @@ def _laid_out(pool: Pool, cache: Cache) -> tuple[dict[str, Site], dict[str, dict
     return {site: Site(**each) for site, each in tables.items()}, origin, table(public)[0] if public.any() else None
 
 
-def deal(federation: Federation, sites: int = 0, rule: str = "iid", **options: Any) -> Federation:
-    """All images of `federation`, dealt to `sites` new ones by a rule of `partition.Deal`, whose fields are the options.
+def partition(federation: Federation, sites: int = 0, rule: str = "iid", **options: Any) -> Federation:
+    """All images of `federation`, dealt to `sites` new ones by a rule of `partition.Partition`, whose fields are the options.
 
     Each image keeps its split: what was for testing stays for testing. InputError where a site would be left without one.
     """
-    dealing = Deal(sites, rule, **options)
+    dealing = Partition(sites, rule, **options)
     tables = [(site, part, table) for site, each in federation.sites.items() for part, table in each.splits.items()]
     images = torch.cat([table["image"] for _, _, table in tables]).numpy()
     found = np.empty((len(images), 32), np.uint8)
     digests(images, found)
-    pool = Pool(
+    pool = Examples(
         images,
         torch.cat([table["label"] for _, _, table in tables]).numpy(),
         texts(site for site, _, table in tables for _ in range(rows(table))),
@@ -197,14 +197,14 @@ def deal(federation: Federation, sites: int = 0, rule: str = "iid", **options: A
         texts(f"{site}/{part}/{i}" for site, part, table in tables for i in range(rows(table))),
         found,
     )
-    common = Common(template=federation.template)
+    common = ReaderOptions(template=federation.template)
     return assemble(federation.name, pool, federation.classes, common, dealing, notes=federation.notes)
 
 
 def save_partition(federation: Federation, path: Path) -> str:
     """Write which image lies at which site and in which split, by the names of its source; returns the SHA-256 of that.
 
-    Read again by deal={"rule": "file", "path": …}.
+    Read again by partition={"rule": "file", "path": …}.
     """
     if not federation.origin:
         raise InputError(
@@ -220,7 +220,7 @@ def _digest(named: Any) -> str:
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
-def _redealt(pool: Pool, path: Path) -> Pool:
+def _redealt(pool: Examples, path: Path) -> Examples:
     """The pool as a saved partition has it: its sites, its splits, its images."""
     saved = read_json(path, "the partition")
     if not isinstance(saved, dict) or saved.get("format") != 1 or saved.get("sha256") != _digest(saved.get("sites")):

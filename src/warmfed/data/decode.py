@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from ..utils.files import content
-from .examples import WHOLE, Common, Pool, digests, texts
+from ..utils.files import read_regular
+from .examples import WHOLE, Examples, ReaderOptions, digests, texts
 from .image_cache import Bytes
 from .image_io import MOST, UnreadableError, picture, quiet
 
@@ -34,10 +34,10 @@ class Entry:
     group: str = ""
 
     def content(self) -> bytes:
-        return content(self.open, MOST) if isinstance(self.open, Path) else self.open()
+        return read_regular(self.open, MOST) if isinstance(self.open, Path) else self.open()
 
 
-def pictures(entries: Sequence[Entry], classes: Sequence[str], options: Common, faults: list[str]) -> Pool:
+def pictures(entries: Sequence[Entry], classes: Sequence[str], options: ReaderOptions, faults: list[str]) -> Examples:
     """The pool of these pictures, whose classes are all among `classes`; those that cannot be used are added to `faults`.
 
     The cache knows them by their bytes: files that are moved or renamed are not decoded again, changed ones are.
@@ -88,7 +88,7 @@ def pictures(entries: Sequence[Entry], classes: Sequence[str], options: Common, 
         images = np.zeros((len(entries), 1, 1, 1), np.uint8)
     sides = sorted(np.ascontiguousarray(facts[:, 32:]).view("<u4").tolist(), key=lambda side: (side[0] * side[1], side))
     place = {label: i for i, label in enumerate(classes)}
-    return Pool(
+    return Examples(
         images,
         np.array([place[entry.label] for entry in entries], np.int64),
         texts(entry.site for entry in entries),

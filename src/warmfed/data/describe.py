@@ -9,7 +9,7 @@ import torch
 
 from ..core.tensors import rows
 from ..utils.errors import InputError
-from ..utils.files import PUBLIC, write_whole
+from ..utils.files import PUBLIC, atomic_write
 from .federation import SPLITS, Federation
 from .image_cache import Cache, usual
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def facts(federation: Federation, cache: str = "") -> dict[str, Any]:
+def describe(federation: Federation, cache: str = "") -> dict[str, Any]:
     """What `warmfed data --json` prints; counts are images by site, split and class."""
     store = Cache(Path(cache).expanduser() if cache else usual())
     return {
@@ -69,7 +69,7 @@ def plot(federation: Federation, path: Path) -> None:
         figure.savefig(drawn, format=path.suffix.removeprefix(".").lower())
     except ValueError as error:
         raise InputError(f"cannot draw to {path}: {error}; choose a file that ends in .png, .svg or .pdf") from error
-    write_whole(path, drawn.getvalue(), PUBLIC)
+    atomic_write(path, drawn.getvalue(), PUBLIC)
 
 
 def _bars(axes: "Axes", names: list[str], parts: Mapping[str, list[int]], colours: str, title: str, *, legend: bool) -> None:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +36,10 @@ def refuse(name: str, faults: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Common:
+class ReaderOptions:
     """What every reader of images takes."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"deal": "partition"}
 
     name: str = ""
     """What the federation is called in reports; empty: as its file or folder."""
@@ -61,8 +63,8 @@ class Common:
     """Images of each site, class and split at the most, drawn before any deal; 0: all."""
     seed: int = 0
     """Names the draws of that and of the splits; not the seed of a training."""
-    deal: Mapping[str, Any] | None = None
-    """How the images are dealt to other sites (`partition.Deal`); none: they stay where they are."""
+    partition: Mapping[str, Any] | None = None
+    """How the images are dealt to other sites (`partition.Partition`); none: they stay where they are."""
     cache: str | Path | None = None
     """Folder of the decoded images; none: `cache.usual()`."""
 
@@ -86,17 +88,17 @@ class Common:
         return Cache((Path(self.cache).expanduser() if self.cache else usual()).absolute())
 
 
-def common(options: Mapping[str, Any]) -> Common:
+def reader_options(options: Mapping[str, Any]) -> ReaderOptions:
     """`Common` of keyword arguments; InputError for a name that it has not."""
-    known = [f.name for f in fields(Common)]
+    known = [f.name for f in fields(ReaderOptions)]
     for key in options:
         if key not in known:
             raise InputError(f"there is no option {key!r}{suggest(key, known)}")
-    return Common(**options)
+    return ReaderOptions(**options)
 
 
 @dataclass(frozen=True)
-class Pool:
+class Examples:
     """Images in a row, with what is known of each."""
 
     images: Bytes

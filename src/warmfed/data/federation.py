@@ -114,7 +114,7 @@ class Federation:
 
 
 @dataclass(frozen=True)
-class Roster:
+class FederationInfo:
     """A federation as a server knows it that holds no image: for each site its tables' rows and digests."""
 
     name: str
@@ -139,7 +139,7 @@ class Roster:
         return _fingerprint(self.classes, self.template, self.digests)
 
 
-def told(template: str) -> bool:
+def describe_names(template: str) -> bool:
     """Whether a template names the class once, and nothing that is unknown."""
     rest = prompts_of("", [prompt(template, "")])[0]
     return template.replace("{class}", "{}").count("{}") == 1 and not {"{", "}"} & set(rest)
@@ -155,7 +155,7 @@ def _faults(federation: Federation) -> list[str]:
     count = len(federation.classes)
     if count < 2 or len(set(federation.classes)) != count:
         faults.append(f"two or more different class names were expected, {federation.classes} came")
-    if not told(federation.template):
+    if not describe_names(federation.template):
         faults.append(f"the template needs one {{}} for the class name, {federation.template!r} came")
     if not federation.sites:
         faults.append("at least one site was expected, none came")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..utils.errors import InputError
-from ..utils.files import make as make_folder
+from ..utils.files import make_folder as make_folder
 
 Bytes = NDArray[np.uint8]
 _PARTIAL = ".partial"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ..utils.files import content
+from ..utils.files import read_regular
 
 Pixels = NDArray[np.uint8]
 
@@ -35,7 +35,7 @@ def decode(path: Path, size: int, channels: int = 3) -> Pixels:
     million pixels (Pillow's bound).
     """
     try:
-        data = content(path, MOST)
+        data = read_regular(path, MOST)
     except OSError as error:
         raise UnreadableError(f"cannot be read: {error.strerror or error}; check the path and its permissions") from error
     with quiet():

@@ -8,10 +8,10 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..utils.errors import InputError, suggest
-from .build import deal as dealt
-from .examples import Common
+from .build import partition as dealt
+from .examples import ReaderOptions
 from .federation import Federation
-from .partition import Deal
+from .partition import Partition
 from .readers.arrays import idx, npz
 from .readers.digits4 import digits4
 from .readers.huggingface import hub, parquet
@@ -33,14 +33,18 @@ def load(name: str, /, path: str = "", **options: Any) -> Federation:
     """
     reader, found = _found(name, path)
     what = f"data {name!r}"
-    if not isinstance(options.get("deal"), Mapping | None):
-        raise InputError(f"the deal of data must be a table of options; got {options['deal']!r}")
+    if not isinstance(options.get("partition"), Mapping | None):
+        raise InputError(f"data.options.partition must be a table of settings; got {options['partition']!r}")
     _checked(options, _known(reader), what)
-    if options.get("deal"):
-        _checked(options["deal"], {f.name: get_type_hints(Deal)[f.name] for f in fields(Deal)}, "the deal of data")
+    if options.get("partition"):
+        _checked(
+            options["partition"],
+            {f.name: get_type_hints(Partition)[f.name] for f in fields(Partition)},
+            "data.options.partition",
+        )
     if reader != "digits4":
         return READERS[reader](found, **options)
-    deal = options.pop("deal", None)
+    deal = options.pop("partition", None)
     federation = digits4(**{key: value for key, value in options.items() if key != "cache"})
     return federation if deal is None else dealt(federation, **deal)
 
@@ -86,14 +90,16 @@ def _known(reader: str) -> dict[str, Any]:
         if name != "path" and p.kind is not p.VAR_KEYWORD
     }
     if reader == "digits4":
-        return own | {"deal": Mapping[str, Any] | None, "cache": str | None}
+        return own | {"partition": Mapping[str, Any] | None, "cache": str | None}
     columns = _COLUMNS if reader in ("parquet", "hub") else {}
-    return own | columns | {f.name: get_type_hints(Common)[f.name] for f in fields(Common)}
+    return own | columns | {f.name: get_type_hints(ReaderOptions)[f.name] for f in fields(ReaderOptions)}
 
 
 def _checked(options: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
     """InputError where an option is not known or not of its type."""
     for key, value in options.items():
+        if new := {**ReaderOptions.RENAMED, **Partition.RENAMED}.get(key):
+            raise InputError(f"option {key!r} of {what} is now called {new}; rename it")
         if key not in known:
             raise InputError(f"{what} has no option {key!r}{suggest(key, list(known))}")
         kinds = _kinds(known[key])

@@ -6,7 +6,7 @@ machine and NumPy version.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ def iid(labels: NDArray[Any], sites: int, *, key: Sequence[object]) -> list[Ints
 
 
 def dirichlet(
-    labels: NDArray[Any], sites: int, alpha: float, *, key: Sequence[object], smallest: int = 20, tries: int = 1000
+    labels: NDArray[Any], sites: int, alpha: float, *, key: Sequence[object], min_partition_size: int = 20, tries: int = 1000
 ) -> list[Ints]:
     """Label skew (Hsu et al. 2019, arXiv 1909.06335): each class goes to the sites by shares drawn from Dirichlet(alpha).
 
@@ -45,10 +45,10 @@ def dirichlet(
             for part, piece in zip(parts, np.split(group, cuts), strict=True):
                 part.append(piece)
         dealt = [np.concatenate(part) for part in parts]
-        if all(len(part) >= smallest and len(np.unique(labels[part])) >= 2 for part in dealt):
+        if all(len(part) >= min_partition_size and len(np.unique(labels[part])) >= 2 for part in dealt):
             return dealt
     raise InputError(
-        f"{sites} sites with at least {smallest} of {len(labels)} examples and two classes each were expected, "
+        f"{sites} sites with at least {min_partition_size} of {len(labels)} examples and two classes each were expected, "
         f"{tries} draws with alpha {alpha:g} brought none; take a larger alpha or fewer sites"
     )
 
@@ -79,22 +79,26 @@ def shards(labels: NDArray[Any], sites: int, classes_per_site: int, *, key: Sequ
     return [np.concatenate(part) for part in parts]
 
 
-def quantity(labels: NDArray[Any], sites: int, alpha: float, *, key: Sequence[object], smallest: int = 20) -> list[Ints]:
+def quantity(
+    labels: NDArray[Any], sites: int, alpha: float, *, key: Sequence[object], min_partition_size: int = 20
+) -> list[Ints]:
     """Size skew: site sizes follow Dirichlet(alpha), each site has at least `smallest` examples, classes stay mixed."""
     if not 0 < alpha < float("inf"):
         raise InputError(f"alpha above 0 was expected, {alpha} came; 0.5 is a strong skew, 10 a weak one")
     order = random_state(*key, "quantity").permutation(_shuffled(labels, sites, key))
-    free = len(labels) - sites * smallest
+    free = len(labels) - sites * min_partition_size
     if free < 0:
-        raise InputError(f"{sites * smallest} examples or more were expected, {len(labels)} came; take fewer sites")
+        raise InputError(f"{sites * min_partition_size} examples or more were expected, {len(labels)} came; take fewer sites")
     shares = random_state(*key, "sizes").dirichlet(np.full(sites, float(alpha)))
-    cuts = np.rint(np.cumsum(shares)[:-1] * free).astype(np.int64) + smallest * np.arange(1, sites)
+    cuts = np.rint(np.cumsum(shares)[:-1] * free).astype(np.int64) + min_partition_size * np.arange(1, sites)
     return list(np.split(order, cuts))
 
 
 @dataclass(frozen=True)
-class Deal:
+class Partition:
     """How all images of a source are pooled and dealt to other sites; each keeps its split where it has one."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"smallest": "min_partition_size"}
 
     sites: int = 0
     """How many new sites ("file" and "flwr" know by themselves)."""
@@ -104,7 +108,7 @@ class Deal:
     """Concentration of "dirichlet" and "quantity"."""
     classes_per_site: int = 2
     """Of "shards"."""
-    smallest: int = 20
+    min_partition_size: int = 20
     """Images of each site at least, of "dirichlet" and "quantity"."""
     seed: int = 0
     """Names the draw."""
@@ -120,9 +124,9 @@ class Deal:
         if self.rule not in rules:
             raise InputError(f"there is no rule {self.rule!r} to deal by{suggest(self.rule, rules)}")
         if not self.sites and self.rule not in ("flwr", "file"):
-            raise InputError("the deal of data needs sites: how many there shall be")
+            raise InputError("data.options.partition needs sites: how many there shall be")
         if self.rule == "file" and not self.path:
-            raise InputError("the deal of data needs path: the file that `warmfed data --save` wrote")
+            raise InputError("data.options.partition needs path: the file that `warmfed data --save` wrote")
 
     def parts(self, labels: NDArray[Any], columns: Mapping[str, NDArray[Any]] | None = None) -> list[Ints]:
         """Row numbers of each new site. `columns`: what a partitioner of flwr-datasets may go by, beside "label"."""
@@ -131,11 +135,11 @@ class Deal:
             case "iid":
                 return iid(labels, self.sites, key=key)
             case "dirichlet":
-                return dirichlet(labels, self.sites, self.alpha, key=key, smallest=self.smallest)
+                return dirichlet(labels, self.sites, self.alpha, key=key, min_partition_size=self.min_partition_size)
             case "shards":
                 return shards(labels, self.sites, self.classes_per_site, key=key)
             case "quantity":
-                return quantity(labels, self.sites, self.alpha, key=key, smallest=self.smallest)
+                return quantity(labels, self.sites, self.alpha, key=key, min_partition_size=self.min_partition_size)
             case _:
                 # shuffled: some partitioners cut a class into pieces as it comes, and sources come split by split
                 order = random_state(*key, "order").permutation(len(labels))

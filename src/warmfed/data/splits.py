@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.rng import random_state
-from .examples import WHOLE, Pool, Texts
+from .examples import WHOLE, Examples, Texts
 
 DROPPED = ""
 PUBLIC = "public"
 Ints = NDArray[np.int64]
 
 
-def split(pool: Pool, shares: Mapping[str, float], seed: int) -> Texts:
+def split(pool: Examples, shares: Mapping[str, float], seed: int) -> Texts:
     """The split of each image of the pool: train, validation, test, public, or "" where it is dropped.
 
     Images that no split has claimed are split by `shares` (of "test", "validation" and "public", drawn in their order),
@@ -41,7 +41,7 @@ def split(pool: Pool, shares: Mapping[str, float], seed: int) -> Texts:
     return result
 
 
-def units(pool: Pool) -> Ints:
+def units(pool: Examples) -> Ints:
     """A number for each image [n]; those that must not be parted (equal pixels, one group) have the same."""
     if not len(pool.label):
         return np.zeros(0, np.int64)
@@ -74,7 +74,7 @@ def _claim(free: list[int], role: dict[int, str], wanted: Mapping[str, float], r
             target[split] -= copies
 
 
-def remarks(pool: Pool, splits: Texts) -> list[str]:
+def remarks(pool: Examples, splits: Texts) -> list[str]:
     """What there is to say of repeated and dropped images."""
     _, same, count = np.unique(np.ascontiguousarray(pool.digest).view("V32").ravel(), return_inverse=True, return_counts=True)
     held: dict[int, set[int]] = {}

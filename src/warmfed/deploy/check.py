@@ -26,7 +26,7 @@ from ..data import SPLITS, Federation
 from ..diffusion import pipeline
 from ..report.parts import size
 from ..utils.errors import InputError
-from ..utils.files import locked, read_bytes
+from ..utils.files import file_lock, read_bytes
 from . import keys
 from .guard import STRANGER
 from .node import SERVER, SITE
@@ -268,7 +268,7 @@ def _private(path: Path) -> str:
 def _running(path: Path) -> bool:
     """Whether a party's server holds the lock of its folder's file."""
     try:
-        with locked(path, "it is running"):
+        with file_lock(path, "it is running"):
             return False
     except InputError:
         return path.exists()

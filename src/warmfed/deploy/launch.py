@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..runs.execute import Watcher, read_summary
+from ..runs.execute import RunListener, read_summary
 from ..transports.flower_project import write_project
 from ..utils.errors import InputError
-from ..utils.files import write_whole
+from ..utils.files import atomic_write
 
 _LOOK, _ASK = 0.5, 15.0
 
 
-def launch(config: Config, folder: Path, superlink: str, watcher: Watcher) -> dict[str, Any]:
+def launch(config: Config, folder: Path, superlink: str, watcher: RunListener) -> dict[str, Any]:
     """Run a configuration over the sites of a SuperLink, or finish the run in `folder`; its summary.
 
     Args:
@@ -30,12 +30,12 @@ def launch(config: Config, folder: Path, superlink: str, watcher: Watcher) -> di
     """
     with tempfile.TemporaryDirectory(prefix="warmfed-app-") as temporary:
         app = write_project(Path(temporary) / "app")
-        write_whole(Path(temporary) / "run.toml", config.toml())
+        atomic_write(Path(temporary) / "run.toml", config.toml())
         settings = {"config": str(Path(temporary) / "run.toml"), "out": str(folder.resolve())}
         words = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
         run = str(_flwr("run", str(app), superlink, "-c", words)["run-id"])
         told, asked = _follow(folder, 10**9, watcher), time.monotonic()
-        watcher.plan(folder, config, config.border.sites, ())
+        watcher.plan(folder, config, config.server.sites, ())
         while not (folder / "summary.json").exists():
             told = _follow(folder, told, watcher)
             if time.monotonic() - asked > _ASK:
@@ -51,7 +51,7 @@ def launch(config: Config, folder: Path, superlink: str, watcher: Watcher) -> di
     return read_summary(folder)
 
 
-def _follow(folder: Path, told: int, watcher: Watcher) -> int:
+def _follow(folder: Path, told: int, watcher: RunListener) -> int:
     """Tell the watcher of new records; how many it has been told."""
     path = folder / "rounds.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..utils.errors import InputError
-from ..utils.files import locked
+from ..utils.files import file_lock
 from . import keys
 from .guard import SERVED, Guard, Listener
 from .project_file import environment, read_project
@@ -57,7 +57,7 @@ def _superlink(folder: Path) -> None:
         *(word for option, name in certificates.items() for word in (option, str(folder / name))),
         *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
     ]
-    with locked(folder / SERVER, f"the SuperLink {BUSY.format(folder)}"):
+    with file_lock(folder / SERVER, f"the SuperLink {BUSY.format(folder)}"):
         listener = Listener(values["WARMFED_LISTEN"], int(values["WARMFED_PORT"]))
         flower.superlink(words, lambda app: Guard(app, flower.FLEET, authentic, listener=listener), SERVED, listener)
 
@@ -86,5 +86,5 @@ def _supernode(folder: Path) -> None:
         *("--auth-supernode-private-key", str(folder / SITE)),
         *("--node-config", f"site-folder={json.dumps(str(folder))}"),
     ]
-    with locked(folder / SITE, f"the SuperNode {BUSY.format(folder)}"):
+    with file_lock(folder / SITE, f"the SuperNode {BUSY.format(folder)}"):
         flower.supernode(words, lambda app: Guard(app, listener=listener), SERVED, listener, project.app, refuse)

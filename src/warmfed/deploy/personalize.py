@@ -9,21 +9,21 @@ from ..fit import Training, fit
 from ..runs.folder import read_config, read_summary, write_model
 from ..runs.predict import described, released
 from ..tasks import Classify
-from ..transports.client import Worker
+from ..transports.client import Client
 from ..utils.errors import InputError
-from ..utils.files import write_json, write_whole
+from ..utils.files import atomic_write, write_json
 from ..utils.version import __version__
 from .site import SiteConfig
 
 
 def personalize(folder: Path, site: SiteConfig, out: Path | None = None, training: Training | None = None) -> dict[str, Any]:
-    """Train a finished run's global model on one site's images, as [unseen] does for a site that took no part.
+    """Train a finished run's global model on one site's images, as [holdout] does for a site that took no part.
 
     Args:
         folder: of the run; its config.toml, summary.json and models/global.safetensors are all that is read.
         site: the site, as its site.toml describes it.
         out: a new folder for the site's models, which `warmfed predict` reads; none: work/runs/late-<name of the run's folder>.
-        training: how; none: the run's own `unseen.training`.
+        training: how; none: the run's own `holdout.training`.
 
     Returns:
         The summary that `out` has then: {"personal": {"accuracy": …}, "global": …} on the site's validation and test images.
@@ -45,14 +45,14 @@ def personalize(folder: Path, site: SiteConfig, out: Path | None = None, trainin
         raise InputError(f"images of {shape} were learned, those of site {site.name!r} have {data.shape}; set image_size")
     task = Classify(shape, len(classes), config.model.name)
     model = released(folder, summary, "", task)
-    settings = replace(config.unseen, site=site.name, training=training or config.unseen.training)
+    settings = replace(config.holdout, site=site.name, training=training or config.holdout.training)
     tables = data.sites[site.name].splits
-    worker = Worker(site.name, config.algorithm, task, tables, config.seed, data.prompts, device=site.device)
+    worker = Client(site.name, config.algorithm, task, tables, config.seed, data.prompts, device=site.device)
     tuned, info = fit(worker.local("unseen", 0), model, settings.training, tables["train"])
     models = {"global": model, f"personal/{site.name}": tuned}
     for name, tensors in models.items():
         write_model(out / "models" / f"{name}.safetensors", tensors)
-    write_whole(out / "config.toml", replace(config, data=site.data, device=site.device, unseen=settings).toml())
+    atomic_write(out / "config.toml", replace(config, data=site.data, device=site.device, holdout=settings).toml())
     measured = {
         name: {
             split: task.metrics(tensors, tables[split], site.device) for split in ("validation", "test") if rows(tables[split])

@@ -20,7 +20,7 @@ from ..core.messages import Message, tensors_of
 from ..fit import Training
 from ..utils.errors import InputError, suggest
 
-_APART = ("seed", "workers", "border", "unseen", "data", "measuring")
+_APART = ("seed", "workers", "server", "holdout", "data", "evaluation")
 """Tables and settings of a run that a site replaces by its own or does not use."""
 _ALIKE = 0.999
 """Correlation from which a row of a reply is an image of the site, whatever its brightness and contrast."""
@@ -79,10 +79,10 @@ class Policy:
             if _beyond(value, bounds.get(key))
         ]
         return found + [
-            f"{key} takes {training.batch * training.accumulate} images a step, at least {self.min_batch} must be "
-            "(policy.min_batch)"
+            f"{key} takes {training.batch_size * training.gradient_accumulation_steps} images a step, at least "
+            f"{self.min_batch} must be (policy.min_batch)"
             for key, training in trainings(config)
-            if training.batch * training.accumulate < self.min_batch
+            if training.batch_size * training.gradient_accumulation_steps < self.min_batch
         ]
 
     def sending(self, plan: Iterable[Stage]) -> list[str]:
@@ -195,8 +195,10 @@ def agreed(config: Config) -> Policy:
         algorithms=(config.name,),
         max_runs=10,
         max_requests=10 * (2 * asked + 2),
-        max_bytes=asked * (config.border.bytes or _REPLY),
-        min_batch=min((training.batch * training.accumulate for _, training in trainings(config)), default=1),
+        max_bytes=asked * (config.server.max_reply_bytes or _REPLY),
+        min_batch=min(
+            (training.batch_size * training.gradient_accumulation_steps for _, training in trainings(config)), default=1
+        ),
         limits=limits,
     )
 

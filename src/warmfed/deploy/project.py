@@ -22,11 +22,11 @@ from typing import Any
 import tomli_w
 
 from ..config import Config, parse
-from ..data import Federation, load, told
+from ..data import Federation, describe_names, load
 from ..diffusion import pipeline
 from ..transports.flower_project import write_project
 from ..utils.errors import InputError
-from ..utils.files import PUBLIC, make, occupied, read_bytes, write_json, write_whole
+from ..utils.files import PUBLIC, atomic_write, make_folder, occupied, read_bytes, write_json
 from . import keys, policy
 from .project_file import Project, read_project, versions
 
@@ -72,11 +72,11 @@ def init(
     now = keys.now()
     with _aside(folder) as made:
         certificate, key = keys.authority(f"warmfed {host}", now)
-        write_whole(made / "authority" / "ca.crt", certificate, PUBLIC)
-        write_whole(made / "authority" / "ca.key", key, 0o600)
+        atomic_write(made / "authority" / "ca.crt", certificate, PUBLIC)
+        atomic_write(made / "authority" / "ca.key", key, 0o600)
         write_project(made / "server" / "app")
         _render(made / "server", _SERVER, port=port, address=project.address, site="", unit="warmfed-server")
-        write_whole(made / "server" / "ca.crt", certificate, PUBLIC)
+        atomic_write(made / "server" / "ca.crt", certificate, PUBLIC)
         _certify(made, host, now)
         for site in sites:
             _write_site(made, made / "sites" / site, project, settings, site, own)
@@ -149,7 +149,7 @@ def _project(settings: Config, asked: Project, data: Federation | None) -> Proje
         classes, prompts, side = classes or data.classes, prompts or data.template, data.shape[1]
     if len(set(classes)) < max(len(classes), 2):
         raise InputError(f"two or more different classes were expected; got {', '.join(classes)}")
-    if not told(prompts):
+    if not describe_names(prompts):
         raise InputError(f"prompts must hold one {{}} for the class; got {prompts!r}")
     have, draws = versions(), any(stage.name == "warm" for stage in settings.algorithm.stages())
     return replace(
@@ -196,18 +196,18 @@ def _absolute(settings: Config) -> Config:
 def _write_site(root: Path, folder: Path, project: Project, settings: Config, name: str, own: Collection[str]) -> None:
     """A site's folder, and its public key for the server."""
     private, public = keys.node()
-    write_whole(folder / "node", private, 0o600)
-    write_whole(folder / "node.pub", public, PUBLIC)
-    write_whole(root / "server" / "nodes" / f"{name}.pub", public, PUBLIC)
-    write_whole(folder / "ca.crt", read_bytes(root / "authority" / "ca.crt", "the authority's certificate"), PUBLIC)
+    atomic_write(folder / "node", private, 0o600)
+    atomic_write(folder / "node.pub", public, PUBLIC)
+    atomic_write(root / "server" / "nodes" / f"{name}.pub", public, PUBLIC)
+    atomic_write(folder / "ca.crt", read_bytes(root / "authority" / "ca.crt", "the authority's certificate"), PUBLIC)
     table: dict[str, Any] = {"name": name, "work": "work", "device": "cpu"}
     if project.base:
         table["base"] = project.base_name or "base"
     if project.start and settings.model.start != "public":
         table["start"] = "start.safetensors"
-        write_whole(folder / table["start"], read_bytes(Path(settings.model.start), "the classifier to start from"))
+        atomic_write(folder / table["start"], read_bytes(Path(settings.model.start), "the classifier to start from"))
     table |= {"classes": list(project.classes), "prompts": project.prompts, "data": _data(project, settings, name in own)}
-    write_whole(folder / "site.toml", f"{_HEADER}{tomli_w.dumps(table)}\n{policy.toml(policy.agreed(settings))}")
+    atomic_write(folder / "site.toml", f"{_HEADER}{tomli_w.dumps(table)}\n{policy.toml(policy.agreed(settings))}")
     _render(folder, _SITE, name=name, address=project.address, site=name, unit="warmfed-site")
 
 
@@ -228,11 +228,11 @@ def _data(project: Project, settings: Config, own: bool) -> dict[str, Any]:
 
 def _write_common(root: Path, project: Project, settings: Config) -> None:
     """What names the sites; project.json at the root is written last."""
-    border = replace(settings.border, sites=project.sites)
-    if border.share == 1 and len(project.sites) > 2:  # with two sites, one has half of the weight or more
-        border = replace(border, share=SHARE)
-    settings = replace(settings, border=border)
-    write_whole(root / "server" / "config.toml", settings.toml())
+    border = replace(settings.server, sites=project.sites)
+    if border.max_weight_share == 1 and len(project.sites) > 2:  # with two sites, one has half of the weight or more
+        border = replace(border, max_weight_share=SHARE)
+    settings = replace(settings, server=border)
+    atomic_write(root / "server" / "config.toml", settings.toml())
     for folder in (*(root / "sites" / site for site in project.sites), root / "server"):
         if folder.is_dir():
             _copy(project, folder)
@@ -247,8 +247,8 @@ def _copy(project: Project, folder: Path) -> None:
 def _certify(root: Path, host: str, now: datetime) -> None:
     certificate, key = (read_bytes(root / "authority" / name, "the authority") for name in ("ca.crt", "ca.key"))
     made, private = keys.server(certificate, key, host, now)
-    write_whole(root / "server" / "server.key", private, 0o600)
-    write_whole(root / "server" / "server.crt", made, PUBLIC)
+    atomic_write(root / "server" / "server.key", private, 0o600)
+    atomic_write(root / "server" / "server.crt", made, PUBLIC)
 
 
 def _render(folder: Path, names: Mapping[str, str], **values: Any) -> None:
@@ -258,14 +258,14 @@ def _render(folder: Path, names: Mapping[str, str], **values: Any) -> None:
     found = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     for name, template in names.items():
         text = found.get_template(template).render(values)
-        write_whole(folder / name, text, 0o755 if template.endswith(".sh") and name != "env.sh" else 0o644)
+        atomic_write(folder / name, text, 0o755 if template.endswith(".sh") and name != "env.sh" else 0o644)
 
 
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` when all is there, and vanishes where something goes wrong."""
     try:
-        make(folder.parent)
+        make_folder(folder.parent)
         made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
         raise InputError(f"cannot write to {folder.parent}: {error.strerror}; choose another folder") from error

@@ -15,41 +15,46 @@ from ..config import Config, build
 from ..core import Generator, Round, ServerState
 from ..core.messages import decode, encode
 from ..run import run
-from ..runs.execute import HERE, Place, Watcher, memories_folder, proceed, server_side
-from ..runs.prepare import Ready, prepare
+from ..runs.execute import LOCAL, Backend, RunListener, client_states_folder, proceed, server_side
+from ..runs.prepare import PreparedRun, prepare
 from ..transports import flower
-from ..transports.client import Worker
-from ..transports.client_state import Memories
+from ..transports.client import Client
+from ..transports.client_state import ClientStates
 from ..transports.protocol import Request
 from ..transports.remote import Remote
 from .site import answered, perform
 
 
 @dataclass
-class OnRay(Place):
+class RayBackend(Backend):
     """The sites are nodes of a simulation; their images and memories are where those of a run in process are."""
 
     post: flower.Nodes
 
-    def prepare(self, config: Config) -> Ready:
-        return HERE.prepare(config)
+    def prepare(self, config: Config) -> PreparedRun:
+        return LOCAL.prepare(config)
 
     def rounds(
-        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: Watcher
+        self,
+        ready: PreparedRun,
+        folder: Path,
+        start: tuple[int, ServerState] | None,
+        generator: Generator | None,
+        watcher: RunListener,
     ) -> abc.Generator[Round, None, None]:
         config = ready.config
-        transport = Remote(self.post, tuple(sorted(ready.images.sites)), "", config.toml(), config.border)
+        transport = Remote(self.post, tuple(sorted(ready.images.sites)), "", config.toml(), config.server)
         images = ready.images
         central = server_side(ready.task, transport, images.prompts, generator, config.device, folder, watcher, images.rows)
         yield from run(
-            config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, border=config.border
+            config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, admission=config.server
         )
 
-    def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
-        return HERE.finish(ready, folder, server)
+    def finish(self, ready: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
+        return LOCAL.finish(ready, folder, server)
 
 
-def simulate_on_ray(config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
+def simulate_on_ray(config: Config, folder: Path, watcher: RunListener) -> dict[str, Any]:
     """Run a configuration into `folder`, or finish its run that the folder holds; returns the summary.
 
     On a cluster ($RAY_ADDRESS) every machine must see the folder and the data under the same absolute paths.
@@ -60,20 +65,22 @@ def simulate_on_ray(config: Config, folder: Path, watcher: Watcher) -> dict[str,
     found: list[dict[str, Any]] = []
 
     def serve(post: flower.Nodes) -> None:
-        found.append(proceed(config, folder, watcher, OnRay(post)))
+        found.append(proceed(config, folder, watcher, RayBackend(post)))
 
     stages = {stage.name for stage in config.algorithm.stages() if stage.client is not None}
-    app = flower.client_app(stages, partial(_answer, memories_folder(folder.absolute())))
-    flower.simulate(serve, app, len(HERE.prepare(config).images.sites), config.workers, config.device == "cuda")
+    app = flower.client_app(stages, partial(_answer, client_states_folder(folder.absolute())))
+    flower.simulate(serve, app, len(LOCAL.prepare(config).images.sites), config.workers, config.device == "cuda")
     return found[0]
 
 
 def _answer(memories: Path, node: Mapping[str, Any], letter: bytes) -> bytes:
     asked = decode(letter, Request, "the request")
-    return encode(answered(asked, asked.site, lambda: perform(asked, _workers(asked.config)[asked.site], Memories(memories))))
+    return encode(
+        answered(asked, asked.site, lambda: perform(asked, _workers(asked.config)[asked.site], ClientStates(memories)))
+    )
 
 
 @lru_cache(maxsize=1)
-def _workers(config: str) -> dict[str, Worker]:
+def _workers(config: str) -> dict[str, Client]:
     """The workers of a configuration; one of Ray's processes answers for many sites, and loads the data once."""
     return prepare(build(tomllib.loads(config)), weights=False).workers()

@@ -17,13 +17,13 @@ import torch
 from ..config import Config, parse
 from ..core import Generator, Round, ServerState
 from ..core.messages import encode
-from ..data import Roster
+from ..data import FederationInfo
 from ..run import run
-from ..runs.console import Lines
-from ..runs.execute import SITES, Place, Watcher, proceed, server_side
-from ..runs.prepare import Ready, prepare
+from ..runs.console import LineReporter
+from ..runs.execute import SITES, Backend, RunListener, proceed, server_side
+from ..runs.prepare import PreparedRun, prepare
 from ..transports import flower
-from ..transports.protocol import HELLO, REFUSED, Card, Refusal, Request, check_card, opened
+from ..transports.protocol import HELLO, REFUSED, Refusal, Request, SiteInfo, check_site_info, opened
 from ..transports.remote import Remote
 from ..utils.errors import InputError
 from ..utils.files import read_json, write_json
@@ -32,20 +32,20 @@ from .site import agree, roster
 
 
 @dataclass
-class There(Place):
+class FlowerBackend(Backend):
     """The sites are Flower's nodes."""
 
-    post: flower.GridPost
+    post: flower.FlowerChannel
     folder: Path
     home: Path
     """The server's folder."""
     _run: str = ""
     _sites: tuple[str, ...] = ()
-    _cards: dict[str, Card] = field(default_factory=dict)
+    _cards: dict[str, SiteInfo] = field(default_factory=dict)
     _rows: dict[str, Mapping[str, int]] = field(default_factory=dict)
     """What each site has declared first: a site that comes again cannot declare more."""
 
-    def prepare(self, config: Config) -> Ready:
+    def prepare(self, config: Config) -> PreparedRun:
         kept = self.folder / "checkpoint" / SITES
         begun = read_json(kept, "the run's sites") if kept.exists() else None
         self._run = begun["run"] if begun else secrets.token_hex(8)
@@ -54,11 +54,11 @@ class There(Place):
         names_of = self._registered()
         self.post.name_of = lambda key: names_of.get(openssh(key))
         self.post.hello = encode(asked)
-        self.post.introduce = lambda site, data: self._introduced(asked, site, data, config.border.rows)
+        self.post.introduce = lambda site, data: self._introduced(asked, site, data, config.server.max_rows)
         self.post.refusal = lambda reason: encode(replace(asked, stage=REFUSED, body=Refusal(reason)))
-        names = begun["sites"] if begun else config.border.sites
-        needed = config.border.needed(len(names)) if names else config.border.least
-        found = self.post.present(names, needed, config.border.deadline)
+        names = begun["sites"] if begun else config.server.sites
+        needed = config.server.needed(len(names)) if names else config.server.min_sites
+        found = self.post.present(names, needed, config.server.stage_timeout)
         self._sites = tuple(sorted({*names, *found}))
         try:
             return self._agreed(config, _roster(begun["roster"]) if begun else roster(self._cards, self._sites))
@@ -76,7 +76,7 @@ class There(Place):
             )
         return found
 
-    def _agreed(self, config: Config, known: Roster) -> Ready:
+    def _agreed(self, config: Config, known: FederationInfo) -> PreparedRun:
         """What the configuration stands for, where server and sites have the same base and start; raises `InputError`."""
         ready = prepare(config, known)
         site, card = next(iter(sorted(self._cards.items())))
@@ -91,8 +91,8 @@ class There(Place):
         Args:
             most: rows that a site may declare in all; 0: any number.
         """
-        card = opened(data, asked, site, Card).body
-        check_card(card, most)
+        card = opened(data, asked, site, SiteInfo).body
+        check_site_info(card, most)
         if self._sites and site not in self._sites:
             raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
         if self._cards and self._sites:
@@ -102,34 +102,39 @@ class There(Place):
         self._rows.setdefault(site, {split: int(count) for split, count in card.rows.items()})
 
     def rounds(
-        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: Watcher
+        self,
+        ready: PreparedRun,
+        folder: Path,
+        start: tuple[int, ServerState] | None,
+        generator: Generator | None,
+        watcher: RunListener,
     ) -> abc.Generator[Round, None, None]:
         config = ready.config
-        assert isinstance(ready.federation, Roster)
+        assert isinstance(ready.federation, FederationInfo)
         sites = {"run": self._run, "sites": self._sites, "roster": asdict(ready.federation)}
         write_json(folder / "checkpoint" / SITES, sites)
         transport = self._transport(config)
         prompts = ready.federation.prompts
         central = server_side(ready.task, transport, prompts, generator, config.device, folder, watcher, self._rows)
         yield from run(
-            config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, border=config.border
+            config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, admission=config.server
         )
 
-    def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
+    def finish(self, ready: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
         algorithm = ready.config.method
-        down = {site: algorithm.down(server, site) for site in self._sites}
+        down = {site: algorithm.broadcast(server, site) for site in self._sites}
         return self._transport(ready.config).finish(down, algorithm.global_model(server)), None
 
     def _transport(self, config: Config) -> Remote:
-        return Remote(self.post, self._sites, self._run, config.toml(), config.border)
+        return Remote(self.post, self._sites, self._run, config.toml(), config.server)
 
 
-def _roster(table: Mapping[str, Any]) -> Roster:
+def _roster(table: Mapping[str, Any]) -> FederationInfo:
     shape = tuple(int(n) for n in table["shape"])
-    return Roster(**{**table, "classes": tuple(table["classes"]), "shape": shape})
+    return FederationInfo(**{**table, "classes": tuple(table["classes"]), "shape": shape})
 
 
-def serve(post: flower.GridPost, settings: Mapping[str, Any], home: Path | None = None) -> None:
+def serve(post: flower.FlowerChannel, settings: Mapping[str, Any], home: Path | None = None) -> None:
     """Run a configuration into its folder, or finish the run that the folder holds.
 
     Args:
@@ -139,8 +144,8 @@ def serve(post: flower.GridPost, settings: Mapping[str, Any], home: Path | None 
     config = parse(home / str(settings["config"])) if settings.get("config") else parse()
     folder = home / (str(settings.get("out") or "") or f"runs/{config.name}-{config.seed}")
     torch.set_num_threads(1)  # sums depend on how many there are
-    with Lines() as watcher:
-        proceed(config, folder, watcher, There(post, folder, home))
+    with LineReporter() as watcher:
+        proceed(config, folder, watcher, FlowerBackend(post, folder, home))
 
 
 app = flower.server_app(serve)

@@ -15,34 +15,34 @@ from typing import Any
 
 import torch
 
-from ..config import Config, Data, Unseen, build, read_toml
-from ..core import Nothing, Reply
+from ..config import Config, Data, Holdout, build, read_toml
+from ..core import Empty, Reply
 from ..core.messages import Message, decode, encode, kind, tensors_of
 from ..core.tensors import sha256
-from ..data import SPLITS, Federation, Roster
+from ..data import SPLITS, Federation, FederationInfo
 from ..data import Site as Tables
 from ..diffusion import pipeline
-from ..evaluation.generators import Measuring
+from ..evaluation.generators import Evaluation
 from ..runs.folder import write_model
-from ..runs.prepare import Ready, load_data, prepare
-from ..transports.client import Worker, exchange
-from ..transports.client_state import Memories, unfinished
+from ..runs.prepare import PreparedRun, load_data, prepare
+from ..transports.client import Client, exchange
+from ..transports.client_state import ClientStates, snapshot_path
 from ..transports.protocol import (
     EVALUATE,
     FINISH,
     HELLO,
     REFUSED,
     Answer,
-    Card,
-    Kept,
-    Measures,
+    EvaluateReply,
+    FinishReply,
     Models,
     Refusal,
     Request,
-    check_card,
+    SiteInfo,
+    check_site_info,
 )
 from ..utils.errors import InputError, printable, suggest
-from ..utils.files import PRIVATE, loads_toml, locked, make, read_lines, write_json, write_lines, write_whole
+from ..utils.files import PRIVATE, atomic_write, file_lock, loads_toml, make_folder, read_lines, write_json, write_lines
 from ..utils.settings import construct
 from ..utils.version import __version__
 from .policy import Policy, images_in
@@ -175,7 +175,7 @@ def _answered(
 ) -> tuple[float, Message]:
     if asked.stage == REFUSED and isinstance(asked.body, Refusal):
         print(f"the server has refused this site: {printable(asked.body.reason)}", flush=True)
-        return 0.0, Nothing()
+        return 0.0, Empty()
     if asked.stage != HELLO and asked.site != site.name:
         raise InputError(f"the request is for site {asked.site!r}, this is {site.name!r}")
     if not _RUN.fullmatch(asked.run):
@@ -188,8 +188,8 @@ def _answered(
     if asked.stage == HELLO:
         return 0.0, _card(site, ready)
     folder = work / "runs" / asked.run
-    memories = Memories(folder)
-    worker = replace(ready.workers()[site.name], unfinished=unfinished(folder, site.name))
+    memories = ClientStates(folder)
+    worker = replace(ready.workers()[site.name], snapshot_path=snapshot_path(folder, site.name))
     if asked.stage == FINISH and isinstance(asked.body, Models):
         return 0.0, _finished(site, folder, ready, asked.body, memories)
     seconds, body = perform(asked, worker, memories)
@@ -220,7 +220,7 @@ def _within(policy: Policy, asked: Request, size: int, before: Sequence[Mapping[
         raise InputError(f"the request has {size:,} bytes, at most {policy.max_bytes:,} are taken (policy.max_bytes)")
 
 
-def _leaving(site: SiteConfig, ready: Ready, body: Message, left: int) -> None:
+def _leaving(site: SiteConfig, ready: PreparedRun, body: Message, left: int) -> None:
     """Raise `InputError` where a reply may not leave: too many bytes of the run would have, or it holds images."""
     message = body.message if isinstance(body, Reply) else body
     size, most = len(encode(message)), site.policy.max_bytes
@@ -236,7 +236,7 @@ def _leaving(site: SiteConfig, ready: Ready, body: Message, left: int) -> None:
             )
 
 
-def perform(asked: Request, worker: Worker, memories: Memories) -> tuple[float, Message]:
+def perform(asked: Request, worker: Client, memories: ClientStates) -> tuple[float, Message]:
     """Measure or do a stage's work, or repeat its answer: how long the site worked for it, and the answer's body.
 
     Raises:
@@ -246,7 +246,9 @@ def perform(asked: Request, worker: Worker, memories: Memories) -> tuple[float, 
     match asked.stage, asked.body:
         case (stage, Models()) if stage == EVALUATE:
             found = worker.evaluate(asked.body.down, memories.state(site), asked.body.model)
-            return 0.0, Measures({f"{view}/{name}": value for view, values in found.items() for name, value in values.items()})
+            return 0.0, EvaluateReply(
+                {f"{view}/{name}": value for view, values in found.items() for name, value in values.items()}
+            )
         case (stage, _) if stage in (EVALUATE, FINISH):
             raise InputError(f"a request to {stage} without models")
         case _:
@@ -261,7 +263,7 @@ def perform(asked: Request, worker: Worker, memories: Memories) -> tuple[float, 
             began = time.perf_counter()
             reply = worker.work(asked.stage, asked.number, asked.body, memories.state(site))
             seconds = time.perf_counter() - began
-            memories.keep(site, asked.step, seconds, reply)
+            memories.save(site, asked.step, seconds, reply)
             return seconds, replace(reply, state=None)
 
 
@@ -290,8 +292,8 @@ def _local(site: SiteConfig, text: str) -> Config:
         data=site.data,
         device=site.device,
         workers=1,
-        unseen=Unseen(),
-        measuring=Measuring(samples=0),
+        holdout=Holdout(),
+        evaluation=Evaluation(samples=0),
         generator=replace(
             config.generator,
             base=_base(site, "generator.base", config.generator.base),
@@ -321,39 +323,39 @@ def _base(site: SiteConfig, setting: str, asked: str) -> str:
     return asked
 
 
-def _card(site: SiteConfig, ready: Ready) -> Card:
+def _card(site: SiteConfig, ready: PreparedRun) -> SiteInfo:
     data = ready.federation
-    return Card(
+    return SiteInfo(
         __version__, data.name, data.classes, data.template, tuple(float(n) for n in data.shape),
         {split: float(count) for split, count in data.rows[site.name].items()},
         tuple(data.digests[site.name][split] for split in SPLITS), ready.base, ready.start,
     )  # fmt: skip
 
 
-def _finished(site: SiteConfig, folder: Path, ready: Ready, body: Models, memories: Memories) -> Kept:
+def _finished(site: SiteConfig, folder: Path, ready: PreparedRun, body: Models, memories: ClientStates) -> FinishReply:
     """The run's folder at the site: what `warmfed predict` needs."""
     models = {"global": body.model}
     models[f"personal/{site.name}"] = ready.workers()[site.name].model(body.down, memories.state(site.name))
     there = {name: model for name, model in models.items() if model is not None}
     for name, model in there.items():
         write_model(folder / "models" / f"{name}.safetensors", model)
-    write_whole(folder / "config.toml", ready.config.toml())
+    atomic_write(folder / "config.toml", ready.config.toml())
     digests = {name: sha256(model) for name, model in there.items()}
     summary = {"warmfed": __version__, "algorithm": ready.config.name, "seed": ready.config.seed, "models_sha256": digests}
     data = {"federation": ready.federation.name, "classes": ready.federation.classes, "image": ready.federation.shape}
     write_json(folder / "summary.json", {"site": site.name, **summary, **data})
-    return Kept(digests.get(f"personal/{site.name}", ""))
+    return FinishReply(digests.get(f"personal/{site.name}", ""))
 
 
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
     """One answer at a time: a SuperNode may start two apps."""
     try:
-        make(work)
+        make_folder(work)
         (work / ".lock").touch(PRIVATE)
     except OSError as error:
         raise InputError(f"cannot write to {work}: {error.strerror}; free some space, or choose another work folder") from error
-    with locked(work / ".lock"):
+    with file_lock(work / ".lock"):
         yield
 
 
@@ -389,7 +391,7 @@ def _record(work: Path, before: Sequence[Mapping[str, Any]], asked: Request, bod
     }  # fmt: skip
     if isinstance(body, Reply):
         line |= {"weight": body.weight, "metrics": dict(body.metrics)}
-    elif isinstance(body, Measures):
+    elif isinstance(body, EvaluateReply):
         line["metrics"] = dict(body.metrics)
     elif isinstance(body, Refusal):
         line["reason"] = body.reason
@@ -417,14 +419,14 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def roster(cards: Mapping[str, Card], sites: tuple[str, ...]) -> Roster:
+def roster(cards: Mapping[str, SiteInfo], sites: tuple[str, ...]) -> FederationInfo:
     """The federation as these cards describe it; a site that has shown none has no rows yet.
 
     Raises:
         InputError: a card is not one, or two differ in what must be equal everywhere, naming the sites and both values.
     """
     for card in cards.values():
-        check_card(card)
+        check_site_info(card)
     first = next(iter(sorted(cards)))
     for site in sorted(cards):
         agree(cards[site], site, cards[first], first)
@@ -432,10 +434,10 @@ def roster(cards: Mapping[str, Card], sites: tuple[str, ...]) -> Roster:
     channels, height, width = (int(n) for n in card.shape)
     rows = {s: {k: int(n) for k, n in cards[s].rows.items()} if s in cards else dict.fromkeys(SPLITS, 0) for s in sites}
     digests = {s: dict(zip(SPLITS, cards[s].digests if s in cards else ("",) * len(SPLITS), strict=True)) for s in sites}
-    return Roster(card.federation, card.classes, card.template, (channels, height, width), rows, digests)
+    return FederationInfo(card.federation, card.classes, card.template, (channels, height, width), rows, digests)
 
 
-def agree(card: Card, site: str, other: Card, whose: str) -> None:
+def agree(card: SiteInfo, site: str, other: SiteInfo, whose: str) -> None:
     """Raise `InputError` where two cards differ in what must be equal everywhere."""
     for name in ("version", "classes", "template", "shape", "base", "start"):
         if getattr(card, name) != getattr(other, name):

@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..core import Central, Local
-from ..core.rng import child
+from ..core import ClientContext, ServerContext
+from ..core.rng import spawn
 from ..core.tensors import Table, Tensors
 from ..utils.errors import InputError
-from ..utils.files import write_whole
+from ..utils.files import atomic_write
 from . import lora as lora
 from .cost import micro_batch
 from .generator import LatentDiffusion
-from .lora_training import Adapting, learn
+from .lora_training import LoraTask, train_adapter
 from .pipeline import Parts
 from .pipeline_families import Condition
 from .sampler import flows, timed
@@ -60,9 +60,9 @@ class Concepts:
         """SHA-256 of the base's files."""
         return self.diffusion.fingerprint()
 
-    def able(self) -> None:
+    def check_settings(self) -> None:
         """Raise `InputError` where latents under so much noise cannot be drawn from with these settings and this base."""
-        self.diffusion.able()
+        self.diffusion.check_settings()
         if self.diffusion.adapters:
             raise InputError("FedBiP's sites send latents, not adapters; take generator.adapters out of the configuration")
         noise = self.diffusion.noise()
@@ -70,12 +70,12 @@ class Concepts:
             raise InputError(f"FedBiP needs a diffusion process, and {self.diffusion.base} is a flow; choose another base")
         timed(noise, self.diffusion.sampler, self.diffusion.steps, self.diffusion.spacing, self.begin(noise.alphas_cumprod))
 
-    def adapt(self, ctx: Local) -> tuple[Tensors, dict[str, float]]:
+    def adapt(self, ctx: ClientContext) -> tuple[Tensors, dict[str, float]]:
         model = self._model(ctx.prompts, ctx.device)
-        task = Adapting(model, micro_batch(self.diffusion, len(ctx.prompts), ctx.device), self._parts(ctx.device))
+        task = LoraTask(model, micro_batch(self.diffusion, len(ctx.prompts), ctx.device), self._parts(ctx.device))
         start = {"domain": torch.zeros_like(model.domain).cpu(), "concept": torch.zeros_like(model.concept).cpu()}
-        found, info = learn(ctx, task, start)
-        latent = self.noised(ctx.data["train"], ctx.device, child(ctx.rng))
+        found, info = train_adapter(ctx, task, start)
+        latent = self.noised(ctx.data["train"], ctx.device, spawn(ctx.rng))
         tensors = {**{name: value.half() for name, value in found.items()}, "latent": latent.half()}
         return {**tensors, "of": ctx.data["train"]["label"].clone()}, info
 
@@ -108,9 +108,11 @@ class Concepts:
 
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
         """One file, `<site>.concepts.safetensors`: the vectors. The latents have served when S is drawn, and tell of images."""
-        write_whole(folder / f"{site}.concepts.safetensors", save({name: adapter[name] for name in ("domain", "concept")}))
+        atomic_write(folder / f"{site}.concepts.safetensors", save({name: adapter[name] for name in ("domain", "concept")}))
 
-    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
+    def synthesize(
+        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: ClientContext | ServerContext
+    ) -> Tensor:
         """One image for each label, from the site's latents of its class in turn; without an adapter: from the base alone."""
         if adapter is None:
             return self.diffusion.synthesize(None, prompts, labels, ctx)
@@ -119,14 +121,14 @@ class Concepts:
         latents = adapter["latent"].float()[self.turns(adapter["of"], labels)]
         varied = self.variation * torch.randn(len(labels), 1, len(adapter["domain"]), generator=ctx.rng)
         begin, images = self.begin(loaded.scheduler.alphas_cumprod), []
-        for done in range(0, len(labels), self.diffusion.batch):
-            part = slice(done, done + self.diffusion.batch)
+        for done in range(0, len(labels), self.diffusion.batch_size):
+            part = slice(done, done + self.diffusion.batch_size)
             with torch.no_grad():
                 condition = model.condition(labels[part].to(ctx.device))
             condition["prompt"] = condition["prompt"] + varied[part].to(ctx.device)
             clean = self.diffusion.denoise(model, loaded, latents[part].to(ctx.device), condition, model.empty, ctx.rng, begin)
-            images.append(loaded.decode(clean, self.diffusion.batch))
-            ctx.progress("sample", min(done + self.diffusion.batch, len(labels)), len(labels))
+            images.append(loaded.decode(clean, self.diffusion.batch_size))
+            ctx.progress("sample", min(done + self.diffusion.batch_size, len(labels)), len(labels))
         return torch.cat(images)
 
     def begin(self, alphas: Tensor) -> int:

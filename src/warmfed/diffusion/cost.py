@@ -25,7 +25,7 @@ from ..utils.memory import free
 from . import lora as lora
 from . import pipeline
 from .known_pipelines import Outline, build, outline, side
-from .lora_training import Adapting
+from .lora_training import LoraTask
 from .pipeline_families import Condition, Family
 from .settings import GeneratorSettings
 
@@ -220,22 +220,22 @@ def plan(generator: GeneratorSettings, classes: int) -> Plan:
     parts = skeleton(generator.base, generator.dtype)
     generator = replace(generator, size=generator.size or side(generator.base))
     weights = sum(_bytes(parts.part(name)) for name in parts.family.models)
-    space, batch = generator.space(parts), generator.training.batch
-    at_once = min(generator.training.micro or batch, batch)
-    denoiser = lora.inject(parts.denoiser, generator.rank, generator.targets, generator.lora.dora)
+    space, batch = generator.space(parts), generator.training.batch_size
+    at_once = min(generator.training.micro_batch_size or batch, batch)
+    denoiser = lora.inject(parts.denoiser, generator.rank, generator.target_modules, generator.lora.dora)
     model = lora.Adapted(parts, denoiser, [""] * classes).requires_grad_(False).to("meta")
     live = [
         value for name, value in model.named_parameters() if ".lora_" in name or (name == lora.PROMPTS and generator.prompts)
     ]
-    words = classes * model.prompts.shape[-1] if generator.lora.tokens else 0
+    words = classes * model.prompts.shape[-1] if generator.lora.textual_inversion else 0
     learned = sum(value.numel() for value in live) + words
     wide = sum(value.numel() for value in model.magnitudes.values())  # DoRA's travel in 32 bits
     live += [model.prompts] if words else []  # through which a token learns
     for value in live:
         value.requires_grad_(True)
-    if generator.lora.checkpointing:
+    if generator.lora.gradient_checkpointing:
         parts.denoiser.enable_gradient_checkpointing()
-    task = Adapting(model, generator, parts)
+    task = LoraTask(model, generator, parts)
     rows = {
         "latent": torch.empty(at_once, generator.views * (1 + generator.lora.flip), *space, device="meta"),
         "label": torch.zeros(at_once, dtype=torch.int64, device="meta"),
@@ -252,13 +252,13 @@ def plan(generator: GeneratorSettings, classes: int) -> Plan:
         images = torch.empty(1, 3, pixels, pixels, device="meta", dtype=parts.vae.dtype)
         encoded = counted(lambda: parts.vae.encode(images))
         guided = 1 if generator.guidance == 1 else 2
-        count = generator.batch * guided
+        count = generator.batch_size * guided
         noisy, time_ = torch.empty(count, *space, device="meta"), torch.zeros(count, device="meta")
         condition = model.condition(torch.zeros(count, dtype=torch.int64, device="meta"))
         sampled = counted(lambda: model(noisy, time_, condition))
         latents = torch.empty(1, *space, device="meta", dtype=parts.vae.dtype)
         decoded = counted(lambda: parts.vae.decode(latents))
-    many = pipeline.chunk(pixels, generator.batch)
+    many = pipeline.chunk(pixels, generator.batch_size)
     return Plan(
         weights,
         2 * (learned + wide),
@@ -266,32 +266,34 @@ def plan(generator: GeneratorSettings, classes: int) -> Plan:
         encoded,
         replace(stepped, peak=stepped.peak + state + 4 * learned),
         sampled,
-        replace(decoded.times(generator.batch), peak=decoded.peak * many),
+        replace(decoded.times(generator.batch_size), peak=decoded.peak * many),
     )
 
 
 def micro_batch(settings: T, classes: int, device: str) -> T:
-    """Return the settings with `training.micro` such that a forward and backward pass fits into half of the free memory.
+    """Return the settings with a `training.micro_batch_size` whose forward and backward pass fits into half of the free memory.
 
-    They are returned as they are if `lora.auto` is not set. Raises `InputError` if not even one image fits.
+    They are returned as they are if `lora.auto_micro_batch` is not set. Raises `InputError` if not even one image fits.
     """
-    if not settings.lora.auto:
+    if not settings.lora.auto_micro_batch:
         return settings
-    batch = settings.training.batch
-    one, two = (plan(replace(settings, training=replace(settings.training, batch=n, micro=0)), classes) for n in (1, 2))
-    passes = 2 if settings.lora.prior else 1
+    batch = settings.training.batch_size
+    one, two = (
+        plan(replace(settings, training=replace(settings.training, batch_size=n, micro_batch_size=0)), classes) for n in (1, 2)
+    )
+    passes = 2 if settings.lora.prior_loss_weight else 1
     each = passes * (two.train.peak - one.train.peak)
     fixed = one.train.peak - each / passes
     room = int((free(device) / 2 - fixed) / each)
     if room >= batch:
-        return replace(settings, training=replace(settings.training, micro=0))
+        return replace(settings, training=replace(settings.training, micro_batch_size=0))
     if room < 1:
         raise InputError(
             f"one image of a batch needs {(fixed + each) / 1e6:.0f} MB, half of what is free is {free(device) / 2e6:.0f} MB; "
-            "set generator.lora.checkpointing, or free some memory"
+            "set generator.lora.gradient_checkpointing, or free some memory"
         )
     in_equal_parts = -(-batch // -(-batch // room))
-    return replace(settings, training=replace(settings.training, micro=in_equal_parts))
+    return replace(settings, training=replace(settings.training, micro_batch_size=in_equal_parts))
 
 
 def _bytes(model: Any) -> int:

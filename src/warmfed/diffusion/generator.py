@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import Central, Local
-from ..core.rng import child
+from ..core import ClientContext, ServerContext
+from ..core.rng import spawn
 from ..core.tensors import Tensors
 from ..utils.errors import InputError, suggest
 from . import known_pipelines as outlines
@@ -19,7 +19,7 @@ from . import pipeline
 from .cost import micro_batch
 from .lora import Adapted
 from .lora_import import digest, imported
-from .lora_training import Adapting, learn, prior
+from .lora_training import LoraTask, prior_samples, train_adapter
 from .pipeline_families import Condition
 from .sampler import draw, timed
 from .settings import GeneratorSettings
@@ -34,7 +34,7 @@ class LatentDiffusion(GeneratorSettings):
         base = pipeline.fingerprint(self.base)
         return digest(base, self.adapters) if self.adapters else base
 
-    def able(self) -> None:
+    def check_settings(self) -> None:
         """Raise `InputError` where these settings cannot draw with this base, whose weights need not be there."""
         timed(self.noise(), self.sampler, self.steps, self.spacing)
         if self.compile and self.compile not in torch._dynamo.list_backends(()):
@@ -45,47 +45,58 @@ class LatentDiffusion(GeneratorSettings):
         """The base's own scheduler."""
         return outlines.build(*outlines.outline(self.base)[1]["scheduler"])
 
-    def adapt(self, ctx: Local) -> tuple[Tensors, dict[str, float]]:
+    def adapt(self, ctx: ClientContext) -> tuple[Tensors, dict[str, float]]:
         if ctx.site in self.adapters:
             return self.imported(ctx.site, ctx.prompts), {"imported": 1.0}
         model, base = self._model(ctx.prompts, ctx.device), self._parts(ctx.device)
-        start = self._learned(lora.fresh(model, child(ctx.rng)))
+        start = self._learned(lora.fresh(model, spawn(ctx.rng)))
         settings = micro_batch(self, len(ctx.prompts), ctx.device)
-        task = Adapting(model, settings, base, prior(ctx, settings, base, self.drawn_latents) if self.lora.prior else None)
+        task = LoraTask(
+            model,
+            settings,
+            base,
+            prior_samples(ctx, settings, base, self.drawn_latents) if self.lora.prior_loss_weight else None,
+        )
         with lora.scaled(model, self.lora.scale(self.rank)):
-            tensors, info = learn(ctx, task, start)
-        return lora.outward(tensors, self.lora.scale(self.rank)), info
+            tensors, info = train_adapter(ctx, task, start)
+        return lora.to_diffusers(tensors, self.lora.scale(self.rank)), info
 
     def imported(self, site: str, prompts: Sequence[str]) -> dict[str, Tensor]:
         """A site's adapter from the file that `adapters` names; raises `InputError` where it does not fit."""
         return imported(Path(self.adapters[site]), self._like(prompts), self._parts("cpu"), self, site)
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
-        lora.check(adapter, lora.outward(self._like(prompts)), who)
+        lora.check(adapter, lora.to_diffusers(self._like(prompts)), who)
 
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
         lora.write(adapter, folder, site)
 
-    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
+    def synthesize(
+        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: ClientContext | ServerContext
+    ) -> Tensor:
         """One image for each label, uint8 [n, 3, h, w]; without an adapter: from the base alone, by its own prompts."""
         base = self._parts(ctx.device)
-        return torch.cat([base.decode(part, self.batch) for part in self._drawn(adapter, prompts, labels, ctx)])
+        return torch.cat([base.decode(part, self.batch_size) for part in self._drawn(adapter, prompts, labels, ctx)])
 
-    def drawn_latents(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
+    def drawn_latents(
+        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: ClientContext | ServerContext
+    ) -> Tensor:
         """The same images before they are decoded, float [n, c, h, w]."""
         return torch.cat(list(self._drawn(adapter, prompts, labels, ctx)))
 
-    def _drawn(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Iterator[Tensor]:
+    def _drawn(
+        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: ClientContext | ServerContext
+    ) -> Iterator[Tensor]:
         loaded, model = self._parts(ctx.device), self._model(tuple(prompts), ctx.device)
         blank = lora.fresh(model, torch.Generator())
         noise = torch.randn((len(labels), *self.space(loaded)), generator=ctx.rng)
-        with lora.worn(model, {**blank, **lora.inward(adapter or {})}, fused=self.fused):
-            for done in range(0, len(labels), self.batch):
-                part = slice(done, done + self.batch)
+        with lora.applied(model, {**blank, **lora.to_peft(adapter or {})}, fused=self.fuse_lora):
+            for done in range(0, len(labels), self.batch_size):
+                part = slice(done, done + self.batch_size)
                 with torch.no_grad():
                     condition = model.condition(labels[part].to(ctx.device))
                 yield self.denoise(model, loaded, noise[part].to(ctx.device), condition, model.empty, ctx.rng)
-                ctx.progress("sample", min(done + self.batch, len(labels)), len(labels))
+                ctx.progress("sample", min(done + self.batch_size, len(labels)), len(labels))
 
     def denoise(
         self,
@@ -104,13 +115,13 @@ class LatentDiffusion(GeneratorSettings):
             begin: the time that the noise is of; none: the last one.
         """
         solver = timed(base.scheduler, self.sampler, self.steps, self.spacing, begin, latents.device)
-        against = base.embed([self.negative]) if self.negative else empty
+        against = base.embed([self.negative_prompt]) if self.negative_prompt else empty
         asked = _compiled(model, self.compile) if self.compile else model
-        return draw(asked, solver, latents, condition, against, self.guidance, self.interval, rng)
+        return draw(asked, solver, latents, condition, against, self.guidance, self.guidance_interval, rng)
 
     def _model(self, prompts: Sequence[str], device: str) -> Adapted:
-        kind = (self.base, tuple(prompts), self.rank, self.targets, device, self.dtype)
-        return lora.adapted(*kind, dora=self.lora.dora, words=self.lora.tokens)
+        kind = (self.base, tuple(prompts), self.rank, self.target_modules, device, self.dtype)
+        return lora.adapted(*kind, dora=self.lora.dora, words=self.lora.textual_inversion)
 
     def _parts(self, device: str) -> pipeline.Parts:
         return lora.parts(self.base, device, self.dtype)

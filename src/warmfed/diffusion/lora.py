@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.tensors import Tensors, only
 from ..utils.errors import InputError
-from ..utils.files import read_bytes, write_whole
+from ..utils.files import atomic_write, read_bytes
 from . import pipeline
 from .pipeline_families import STABLE, Condition, ids
 
@@ -45,7 +45,9 @@ class Words:
 
     def __init__(self, base: pipeline.Parts) -> None:
         if base.family is not STABLE:
-            raise InputError(f"generator.lora.tokens is for one CLIP text encoder, {base.family.name} has others; use prompts")
+            raise InputError(
+                f"generator.lora.textual_inversion is for one CLIP text encoder, {base.family.name} has others; use prompts"
+            )
         self.base = base
         self.ids = self.last = torch.empty(0, dtype=torch.int64)
 
@@ -196,7 +198,7 @@ def fresh(model: Adapted, rng: torch.Generator) -> dict[str, Tensor]:
 _OUT = {".lora_A.default.": ".lora_A.", ".lora_B.default.": ".lora_B.", ".lora_magnitude_vector.default.weight": _MAGNITUDE}
 
 
-def outward(adapter: Tensors, scale: float = 1.0) -> dict[str, Tensor]:
+def to_diffusers(adapter: Tensors, scale: float = 1.0) -> dict[str, Tensor]:
     """An adapter as it travels: diffusers' names, 16 bits; `scale` is that of the layers that it was learned in."""
     out: dict[str, Tensor] = {}
     for name, tensor in adapter.items():
@@ -206,7 +208,7 @@ def outward(adapter: Tensors, scale: float = 1.0) -> dict[str, Tensor]:
     return out
 
 
-def inward(adapter: Tensors) -> dict[str, Tensor]:
+def to_peft(adapter: Tensors) -> dict[str, Tensor]:
     """The names and the type that the model has, of an adapter that has travelled."""
     return {_renamed(name, {outer: inner for inner, outer in _OUT.items()}): t.float() for name, t in adapter.items()}
 
@@ -238,7 +240,7 @@ def check(adapter: Tensors, like: Tensors, who: str) -> None:
 
 
 @contextmanager
-def worn(model: Adapted, adapter: Tensors, *, fused: bool = True) -> Iterator[Adapted]:
+def applied(model: Adapted, adapter: Tensors, *, fused: bool = True) -> Iterator[Adapted]:
     """The model with an adapter, inside.
 
     Args:
@@ -267,12 +269,12 @@ def write(adapter: Tensors, folder: Path, site: str) -> None:
     """`<site>.safetensors`, which `load_lora_weights` takes; and `<site>.prompts.safetensors`, or `<site>.tokens.safetensors`
     with a token `<site-0>`, `<site-1>`, … for each class, each of which `load_textual_inversion` takes."""
     if layers := only(adapter, lambda name: name not in (PROMPTS, TOKENS)):
-        write_whole(folder / f"{site}.safetensors", save(layers, {"format": "pt"}))  # byte for byte what diffusers writes
+        atomic_write(folder / f"{site}.safetensors", save(layers, {"format": "pt"}))  # byte for byte what diffusers writes
     if PROMPTS in adapter:
-        write_whole(folder / f"{site}.prompts.safetensors", save({PROMPTS: adapter[PROMPTS].contiguous()}))
+        atomic_write(folder / f"{site}.prompts.safetensors", save({PROMPTS: adapter[PROMPTS].contiguous()}))
     if TOKENS in adapter:
         words = {f"<{site}-{i}>": word.clone() for i, word in enumerate(adapter[TOKENS])}
-        write_whole(folder / f"{site}.{TOKENS}.safetensors", save(words))
+        atomic_write(folder / f"{site}.{TOKENS}.safetensors", save(words))
 
 
 def read(folder: Path, site: str) -> dict[str, Tensor]:

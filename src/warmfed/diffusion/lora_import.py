@@ -36,13 +36,14 @@ def imported(path: Path, like: Tensors, base: Parts, settings: GeneratorSettings
         InputError: it is no such file, or adapts what this run's settings or this base do not.
     """
     who = _who(site)
-    found, wanted = _modules(path, who, base), lora.outward(like)
+    found, wanted = _modules(path, who, base), lora.to_diffusers(like)
     names = [name.removesuffix(_A) for name in wanted if name.endswith(_A)]
     foreign = sorted(found.keys() - set(names))
     if foreign:
         raise InputError(
             f"{who} ({path}) adapts {foreign[0]!r}" + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else "")
-            + f", which generator.targets={settings.targets!r} does not on this base; set targets wider, or name another file"
+            + f", which generator.target_modules={settings.target_modules!r} does not on this base; "
+            "set target_modules wider, or name another file"
         )  # fmt: skip
     dora = [module for module, parts in found.items() if _MAGNITUDE in parts]
     if bool(dora) != settings.lora.dora:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Local
-from ..core.rng import aside, child, named, seeded
+from ..core import ClientContext
+from ..core.rng import fork, seeded, spawn, stream
 from ..core.tensors import Table, Tensors, rows, select, sha256, to
 from ..core.training_snapshot import Snapshots
 from ..data.image_cache import Cache
@@ -26,7 +26,7 @@ from .sampler import flows
 from .settings import GeneratorSettings
 
 
-class Adapting:
+class LoraTask:
     """The task of an adapter: the denoising loss under the class's prompt, `model.condition(labels)`."""
 
     def __init__(self, model: nn.Module, settings: GeneratorSettings, base: pipeline.Parts, prior: Table | None = None) -> None:
@@ -45,12 +45,12 @@ class Adapting:
         view = torch.randint(batch["latent"].shape[1], (n,)).to(device)
         latent = batch["latent"][torch.arange(n, device=device), view]
         empty = (torch.rand(n) < self.settings.dropout).to(device)
-        place, noise = drawn(latent, self.settings.lora.offset)
+        place, noise = drawn(latent, self.settings.lora.noise_offset)
         found = {"latent": latent, "label": batch["label"], "empty": empty, "place": place, "noise": noise}
         if self.prior is not None:
             chosen_rows = torch.randint(len(self.prior["label"]), (n,))
             latent, label = (self.prior[name][chosen_rows].to(device) for name in ("latent", "label"))
-            place, noise = drawn(latent, self.settings.lora.offset)
+            place, noise = drawn(latent, self.settings.lora.noise_offset)
             found |= {"prior/latent": latent, "prior/label": label, "prior/place": place, "prior/noise": noise}
         return found
 
@@ -62,7 +62,7 @@ class Adapting:
             return total
         label = batch["prior/label"]
         told = {name.removeprefix("told/"): self.prior[name].to(label.device)[label] for name in self.prior if "told/" in name}
-        return total + self.settings.lora.prior * self._error(model, batch, "prior/", told)
+        return total + self.settings.lora.prior_loss_weight * self._error(model, batch, "prior/", told)
 
     def _error(self, model: Any, batch: Table, of: str, condition: Condition) -> Tensor:
         latent, at = batch[f"{of}latent"], (batch[f"{of}place"], batch[f"{of}noise"])
@@ -73,23 +73,25 @@ class Adapting:
 
         if shift := flows({"_class_name": type(scheduler).__name__, **config}):
             return flow_loss(predict, latent, shift, config.num_train_timesteps, at)
-        return denoising_loss(predict, latent, scheduler.alphas_cumprod, config.prediction_type, self.settings.gamma, at)
+        return denoising_loss(
+            predict, latent, scheduler.alphas_cumprod, config.prediction_type, self.settings.min_snr_gamma, at
+        )
 
     def judge(self, held: Table, device: str) -> Callable[[nn.Module], float]:
         """The loss on held-out latents, with the same noise in every call."""
-        plain, held = Adapting(self.model, replace(self.settings, dropout=0.0), self.base), to(held, device)
+        plain, held = LoraTask(self.model, replace(self.settings, dropout=0.0), self.base), to(held, device)
 
         def measure(model: nn.Module) -> float:
             total = 0.0
-            with seeded(named("adapting", "judge")):
-                for part in torch.arange(rows(held)).split(self.settings.training.batch):
+            with seeded(stream("adapting", "judge")):
+                for part in torch.arange(rows(held)).split(self.settings.training.batch_size):
                     total += plain.loss(model, plain.draw(select(held, part))).item() * len(part)
             return total / rows(held)
 
         return measure
 
 
-def learn(ctx: Local, task: Adapting, start: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
+def train_adapter(ctx: ClientContext, task: LoraTask, start: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Train what `start` names on the site's training images, as the settings say. Raises `InputError` as `fit` does."""
     settings, base = task.settings, task.base
     lora, training = settings.lora, settings.training
@@ -101,11 +103,11 @@ def learn(ctx: Local, task: Adapting, start: Tensors) -> tuple[dict[str, Tensor]
             raise InputError(f"site {ctx.site!r} has no validation images to stop early by; set generator.lora.patience to 0")
         stop = Stop(task.judge(latents(ctx, "validation", settings, base), ctx.device), lora.patience)
     keep = None
-    if ctx.unfinished is not None and lora.snapshots:
-        keep = Snapshots(ctx.unfinished, lora.snapshots, repr((settings, ctx.prompts)))
-    with _checkpointing(task.model, lora.checkpointing):
+    if ctx.snapshot_path is not None and lora.snapshots:
+        keep = Snapshots(ctx.snapshot_path, lora.snapshots, repr((settings, ctx.prompts)))
+    with _checkpointing(task.model, lora.gradient_checkpointing):
         found, info = fit(replace(ctx, task=task), start, training, data, draw=task.draw, stop=stop, snapshots=keep)
-    return found, (info | {"micro": float(training.micro)} if lora.auto else info)
+    return found, (info | {"micro": float(training.micro_batch_size)} if lora.auto_micro_batch else info)
 
 
 @contextmanager
@@ -120,7 +122,7 @@ def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         model.denoiser.disable_gradient_checkpointing()
 
 
-def latents(ctx: Local, split: str, settings: GeneratorSettings, base: pipeline.Parts) -> dict[str, Tensor]:
+def latents(ctx: ClientContext, split: str, settings: GeneratorSettings, base: pipeline.Parts) -> dict[str, Tensor]:
     """The latents of images and of their copies, {"latent": float [n, views, c, h, w], "label"}: the encoder leaves the loop.
 
     Training images have shifted copies, and mirrored ones if so asked; validation images are as they are.
@@ -128,7 +130,7 @@ def latents(ctx: Local, split: str, settings: GeneratorSettings, base: pipeline.
     table = ctx.data[split]
     images = [table["image"]]
     if split == "train":
-        rng = child(ctx.rng)
+        rng = spawn(ctx.rng)
         images += [_shifted(table["image"], rng) for _ in range(settings.views - 1)]
         images += [image.flip(-1) for image in images] if settings.lora.flip else []
     if settings.lora.cache == "disk":
@@ -169,9 +171,11 @@ def _shifted(images: Tensor, rng: torch.Generator) -> Tensor:
     return torch.stack([image[:, y : y + height, x : x + width] for image, y, x in zip(padded, down, right, strict=True)])
 
 
-def prior(ctx: Local, settings: GeneratorSettings, base: pipeline.Parts, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+def prior_samples(
+    ctx: ClientContext, settings: GeneratorSettings, base: pipeline.Parts, draw: Callable[..., Tensor]
+) -> dict[str, Tensor]:
     """Return latents of the site's classes as `draw` makes them by the base alone; `ctx.rng` stays where it is."""
     label = ctx.data["train"]["label"].unique().repeat_interleave(settings.lora.prior_images)
-    latent = draw(None, ctx.prompts, label, replace(ctx, rng=aside(ctx.rng, "prior")))
+    latent = draw(None, ctx.prompts, label, replace(ctx, rng=fork(ctx.rng, "prior")))
     told = {f"told/{name}": table.cpu() for name, table in base.embed(ctx.prompts).items()}
     return {"latent": latent.cpu(), "label": label, **told}

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ PREDICTIONS = ("epsilon", "v_prediction")
 class DenoiserSettings:
     """What a denoiser is, how it learns and how it draws."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"gamma": "min_snr_gamma", "batch": "batch_size"}
+
     denoiser: str = "dit"
     """unet (Ho et al., NeurIPS 2020) or dit (Peebles and Xie, ICCV 2023)."""
     width: int = 128
@@ -47,24 +49,24 @@ class DenoiserSettings:
     -log(expm1(1e-4 + 10·t²)) for t from 0 to 1 (Tun et al., 2023)."""
     times: int = 1000
     """T, the times of the forward process."""
-    gamma: float = 5.0
+    min_snr_gamma: float = 5.0
     """Largest weight of a time (min-SNR-γ); 0: none."""
     weighting: str = "min-snr"
-    """min-snr, or signal: a time weighs SNR/(SNR + 1), and `gamma` does not count (Tun et al.)."""
+    """min-snr, or signal: a time weighs SNR/(SNR + 1), and `min_snr_gamma` does not count (Tun et al.)."""
     sampler: str = "dpm++"
     """ddpm, ddim or dpm++."""
     steps: int = 20
     """Sampler steps."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1: none."""
-    batch: int = 250
+    batch_size: int = 250
     """Images of one sampler batch."""
 
     def __post_init__(self) -> None:
         one_of(self, denoiser=tuple(DENOISERS), prediction=PREDICTIONS, schedule=tuple(SCHEDULES), sampler=tuple(SAMPLERS))
         one_of(self, weighting=("min-snr", "signal"))
-        if min(self.width, self.depth, self.patch, self.times, self.steps, self.batch) < 1 or self.width % 32:
-            raise InputError("width must be a multiple of 32, and depth, patch, times, steps and batch at least 1")
+        if min(self.width, self.depth, self.patch, self.times, self.steps, self.batch_size) < 1 or self.width % 32:
+            raise InputError("width must be a multiple of 32, and depth, patch, times, steps and batch_size at least 1")
         if not self.conditional and self.guidance != 1:
             raise InputError(f"guidance needs a conditional denoiser; got guidance {self.guidance} of an unconditional one")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core.tensors import finite
 from ..utils.errors import InputError
-from ..utils.files import content, loads_json, make, read_bytes, regular, secure
+from ..utils.files import loads_json, make_folder, open_regular, read_bytes, read_regular, restrict_access
 from .pipeline_families import AUTOENCODERS, STABLE, Condition, Family, family, library
 
 BASES = Path(__file__).parent.parent / "bases"
@@ -243,7 +243,7 @@ def _foreign(name: str, config: Mapping[str, Any]) -> str:
 def json_of(path: Path) -> Any:
     """Return the value of a pipeline's JSON file; raises `InputError`."""
     try:
-        return loads_json(content(path, _MOST))
+        return loads_json(read_regular(path, _MOST))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is missing or damaged ({error}); save or download the pipeline again") from error
 
@@ -430,7 +430,7 @@ def save(parts: Parts, folder: Path, extra: dict[str, str] | None = None) -> Non
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    make(partial)
+    make_folder(partial)
     index: dict[str, Any] = {"_class_name": parts.family.pipelines[0]}
     if parts.family is STABLE:
         index |= {"requires_safety_checker": False}
@@ -444,7 +444,7 @@ def save(parts: Parts, folder: Path, extra: dict[str, str] | None = None) -> Non
     texts = {"model_index.json": json.dumps(index, indent=2, sort_keys=True) + "\n"} | (extra or {})
     for name, text in texts.items():
         (partial / name).write_text(text)
-    secure(partial)
+    restrict_access(partial)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -461,7 +461,7 @@ def fingerprint(base: str | Path) -> str:
         total.update(b"the empty prompt is read as any other")
     for path in sorted(path for name, path in files(base).items() if "/" in name):
         total.update(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}:".encode())
-        with regular(path) as file:
+        with open_regular(path) as file:
             while block := file.read(2**24):
                 total.update(block)
     return total.hexdigest()

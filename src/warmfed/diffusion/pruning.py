@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.rng import named, seeded
+from ..core.rng import seeded, stream
 from ..core.tensors import Tensors
 
 RESIDUAL = {"conv1.weight": 0, "conv1.bias": 0, "time_emb_proj.weight": 0, "time_emb_proj.bias": 0, "norm2.weight": 0,
@@ -64,7 +64,7 @@ def prune(model: Tensors, share: float, groups: int = 8) -> dict[str, Tensor]:
 
 def narrow(net: nn.Module, sizes: Mapping[str, int]) -> None:
     """Give the blocks of a network so many hidden units, with fresh weights where they had another number."""
-    with seeded(named("narrow")):  # what is drawn after this does not depend on the widths
+    with seeded(stream("narrow")):  # what is drawn after this does not depend on the widths
         for prefix, units in sizes.items():
             _narrow(net, prefix, units)
 

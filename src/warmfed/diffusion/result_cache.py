@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..core import Central, Local, Metrics
-from ..core.tensors import Tensors, prefixed, sha256, under
-from ..utils.files import read_sealed, write_sealed
+from ..core import ClientContext, Metrics, ServerContext
+from ..core.tensors import Tensors, add_prefix, sha256, strip_prefix
+from ..utils.files import read_checksummed, write_checksummed
 
 Made = tuple[Tensors, Metrics]
 
 
-def once(
+def cached(
     folder: Path | None, what: str, made_of: object, rng: torch.Generator, given: Tensors, make: Callable[[], Made]
 ) -> Made:
     """What `make` returns; in `folder` it is kept under a digest of all it was made of, and found there the next time.
@@ -37,26 +37,26 @@ def once(
     text = repr((made_of, sha256({**given, "rng": rng.get_state()})))
     path = folder / f"{what}-{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
     if path.exists():
-        found = load(read_sealed(path, "what another run of the comparison has made"))
+        found = load(read_checksummed(path, "what another run of the comparison has made"))
         rng.set_state(found["rng"])
-        return under(found, "made/"), {name: value.item() for name, value in under(found, "metric/").items()}
+        return strip_prefix(found, "made/"), {name: value.item() for name, value in strip_prefix(found, "metric/").items()}
     made, metrics = make()
     figures = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
-    whole: dict[str, Tensor] = {**prefixed(made, "made/"), **prefixed(figures, "metric/"), "rng": rng.get_state()}
-    write_sealed(path, save({name: tensor.contiguous() for name, tensor in whole.items()}))
+    whole: dict[str, Tensor] = {**add_prefix(made, "made/"), **add_prefix(figures, "metric/"), "rng": rng.get_state()}
+    write_checksummed(path, save({name: tensor.contiguous() for name, tensor in whole.items()}))
     return made, metrics
 
 
 @dataclass(frozen=True)
-class Once:
+class CachedGenerator:
     """Adapts and samples as `generator` does, each thing `once`: settings, base, images or adapter, prompts, labels tell it."""
 
     generator: Any
     """A `LatentDiffusion` or `Concepts`."""
     folder: Path
 
-    def adapt(self, ctx: Local) -> Made:
-        given = prefixed(ctx.data["train"], "train/") | prefixed(ctx.data.get("validation", {}), "validation/")
+    def adapt(self, ctx: ClientContext) -> Made:
+        given = add_prefix(ctx.data["train"], "train/") | add_prefix(ctx.data.get("validation", {}), "validation/")
         return self._once("adapt", ctx, ctx.prompts, given, lambda: self.generator.adapt(ctx))
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
@@ -65,12 +65,16 @@ class Once:
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
         self.generator.write(adapter, folder, site)
 
-    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: Local | Central) -> Tensor:
+    def synthesize(
+        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: ClientContext | ServerContext
+    ) -> Tensor:
         def make() -> Made:
             return {"image": self.generator.synthesize(adapter, prompts, labels, ctx)}, {}
 
         return self._once("samples", ctx, prompts, {**(adapter or {}), "labels": labels}, make)[0]["image"]
 
-    def _once(self, what: str, ctx: Local | Central, prompts: Sequence[str], given: Tensors, make: Callable[[], Made]) -> Made:
+    def _once(
+        self, what: str, ctx: ClientContext | ServerContext, prompts: Sequence[str], given: Tensors, make: Callable[[], Made]
+    ) -> Made:
         made_of = (self.generator, self.generator.fingerprint(), tuple(prompts), ctx.device)
-        return once(self.folder, what, made_of, ctx.rng, given, make)
+        return cached(self.folder, what, made_of, ctx.rng, given, make)

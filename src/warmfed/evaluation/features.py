@@ -47,14 +47,15 @@ def _arrays(path: Path) -> Extractor:
         weights = {name: torch.from_numpy(held[name]) for name in held.files}
     except DAMAGE as error:
         raise InputError(f"{path} is damaged or no .npz of arrays ({error}); restore it") from error
-    for eyes in models.EYES.values():
+    for eyes in models.FEATURE_EXTRACTORS.values():
         net = eyes()
         if {key for key in net.state_dict() if not key.endswith("num_batches_tracked")} == weights.keys():
             net.load_state_dict(weights, strict=False)
             net.eval().requires_grad_(False)
             return lambda image: _batched(net, image)
     raise InputError(
-        f"{path} holds none of the networks {', '.join(models.EYES)}; its tensors are {', '.join(sorted(weights)[:4])}, …"
+        f"{path} holds none of the networks {', '.join(models.FEATURE_EXTRACTORS)}; "
+        f"its tensors are {', '.join(sorted(weights)[:4])}, …"
     )
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Central, Round
-from ..core.rng import named
-from ..core.tensors import Table, Tensors, dealt, join, rows
+from ..core import Round, ServerContext
+from ..core.rng import stream
+from ..core.tensors import Table, Tensors, apportion, join, rows
 from ..data import Federation
 from ..diffusion import pipeline
 from ..fit import Training, fit
-from ..metrics.images import copies, distances, diversity, nearest, neighbourhoods
+from ..metrics.images import distances, diversity, memorization_rate, nearest, neighbourhoods
 from ..tasks.classification import Classify
 from ..tasks.denoising import Denoise
 from ..utils.errors import InputError
@@ -28,7 +28,7 @@ from .features import Extractor, extractor
 
 
 @dataclass(frozen=True)
-class Measuring:
+class Evaluation:
     """How a generator is measured."""
 
     samples: int = 1000
@@ -47,10 +47,10 @@ class Measuring:
         if self.when not in ("every", "last"):
             raise InputError(f"when must be every or last; got {self.when!r}")
         if self.samples < 0 or self.samples == 1 or self.neighbours < 1:
-            raise InputError("samples must be 0 (none) or at least 2, and neighbours at least 1; check [measuring]")
+            raise InputError("samples must be 0 (none) or at least 2, and neighbours at least 1; check [evaluation]")
 
 
-def check(settings: Measuring, base: str, federation: Federation, *, drawn: bool, weights: bool = True) -> None:
+def check(settings: Evaluation, base: str, federation: Federation, *, drawn: bool, weights: bool = True) -> None:
     """Raise `InputError` where what a run is to measure cannot be: before it begins.
 
     Args:
@@ -65,12 +65,12 @@ def check(settings: Measuring, base: str, federation: Federation, *, drawn: bool
         path = pipeline.find(base, weights=weights) / "classifier.safetensors"
     if not path.exists():
         other = "a file" if drawn else "global, or to a file"
-        raise InputError(f"what looks at samples (measuring.features): {path} is not there; set features to {other}")
+        raise InputError(f"what looks at samples (evaluation.features): {path} is not there; set features to {other}")
     if weights:
         extractor(settings.features, base, federation.shape)
     if drawn and min(sum(rows(site.splits[part]) for site in federation.sites.values()) for part in ("train", "test")) < 2:
         raise InputError(
-            "a generator is measured against at least two training and two test images; set measuring.samples to 0"
+            "a generator is measured against at least two training and two test images; set evaluation.samples to 0"
         )
 
 
@@ -90,7 +90,7 @@ def adapter_scores(
             continue
         fake, seen, unseen = look(mine["image"]), look(site.train["image"]), look(site.test["image"])
         scores = distances(seen, fake) if len(seen) > 1 else {}
-        scores |= neighbourhoods(seen, fake, neighbours) | copies(seen, unseen, fake)
+        scores |= neighbourhoods(seen, fake, neighbours) | memorization_rate(seen, unseen, fake)
         scores |= {
             "diversity": diversity(seen, site.train["label"], fake, mine["label"]),
             "nearest": nearest(seen, unseen, fake),
@@ -103,15 +103,15 @@ def adapter_scores(
     return found
 
 
-SCHOOL = Training(lr=0.02, epochs=15, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
+SCHOOL = Training(lr=0.02, epochs=15, batch_size=64, schedule="cosine", weight_decay=5e-4, max_grad_norm=1.0)
 """Training of the classifier that learns from samples alone."""
 
 
 @dataclass(frozen=True, eq=False)
-class Gauge:
+class GeneratorEvaluator:
     """Measures the generator of a run on this machine; in a deployment nobody sees all sites' images, and nobody can."""
 
-    settings: Measuring
+    settings: Evaluation
     task: Denoise
     federation: Federation
     base: str
@@ -120,9 +120,9 @@ class Gauge:
     """Where samples are drawn and learned from; what looks at them is on the processor."""
 
     @classmethod
-    def of(
-        cls, settings: Measuring, task: object, federation: object, base: str, seed: int, device: str = "cpu"
-    ) -> "Gauge | None":
+    def for_run(
+        cls, settings: Evaluation, task: object, federation: object, base: str, seed: int, device: str = "cpu"
+    ) -> "GeneratorEvaluator | None":
         """The gauge of a run; None where nothing can be measured."""
         if isinstance(task, Denoise) and isinstance(federation, Federation) and settings.samples:
             return cls(settings, task, federation, base, seed, device)
@@ -142,12 +142,12 @@ class Gauge:
     def _drawing(self, model: Any, train: Table, classes: int) -> list[tuple[Tensors, Tensor, tuple[str, ...]]]:
         """Which model draws which labels, and what names its noise."""
         if not isinstance(next(iter(model.values())), Mapping):
-            return [(model, dealt(train["label"].bincount(minlength=classes), self.settings.samples), ())]
+            return [(model, apportion(train["label"].bincount(minlength=classes), self.settings.samples), ())]
         sizes = torch.tensor([len(site.train["label"]) for site in self.federation.sites.values()])
-        shares = dealt(sizes, self.settings.samples).bincount(minlength=len(sizes)).tolist()
+        shares = apportion(sizes, self.settings.samples).bincount(minlength=len(sizes)).tolist()
         counts = {name: site.train["label"].bincount(minlength=classes) for name, site in self.federation.sites.items()}
         return [
-            (model[name], dealt(counts[name], share), (name,))
+            (model[name], apportion(counts[name], share), (name,))
             for name, share in zip(counts, shares, strict=True) if share and name in model
         ]  # fmt: skip
 
@@ -167,15 +167,15 @@ class Gauge:
         drawing = self._drawing(model, train, classes)
         label = torch.cat([each for _, each, _ in drawing])
         drawn_by = [
-            self.task.sample(one, each, named(self.seed, "measure", step, *who), self.device) for one, each, who in drawing
+            self.task.sample(one, each, stream(self.seed, "measure", step, *who), self.device) for one, each, who in drawing
         ]
         fake = self.task.decoded(torch.cat(drawn_by))
         found: dict[str, Any] = {"features": digest, "samples": len(fake), "models": len(drawing)}
         drawn, k = look(fake), self.settings.neighbours
-        found |= distances(seen, drawn) | neighbourhoods(seen, drawn, k) | copies(seen, unseen, drawn)
+        found |= distances(seen, drawn) | neighbourhoods(seen, drawn, k) | memorization_rate(seen, unseen, drawn)
         found |= {f"floor_{name}": value for name, value in distances(seen, unseen).items()}
         if self.task.settings.conditional:
-            school = Central(Classify(self.federation.shape, classes), named(self.seed, "school"), device=self.device)
+            school = ServerContext(Classify(self.federation.shape, classes), stream(self.seed, "school"), device=self.device)
             pupil, _ = fit(school, school.task.init(school.rng), SCHOOL, {"image": fake, "label": label})
             found["taught"] = school.task.metrics(pupil, test, self.device)["accuracy"]
         return found

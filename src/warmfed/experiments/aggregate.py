@@ -26,7 +26,7 @@ METRICS = {
     "taught": ("quality", "taught"),
 }
 """Row keys by where the summaries hold the accuracy."""
-TESTED = {"accuracy": ("global", "personal", "unseen", "unseen_tuned"), "loss": ("fid", "taught")}
+TESTED_METRICS = {"accuracy": ("global", "personal", "unseen", "unseen_tuned"), "loss": ("fid", "taught")}
 """By what sums up the task's models: accuracy, or (of a diffusion model) its loss."""
 
 
@@ -40,7 +40,7 @@ class Cell(Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def unseen(self) -> str: ...
+    def holdout(self) -> str: ...
     @property
     def settings(self) -> Mapping[str, str]: ...
     @property
@@ -52,7 +52,7 @@ Pairing = tuple[int, str]
 """Seed and unseen site: what two arms must share to be compared."""
 
 
-def tabulate(cells: Sequence[Cell], summaries: Sequence[Summary], tested: str = "") -> dict[str, Any]:
+def aggregate(cells: Sequence[Cell], summaries: Sequence[Summary], reference: str = "") -> dict[str, Any]:
     """compare.json: a row for each arm and number of rounds, and paired tests over the seeds.
 
     The tests compare the arm `tested` (warmfed, or the first one) with each other one, over the seeds and unseen sites
@@ -64,10 +64,10 @@ def tabulate(cells: Sequence[Cell], summaries: Sequence[Summary], tested: str = 
     rows = [_row(arm, rounds, members) for (rounds, arm), members in groups.items()]
     names = list(dict.fromkeys(cell.arm for cell in cells))
     measure = summaries[0].get("measure", "accuracy")
-    first = tested or ("warmfed" if "warmfed" in names else names[0])
+    first = reference or ("warmfed" if "warmfed" in names else names[0])
     tests = []
     for rounds in dict.fromkeys(cell.rounds for cell in cells):
-        for metric in TESTED[measure]:
+        for metric in TESTED_METRICS[measure]:
             values = {arm: _values(members, metric) for (r, arm), members in groups.items() if r == rounds}
             tests += [{"rounds": rounds, **test} for test in _tests(metric, first, values)]
     return {
@@ -78,7 +78,7 @@ def tabulate(cells: Sequence[Cell], summaries: Sequence[Summary], tested: str = 
         "seeds": list(dict.fromkeys(cell.seed for cell in cells)),
         "rounds": max(cell.rounds for cell in cells),
         "swept": list(dict.fromkeys(key for cell in cells for key in cell.settings)),
-        "unseen": [site for site in dict.fromkeys(cell.unseen for cell in cells) if site],
+        "unseen": [site for site in dict.fromkeys(cell.holdout for cell in cells) if site],
     }
 
 
@@ -101,7 +101,7 @@ def _row(arm: str, rounds: int, members: Sequence[Member]) -> dict[str, Any]:
 def _values(members: Iterable[Member], metric: str) -> dict[Pairing, float | None]:
     """By seed and unseen site, the accuracy of this name; None where the algorithm has no such model."""
     model, key = METRICS[metric]
-    return {(cell.seed, cell.unseen): (summary.get(model) or {}).get(key) for cell, summary in members}
+    return {(cell.seed, cell.holdout): (summary.get(model) or {}).get(key) for cell, summary in members}
 
 
 def _tests(metric: str, first: str, values: Mapping[str, Mapping[Pairing, float | None]]) -> list[dict[str, Any]]:

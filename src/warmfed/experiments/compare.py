@@ -19,14 +19,14 @@ from .. import report
 from ..algorithms import ALGORITHMS, entry
 from ..config import Config, nested, read_toml, resolve
 from ..data import Federation
-from ..runs.execute import Watcher, execute, read_summary, resume
+from ..runs.execute import RunListener, execute, read_summary, resume
 from ..runs.prepare import load_data, prepare
 from ..runs.progress import Clock
-from ..transports.process_pool import Pool, death_told, tell
+from ..transports.process_pool import ProcessPool, death_told, tell
 from ..utils.errors import InputError, suggest
-from ..utils.files import PUBLIC, occupied, read_bytes, sweep, write_json, write_whole
+from ..utils.files import PUBLIC, atomic_write, occupied, read_bytes, remove_partial_files, write_json
 from ..utils.version import __version__
-from .aggregate import tabulate
+from .aggregate import aggregate
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +41,14 @@ class Cell:
     """What a sweep varies: dotted key -> value, as text."""
 
     @property
-    def unseen(self) -> str:
+    def holdout(self) -> str:
         """The site that is left out; empty: none."""
-        return self.config.unseen.site
+        return self.config.holdout.site
 
     @property
     def name(self) -> str:
         """Also its folder's name."""
-        without = f"-without-{self.unseen}" if self.unseen else ""
+        without = f"-without-{self.holdout}" if self.holdout else ""
         return re.sub(r"[^\w.=,+-]", "_", f"{self.arm}-rounds{self.rounds}-seed{self.seed}{without}")
 
 
@@ -58,7 +58,7 @@ def plan(
     algorithms: Sequence[str] = (),
     seeds: Sequence[int] = (),
     rounds: Sequence[int] = (),
-    unseen: Sequence[str] = (),
+    holdout: Sequence[str] = (),
     grid: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Cell]:
     """The cells, in the order of arms, rounds, seeds; all of them checked.
@@ -84,6 +84,8 @@ def plan(
     if not all(isinstance(table, dict) for table in tables):
         raise InputError("[compare], [sweep] and [arms.NAME] of a comparison must be tables")
     for key in asked:
+        if key == "unseen":
+            raise InputError("compare.unseen is now called compare.holdout; rename it")
         if key not in _ASKED:
             raise InputError(f"unknown key 'compare.{key}'{suggest(key, list(_ASKED))}")
     for name in arms:
@@ -95,13 +97,13 @@ def plan(
     names = _each("compare.algorithms", algorithms or asked.get("algorithms") or list(arms) or ["warmfed", "fedavg"], str)
     numbers = _each("compare.seeds", seeds or asked.get("seeds") or [0, 1, 2], int)
     lengths: Sequence[int | None] = _each("compare.rounds", rounds or asked.get("rounds") or [], int) or [None]
-    left_out = _each("compare.unseen", unseen or asked.get("unseen") or [], str) or [None]
+    left_out = _each("compare.holdout", holdout or asked.get("holdout") or [], str) or [None]
     found = []
     for name in names:
         if name not in arms and name not in ALGORITHMS:
             raise InputError(f"there is no algorithm or arm {name!r}{suggest(name, [*arms, *ALGORITHMS])}")
         for point, length, seed, site in product(points, lengths, numbers, left_out):
-            own = [arms.get(name, {}), nested(point), {} if site is None else {"unseen": {"site": site}}]
+            own = [arms.get(name, {}), nested(point), {} if site is None else {"holdout": {"site": site}}]
             config = _config(shared, name, _merged(*own), length, seed)
             settings = {key: _text(value) for key, value in point.items()}
             arm = " ".join([name] * (not settings or len(names) > 1) + _words(settings))
@@ -112,7 +114,7 @@ def plan(
 
 
 _ARM = re.compile(r"[\w.=,+()-][\w.=,+() -]{0,79}")
-_ASKED = ("algorithms", "seeds", "rounds", "unseen")
+_ASKED = ("algorithms", "seeds", "rounds", "holdout")
 
 
 def _flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -191,7 +193,7 @@ class Cells:
 
 
 def compare(
-    cells: Sequence[Cell], folder: Path, workers: int = 0, watcher: Cells | None = None, tested: str = ""
+    cells: Sequence[Cell], folder: Path, workers: int = 0, watcher: Cells | None = None, reference: str = ""
 ) -> dict[str, Any]:
     """Run what is missing of the cells, several at the same time, and write compare.json, compare.md and report.html.
 
@@ -208,29 +210,29 @@ def compare(
     if len({cell.name for cell in cells}) < len(cells):
         raise InputError("two runs of this comparison have one name; give arms and swept values names that differ")
     arms = list(dict.fromkeys(cell.arm for cell in cells))
-    if tested and tested not in arms:
-        raise InputError(f"there is no arm {tested!r} to test{suggest(tested, arms)}")
+    if reference and reference not in arms:
+        raise InputError(f"there is no arm {reference!r} to test{suggest(reference, arms)}")
     known: dict[str, Federation] = {}
     data: dict[tuple[str, str], str] = {}
-    for cell in {(cell.arm, cell.rounds, cell.unseen): cell for cell in cells}.values():
+    for cell in {(cell.arm, cell.rounds, cell.holdout): cell for cell in cells}.values():
         source = repr(cell.config.data)
         if source not in known:
             known[source] = load_data(cell.config.data)
-        data[source, cell.unseen] = prepare(cell.config, known[source]).federation.fingerprint
+        data[source, cell.holdout] = prepare(cell.config, known[source]).federation.fingerprint
     summaries = {
         cell: found
         for cell in cells
-        if (found := _finished(cell, folder, data[repr(cell.config.data), cell.unseen])) is not None
+        if (found := _finished(cell, folder, data[repr(cell.config.data), cell.holdout])) is not None
     }
     todo = [cell for cell in cells if cell not in summaries]
     watcher.plan(folder, cells, len(summaries))
     if todo:
         busy = workers or (1 if any(cell.config.device != "cpu" for cell in todo) else processors())
         _run(todo, folder, min(busy, len(todo)), summaries, len(cells), watcher)
-    table = tabulate(cells, [summaries[cell] for cell in cells], tested)
+    table = aggregate(cells, [summaries[cell] for cell in cells], reference)
     write_json(folder / "compare.json", table)
-    write_whole(folder / "compare.md", report.markdown(table), PUBLIC)
-    write_whole(folder / "compare.tex", report.latex(table), PUBLIC)
+    atomic_write(folder / "compare.md", report.markdown(table), PUBLIC)
+    atomic_write(folder / "compare.tex", report.latex(table), PUBLIC)
     report.write_comparison(folder)
     return table
 
@@ -267,7 +269,7 @@ def _run(todo: Sequence[Cell], folder: Path, processes: int, summaries: dict[Cel
         running[todo[index].name] = (stage, share)
         watcher.progress(dict(running), estimate.left(running))
 
-    pool = Pool(processes, _nothing, (), heard)
+    pool = ProcessPool(processes, _nothing, (), heard)
     at_once = True
     try:
         waiting = {pool.submit(_cell, i, cell.config, folder / "cells" / cell.name): cell for i, cell in enumerate(todo)}
@@ -291,7 +293,7 @@ def _nothing() -> None:
     """Worker processes of a comparison need no start."""
 
 
-class _Tells(Watcher):
+class _Tells(RunListener):
     """In a worker process: says how far its cell is."""
 
     def __init__(self, index: int) -> None:
@@ -312,7 +314,7 @@ def _cell(index: int, config: Config, folder: Path) -> dict[str, Any]:
     shared = folder.parent.parent / "shared"
     if (folder / "config.toml").exists():
         return resume(folder, _Tells(index), shared=shared)
-    sweep(folder)
+    remove_partial_files(folder)
     return execute(config, folder, _Tells(index), shared)
 
 

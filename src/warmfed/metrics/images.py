@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.tensors import spread
+from ..core.tensors import evenly_spaced
 from ..utils.errors import InputError
 
 
@@ -41,7 +41,7 @@ def distances(real: Tensor, fake: Tensor) -> dict[str, float]:
     frechet: Any = FrechetInceptionDistance(**eyes).set_dtype(torch.float64)
     frechet.update(real.double(), real=True)
     frechet.update(fake.double(), real=False)
-    one, other = (spread({"features": table}, size)["features"].double() for table in (real, fake))
+    one, other = (evenly_spaced({"features": table}, size)["features"].double() for table in (real, fake))
     return {"fid": frechet.compute().item(), "kid": poly_mmd(one, other).item()}
 
 
@@ -61,7 +61,7 @@ def neighbourhoods(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
     }
 
 
-def copies(train: Tensor, test: Tensor, fake: Tensor) -> dict[str, float]:
+def memorization_rate(train: Tensor, test: Tensor, fake: Tensor) -> dict[str, float]:
     """Percent of samples nearer to a training image than 95 % of the test images are: about 5 where nothing is copied."""
     nearest = torch.cdist(test, train).min(1).values.quantile(0.05)
     return {"copies": 100 * (torch.cdist(fake, train).min(1).values < nearest).double().mean().item()}

@@ -15,9 +15,21 @@ from .classifiers import (
     pfllib_cnn,
     resnet18,
 )
-from .feature_extractors import EYES
+from .feature_extractors import FEATURE_EXTRACTORS
 
 __all__ = [
-    "DATASTORE", "EYES", "MODELS", "Remembering", "Split", "build", "cnn", "holding", "initial", "linear", "named_by",
-    "parameters", "pfllib_cnn", "resnet18",
-]  # fmt: skip
+    "DATASTORE",
+    "FEATURE_EXTRACTORS",
+    "MODELS",
+    "Remembering",
+    "Split",
+    "build",
+    "cnn",
+    "holding",
+    "initial",
+    "linear",
+    "named_by",
+    "parameters",
+    "pfllib_cnn",
+    "resnet18",
+]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.tensors import Tensors, under
+from ..core.tensors import Tensors, strip_prefix
 from ..utils.errors import InputError, suggest
 
 
@@ -145,7 +145,7 @@ def named_by(tensors: Tensors) -> str | None:
 def holding(net: nn.Module, tensors: Tensors) -> nn.Module:
     """The network with these tensors loaded, ready to be asked; those of a datastore make it a `Remembering` one."""
     net.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(DATASTORE)})
-    store = under(tensors, DATASTORE)
+    store = strip_prefix(tensors, DATASTORE)
     return (Remembering(net, store) if store else net).eval()  # type: ignore[arg-type]
 
 

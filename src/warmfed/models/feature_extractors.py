@@ -63,5 +63,5 @@ class ResNet20(nn.Module):
         return deep.mean((2, 3))
 
 
-EYES: dict[str, Callable[[], nn.Module]] = {"lenet": LeNet, "resnet20": ResNet20}
+FEATURE_EXTRACTORS: dict[str, Callable[[], nn.Module]] = {"lenet": LeNet, "resnet20": ResNet20}
 """By name; each is recognised by the names of its weights."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import prompts_of
-from ..core.rng import named
+from ..core.rng import stream
 from ..core.tensors import Table, Tensors, select, sha256
 from ..data import SPLITS, Federation
 from ..data.rendered_digits import rendered
@@ -31,7 +31,7 @@ Captions = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
+class ImageSet:
     """Images of a user's own, instead of rendered digits."""
 
     table: Table
@@ -40,7 +40,7 @@ class Pictures:
     captions: Captions
 
     @property
-    def told(self) -> Mapping[str, Any]:
+    def metadata(self) -> Mapping[str, Any]:
         """What `pretraining.json` says of them."""
         return {"images": len(self.table["label"]), "classes": list(self.classes), "sha256": sha256(self.table)}
 
@@ -59,7 +59,7 @@ def drawn(characters: str, count: int, rng: torch.Generator) -> dict[str, Tensor
     return {"image": table["image"], "label": place[table["label"]]}
 
 
-def pictures(federation: Federation, side: int) -> Pictures:
+def pictures(federation: Federation, side: int) -> ImageSet:
     """The public images of a federation; where it has set none aside, all its images are taken for public.
 
     They come in a drawn order, since folders come class by class. A class may be called by its prompt (twice as often), its
@@ -76,12 +76,12 @@ def pictures(federation: Federation, side: int) -> Pictures:
     tables: list[Tensors] = [each.splits[part] for each in federation.sites.values() for part in SPLITS]
     tables = [federation.public] if federation.public is not None else tables
     table = {column: torch.cat([each[column] for each in tables]) for column in ("image", "label")}
-    order = torch.randperm(len(table["label"]), generator=named("pretrain", "pictures"))
+    order = torch.randperm(len(table["label"]), generator=stream("pretrain", "pictures"))
     captions = []
     for name, prompt in zip(federation.classes, prompts_of("", federation.prompts), strict=True):
         word = name.replace("_", " ")
         captions.append((prompt, prompt, word, f"a photo of a {word}", f"a picture of a {word}", f"an image of {word}"))
-    return Pictures(select(table, order), federation.classes, tuple(captions))
+    return ImageSet(select(table, order), federation.classes, tuple(captions))
 
 
 def mirrored(table: Tensors) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from ..core import Central
-from ..core.rng import named, seeded
-from ..core.tensors import Table, Tensors, only, under
+from ..core import ServerContext
+from ..core.rng import seeded, stream
+from ..core.tensors import Table, Tensors, only, strip_prefix
 from ..core.training_snapshot import Snapshots
 from ..data.rendered_digits import SIDE
 from ..diffusion.losses import denoising_loss
@@ -34,8 +34,8 @@ from ..diffusion.pipeline_families import ids
 from ..fit import Training, fit
 from ..tasks import Classify
 from ..utils.errors import InputError
-from ..utils.files import loads_json, read_bytes, read_json, regular, write_whole
-from .captions import Captions, Pictures, digits, drawn, mirrored, tokenizer
+from ..utils.files import atomic_write, loads_json, open_regular, read_bytes, read_json
+from .captions import Captions, ImageSet, digits, drawn, mirrored, tokenizer
 
 Phase = tuple[Mapping[str, Tensor], Mapping[str, float]]
 """What a phase makes, and its figures for `pretraining.json`."""
@@ -44,6 +44,13 @@ Phase = tuple[Mapping[str, Tensor], Mapping[str, float]]
 @dataclass(frozen=True)
 class Pretraining:
     """How a base is made; the defaults made the embedded one."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "gamma": "min_snr_gamma",
+        "ema": "ema_decay",
+        "batch": "batch_size",
+        "decoder_batch": "decoder_batch_size",
+    }
 
     characters: str = "0123456789"
     """Digits to draw and to name, where no images are given."""
@@ -59,7 +66,7 @@ class Pretraining:
     """Channels of the autoencoder's decoder."""
     decoder_steps: int = 1600
     """Optimizer steps of the decoder."""
-    decoder_batch: int = 32
+    decoder_batch_size: int = 32
     """Images per step of the decoder."""
     decoder_lr: float = 1e-3
     """Peak learning rate of the decoder."""
@@ -75,17 +82,17 @@ class Pretraining:
     """Optimizer steps of the text encoder."""
     steps: int = 18_000
     """Optimizer steps of the denoiser."""
-    batch: int = 64
+    batch_size: int = 64
     """Latents per step."""
     lr: float = 1e-3
     """Peak learning rate; it rises over the first `warmup` steps and falls to zero as a cosine."""
     warmup: int = 300
     """Steps over which the learning rate rises."""
-    ema: float = 0.999
+    ema_decay: float = 0.999
     """Decay of the moving average of the weights, which is what is kept."""
     dropout: float = 0.12
     """Share of empty captions."""
-    gamma: float = 5.0
+    min_snr_gamma: float = 5.0
     """Largest weight of a time in the loss, as an error of the clean image; 0: no cap."""
     classifier: str = "cnn"
     """The public classifier, a network of `warmfed.models`."""
@@ -102,8 +109,8 @@ class Pretraining:
 
     def __post_init__(self) -> None:
         counts = (
-            "images", "channels", "decoder_width", "decoder_steps", "decoder_batch", "text_layers", "text_steps", "steps",
-            "batch", "classifier_epochs", "threads",
+            "images", "channels", "decoder_width", "decoder_steps", "decoder_batch_size", "text_layers", "text_steps", "steps",
+            "batch_size", "classifier_epochs", "threads",
         )  # fmt: skip
         for name in counts:
             if getattr(self, name) < 1:
@@ -114,8 +121,10 @@ class Pretraining:
             raise InputError(f"widths must be multiples of 16; got {list(self.widths)}")
         if self.text_width < 4 or self.text_width % 4:
             raise InputError(f"text_width must be a multiple of 4; got {self.text_width}")
-        if not (0 <= self.dropout <= 1 and 0 <= self.ema < 1) or min(self.gamma, self.warmup, self.snapshot) < 0:
-            raise InputError("dropout lies from 0 to 1, ema from 0 to below 1, and gamma, warmup and snapshot are not negative")
+        if not (0 <= self.dropout <= 1 and 0 <= self.ema_decay < 1) or min(self.min_snr_gamma, self.warmup, self.snapshot) < 0:
+            raise InputError(
+                "dropout lies from 0 to 1, ema_decay from 0 to below 1, and min_snr_gamma, warmup and snapshot are not negative"
+            )
         if not all(0 < rate < math.inf for rate in (self.lr, self.decoder_lr)) or not 0 <= self.decoder_noise < math.inf:
             raise InputError("lr and decoder_lr must be above 0, decoder_noise at least 0, and all finite")
         if self.side not in (16, 32, 64, 128):
@@ -249,7 +258,7 @@ class Denoising:
             batch["latent"],
             self.signal,
             "v_prediction",
-            self.settings.gamma,
+            self.settings.min_snr_gamma,
         )
 
 
@@ -259,7 +268,7 @@ def pretrain(
     progress: Callable[[str, int, int], None] = silent,
     work: Path | None = None,
     device: str = "cpu",
-    pictures: Pictures | None = None,
+    pictures: ImageSet | None = None,
 ) -> Mapping[str, Any]:
     """Make a base and write it to the folder `out`; returns what `pretraining.json` says.
 
@@ -274,7 +283,7 @@ def pretrain(
     """
     if pictures is None and settings.side != SIDE:
         raise InputError(f"digits are drawn in {SIDE} pixels; set side to {SIDE}, or give images of your own")
-    _claim(work, {"settings": asdict(settings), "pictures": pictures and pictures.told})
+    _claim(work, {"settings": asdict(settings), "pictures": pictures and pictures.metadata})
     torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)  # numbers next to zero are slow, and a young denoiser has many
     try:
@@ -289,10 +298,10 @@ def _pretrain(
     progress: Callable[[str, int, int], None],
     work: Path | None,
     device: str,
-    pictures: Pictures | None,
+    pictures: ImageSet | None,
 ) -> Mapping[str, Any]:
     begun = time.time()
-    record: dict[str, Any] = {"pictures": pictures.told} if pictures else {}
+    record: dict[str, Any] = {"pictures": pictures.metadata} if pictures else {}
     captions = pictures.captions if pictures else digits(settings.characters)
 
     def phase(name: str, make: Callable[[], Phase]) -> Tensors:
@@ -301,14 +310,14 @@ def _pretrain(
         return tensors
 
     def render() -> Phase:
-        table = drawn(settings.characters, settings.images, named("pretrain", settings.seed, "images"))
+        table = drawn(settings.characters, settings.images, stream("pretrain", settings.seed, "images"))
         progress("images", settings.images, settings.images)
         return table, {"seconds": round(time.time() - begun, 1)}
 
     images = pictures.table if pictures else phase("images", render)
     if settings.flip:
         images = mirrored(images)
-    with seeded(named("pretrain", settings.seed, "weights")):
+    with seeded(stream("pretrain", settings.seed, "weights")):
         parts = build(settings, captions)
 
     principal_patches(parts.vae.encoder, images["image"][:20_000])
@@ -324,10 +333,12 @@ def _pretrain(
 
     def decoder() -> Phase:
         training = Training(
-            optimizer="adamw", lr=settings.decoder_lr, steps=settings.decoder_steps, batch=settings.decoder_batch,
-            schedule="cosine", warmup=settings.decoder_steps // 20, clip=1.0, ema=0.99,
+            optimizer="adamw", lr=settings.decoder_lr, steps=settings.decoder_steps, batch_size=settings.decoder_batch_size,
+            schedule="cosine", warmup=settings.decoder_steps // 20, max_grad_norm=1.0, ema_decay=0.99,
         )  # fmt: skip
-        ctx = Central(Decoding(parts.vae, settings.decoder_noise), named("pretrain", settings.seed, "decoder"), device=device)
+        ctx = ServerContext(
+            Decoding(parts.vae, settings.decoder_noise), stream("pretrain", settings.seed, "decoder"), device=device
+        )
         start = only(parts.vae.state_dict(), lambda name: name.startswith("decoder."))
         data = {"latent": table["latent"], "image": images["image"]}
         return fit(ctx, start, training, data, watch=lambda step, steps, _: progress("decoder", step, steps))
@@ -340,26 +351,26 @@ def _pretrain(
 
     def text_encoder() -> Phase:
         reader = Reader(parts.text_encoder, settings.text_width, 1 + len(captions)).to(device)
-        training = Training(optimizer="adamw", lr=1e-3, steps=settings.text_steps, batch=64, warmup=20, clip=1.0)
-        ctx = Central(Reading(reader), named("pretrain", settings.seed, "text"), device=device)
+        training = Training(optimizer="adamw", lr=1e-3, steps=settings.text_steps, batch_size=64, warmup=20, max_grad_norm=1.0)
+        ctx = ServerContext(Reading(reader), stream("pretrain", settings.seed, "text"), device=device)
         tensors, info = fit(ctx, reader.state_dict(), training, {"ids": ids(parts.tokenizer, texts), "label": said})
-        return under(tensors, "text_encoder."), info
+        return strip_prefix(tensors, "text_encoder."), info
 
-    with seeded(named("pretrain", settings.seed, "head")):
+    with seeded(stream("pretrain", settings.seed, "head")):
         parts.text_encoder.load_state_dict(dict(phase("text", text_encoder)))
     parts.text_encoder.eval()
     embedded = parts.embed(texts)["prompt"].to(device)
     task = Denoising(parts.denoiser, embedded, parts.scheduler.alphas_cumprod, settings, len(captions[0]))
     training = Training(
-        optimizer="adamw", lr=settings.lr, steps=settings.steps, batch=settings.batch, schedule="cosine",
-        warmup=settings.warmup, clip=1.0, ema=settings.ema,
+        optimizer="adamw", lr=settings.lr, steps=settings.steps, batch_size=settings.batch_size, schedule="cosine",
+        warmup=settings.warmup, max_grad_norm=1.0, ema_decay=settings.ema_decay,
     )  # fmt: skip
 
     way = {step: out.with_name(f"{out.name}-{step}") for step in settings.at}
 
     def write(folder: Path, tensors: Tensors, **more: Any) -> None:
         """A folder of these weights; the models in training are left as they are."""
-        with seeded(named("pretrain", settings.seed, "copy")):
+        with seeded(stream("pretrain", settings.seed, "copy")):
             copy = replace(parts, denoiser=build(settings, captions).denoiser)
         copy.denoiser.load_state_dict(dict(tensors))
         record.update(settings=asdict(settings), machine=f"{platform.machine()}, torch {torch.__version__}", **more)
@@ -371,13 +382,13 @@ def _pretrain(
         if step in settings.at:
             write(way[step], tensors(), denoiser_steps=step)
 
-    ctx = Central(task, named("pretrain", settings.seed, "denoiser"), device=device)
+    ctx = ServerContext(task, stream("pretrain", settings.seed, "denoiser"), device=device)
     unfinished = Snapshots(work / "denoiser.unfinished", settings.snapshot) if work and settings.snapshot else None
     tensors, info = fit(ctx, parts.denoiser.state_dict(), training, table, watch=each, snapshots=unfinished)
     write(out, tensors, denoiser_steps=settings.steps, **info)
     classifier = phase("classifier", lambda: public_classifier(settings, images, len(captions), progress, device))
     for folder in (*way.values(), out):  # `out` last: with its classifier the base is finished
-        write_whole(folder / "classifier.safetensors", save_tensors(dict(classifier)))
+        atomic_write(folder / "classifier.safetensors", save_tensors(dict(classifier)))
     return record
 
 
@@ -386,9 +397,11 @@ def public_classifier(
 ) -> Phase:
     """A classifier trained on the public images."""
     task = Classify((3, settings.side, settings.side), classes, settings.classifier)
-    training = Training(lr=0.05, epochs=settings.classifier_epochs, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
-    ctx = Central(task, named("pretrain", settings.seed, "classifier"), device=device)
-    start = task.init(named("pretrain", settings.seed, "classifier", "start"))
+    training = Training(
+        lr=0.05, epochs=settings.classifier_epochs, batch_size=64, schedule="cosine", weight_decay=5e-4, max_grad_norm=1.0
+    )
+    ctx = ServerContext(task, stream("pretrain", settings.seed, "classifier"), device=device)
+    start = task.init(stream("pretrain", settings.seed, "classifier", "start"))
     return fit(ctx, start, training, images, watch=lambda step, steps, _: progress("classifier", step, steps))
 
 
@@ -409,7 +422,7 @@ def _claim(work: Path | None, made_of: Mapping[str, Any]) -> None:
     text = json.dumps(made_of, indent=2, sort_keys=True) + "\n"
     if note.exists() and read_bytes(note, "what the phases are made of").decode(errors="replace") != text:
         raise InputError(f"{work} holds phases of other settings or images; choose another --work, or remove it")
-    write_whole(note, text.encode())
+    atomic_write(note, text.encode())
 
 
 def kept(work: Path | None, name: str, make: Callable[[], Phase]) -> Phase:
@@ -420,7 +433,7 @@ def kept(work: Path | None, name: str, make: Callable[[], Phase]) -> Phase:
     path = work and work / f"{name}.safetensors"
     if path and path.exists():
         try:
-            regular(path).close()
+            open_regular(path).close()
             with safe_open(path, "pt") as file:
                 told = loads_json((file.metadata() or {}).get("figures", "{}"))
             return load_file(path), told
@@ -429,5 +442,5 @@ def kept(work: Path | None, name: str, make: Callable[[], Phase]) -> Phase:
     made, told = make()
     if path:
         tensors = {key: tensor.contiguous() for key, tensor in made.items()}
-        write_whole(path, save_tensors(tensors, {"figures": json.dumps(told)}))
+        atomic_write(path, save_tensors(tensors, {"figures": json.dumps(told)}))
     return made, told

@@ -13,7 +13,7 @@ from .accuracy import headline, mean, milestones
 from .page import publish
 from .parts import Cell, Figure, Picture, Section, Table, cells, duration, number, percent, signed, size
 from .parts import markdown as escaped
-from .record import read_comparison, read_panel, read_rounds
+from .record import read_comparison, read_report_images, read_rounds
 from .sections import LOSSLESS, embed
 
 Row = Mapping[str, Any]
@@ -301,7 +301,7 @@ def _drawn(compare: Mapping[str, Any], folder: Path) -> Section | None:
     classes: tuple[str, ...] = ()
     for row in compare["rows"]:
         folders = (folder / cell["folder"] / "panel" for cell in row["cells"] if cell.get("folder") is not None)
-        if found := next((panel for panel in map(read_panel, folders) if panel and panel.drawn), None):
+        if found := next((panel for panel in map(read_report_images, folders) if panel and panel.drawn), None):
             grids[row["algorithm"]], classes = found.drawn, found.classes
     if not grids:
         return None

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from warmfed.utils.files import write_whole
+from warmfed.utils.files import atomic_write
 
 from . import accuracy, generators, sections
 from .parts import Section, duration, memory, size
@@ -90,5 +90,5 @@ def publish(
     html = pages.get_template("page.html").render(
         title=title, subtitle=subtitle, sections=sections, tiles=tiles, facts=facts, marks=marks
     )
-    write_whole(path, html)
+    atomic_write(path, html)
     return path

@@ -95,7 +95,7 @@ SUMMARY = {
     "models_sha256?": Maybe(Each(str)),
 }
 POINT = {"site": str, "kind": str, "class": int, "x": float, "y": float}
-PANEL = {
+REPORT_IMAGES = {
     "classes": [str],
     "sites": Each({"real?": Maybe(str), "synthetic?": Maybe(str)}),
     "features?": Maybe([POINT]),
@@ -185,7 +185,7 @@ def _is(value: Any, types: type | tuple[type, ...], expected: str, where: str) -
 
 
 @dataclass(frozen=True)
-class Panel:
+class ReportImages:
     """The images and features that a run chose to show.
 
     images: site -> {"real" | "synthetic": the bytes of a PNG grid, one row per class};
@@ -214,7 +214,7 @@ class Run:
     messages: tuple[Mapping[str, Any], ...]  # of ledger.jsonl: what crossed the wire
     stages: tuple[Mapping[str, Any], ...]  # of ledger.jsonl: seconds and peak memory
     config: str
-    panel: Panel | None
+    panel: ReportImages | None
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -248,7 +248,7 @@ def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Run:
         messages=tuple(line for line in ledger if "direction" in line),
         stages=tuple(line for line in ledger if "direction" not in line),
         config=read_bytes(folder / "config.toml", "the run's configuration").decode(errors="replace"),
-        panel=read_panel(folder / "panel"),
+        panel=read_report_images(folder / "panel"),
     )
 
 
@@ -263,13 +263,13 @@ def read_rounds(folder: Path) -> tuple[Mapping[str, Any], ...]:
     return tuple(rounds)
 
 
-def read_panel(folder: Path) -> Panel | None:
+def read_report_images(folder: Path) -> ReportImages | None:
     """The panel in `folder`, None where the run kept none; `InputError` where it is damaged."""
     path = folder / "panel.json"
     if not path.exists():
         return None
     panel = read_json(path, "the run's panel")
-    check(panel, PANEL, str(path))
+    check(panel, REPORT_IMAGES, str(path))
     images = {
         site: {kind: _read_picture(folder, site, name) for kind, name in named.items() if name is not None}
         for site, named in sorted(panel["sites"].items())
@@ -281,7 +281,7 @@ def read_panel(folder: Path) -> Panel | None:
                 f"{path}: features[{place}]: expected a class from 0 to {len(panel['classes']) - 1}; "
                 f"found {point['class']}; restore it or start the run anew"
             )
-    return Panel(tuple(panel["classes"]), images, features, panel.get("adapters") or {}, panel.get("eyes") or "")
+    return ReportImages(tuple(panel["classes"]), images, features, panel.get("adapters") or {}, panel.get("eyes") or "")
 
 
 def _read_picture(folder: Path, site: str, name: str) -> bytes:

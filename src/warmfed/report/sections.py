@@ -12,7 +12,7 @@ from warmfed.utils.errors import InputError
 from . import plots
 from .accuracy import mean
 from .parts import Cell, Figure, Picture, Section, Table, cells, duration, memory, number, signed, size, without_gaps
-from .record import Panel, Run
+from .record import ReportImages, Run
 
 MOST_SITES = 12  # whose images and features are shown
 MOST_POINTS = 1500  # of a map of features, and GROUND of its grey ground
@@ -121,7 +121,7 @@ def feature_map(run: Run) -> Section | None:
     return replace(section, how=how, figures=figures)
 
 
-def _centres(panel: Panel, site: str, *, named: bool) -> dict[str, tuple[float, float]]:
+def _centres(panel: ReportImages, site: str, *, named: bool) -> dict[str, tuple[float, float]]:
     """Class name, or number, -> the middle of the class's real images at `site`; nothing where they would fill the plot."""
     if len(panel.classes) > MOST_NAMES:
         return {}

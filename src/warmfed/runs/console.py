@@ -19,7 +19,7 @@ from .progress import Clock, spoken
 from ..report.generators import quality_table
 from ..report.parts import Table as Plain
 from ..report.parts import duration, memory, number, size
-from .execute import Watcher
+from .execute import RunListener
 
 WIDTH = 160
 """Of tables where the output is no terminal."""
@@ -45,7 +45,7 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else " " * c.isspace() for c in text)
 
 
-class Teller(Watcher, ABC):
+class ProgressReporter(RunListener, ABC):
     """Shows how a run goes; use it as a context."""
 
     folder: Path | None = None
@@ -69,7 +69,7 @@ class Teller(Watcher, ABC):
             self.clock.finish(record["seconds"], time.monotonic())
             self.stage(record)
 
-    def __enter__(self) -> "Teller":
+    def __enter__(self) -> "ProgressReporter":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -89,7 +89,7 @@ class Teller(Watcher, ABC):
     def say(self, text: str) -> None: ...
 
 
-class Quiet(Teller):
+class SilentReporter(ProgressReporter):
     """Says nothing."""
 
     def begin(self, config: Config, sites: tuple[str, ...]) -> None: ...
@@ -99,7 +99,7 @@ class Quiet(Teller):
     def say(self, text: str) -> None: ...
 
 
-class Events(Teller):
+class JsonReporter(ProgressReporter):
     """Events as JSON lines; reports from within a stage once a second at most."""
 
     _told = 0.0
@@ -140,7 +140,7 @@ def emit(event: str, **values: Any) -> None:
     print(json.dumps({"event": event, **values}), flush=True)
 
 
-class Lines(Teller):
+class LineReporter(ProgressReporter):
     """Plain lines, for files and pipes."""
 
     _told = 0.0
@@ -175,7 +175,7 @@ class Lines(Teller):
 class _Left(ProgressColumn):
     """The time left, which runs on between reports."""
 
-    def __init__(self, bars: "Bars") -> None:
+    def __init__(self, bars: "BarReporter") -> None:
         super().__init__()
         self._bars = bars
 
@@ -185,7 +185,7 @@ class _Left(ProgressColumn):
         return Text(self._bars.left(), style="bold")
 
 
-class Bars(Teller):
+class BarReporter(ProgressReporter):
     """A bar for the whole run with the time left, and one for each site at work."""
 
     def __init__(self) -> None:
@@ -198,7 +198,7 @@ class Bars(Teller):
         self._drawn: dict[str, float] = {}
         self._spoken = ""
 
-    def __enter__(self) -> "Bars":
+    def __enter__(self) -> "BarReporter":
         self._progress.start()
         return self
 
@@ -247,12 +247,12 @@ class Bars(Teller):
         self._console.print(text, highlight=False)
 
 
-def teller(*, quiet: bool, events: bool) -> Teller:
+def progress_reporter(*, quiet: bool, events: bool) -> ProgressReporter:
     if quiet:
-        return Quiet()
+        return SilentReporter()
     if events:
-        return Events()
-    return Bars() if sys.stdout.isatty() else Lines()
+        return JsonReporter()
+    return BarReporter() if sys.stdout.isatty() else LineReporter()
 
 
 def begun(config: Config, sites: tuple[str, ...], clock: Clock, folder: Path | None) -> str:

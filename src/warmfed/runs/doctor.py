@@ -73,9 +73,9 @@ def _classifier(config: Config) -> Iterator[File]:
     if config.model.start:
         path = public if config.model.start == "public" else Path(config.model.start)
         yield _file("classifier to start from", path, "restore it, or set model.start to nothing")
-    if config.task == "denoise" and config.measuring.samples:
-        path = public if config.measuring.features == "public" else Path(config.measuring.features)
-        yield _file("features that measure samples", path, "restore it, or set measuring.features")
+    if config.task == "denoise" and config.evaluation.samples:
+        path = public if config.evaluation.features == "public" else Path(config.evaluation.features)
+        yield _file("features that measure samples", path, "restore it, or set evaluation.features")
 
 
 def _data(config: Config) -> Iterator[File]:

@@ -17,7 +17,7 @@ from ..tasks.denoising import Denoise
 from ..diffusion.cost import Cost, Plan, counted, machine
 from ..diffusion.cost import plan as plan_generator
 from ..fit import Training
-from .prepare import Ready, prepare
+from .prepare import PreparedRun, prepare
 from ..tasks import Classify
 
 
@@ -38,7 +38,7 @@ class Work:
     """Bytes at its peak, in one process."""
 
 
-def rehearse(config: Config) -> dict[str, Any]:
+def dry_run(config: Config) -> dict[str, Any]:
     """Everything that a run will do.
 
     Returns:
@@ -85,7 +85,7 @@ def _there(base: str) -> bool:
     return len(files) > 1 and all(path.is_file() for path in files.values())
 
 
-def _generated(ready: Ready, rows: dict[str, int], stages: dict[str, int], costs: Plan) -> Iterator[Work]:
+def _generated(ready: PreparedRun, rows: dict[str, int], stages: dict[str, int], costs: Plan) -> Iterator[Work]:
     """What the generator does: latents and adapters at the sites, samples at the server."""
     config, generator = ready.config, ready.config.generator
     assert isinstance(ready.federation, Federation)
@@ -98,15 +98,15 @@ def _generated(ready: Ready, rows: dict[str, int], stages: dict[str, int], costs
         images = sum(rows.values()) * generator.views * (2 if generator.lora.flip else 1)
         steps = sum(generator.training.count(n) for n in rows.values())
         yield row("latents", "sites", images, "images", costs.encode.times(images))
-        yield row("adapters", "sites", steps, f"steps of {generator.training.batch}", costs.train.times(steps))
+        yield row("adapters", "sites", steps, f"steps of {generator.training.batch_size}", costs.train.times(steps))
     held = sum(len(classes) for classes in ready.federation.present.values())
     samples = held * config.algorithm.synthesis.per_class  # type: ignore[attr-defined]
-    batches = -(-samples // generator.batch)
+    batches = -(-samples // generator.batch_size)
     drawn = costs.sample.times(batches * generator.steps) + costs.decode.times(batches)
     yield row("samples", "sites", samples, f"images of {generator.steps} steps", drawn)
 
 
-def _trained(ready: Ready, rows: dict[str, int]) -> Iterator[Work]:
+def _trained(ready: PreparedRun, rows: dict[str, int]) -> Iterator[Work]:
     """What the classifier (or the diffusion model) learns, by the trainings that the algorithm names."""
     algorithm, rounds = ready.config.algorithm, max(getattr(ready.config.algorithm, "rounds", 1), 0)
     synthesis = getattr(algorithm, "synthesis", None)
@@ -125,18 +125,18 @@ def _trained(ready: Ready, rows: dict[str, int]) -> Iterator[Work]:
         yield _learned(ready, "warm start", "server", synthesis.training.count(held), synthesis.training)
 
 
-def _learned(ready: Ready, what: str, where: str, steps: int, training: Training) -> Work:
+def _learned(ready: PreparedRun, what: str, where: str, steps: int, training: Training) -> Work:
     cost = _step(ready.task, training)
     seconds = machine(ready.config.device, "fp32").seconds(cost.times(steps))
-    return Work(what, where, steps, f"steps of {training.batch}", seconds, cost.peak)
+    return Work(what, where, steps, f"steps of {training.batch_size}", seconds, cost.peak)
 
 
 def _step(task: Classify | Denoise, training: Training) -> Cost:
     """One step of a training, by count."""
     model = task.build().to("meta").train()
-    image = torch.zeros(training.batch, *task.shape, dtype=torch.uint8)
-    table = task.encoded({"image": image, "label": torch.zeros(training.batch).long()}) if isinstance(task, Denoise) else {
-        "image": image, "label": torch.zeros(training.batch).long()
+    image = torch.zeros(training.batch_size, *task.shape, dtype=torch.uint8)
+    table = task.encoded({"image": image, "label": torch.zeros(training.batch_size).long()}) if isinstance(task, Denoise) else {
+        "image": image, "label": torch.zeros(training.batch_size).long()
     }  # fmt: skip
     batch = {name: column.to("meta") for name, column in table.items()}
     live = list(model.parameters())

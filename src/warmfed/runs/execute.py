@@ -18,31 +18,31 @@ import torch
 
 from .. import report
 from ..utils.version import __version__
-from ..core.admission import STRICT, Border
+from ..core.admission import DEFAULT_ADMISSION, AdmissionPolicy
 from ..config import Config
-from ..core import Algorithm, Central, Generator, Round, ServerState, Task, Transport, in_turn
+from ..core import Algorithm, ServerContext, Generator, Round, ServerState, Task, Transport, map_serial
 from ..data import Federation, Site
 from ..tasks.denoising import Denoise
-from ..diffusion.result_cache import Once
-from ..evaluation.generators import Gauge
+from ..diffusion.result_cache import CachedGenerator
+from ..evaluation.generators import GeneratorEvaluator
 from ..utils.errors import InputError
-from ..utils.files import occupied, read_lines, read_sealed, sweep, write_json, write_lines, write_sealed, write_whole
+from ..utils.files import occupied, read_lines, read_checksummed, remove_partial_files, write_json, write_lines, write_checksummed, atomic_write
 from ..fit import fit
-from ..utils.memory import Meter
+from ..utils.memory import MemoryMonitor
 from ..core.messages import Message, decode, encode, message
-from .report_images import write_panel, write_samples
-from .prepare import Ready, prepare, workers_of
+from .report_images import write_report_images, write_samples
+from .prepare import PreparedRun, prepare, clients_of
 from ..run import run
-from .folder import alone, claimed, read_config, read_summary, write_model
+from .folder import lock_run_folder, claim_run_folder, read_config, read_summary, write_model
 from .summary import history_sha256, summarize
 from ..tasks import Classify
 from ..core.tensors import Tensors, join, sha256
 from ..transports.in_process import InProcess
-from ..transports.client_state import Memories
-from ..transports.client import Worker
+from ..transports.client_state import ClientStates
+from ..transports.client import Client
 
 
-class Watcher:
+class RunListener:
     """Is told how a run goes, also from other threads; this one keeps silent."""
 
     def plan(self, folder: Path, config: Config, sites: tuple[str, ...], records: Sequence[Mapping[str, Any]]) -> None:
@@ -81,10 +81,10 @@ def simulate(
     workers: int = 1,
     device: str = "cpu",
     evaluate: str = "every",
-    border: Border = STRICT,
+    admission: AdmissionPolicy = DEFAULT_ADMISSION,
     folder: Path | None = None,
     start: tuple[int, ServerState] | None = None,
-    watcher: Watcher | None = None,
+    watcher: RunListener | None = None,
 ) -> abc.Generator[Round, None, None]:
     """Run an algorithm over a federation on this machine; yields after each stage.
 
@@ -95,13 +95,13 @@ def simulate(
         folder: where artefacts and the sites' memories go; none: they stay in this process.
         start: (stages done, the server's state then), to resume.
     """
-    watcher = watcher or Watcher()
+    watcher = watcher or RunListener()
     task = task or Classify(federation.shape, len(federation.classes))
-    sites = workers_of(algorithm, federation, task, seed, generator, device)
-    with InProcess(sites, min(workers, len(sites)), memories_folder(folder) if folder else None, watcher.progress) as transport:
+    sites = clients_of(algorithm, federation, task, seed, generator, device)
+    with InProcess(sites, min(workers, len(sites)), client_states_folder(folder) if folder else None, watcher.progress) as transport:
         prompts, rows = federation.prompts, federation.rows
         central = server_side(task, transport, prompts, generator, device, folder, watcher, rows, transport.spread)
-        yield from run(algorithm, central, transport, seed, start=start, evaluate=evaluate, border=border)
+        yield from run(algorithm, central, transport, seed, start=start, evaluate=evaluate, admission=admission)
 
 
 def server_side(
@@ -111,16 +111,16 @@ def server_side(
     generator: Generator | None,
     device: str,
     folder: Path | None,
-    watcher: Watcher,
+    watcher: RunListener,
     rows: Mapping[str, Mapping[str, int]],
-    spread: Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], list[Any]] = in_turn,
-) -> Central:
+    spread: Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], list[Any]] = map_serial,
+) -> ServerContext:
     """Return what the server may see in a run over this transport.
 
     Args:
         rows: what each site has declared, by split; it may grow while sites come.
     """
-    return Central(
+    return ServerContext(
         task=task,
         rng=torch.Generator(),
         sites=transport.sites,
@@ -129,46 +129,46 @@ def server_side(
         generator=generator,
         device=device,
         folder=folder,
-        spread=spread,
+        map_jobs=spread,
         progress=lambda what, done, total: watcher.progress("", what, done, total),
     )
 
 
-def memories_folder(folder: Path) -> Path:
+def client_states_folder(folder: Path) -> Path:
     """Where the sites' memories lie in a run folder."""
     return folder / "checkpoint" / "sites"
 
 
-class Place(ABC):
+class Backend(ABC):
     """Where the sites of a run are, and with them the images and the personal models."""
 
     @abstractmethod
-    def prepare(self, config: Config) -> Ready:
+    def prepare(self, config: Config) -> PreparedRun:
         """What the configuration stands for; raises `InputError`, and writes nothing."""
 
     @abstractmethod
     def rounds(
-        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: Watcher
+        self, ready: PreparedRun, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: RunListener
     ) -> abc.Generator[Round, None, None]:
         """The run, round by round; see `simulate`."""
 
-    def personal(self, ready: Ready, folder: Path, server: ServerState) -> dict[str, Tensors]:
+    def personal(self, ready: PreparedRun, folder: Path, server: ServerState) -> dict[str, Tensors]:
         """The sites' own models, where they can be had."""
         return {}
 
     @abstractmethod
-    def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
+    def finish(self, ready: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
         """Make the personal models: their digests by site, and their mean accuracy (or loss) on all test sets if known."""
 
 
-class Here(Place):
+class LocalBackend(Backend):
     """All sites are on this machine."""
 
-    def prepare(self, config: Config) -> Ready:
+    def prepare(self, config: Config) -> PreparedRun:
         return prepare(config)
 
     def rounds(
-        self, ready: Ready, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: Watcher
+        self, ready: PreparedRun, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: RunListener
     ) -> abc.Generator[Round, None, None]:
         config = ready.config
         return simulate(
@@ -180,21 +180,21 @@ class Here(Place):
             workers=config.workers,
             device=config.device,
             evaluate=config.evaluate,
-            border=config.border,
+            admission=config.server,
             folder=folder,
             start=start,
             watcher=watcher,
         )
 
-    def personal(self, ready: Ready, folder: Path, server: ServerState) -> dict[str, Tensors]:
-        memories, config = Memories(memories_folder(folder)), ready.config
+    def personal(self, ready: PreparedRun, folder: Path, server: ServerState) -> dict[str, Tensors]:
+        memories, config = ClientStates(client_states_folder(folder)), ready.config
         found = {
-            site: worker.model(config.method.down(server, site), memories.state(site))
+            site: worker.model(config.method.broadcast(server, site), memories.state(site))
             for site, worker in ready.workers().items()
         }
         return {site: model for site, model in found.items() if model is not None}
 
-    def finish(self, ready: Ready, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
+    def finish(self, ready: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
         config, federation, task = ready.config, ready.images, ready.task
         personal = self.personal(ready, folder, server)
         for site, model in personal.items():
@@ -204,7 +204,7 @@ class Here(Place):
         if shown is not None and isinstance(task, Denoise):
             write_samples(folder, federation, task, shown, config.seed)
         if shown is not None and isinstance(task, Classify):
-            write_panel(folder, federation, task, shown, config.measuring, config.generator.base)
+            write_report_images(folder, federation, task, shown, config.evaluation, config.generator.base)
         if not personal:
             return {}, None
         union = join(task.tables({"test": site.test})["test"] for site in federation.sites.values())
@@ -212,15 +212,15 @@ class Here(Place):
         return {site: sha256(model) for site, model in personal.items()}, found
 
 
-HERE = Here()
+LOCAL = LocalBackend()
 
 
 def execute(
     config: Config,
     folder: Path | None = None,
-    watcher: Watcher | None = None,
+    watcher: RunListener | None = None,
     shared: Path | None = None,
-    place: Place = HERE,
+    place: Backend = LOCAL,
 ) -> dict[str, Any]:
     """Run a configuration into a new folder and return its summary.
 
@@ -230,21 +230,21 @@ def execute(
         place: where the sites are.
     """
     ready = place.prepare(config)
-    folder = claimed(config) if folder is None else folder
+    folder = claim_run_folder(config) if folder is None else folder
     if occupied(folder):
         raise InputError(f"{folder} is there already; `warmfed resume {folder}` finishes a run, or choose another --out")
     try:
-        write_whole(folder / "config.toml", config.toml())
+        atomic_write(folder / "config.toml", config.toml())
     except InputError:
         with suppress(OSError):
             folder.rmdir()
         raise
-    with alone(folder):
-        return _go(ready, folder, watcher or Watcher(), [], None, shared, place)
+    with lock_run_folder(folder):
+        return _run_rounds(ready, folder, watcher or RunListener(), [], None, shared, place)
 
 
 def resume(
-    folder: Path, watcher: Watcher | None = None, workers: int = 0, shared: Path | None = None, place: Place = HERE
+    folder: Path, watcher: RunListener | None = None, workers: int = 0, shared: Path | None = None, place: Backend = LOCAL
 ) -> dict[str, Any]:
     """Finish a run that was interrupted; a finished one is left as it is.
 
@@ -257,34 +257,34 @@ def resume(
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         return summary
     config = read_config(folder)
-    if isinstance(place, Here) and (folder / "checkpoint" / SITES).exists():
+    if isinstance(place, LocalBackend) and (folder / "checkpoint" / SITES).exists():
         raise InputError(f"the sites of {folder} are elsewhere; `warmfed run --transport flower --out {folder}` finishes it")
-    with alone(folder):
+    with lock_run_folder(folder):
         ready = place.prepare(replace(config, workers=workers or config.workers))
         records, server = _resumed(ready, folder)
-        sweep(folder)
-        return _go(ready, folder, watcher or Watcher(), records, server, shared, place)
+        remove_partial_files(folder)
+        return _run_rounds(ready, folder, watcher or RunListener(), records, server, shared, place)
 
 
-def proceed(config: Config, folder: Path, watcher: Watcher | None = None, place: Place = HERE) -> dict[str, Any]:
+def proceed(config: Config, folder: Path, watcher: RunListener | None = None, place: Backend = LOCAL) -> dict[str, Any]:
     """Run a configuration into `folder`, or finish its run that the folder holds; raises `InputError` where it is another."""
     if not (folder / "config.toml").exists():
         return execute(config, folder, watcher, place=place)
     begun = read_config(folder)
-    border = replace(config.border, share=begun.border.share)  # of the border, the only setting that changes results
-    if replace(begun, border=border, workers=config.workers) != config:
+    border = replace(config.server, max_weight_share=begun.server.max_weight_share)  # of the border, the only setting that changes results
+    if replace(begun, server=border, workers=config.workers) != config:
         raise InputError(f"{folder} holds a run of other settings than the configuration names; choose another out")
     return resume(folder, watcher, place=place)
 
 
-def _resumed(ready: Ready, folder: Path) -> tuple[list[dict[str, Any]], ServerState]:
+def _resumed(ready: PreparedRun, folder: Path) -> tuple[list[dict[str, Any]], ServerState]:
     """The records and the server's state of an unfinished run, checked against each other; writes nothing."""
     path = folder / "checkpoint" / "server.safetensors"
     if not path.exists():
         if (folder / "rounds.jsonl").exists():
             raise InputError(f"{path} is missing, but the run has records; restore it or start the run anew")
         return [], None
-    kept = decode(read_sealed(path, "the checkpoint"), Checkpoint, f"the checkpoint {path}")
+    kept = decode(read_checksummed(path, "the checkpoint"), Checkpoint, f"the checkpoint {path}")
     if kept.version != __version__:
         raise InputError(f"{folder} was begun by warmfed {kept.version}, this is {__version__}; finish it with that version")
     if kept.run != ready.fingerprint:
@@ -297,43 +297,43 @@ def _resumed(ready: Ready, folder: Path) -> tuple[list[dict[str, Any]], ServerSt
         raise InputError(f"{folder / 'ledger.jsonl'} or rounds.jsonl beside it is damaged; restore it or start the run anew")
     if history_sha256(records) != kept.history:
         raise InputError(f"{folder / 'rounds.jsonl'} differs from what the checkpoint knows; restore it or start the run anew")
-    memories = Memories(memories_folder(folder))
+    memories = ClientStates(client_states_folder(folder))
     for site in ready.federation.sites:
-        memories.recall(site)  # damage shows here, before anything is written
+        memories.load(site)  # damage shows here, before anything is written
     return records, kept.server
 
 
-def _go(
-    ready: Ready,
+def _run_rounds(
+    ready: PreparedRun,
     folder: Path,
-    watcher: Watcher,
+    watcher: RunListener,
     records: list[dict[str, Any]],
     server: ServerState,
     shared: Path | None,
-    place: Place,
+    place: Backend,
 ) -> dict[str, Any]:
     config, federation = ready.config, ready.federation
     ledger = read_lines(folder / "ledger.jsonl", "the run's ledger") if records else []
     ledger = [line for line in ledger if line["step"] < len(records)]
     watcher.plan(folder, config, tuple(federation.sites), tuple(records))
     if not records:
-        _keep(ready, folder, records, None)
-    generator = Once(ready.generator, shared) if shared and ready.generator else ready.generator
+        _save_checkpoint(ready, folder, records, None)
+    generator = CachedGenerator(ready.generator, shared) if shared and ready.generator else ready.generator
     if shared and isinstance(ready.task, Denoise):
         ready = replace(ready, task=replace(ready.task, shared=shared))
     rounds = place.rounds(ready, folder, (len(records), server) if records else None, generator, watcher)
-    gauge = Gauge.of(config.measuring, ready.task, federation, config.denoising.latent or "digits", config.seed, config.device)
+    gauge = GeneratorEvaluator.for_run(config.evaluation, ready.task, federation, config.denoising.latent or "digits", config.seed, config.device)
     steps = len(config.algorithm.stages())
-    with Meter() as meter, closing(rounds):
+    with MemoryMonitor() as meter, closing(rounds):
         for done in rounds:
-            server, seconds, peak = done.server, round(done.seconds, 3), round(meter.lap(), 1)
+            server, seconds, peak = done.server, round(done.seconds, 3), round(meter.peak(), 1)
             records.append({**done.results(), "seconds": seconds, "peak_memory_mb": peak})
             if gauge is not None and gauge.due(done, last=len(records) == steps):
                 watcher.progress("", "measure", 0, 1)
                 model = config.method.global_model(server) or place.personal(ready, folder, server)
                 if model:
                     records[-1]["quality"] = gauge.measure(model, len(records))
-                meter.lap()
+                meter.peak()
             where = {"step": done.step, "stage": done.stage, "number": done.number}
             for exchange in done.exchanges:
                 ledger.append(where | {key: value for key, value in asdict(exchange).items() if value is not None})
@@ -341,18 +341,18 @@ def _go(
             # the records first: should a kill fall between, the surplus record is dropped on resume
             write_lines(folder / "rounds.jsonl", records)
             write_lines(folder / "ledger.jsonl", ledger)
-            _keep(ready, folder, records, server)
+            _save_checkpoint(ready, folder, records, server)
             watcher.round(records[-1])
     watcher.progress("", "report", 0, 1)
     return _finish(ready, folder, records, server, place)
 
 
-def _keep(ready: Ready, folder: Path, records: list[dict[str, Any]], server: ServerState) -> None:
+def _save_checkpoint(ready: PreparedRun, folder: Path, records: list[dict[str, Any]], server: ServerState) -> None:
     state = Checkpoint(__version__, ready.fingerprint, len(records), history_sha256(records), server)
-    write_sealed(folder / "checkpoint" / "server.safetensors", encode(state))
+    write_checksummed(folder / "checkpoint" / "server.safetensors", encode(state))
 
 
-def _finish(ready: Ready, folder: Path, records: list[dict[str, Any]], server: ServerState, place: Place) -> dict[str, Any]:
+def _finish(ready: PreparedRun, folder: Path, records: list[dict[str, Any]], server: ServerState, place: Backend) -> dict[str, Any]:
     """All that is made once at the end, from the checkpoint alone: a kill on the way leaves what it takes to do it again."""
     everywhere = ready.config.method.global_model(server)
     personal, union = place.finish(ready, folder, server)
@@ -361,21 +361,21 @@ def _finish(ready: Ready, folder: Path, records: list[dict[str, Any]], server: S
         write_model(folder / "models" / "global.safetensors", everywhere)
         models["global"] = sha256(everywhere)
     summary = summarize(ready.config, ready.federation, ready.task.measure, ready.base, records, models, union)
-    if ready.unseen is not None and everywhere is not None:
-        summary["unseen"] = _late(ready, ready.unseen, everywhere)
+    if ready.holdout is not None and everywhere is not None:
+        summary["unseen"] = _holdout_results(ready, ready.holdout, everywhere)
     report.write(folder, summary)
     write_json(folder / "summary.json", summary)
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     return summary
 
 
-def _late(ready: Ready, site: Site, model: Tensors) -> dict[str, Any]:
+def _holdout_results(ready: PreparedRun, site: Site, model: Tensors) -> dict[str, Any]:
     """Test accuracy (or loss) of the global model at the site that took no part, and after it has tuned it alone."""
     config, task = ready.config, ready.task
-    name = config.unseen.site
-    worker = Worker(
+    name = config.holdout.site
+    worker = Client(
         name, config.algorithm, task, task.tables(site.splits), config.seed, ready.federation.prompts, device=config.device
     )
-    tuned, _ = fit(worker.local("unseen", 0), model, config.unseen.training, worker.data["train"])
+    tuned, _ = fit(worker.local("unseen", 0), model, config.holdout.training, worker.data["train"])
     found = {key: task.metrics(each, worker.data["test"], config.device) for key, each in (("global", model), ("tuned", tuned))}
     return {"site": name, **{key: metrics[task.measure] for key, metrics in found.items()}}

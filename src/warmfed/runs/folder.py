@@ -9,16 +9,16 @@ from safetensors.torch import save
 
 from ..config import Config, build
 from ..utils.errors import InputError
-from ..utils.files import loads_toml, locked, make, read_bytes, read_json, write_whole
+from ..utils.files import loads_toml, file_lock, make_folder, read_bytes, read_json, atomic_write
 from ..core.tensors import Tensors
 
 
-def claimed(config: Config) -> Path:
+def claim_run_folder(config: Config) -> Path:
     """A new, empty folder: runs/<algorithm>-<seed>, or the first free of -2, -3, … after it."""
     for number in count(1):
         folder = Path("runs") / (f"{config.name}-{config.seed}" + (f"-{number}" if number > 1 else ""))
         try:
-            make(folder.parent)
+            make_folder(folder.parent)
             folder.mkdir(0o700)
             return folder
         except FileExistsError:
@@ -28,9 +28,9 @@ def claimed(config: Config) -> Path:
     raise AssertionError("there is no end of numbers")
 
 
-def alone(folder: Path) -> AbstractContextManager[None]:
+def lock_run_folder(folder: Path) -> AbstractContextManager[None]:
     """Keep other processes from a run folder meanwhile."""
-    return locked(folder / "config.toml", f"another process is at work on {folder}; wait until it has ended")
+    return file_lock(folder / "config.toml", f"another process is at work on {folder}; wait until it has ended")
 
 
 _TOLD = ("warmfed", "algorithm", "seed", "classes", "models_sha256")
@@ -63,4 +63,4 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def write_model(path: Path, model: Tensors) -> None:
-    write_whole(path, save({name: tensor.clone().contiguous() for name, tensor in model.items()}))
+    atomic_write(path, save({name: tensor.clone().contiguous() for name, tensor in model.items()}))

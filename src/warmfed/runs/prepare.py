@@ -13,7 +13,7 @@ from ..algorithms import ALGORITHMS, entry
 from ..algorithms.shared.robust_aggregation import Robust
 from ..config import TASKS, Config, Data
 from ..core import Algorithm, Generator, Task, prompts_of
-from ..data import Federation, Roster, Site, load
+from ..data import Federation, FederationInfo, Site, load
 from ..diffusion import known_pipelines as outlines, pipeline
 from ..diffusion.concept_inversion import Concepts
 from ..diffusion.generator import LatentDiffusion
@@ -22,18 +22,18 @@ from ..tasks.denoising import Denoise
 from ..utils.errors import InputError, one_of, suggest
 from ..utils.files import read_bytes
 from ..tasks import Classify
-from ..transports.client import Worker
+from ..transports.client import Client
 from .generators import build_generator
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedRun:
     """What a configuration stands for, loaded and checked."""
 
     config: Config
-    federation: Federation | Roster
+    federation: Federation | FederationInfo
     """The sites that take part."""
-    unseen: Site | None
+    holdout: Site | None
     """The one that joins at the end, if there is one."""
     task: Classify | Denoise
     base: str
@@ -46,8 +46,8 @@ class Ready:
         """Return the name of a run: its settings (but for workers, and of the border all but a share), data, base and start."""
         values = tomllib.loads(self.config.toml())
         del values["workers"]
-        if (share := values.pop("border")["share"]) != 1:
-            values["share"] = share
+        if (share := values.pop("server")["max_weight_share"]) != 1:
+            values["max_weight_share"] = share
         del values["data"]["cache"]  # where copies lie is no setting of the run
         text = json.dumps([values, self.federation.fingerprint, self.base, self.start], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -63,18 +63,18 @@ class Ready:
         """The generator in the form that the algorithm needs; None: it needs none."""
         return build_generator(self.config.generator, self.config.algorithm.needs_generator)
 
-    def workers(self) -> dict[str, Worker]:
+    def workers(self) -> dict[str, Client]:
         """A worker for each site whose images are here."""
         config = self.config
-        return workers_of(config.algorithm, self.images, self.task, config.seed, self.generator, config.device)
+        return clients_of(config.algorithm, self.images, self.task, config.seed, self.generator, config.device)
 
 
-def workers_of(
+def clients_of(
     algorithm: Algorithm, federation: Federation, task: Task, seed: int, generator: Generator | None, device: str
-) -> dict[str, Worker]:
+) -> dict[str, Client]:
     """A worker for each site of a federation."""
     return {
-        name: Worker(name, algorithm, task, task.tables(site.splits), seed, federation.prompts, generator, device)
+        name: Client(name, algorithm, task, task.tables(site.splits), seed, federation.prompts, generator, device)
         for name, site in federation.sites.items()
     }
 
@@ -84,7 +84,7 @@ def load_data(data: Data) -> Federation:
     return load(data.source, data.path, **({"cache": data.cache} if data.cache else {}), **data.options)
 
 
-def prepare(config: Config, federation: Federation | Roster | None = None, *, weights: bool = True) -> Ready:
+def prepare(config: Config, federation: Federation | FederationInfo | None = None, *, weights: bool = True) -> PreparedRun:
     """Load and check all that a run needs, before anything is written; raises `InputError`.
 
     Args:
@@ -102,17 +102,17 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
     if not plan or rounds < 0:
         raise InputError(f"{config.name} has nothing to do in {rounds} rounds; set rounds higher")
     for stage in plan:
-        if not 0 < stage.sample <= 1:
-            raise InputError(f"sample must be more than 0 and at most 1; got {stage.sample}")
+        if not 0 < stage.client_fraction <= 1:
+            raise InputError(f"client_fraction must be more than 0 and at most 1; got {stage.client_fraction}")
     if config.task not in entry(config.name).tasks:
         able = ", ".join(name for name, each in ALGORITHMS.items() if config.task in each.tasks)
         raise InputError(f"{config.name} cannot learn the task {config.task}; choose one of {able}")
     federation = federation or load_data(config.data)
     unseen = None
-    if config.unseen.site:
-        if isinstance(federation, Roster):
-            raise InputError("unseen.site is for runs on one machine; take it out of the configuration")
-        federation, unseen = federation.without(config.unseen.site), federation.sites[config.unseen.site]
+    if config.holdout.site:
+        if isinstance(federation, FederationInfo):
+            raise InputError("holdout.site is for runs on one machine; take it out of the configuration")
+        federation, unseen = federation.without(config.holdout.site), federation.sites[config.holdout.site]
     start = config.model.start
     if start == "public":
         start = str(pipeline.find(config.generator.base) / "classifier.safetensors")
@@ -140,13 +140,13 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
     if isinstance(rule, Robust):
         rule.enough(len(federation.rows))
     if generator is not None:
-        generator.able()
+        generator.check_settings()
         _adapters(generator, config, federation, weights)
     drawn = config.task == "denoise"
     if isinstance(federation, Federation) and (uses or drawn):
         base = (config.denoising.latent or "digits") if drawn else config.generator.base
-        quality.check(config.measuring, base, federation, drawn=drawn, weights=weights)
-    return Ready(
+        quality.check(config.evaluation, base, federation, drawn=drawn, weights=weights)
+    return PreparedRun(
         config,
         federation,
         unseen,
@@ -156,7 +156,7 @@ def prepare(config: Config, federation: Federation | Roster | None = None, *, we
     )
 
 
-def _adapters(generator: Any, config: Config, federation: Federation | Roster, weights: bool) -> None:
+def _adapters(generator: Any, config: Config, federation: Federation | FederationInfo, weights: bool) -> None:
     """Raise `InputError` where an adapter from elsewhere is of no site, not there or, with `weights`, does not fit."""
     for site in config.generator.adapters:
         if site not in federation.rows:

@@ -51,7 +51,7 @@ class Clock:
         return self._share
 
     def work(self, site: str, what: str, done: int, total: int) -> None:
-        """A report from within the stage, as `Watcher.progress` gets it."""
+        """A report from within the stage, as `RunListener.progress` gets it."""
         part = done / total if total else 0.0
         if site:
             self._parts[site] = part

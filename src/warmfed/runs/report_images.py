@@ -15,35 +15,35 @@ from torch import Tensor
 from ..data import Federation
 from ..tasks.denoising import Denoise
 from ..evaluation.features import extractor
-from ..evaluation.generators import Measuring, adapter_scores
+from ..evaluation.generators import Evaluation, adapter_scores
 from ..utils.errors import InputError
-from ..utils.files import read_bytes, read_json, write_json, write_whole
-from ..core.rng import named
+from ..utils.files import read_bytes, read_json, write_json, atomic_write
+from ..core.rng import stream
 from ..report.record import DRAWN
 from ..tasks import Classify
-from ..core.tensors import Table, Tensors, rows, select, sha256, spread
+from ..core.tensors import Table, Tensors, rows, select, sha256, evenly_spaced
 
 _COLUMNS = 8
 _POINTS = 60
 
 
-def write_panel(
-    folder: Path, federation: Federation, task: Classify, model: Tensors, measuring: Measuring | None = None, base: str = ""
+def write_report_images(
+    folder: Path, federation: Federation, task: Classify, model: Tensors, evaluation: Evaluation | None = None, base: str = ""
 ) -> None:
     """panel/panel.json and a PNG grid for each site's real and synthetic images, a row for each class.
 
     Args:
-        measuring: whether and how each adapter's samples are measured.
-        base: whose public classifier `measuring.features` may mean.
+        evaluation: whether and how each adapter's samples are measured.
+        base: whose public classifier `evaluation.features` may mean.
     """
     synthetic = read_synthetic(folder)
     scores: dict[str, Any] = {}
-    if measuring is not None and measuring.adapters and synthetic:
-        if measuring.features == "global":
+    if evaluation is not None and evaluation.adapters and synthetic:
+        if evaluation.features == "global":
             look, digest = (lambda image: task.features(model, {"image": image})), sha256(model)
         else:
-            look, digest = extractor(measuring.features, base, federation.shape)
-        scores = {"adapters": adapter_scores(look, federation, synthetic, measuring.neighbours), "eyes": digest}
+            look, digest = extractor(evaluation.features, base, federation.shape)
+        scores = {"adapters": adapter_scores(look, federation, synthetic, evaluation.neighbours), "eyes": digest}
     sites, features, points = {}, [], []
     for name, site in federation.sites.items():
         tables = {"real": site.test}
@@ -55,8 +55,8 @@ def write_panel(
             if not rows(table):
                 continue
             shown[kind] = f"{kind}-{name}.png"
-            write_whole(folder / "panel" / shown[kind], grid(table, len(federation.classes)))
-            part = spread(table, _POINTS)
+            atomic_write(folder / "panel" / shown[kind], grid(table, len(federation.classes)))
+            part = evenly_spaced(table, _POINTS)
             features.append(task.features(model, part))
             points += [{"site": name, "kind": kind, "class": int(label)} for label in part["label"]]
         sites[name] = shown
@@ -70,7 +70,7 @@ def write_samples(folder: Path, federation: Federation, task: Denoise, model: Te
     """The same for a diffusion model: what it draws, a row for each class; and the auxiliary set where there is one."""
     synthetic, shown = read_synthetic(folder), dict[str, dict[str, str | None]]()
     label = torch.arange(len(federation.classes)).repeat_interleave(_COLUMNS)
-    drawn = {"image": task.decoded(task.sample(model, label, named(seed, "panel"))), "label": label}
+    drawn = {"image": task.decoded(task.sample(model, label, stream(seed, "panel"))), "label": label}
     grids: dict[str, dict[str, Table]] = {DRAWN: {"synthetic": drawn}}
     for name, site in federation.sites.items():
         grids[name] = {"real": site.train}
@@ -81,7 +81,7 @@ def write_samples(folder: Path, federation: Federation, task: Denoise, model: Te
         for kind, table in tables.items():
             if rows(table):
                 shown[name][kind] = file = f"{kind}-{number}.png"
-                write_whole(folder / "panel" / file, grid(table, len(federation.classes)))
+                atomic_write(folder / "panel" / file, grid(table, len(federation.classes)))
     write_json(folder / "panel" / "panel.json", {"classes": list(federation.classes), "sites": shown, "features": []})
 
 

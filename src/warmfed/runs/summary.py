@@ -9,7 +9,7 @@ import torch
 
 from ..utils.version import __version__
 from ..config import Config
-from ..data import Federation, Roster
+from ..data import Federation, FederationInfo
 
 _ASIDE = ("seconds", "peak_memory_mb", "quality")
 Record = Mapping[str, Any]
@@ -28,7 +28,7 @@ def history_sha256(records: list[dict[str, Any]]) -> str:
 
 def summarize(
     config: Config,
-    federation: Federation | Roster,
+    federation: Federation | FederationInfo,
     measure: str,
     base: str,
     records: list[dict[str, Any]],

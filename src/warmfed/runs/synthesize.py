@@ -9,14 +9,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..config import Config
-from ..core import Central, prompts_of
+from ..core import ServerContext, prompts_of
 from ..diffusion import lora as lora
 from ..tasks.denoising import Denoise
 from ..utils.errors import InputError, suggest
-from ..utils.files import writable, write_whole
+from ..utils.files import check_writable, atomic_write
 from .report_images import grid
 from .predict import described, released
-from ..core.rng import named
+from ..core.rng import stream
 from .generators import build_generator
 from .execute import read_config, read_summary
 
@@ -57,9 +57,9 @@ def synthesize(
         raise InputError(f"--grid writes a PNG; got {picture}")
     for path in (picture, out):
         if path is not None:
-            writable(path)
+            check_writable(path)
     label = torch.tensor(wanted).repeat_interleave(count)
-    ctx = Central(None, named(seed, "synthesize", site), device=config.device, progress=progress)
+    ctx = ServerContext(None, stream(seed, "synthesize", site), device=config.device, progress=progress)
     if config.task == "denoise":
         task = Denoise(shape, len(classes), config.denoising)
         model = released(folder, summary, site, task)
@@ -76,9 +76,9 @@ def synthesize(
     table = {"image": image, "label": label}
     rows = {"image": image, "label": torch.tensor([place[int(each)] for each in label])}
     if picture is not None:
-        write_whole(picture, grid(rows, len(wanted), count))
+        atomic_write(picture, grid(rows, len(wanted), count))
     if out is not None:
-        write_whole(out, save({name: column.contiguous() for name, column in table.items()}))
+        atomic_write(out, save({name: column.contiguous() for name, column in table.items()}))
     written = {name: str(path) for name, path in (("grid", picture), ("out", out)) if path is not None}
     return {"images": len(image), "classes": [classes[each] for each in wanted], "by": by, **written}
 
@@ -91,7 +91,7 @@ def _label(name: str, classes: Sequence[str]) -> int:
     raise InputError(f"there is no class {name!r}{suggest(name, list(classes))}")
 
 
-def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor, site: str, ctx: Central) -> Tensor:
+def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor, site: str, ctx: ServerContext) -> Tensor:
     files = [path.name.removesuffix(".safetensors") for path in (folder / "adapters").glob("*.safetensors")]
     kinds = (f".{lora.PROMPTS}", f".{lora.TOKENS}")  # which lie beside the layers, or alone where there are none
     sites = sorted({name.removesuffix(kinds[0]).removesuffix(kinds[1]) for name in files if not name.endswith(".concepts")})

@@ -16,7 +16,7 @@ from ..config import Config
 from ..utils.errors import InputError
 from ..utils.files import read_bytes, read_lines
 from .prepare import prepare
-from .execute import Watcher, execute, read_config, read_summary
+from .execute import RunListener, execute, read_config, read_summary
 from .summary import history_sha256, results
 from ..core.tensors import sha256
 
@@ -25,10 +25,10 @@ class DifferenceError(Exception):
     """Where the rerun left the recorded run."""
 
 
-class _Compare(Watcher):
+class _Compare(RunListener):
     """Passes everything on, and stops at the first record that differs."""
 
-    def __init__(self, records: list[dict[str, Any]], inner: Watcher) -> None:
+    def __init__(self, records: list[dict[str, Any]], inner: RunListener) -> None:
         self._records, self._inner = records, inner
 
     def plan(self, folder: Path, config: Config, sites: tuple[str, ...], records: Sequence[Mapping[str, Any]]) -> None:
@@ -62,7 +62,7 @@ def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | N
     return None if json.dumps(a) == json.dumps(b) else (path, a, b)
 
 
-def verify(folder: Path, watcher: Watcher | None = None, workers: int = 0) -> str:
+def verify(folder: Path, watcher: RunListener | None = None, workers: int = 0) -> str:
     """Re-run a finished run's configuration in a temporary folder; the history's hash where all is identical.
 
     Args:
@@ -91,7 +91,7 @@ def verify(folder: Path, watcher: Watcher | None = None, workers: int = 0) -> st
         if was != now:
             raise DifferenceError(f"{what}: {was} in the folder, {now} now")
     with tempfile.TemporaryDirectory(prefix="warmfed-verify-") as temporary:
-        again = execute(config, Path(temporary) / "run", _Compare(records, watcher or Watcher()))
+        again = execute(config, Path(temporary) / "run", _Compare(records, watcher or RunListener()))
         found = first_difference(models, again["models_sha256"])
         if found:
             raise DifferenceError(f"model {found[0]}: {found[1]} in the folder, {found[2]} now")

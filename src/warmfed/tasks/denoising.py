@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..core import Central, Local, Metrics
-from ..core.rng import child, named, seeded
-from ..core.tensors import Table, Tensors, dealt, prefixed, rows, select, to
+from ..core import ClientContext, Metrics, ServerContext
+from ..core.rng import seeded, spawn, stream
+from ..core.tensors import Table, Tensors, add_prefix, apportion, rows, select, to
 from ..diffusion import pipeline, pruning
 from ..diffusion.losses import denoising_loss
 from ..diffusion.networks import DENOISERS, DenoiserSettings, noise_scheduler
-from ..diffusion.result_cache import once
+from ..diffusion.result_cache import cached
 from ..fit import Training, fit
-from ..metrics.images import copies, distances
+from ..metrics.images import distances, memorization_rate
 from ..utils.errors import InputError
 from .classification import load_model, pixels
 
@@ -90,7 +90,7 @@ class Denoise:
 
     @functools.cached_property
     def _hidden(self) -> dict[str, int]:
-        with seeded(named("hidden")):
+        with seeded(stream("hidden")):
             return dict(pruning.widths(self.build().state_dict()))
 
     def fitting(self, model: Tensors) -> "Denoise":
@@ -128,15 +128,15 @@ class Denoise:
             batch["latent"],
             noise_scheduler(self.settings).alphas_cumprod,
             self.settings.prediction,
-            self.settings.gamma if self.settings.weighting == "min-snr" else None,
+            self.settings.min_snr_gamma if self.settings.weighting == "min-snr" else None,
         )
 
     def metrics(self, model: Tensors, data: Table, device: str = "cpu") -> dict[str, float]:
         """The loss with the same noise in every call, so that two models are told apart by their weights alone."""
         total, count = 0.0, rows(data)
-        with torch.no_grad(), seeded(named("denoise", "metrics"), device):
+        with torch.no_grad(), seeded(stream("denoise", "metrics"), device):
             net = self._loaded(model, device)
-            for part in torch.arange(count).split(self.settings.batch):
+            for part in torch.arange(count).split(self.settings.batch_size):
                 total += self.loss(net, to(select(data, part), device)).item() * len(part)
         return {"loss": total / count, "count": float(count)}
 
@@ -155,23 +155,25 @@ class Denoise:
     ) -> Tensor:
         """One latent for each label, float [n, c, h, w], drawn from `rng`; labels count where it is conditional."""
         noise = torch.randn((len(label), *self.space), generator=rng)
-        with seeded(child(rng)):
+        with seeded(spawn(rng)):
             net = self._loaded(model, device)
         drawn = []
-        for part in torch.arange(len(label)).split(self.settings.batch):
-            with seeded(child(rng), device):
+        for part in torch.arange(len(label)).split(self.settings.batch_size):
+            with seeded(spawn(rng), device):
                 drawn.append(self._sample(net, noise[part].to(device), label[part].to(device)).cpu())
             if progress is not None:
                 progress(int(part[-1]) + 1, len(label))
         return torch.cat(drawn) if drawn else noise
 
-    def learned_alone(self, ctx: Local, training: Training) -> tuple[Tensors, Metrics]:
+    def learned_alone(self, ctx: ClientContext, training: Training) -> tuple[Tensors, Metrics]:
         """A model of a site's own images, from a fresh start."""
-        start, data = self.init(child(ctx.rng)), ctx.data["train"]
-        given = {**prefixed(start, "start/"), **data}
-        return once(self.shared, "alone", (self, training, ctx.device), ctx.rng, given, lambda: fit(ctx, start, training, data))
+        start, data = self.init(spawn(ctx.rng)), ctx.data["train"]
+        given = {**add_prefix(start, "start/"), **data}
+        return cached(
+            self.shared, "alone", (self, training, ctx.device), ctx.rng, given, lambda: fit(ctx, start, training, data)
+        )
 
-    def sample_alone(self, model: Tensors, label: Tensor, ctx: Local | Central) -> Tensor:
+    def sample_alone(self, model: Tensors, label: Tensor, ctx: ClientContext | ServerContext) -> Tensor:
         """What `sample` draws by such a model."""
 
         def progress(done: int, total: int) -> None:
@@ -180,9 +182,9 @@ class Denoise:
         def make() -> tuple[Tensors, Metrics]:
             return {"latent": self.sample(model, label, ctx.rng, ctx.device, progress)}, {}
 
-        return once(self.shared, "drawn", (self, ctx.device), ctx.rng, {**model, "labels": label}, make)[0]["latent"]
+        return cached(self.shared, "drawn", (self, ctx.device), ctx.rng, {**model, "labels": label}, make)[0]["latent"]
 
-    def likeness(
+    def fidelity(
         self, model: Tensors, data: Mapping[str, Table], count: int, rng: torch.Generator, device: str = "cpu"
     ) -> dict[str, float]:
         """How like a site's own images a model draws, classes as frequent as there: by latents, since they need no network.
@@ -191,9 +193,9 @@ class Denoise:
             fid and kid of `count` samples against the training rows, and in percent copies: see `metrics.images.copies`.
         """
         seen, unseen = (data[split]["latent"].flatten(1) for split in ("train", "validation"))
-        label = dealt(data["train"]["label"].bincount(minlength=self.classes), count)
+        label = apportion(data["train"]["label"].bincount(minlength=self.classes), count)
         drawn = self.sample(model, label, rng, device).flatten(1)
-        return distances(seen, drawn) | copies(seen, unseen, drawn)
+        return distances(seen, drawn) | memorization_rate(seen, unseen, drawn)
 
     @torch.inference_mode()
     def _sample(self, net: nn.Module, latent: Tensor, label: Tensor) -> Tensor:

@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import Algorithm, Exchange, Generator, Local, Metrics, Reply, State, Task, prompts_of, silent
+from ..core import Algorithm, ClientContext, Exchange, Generator, Metrics, Reply, State, Task, no_progress, prompts_of
 from ..core.messages import Message, digest, encode, kind, tensors_of
-from ..core.rng import named
+from ..core.rng import stream
 from ..core.tensors import Table, Tensors
 from ..utils.errors import InputError
 
 
 @dataclass(frozen=True)
-class Worker:
+class Client:
     """Runs an algorithm's client functions on one site's data."""
 
     site: str
@@ -23,25 +23,25 @@ class Worker:
     prompts: tuple[str, ...] = ()
     generator: Generator | None = None
     device: str = "cpu"
-    unfinished: Path | None = None
+    snapshot_path: Path | None = None
     """Where an unfinished training of this site may lie."""
-    progress: Callable[[str, int, int], None] = silent
+    progress: Callable[[str, int, int], None] = no_progress
 
-    def local(self, stage: str, number: int) -> Local:
-        return Local(
+    def local(self, stage: str, number: int) -> ClientContext:
+        return ClientContext(
             task=self.task,
             data=self.data,
-            rng=named(self.seed, stage, number, self.site),
+            rng=stream(self.seed, stage, number, self.site),
             site=self.site,
             prompts=prompts_of(self.site, self.prompts),
             generator=self.generator,
             device=self.device,
-            unfinished=self.unfinished,
+            snapshot_path=self.snapshot_path,
             progress=self.progress,
         )
 
     def _entered(self, down: Message, state: State) -> State:
-        return self.algorithm.enter(down, self.local("enter", 0)) if state is None else state
+        return self.algorithm.init_client_state(down, self.local("enter", 0)) if state is None else state
 
     def work(self, stage: str, number: int, down: Message, state: State) -> Reply:
         client = next((s.client for s in self.algorithm.stages() if s.name == stage), None)

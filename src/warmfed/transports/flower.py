@@ -20,7 +20,7 @@ from flwr.common import log
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
-from ..core import Absent
+from ..core import Failure
 from ..core.messages import KINDS, digest, kind_of
 from ..utils.errors import InputError
 from .protocol import FINISH, HELLO, REFUSED
@@ -82,20 +82,20 @@ def client_app(stages: Iterable[str], answer: Callable[[Mapping[str, Any], bytes
     return app
 
 
-def server_app(serve: Callable[["GridPost", Mapping[str, Any]], None]) -> ServerApp:
+def server_app(serve: Callable[["FlowerChannel", Mapping[str, Any]], None]) -> ServerApp:
     """The app of the server; serve(post, run configuration) does the run."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        serve(GridPost(grid), context.run_config)
+        serve(FlowerChannel(grid), context.run_config)
 
     return app
 
 
 @dataclass
-class GridPost:
-    """A `Post` over Flower's Grid. Nodes have random numbers; a site's name is that of the key which its node has proved."""
+class FlowerChannel:
+    """A `Channel` over Flower's Grid. Nodes have random numbers; a site's name is that of the key which its node has proved."""
 
     grid: Grid
     name_of: Callable[[bytes], str | None] = field(default=lambda key: None)
@@ -135,7 +135,7 @@ class GridPost:
                 lacking = ", ".join(map(self._reason, missing or sorted(self._why))) or "none is known"
                 raise InputError(
                     f"{len(found)} sites have come within {seconds:g} s ({', '.join(sorted(found)) or 'none'}), "
-                    f"{max(needed, 1)} are needed; missing: {lacking}; start their SuperNodes, or set border.least lower"
+                    f"{max(needed, 1)} are needed; missing: {lacking}; start their SuperNodes, or set server.min_sites lower"
                 )
             if time.monotonic() >= told + self.tell_every:
                 told = time.monotonic()
@@ -150,7 +150,7 @@ class GridPost:
     def _reason(self, site: str) -> str:
         return f"{site} ({self._why[site]})" if site in self._why else site
 
-    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Absent]]:
+    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
         end, looked = time.monotonic() + seconds, float("-inf")
         todo, why = dict(letters), dict.fromkeys(letters, "it is not connected")
         sent: dict[str, Node] = {}
@@ -160,7 +160,7 @@ class GridPost:
                 looked, here = time.monotonic(), self._sites()
                 for site in [s for s in todo if s in self._why and s not in here]:
                     del todo[site]
-                    yield site, Absent(self._why[site])
+                    yield site, Failure(self._why[site])
                 for site in [s for s in todo if s in here and sent.get(s) != here[s]]:
                     node = here[site][0]
                     ids = self._push(Message(pack(todo[site]), node, action, ttl=max(end - time.monotonic(), 1.0) + 60))
@@ -180,7 +180,7 @@ class GridPost:
             if todo:
                 time.sleep(self.pause)
         for site in todo:
-            yield site, Absent(f"{why[site]} ({seconds:g} s)")
+            yield site, Failure(f"{why[site]} ({seconds:g} s)")
 
     def _sites(self) -> dict[str, "Node"]:
         """The sites that are there now. A new node whose key is a site's is sent hello; any other is sent nothing."""
@@ -210,17 +210,17 @@ class GridPost:
                 sites[name] = node
         return sites
 
-    def _named(self, node: "Node", answer: bytes | Absent) -> str | None:
+    def _named(self, node: "Node", answer: bytes | Failure) -> str | None:
         """The name of a node's site, or None, and a line in the log of both sides why it is refused."""
         proved = self._proved[node]
         try:
-            if isinstance(answer, Absent):
+            if isinstance(answer, Failure):
                 raise InputError(answer.reason)
             self.introduce(proved, answer)
         except InputError as error:
             log(WARNING, "site %s (node %s) is refused: %s", proved, node[0], error)
             self._why[proved] = f"refused: {error}"
-            if not isinstance(answer, Absent):
+            if not isinstance(answer, Failure):
                 self._push(Message(pack(self.refusal(str(error))), node[0], f"query.{REFUSED}", ttl=600))
             return None
         log(INFO, "node %s is site %s", node[0], proved)
@@ -248,14 +248,14 @@ class GridPost:
 
 @dataclass
 class Nodes:
-    """A `Post` over the nodes of Flower's simulation, each of which can do any site's work: the request says whose."""
+    """A `Channel` over the nodes of Flower's simulation, each of which can do any site's work: the request says whose."""
 
     grid: Grid
     pause: float = 0.02
     """Seconds between two looks for answers."""
     stopped: bool = False
 
-    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Absent]]:
+    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
         end = time.monotonic() + seconds
         nodes = sorted(self.grid.get_node_ids())
         messages = [Message(pack(data), nodes[i % len(nodes)], action) for i, data in enumerate(letters.values())]
@@ -265,11 +265,14 @@ class Nodes:
                 answer = _content(reply)
                 yield (
                     pending.pop(reply.metadata.reply_to_message_id),
-                    Absent(f"it was lost ({_first(reply.error)})") if answer is None else answer,
+                    Failure(f"it was lost ({_first(reply.error)})") if answer is None else answer,
                 )
             time.sleep(self.pause)
         for site in pending.values():
-            yield site, Absent("the simulation was stopped" if self.stopped else f"it has not answered in time ({seconds:g} s)")
+            yield (
+                site,
+                Failure("the simulation was stopped" if self.stopped else f"it has not answered in time ({seconds:g} s)"),
+            )
 
 
 def simulate(serve: Callable[[Nodes], None], app: ClientApp, nodes: int, workers: int, cards: bool) -> None:
@@ -305,19 +308,19 @@ def simulate(serve: Callable[[Nodes], None], app: ClientApp, nodes: int, workers
             post.stopped = True
 
 
-def _content(reply: Message) -> bytes | Absent | None:
+def _content(reply: Message) -> bytes | Failure | None:
     """What a reply brings; None: it was lost on the way."""
     if reply.has_error():
         if reply.error.code in _PASSING:
             return None
         if reply.error.code == ErrorCode.INVALID_FAB:
-            return Absent("it runs another version of warmfed's app; install the versions that project.json names")
+            return Failure("it runs another version of warmfed's app; install the versions that project.json names")
         log(WARNING, "a site's app has failed: %s", reply.error.reason)
-        return Absent(f"its app has failed: {_first(reply.error)}")
+        return Failure(f"its app has failed: {_first(reply.error)}")
     try:
         return unpack(reply.content)
     except InputError as error:
-        return Absent(f"its answer is not one: {error}")
+        return Failure(f"its answer is not one: {error}")
 
 
 def _first(error: Error) -> str:

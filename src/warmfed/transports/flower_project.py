@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..utils.files import write_whole
+from ..utils.files import atomic_write
 
 _APP = """\
 \"\"\"One of warmfed's two apps, as Flower looks for it.\"\"\"
@@ -44,5 +44,5 @@ out = ""
 def write_project(folder: Path) -> Path:
     """Write the project into `folder`, which is returned; raises `InputError`."""
     for name, text in FILES.items():
-        write_whole(folder / name, text)
+        atomic_write(folder / name, text)
     return folder

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..core import Exchange, Metrics, Reply, silent
+from ..core import Exchange, Metrics, Reply, no_progress
 from ..core.messages import Message, decode, encode
 from ..core.tensors import Tensors
-from .client import Worker, exchange
-from .client_state import Memories, unfinished
-from .process_pool import Pool, death_told, tell
+from .client import Client, exchange
+from .client_state import ClientStates, snapshot_path
+from .process_pool import ProcessPool, death_told, tell
 
 Progress = Callable[[str, str, int, int], None]
 T = TypeVar("T")
@@ -34,23 +34,23 @@ class InProcess:
     Every process computes with one thread, so their number cannot change a result.
     """
 
-    workers: Mapping[str, Worker]
+    workers: Mapping[str, Client]
     processes: int = 1
     folder: Path | None = None
     progress: Progress = _silent
     """progress(site, what, done, total): a site at work; site "": how many sites, or jobs of the server, are done."""
-    memories: Memories = field(init=False)
-    _pool: Pool | None = field(default=None, init=False)
+    memories: ClientStates = field(init=False)
+    _pool: ProcessPool | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.sites = tuple(sorted(self.workers))
-        self.memories = Memories(self.folder)
+        self.memories = ClientStates(self.folder)
         if self.folder is not None:
-            self.workers = {s: replace(w, unfinished=unfinished(self.folder, s)) for s, w in self.workers.items()}
+            self.workers = {s: replace(w, snapshot_path=snapshot_path(self.folder, s)) for s, w in self.workers.items()}
         torch.set_num_threads(1)
         if self.processes > 1:
-            plain = {site: replace(worker, progress=silent) for site, worker in self.workers.items()}
-            self._pool = Pool(self.processes, _begin, (plain,), self.progress)
+            plain = {site: replace(worker, progress=no_progress) for site, worker in self.workers.items()}
+            self._pool = ProcessPool(self.processes, _begin, (plain,), self.progress)
 
     def close(self, *, at_once: bool = False) -> None:
         if self._pool is not None:
@@ -100,7 +100,7 @@ class InProcess:
             else:
                 todo[site] = content
         for site, reply, seconds in self._work(stage, number, todo):
-            self.memories.keep(site, step, seconds, reply)
+            self.memories.save(site, step, seconds, reply)
             yield site, reply, seconds
 
     def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, dict[str, Metrics]]:
@@ -153,10 +153,10 @@ def _named(progress: Progress, site: str) -> Callable[[str, int, int], None]:
     return lambda what, done, total: progress(site, what, done, total)
 
 
-_workers: dict[str, Worker] = {}
+_workers: dict[str, Client] = {}
 
 
-def _begin(workers: Mapping[str, Worker]) -> None:
+def _begin(workers: Mapping[str, Client]) -> None:
     _workers.update(workers)
 
 

@@ -19,7 +19,7 @@ from ..utils.errors import InputError
 _EVERY = 0.2
 
 
-class Pool:
+class ProcessPool:
     """A pool of processes; `start(*arguments)` is called in each before its first job.
 
     `report(*event)` is called, in a thread of this process, with what the workers `tell`; results come by other ways, so

@@ -55,7 +55,7 @@ class Refusal:
 
 
 @message("wire.Card")
-class Card:
+class SiteInfo:
     """A site presents itself: what must be equal everywhere, and its tables' rows and digests."""
 
     version: str
@@ -74,7 +74,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 _ROWS, _SECONDS = 10**12, 10**9
 
 
-def check_card(card: Card, most: int = 0) -> None:
+def check_site_info(card: SiteInfo, most: int = 0) -> None:
     """Raise `InputError` if a card holds anything but what a site's card may hold.
 
     Args:
@@ -116,14 +116,14 @@ class Models:
 
 
 @message("wire.Measures")
-class Measures:
+class EvaluateReply:
     """A site's metrics, by view/split/name."""
 
     metrics: Mapping[str, float]
 
 
 @message("wire.Kept")
-class Kept:
+class FinishReply:
     """Digest of the personal model that the site keeps; empty: it has none."""
 
     personal: str

@@ -5,64 +5,64 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
-from ..core import Absent, Exchange, Metrics, Reply
-from ..core.admission import Border, guarded
+from ..core import Exchange, Failure, Metrics, Reply
+from ..core.admission import AdmissionPolicy, catch_failure
 from ..core.messages import Message, encode
 from ..core.tensors import Tensors
 from .client import exchange
-from .protocol import DIGEST, EVALUATE, FINISH, Kept, Measures, Models, Request, nest, opened
+from .protocol import DIGEST, EVALUATE, FINISH, EvaluateReply, FinishReply, Models, Request, nest, opened
 
 
-class Post(Protocol):
+class Channel(Protocol):
     """Delivers requests by the name of the site."""
 
-    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Absent]]:
+    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
         """Deliver each site its bytes; yield the sites' answers as they come, and who has given none in that time."""
         ...
 
 
 @dataclass
 class Remote:
-    """A transport over a `Post`; what comes is opened and checked here, and a fault is the site's absence."""
+    """A transport over a `Channel`; what comes is opened and checked here, and a fault is the site's absence."""
 
-    post: Post
+    channel: Channel
     sites: tuple[str, ...]
     run: str
     config: str
-    border: Border
+    admission: AdmissionPolicy
 
     def send(
         self, step: int, stage: str, number: int, down: Mapping[str, Message]
-    ) -> Iterator[tuple[str, Reply | Absent, tuple[Exchange, ...]]]:
+    ) -> Iterator[tuple[str, Reply | Failure, tuple[Exchange, ...]]]:
         for site, answer in self._ask(
             f"train.{stage}", Request(self.run, "", self.config, stage, step, number, None), down, Reply
         ):
-            if isinstance(answer, Absent):
+            if isinstance(answer, Failure):
                 yield site, answer, ()
                 continue
-            up = guarded(partial(exchange, site, "up", answer.body.message))  # what is no message has no bytes either
-            if isinstance(up, Absent):
+            up = catch_failure(partial(exchange, site, "up", answer.body.message))  # what is no message has no bytes either
+            if isinstance(up, Failure):
                 yield site, up, ()
                 continue
             yield site, answer.body, (exchange(site, "down", down[site]), replace(up, seconds=round(answer.seconds, 3)))
 
-    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, Mapping[str, Metrics] | Absent]:
+    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, Mapping[str, Metrics] | Failure]:
         asked = Request(self.run, "", self.config, EVALUATE, 0, 0, None)
         bodies = {site: Models(content, model) for site, content in down.items()}
-        answers = dict(self._ask("evaluate", asked, bodies, Measures))
-        return {s: a if isinstance(a, Absent) else nest(a.body.metrics) for s, a in ((s, answers[s]) for s in down)}
+        answers = dict(self._ask("evaluate", asked, bodies, EvaluateReply))
+        return {s: a if isinstance(a, Failure) else nest(a.body.metrics) for s, a in ((s, answers[s]) for s in down)}
 
     def finish(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, str]:
         """Have each site make and keep its personal model; their digests by site. Who does not answer is missing."""
         asked = Request(self.run, "", self.config, FINISH, 0, 0, None)
         bodies = {site: Models(content, model) for site, content in down.items()}
-        answers = {s: a for s, a in self._ask("query.finish", asked, bodies, Kept) if not isinstance(a, Absent)}
+        answers = {s: a for s, a in self._ask("query.finish", asked, bodies, FinishReply) if not isinstance(a, Failure)}
         return {site: answers[site].body.personal for site in sorted(answers) if DIGEST.fullmatch(answers[site].body.personal)}
 
     def _ask(self, action: str, asked: Request, bodies: Mapping[str, Message], body: type) -> Iterator[tuple[str, Any]]:
         letters = {site: encode(replace(asked, site=site, body=content)) for site, content in bodies.items()}
-        for site, data in self.post.ask(action, letters, self.border.deadline):
-            if isinstance(data, Absent):
+        for site, data in self.channel.ask(action, letters, self.admission.stage_timeout):
+            if isinstance(data, Failure):
                 yield site, data
                 continue
-            yield site, guarded(partial(opened, data, asked, site, body, self.border.bytes))
+            yield site, catch_failure(partial(opened, data, asked, site, body, self.admission.max_reply_bytes))

@@ -44,7 +44,7 @@ def occupied(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def make(folder: Path, mode: int = 0o700) -> None:
+def make_folder(folder: Path, mode: int = 0o700) -> None:
     """Create `folder` and the missing folders above it, all with `mode`, narrowed by the umask.
 
     A folder that exists keeps its mode.
@@ -55,21 +55,21 @@ def make(folder: Path, mode: int = 0o700) -> None:
     try:
         folder.mkdir(mode)
     except FileNotFoundError:
-        make(folder.parent, mode)
+        make_folder(folder.parent, mode)
         folder.mkdir(mode, exist_ok=True)
     except OSError:
         if not folder.is_dir():
             raise
 
 
-def secure(folder: Path) -> None:
+def restrict_access(folder: Path) -> None:
     """Take every right of group and others from `folder` and what lies in it: libraries write with the umask alone."""
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
             path.chmod(stat.S_IMODE(path.stat().st_mode) & 0o700)
 
 
-def write_whole(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
+def atomic_write(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
     """Write `content` beside `path`, flush it to the disk, then move it into place in one step.
 
     Args:
@@ -86,7 +86,7 @@ def write_whole(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
     if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
         raise InputError(f"cannot write {path}: it is there and no file; choose another path")
     try:
-        make(path.parent, 0o700 | (mode & 0o044) | (mode & 0o044) >> 2)
+        make_folder(path.parent, 0o700 | (mode & 0o044) | (mode & 0o044) >> 2)
         unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
         temporary = unfinished
@@ -101,7 +101,7 @@ def write_whole(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from error
 
 
-def writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Raise `InputError` now where `write_whole` would, after the work that gives what is to be written there."""
     if path.exists() and not path.is_file():
         raise InputError(f"cannot write {path}: it is there and no file; choose another path")
@@ -112,22 +112,22 @@ def writable(path: Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove what a killed process had not finished writing, in `folder` and below."""
     for path in folder.rglob(f".*{_PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    atomic_write(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_lines(path: Path, values: list[Any]) -> None:
     """Write one JSON value a line; raise `ValueError` for a number that is not finite, which JSON does not have."""
-    write_whole(path, "".join(json.dumps(v, sort_keys=True, allow_nan=False) + "\n" for v in values))
+    atomic_write(path, "".join(json.dumps(v, sort_keys=True, allow_nan=False) + "\n" for v in values))
 
 
-def regular(path: Path) -> BufferedReader:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading in binary mode.
 
     The kind is checked before the file is opened, as opening a named pipe blocks and opening a device may act, and again
@@ -158,7 +158,7 @@ def _demand_regular(mode: int, path: Path) -> None:
         raise OSError(code, f"it {kind}, not a regular file", str(path))
 
 
-def content(path: Path, most: int = 0) -> bytes:
+def read_regular(path: Path, most: int = 0) -> bytes:
     """Return the bytes of a regular file; its size is checked before memory is taken.
 
     Args:
@@ -170,11 +170,11 @@ def content(path: Path, most: int = 0) -> bytes:
     descriptor, size = _opened(path)
     with os.fdopen(descriptor, "rb", 0 if size <= _SMALL else -1) as file:
         if (most and size > most) or size > _SMALL:
-            fits(size, most, str(path))
+            check_size(size, most, str(path))
         return file.read()
 
 
-def fits(size: int, most: int = 0, path: str = "") -> None:
+def check_size(size: int, most: int = 0, path: str = "") -> None:
     """Raise `OSError` where `size` bytes are more than `most` (0: any number), or more than the free memory."""
     import psutil
 
@@ -219,7 +219,7 @@ def read_bytes(path: Path, what: str, most: int = 0) -> bytes:
         InputError: the file is missing, unreadable, too large, or not a regular file.
     """
     try:
-        return content(path, most)
+        return read_regular(path, most)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise InputError(f"cannot read {what} at {path}: {getattr(error, 'strerror', error)}; check the path") from error
 
@@ -240,12 +240,12 @@ def read_lines(path: Path, what: str) -> list[Any]:
         raise InputError(f"{what} at {path} is damaged ({error}); restore it or start the run anew") from error
 
 
-def write_sealed(path: Path, content: bytes) -> None:
+def write_checksummed(path: Path, content: bytes) -> None:
     """Write `content` under the line of its SHA-256, so that a reader sees damage of any kind."""
-    write_whole(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    atomic_write(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
 
-def read_sealed(path: Path, what: str) -> bytes:
+def read_checksummed(path: Path, what: str) -> bytes:
     """What `write_sealed` wrote; raises `InputError` where a bit of it has changed."""
     seal, _, content = read_bytes(path, what).partition(b"\n")
     if hashlib.sha256(content).hexdigest().encode() != seal:
@@ -254,7 +254,7 @@ def read_sealed(path: Path, what: str) -> bytes:
 
 
 @contextmanager
-def locked(path: Path, busy: str = "") -> Iterator[None]:
+def file_lock(path: Path, busy: str = "") -> Iterator[None]:
     """Hold a file's lock meanwhile; it ends with this process, however that ends.
 
     Args:

@@ -5,7 +5,7 @@ import threading
 import psutil
 
 
-class Meter:
+class MemoryMonitor:
     """Samples the memory of a process (this one) and of all below it, in the background; use it as a context.
 
     Args:
@@ -17,7 +17,7 @@ class Meter:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def lap(self) -> float:
+    def peak(self) -> float:
         """The most memory since the last call, in MB (10^6 bytes); shared pages count once on Linux."""
         self._peak = max(self._peak, now(self._pid))
         peak, self._peak = self._peak, 0.0
@@ -27,7 +27,7 @@ class Meter:
         while not self._stop.wait(self._every):
             self._peak = max(self._peak, now(self._pid))
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "MemoryMonitor":
         self._thread.start()
         return self
 

@@ -13,7 +13,9 @@ T = TypeVar("T")
 
 
 def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[str, ...] = (), base: T | None = None) -> T:
-    """A dataclass from a table, its fields' types checked, and that no real number is negative, infinite or NaN: none may be.
+    """Return a dataclass made of a table; check the types of its fields, and that numbers are finite and not negative.
+
+    A key that the class names in `RENAMED` is refused with its new name.
 
     Args:
         path: where the table stands, for errors.
@@ -26,6 +28,8 @@ def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[st
     for key, value in values.items():
         where = f"{path}.{key}" if path else key
         if key not in fields:
+            if new := getattr(cls, "RENAMED", {}).get(key):
+                raise InputError(f"{where} is now called {f'{path}.' if path else ''}{new}; rename it")
             raise InputError(f"unknown key {where!r}{suggest(key, sorted(fields))}")
         arguments[key] = _typed(fields[key], value, where, getattr(base, key))
     made = dataclasses.replace(base, **arguments)  # type: ignore[type-var]

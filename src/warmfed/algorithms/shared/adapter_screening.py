@@ -32,8 +32,8 @@ def gradients(image: Tensor, batch: int = 256) -> Tensor:
 def _gradients(image: Tensor) -> Tensor:
     grey = F.pad(image.double().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]
     across = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
-    down = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
-    strength, angle = (across.square() + down.square()).sqrt(), torch.atan2(down, across) % math.pi * (BINS / math.pi)
+    received = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
+    strength, angle = (across.square() + received.square()).sqrt(), torch.atan2(received, across) % math.pi * (BINS / math.pi)
     lower, upper = angle.floor().long() % BINS, (angle.floor().long() + 1) % BINS
     share = angle - angle.floor()
     bins = torch.zeros(len(grey), BINS, *grey.shape[1:], dtype=torch.float64)

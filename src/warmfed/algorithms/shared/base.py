@@ -1,21 +1,21 @@
 """The abstract families "rounds of training" and "average what comes back": defaults for everything except `train`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...core import Central, GeneratorSpec, Local, Metrics, Nothing, Replies, Reply, ServerState, Stage, State, Task
+from ...core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State, Task
 from ...core.messages import Message, message
-from ...core.tensors import Tensors, mean, misfit, only, rows
+from ...core.tensors import Tensors, layout_mismatch, mean, only, rows
 from ...fit import Training, fit
 from ...utils.errors import InputError
 from .robust_aggregation import Robust
 
-DRAWING = Training(optimizer="adam", lr=2e-4, epochs=5, batch=32, clip=1.0)
+DRAWING = Training(optimizer="adam", lr=2e-4, epochs=5, batch_size=32, max_grad_norm=1.0)
 """A site's training in one round where a diffusion model is learned."""
 
 
@@ -33,7 +33,7 @@ class Personal:
     model: Tensors | None
 
 
-def upload(model: Tensors, state: State, ctx: Local, metrics: Metrics) -> Reply:
+def upload(model: Tensors, state: State, ctx: ClientContext, metrics: Metrics) -> Reply:
     """A reply of model weights, weighted by the number of training rows."""
     return Reply(Model(model), state, float(rows(ctx.data["train"])), metrics)
 
@@ -43,11 +43,11 @@ def average(replies: Replies) -> Tensors:
     return mean((reply.message.model, reply.weight) for reply in replies.values())
 
 
-def expect(model: Tensors, ctx: Central, keep: Callable[[str], bool] = lambda name: True) -> None:
+def expect(model: Tensors, ctx: ServerContext, keep: Callable[[str], bool] = lambda name: True) -> None:
     """Raise `InputError` where a model that a site sent is not of the task's layout, or of that of the part to `keep`."""
     with torch.device("meta"):  # only shapes are needed: no weights, and nothing drawn for them
         like = only(ctx.task.build().state_dict(), keep)
-    if wrong := misfit(model, like):
+    if wrong := layout_mismatch(model, like):
         raise InputError(f"{wrong}; do all run one version of warmfed?")
 
 
@@ -66,11 +66,11 @@ def counted(count: Tensor, weight: float) -> Tensor:
 
 def gathering(
     name: str,
-    server: Callable[[ServerState, Replies, Central], tuple[ServerState, Metrics]],
-    client: Callable[[Message, State, Local], Reply],
+    server: Callable[[ServerState, Replies, ServerContext], tuple[ServerState, Metrics]],
+    client: Callable[[Message, State, ClientContext], Reply],
     *,
     replies: tuple[type, ...],
-    check: Callable[[Reply, str, Central], None],
+    check: Callable[[Reply, str, ServerContext], None],
     images: bool,
 ) -> Stage:
     """Return a stage before the rounds: it sends the sites nothing, and leaves the models as they are."""
@@ -78,7 +78,7 @@ def gathering(
         name,
         server,
         client,
-        down=lambda server, site: Nothing(),
+        broadcast=lambda server, site: Empty(),
         evaluated=False,
         replies=replies,
         check=check,
@@ -90,11 +90,13 @@ def gathering(
 class Rounds(ABC):
     """Abstract: rounds of local training, whose results the server combines in a way of the method's own."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"sample": "client_fraction"}
+
     rounds: int = 5
     """Rounds of training."""
-    sample: float = 1.0
+    client_fraction: float = 1.0
     """Share of the sites asked in each round."""
-    local: Training = Training(lr=0.02, epochs=5, clip=1.0)
+    local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """A site's training in one round."""
     replies: ClassVar[tuple[type, ...]] = ()
     """Kinds of message that a site may answer a round with; empty: the kind that it was sent."""
@@ -102,22 +104,22 @@ class Rounds(ABC):
     """`Stage.change` of a round."""
 
     @abstractmethod
-    def train(self, down: Message, state: State, ctx: Local) -> Reply: ...
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply: ...
 
     @abstractmethod
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]: ...
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]: ...
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:
         return None
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return Model(ctx.task.init(ctx.rng))
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         return server
 
-    def enter(self, down: Message, ctx: Local) -> State:
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
         return None
 
     def stages(self) -> tuple[Stage, ...]:
@@ -128,23 +130,23 @@ class Rounds(ABC):
         """One round of training."""
         return Stage(
             "train",
-            self.merge,
+            self.aggregate,
             self.train,
-            sample=self.sample,
+            client_fraction=self.client_fraction,
             replies=self.replies,
             check=self.check,
             change=self.change,
             images=False,
         )
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:  # noqa: B027 - most methods have nothing to add
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:  # noqa: B027 - most methods have nothing to add
         """Raise `InputError` where a reply cannot be used for what the border does not know."""
 
     def global_model(self, server: ServerState) -> Tensors | None:
         return server.model
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
-        return down.model
+    def client_model(self, received: Message, state: State) -> Tensors | None:
+        return received.model
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Averaging(Rounds):
     robust: Robust = Robust()
     """How the models that come back are combined; the default is the weighted mean."""
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         return Model({**server.model, **self.robust.combine(server.model, replies)}), {}
 
 
@@ -173,27 +175,27 @@ class PartlyShared(Averaging):
         mine = self.mine(task)
         return lambda name: not mine(name)
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return Model(only(ctx.task.init(ctx.rng), self.shared(ctx.task)))
 
-    def enter(self, down: Message, ctx: Local) -> State:
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
         return Model(only(ctx.task.init(ctx.rng), self.mine(ctx.task)))
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, self.whole(down, state), self.local, ctx.data["train"])
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, self.whole(received, state), self.local, ctx.data["train"])
         return self.split(model, ctx, metrics)
 
-    def whole(self, down: Message, state: State) -> Tensors:
-        return {**down.model, **state.model}
+    def whole(self, received: Message, state: State) -> Tensors:
+        return {**received.model, **state.model}
 
-    def split(self, model: Tensors, ctx: Local, metrics: Metrics) -> Reply:
+    def split(self, model: Tensors, ctx: ClientContext, metrics: Metrics) -> Reply:
         return upload(only(model, self.shared(ctx.task)), Model(only(model, self.mine(ctx.task))), ctx, metrics)
 
     def global_model(self, server: ServerState) -> Tensors | None:
         return None
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
-        return self.whole(down, state)
+    def client_model(self, received: Message, state: State) -> Tensors | None:
+        return self.whole(received, state)
 
 
 @dataclass(frozen=True)
@@ -212,19 +214,19 @@ class Personalized(Averaging):
     """Abstract: the rounds of `Averaging`, and one last stage in which each site makes the last global model its own."""
 
     @abstractmethod
-    def own(self, model: Tensors, ctx: Local) -> tuple[Tensors, Metrics]:
+    def own(self, model: Tensors, ctx: ClientContext) -> tuple[Tensors, Metrics]:
         """A site's own model, from the last global one."""
 
     def stages(self) -> tuple[Stage, ...]:
-        personalize = Stage("personalize", self.done, self.personalize, replies=(Nothing,), images=False)
+        personalize = Stage("personalize", self.done, self.personalize, replies=(Empty,), images=False)
         return (self.round,) * self.rounds + (personalize,)
 
-    def personalize(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, info = self.own(down.model, ctx)
-        return Reply(Nothing(), Model(model), float(rows(ctx.data["train"])), info)
+    def personalize(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, info = self.own(received.model, ctx)
+        return Reply(Empty(), Model(model), float(rows(ctx.data["train"])), info)
 
-    def done(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def done(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         return server, {}
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
-        return down.model if state is None else state.model
+    def client_model(self, received: Message, state: State) -> Tensors | None:
+        return received.model if state is None else state.model

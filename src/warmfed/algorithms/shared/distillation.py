@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core import Local
+from ...core import ClientContext
 from ...core.rng import seeded
-from ...core.tensors import Table, Tensors, prefixed, rows, under
+from ...core.tensors import Table, Tensors, add_prefix, rows, strip_prefix
 from ...fit import Training, fit
 
 
@@ -43,7 +43,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def distilled(
-    ctx: Local, start: Tensors, training: Training, teacher: Tensors | None, settings: Distillation
+    ctx: ClientContext, start: Tensors, training: Training, teacher: Tensors | None, settings: Distillation
 ) -> tuple[Tensors, dict[str, float]]:
     """Train from `start` on the site's rows with cross-entropy and one teacher's logits (pFedSD); None: cross-entropy alone.
 
@@ -124,7 +124,7 @@ class _Selecting:
 
 
 def dynamic(
-    ctx: Local,
+    ctx: ClientContext,
     start: Tensors,
     training: Training,
     teachers: Sequence[Tensors],
@@ -138,7 +138,7 @@ def dynamic(
     Args:
         selector: its weights after an earlier round; None: random ones.
         done, planned: optimizer steps of distillation before this call, and in the whole run: they set τ_t.
-        training: its `clip` bounds the student's and the selector's gradients together.
+        training: its `max_grad_norm` bounds the student's and the selector's gradients together.
 
     Returns:
         The student, the selector, and their metrics.
@@ -149,7 +149,7 @@ def dynamic(
     if selector is None:
         with seeded(ctx.rng):
             selector = {name: value.detach().clone() for name, value in task.selector().state_dict().items()}
-    pair = prefixed(start, "student.") | prefixed(selector, "selector.")
+    pair = add_prefix(start, "student.") | add_prefix(selector, "selector.")
     table = {**data, "pool": pool}
     tensors, info = fit(replace(ctx, task=task), pair, training, table, watch=task.stepped, draw=task.noised)
-    return under(tensors, "student."), under(tensors, "selector."), info | task.metrics()
+    return strip_prefix(tensors, "student."), strip_prefix(tensors, "selector."), info | task.metrics()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
-from ...core import Algorithm, Central, GeneratorSpec, Local, Metrics, Replies, ServerState, Stage, State
+from ...core import Algorithm, ClientContext, GeneratorSpec, Metrics, Replies, ServerContext, ServerState, Stage, State
 from ...core.messages import Message, message
 from ...core.tensors import Tensors, mix
 from ...utils.errors import InputError
@@ -37,30 +37,30 @@ class Smoothed:
     def needs_generator(self) -> GeneratorSpec | None:
         return self.algorithm.needs_generator
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         inner = self.algorithm.init(ctx)
         model = self.algorithm.global_model(inner)
         if model is None:
-            raise InputError("smooth needs an algorithm that has a global model from the start; set smooth to 0")
+            raise InputError("global_ema_decay needs an algorithm that has a global model from the start; set it to 0")
         return Server(inner, model, 0)
 
-    def down(self, server: ServerState, site: str) -> Message:
-        return self.algorithm.down(server.inner, site)
+    def broadcast(self, server: ServerState, site: str) -> Message:
+        return self.algorithm.broadcast(server.inner, site)
 
-    def enter(self, down: Message, ctx: Local) -> State:
-        return self.algorithm.enter(down, ctx)
+    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+        return self.algorithm.init_client_state(received, ctx)
 
     def stages(self) -> tuple[Stage, ...]:
         return tuple(self._around(stage) for stage in self.algorithm.stages())
 
     def _around(self, stage: Stage) -> Stage:
-        def server(state: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+        def server(state: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
             inner, metrics = stage.server(state.inner, replies, ctx)
             return (self._averaged(state, inner) if stage.evaluated else replace(state, inner=inner)), metrics
 
-        sent: Callable[[ServerState, str], Message] | None = stage.down
-        down = None if sent is None else lambda state, site: sent(state.inner, site)
-        return replace(stage, server=server, down=down)
+        sent: Callable[[ServerState, str], Message] | None = stage.broadcast
+        received = None if sent is None else lambda state, site: sent(state.inner, site)
+        return replace(stage, server=server, broadcast=received)
 
     def _averaged(self, state: ServerState, inner: ServerState) -> Server:
         model, n = self.algorithm.global_model(inner), state.count + 1
@@ -71,8 +71,8 @@ class Smoothed:
     def global_model(self, server: ServerState) -> Tensors | None:
         return server.average
 
-    def client_model(self, down: Message, state: State) -> Tensors | None:
-        return self.algorithm.client_model(down, state)
+    def client_model(self, received: Message, state: State) -> Tensors | None:
+        return self.algorithm.client_model(received, state)
 
 
 def _layout(model: Tensors) -> dict[str, tuple[int, ...]]:

@@ -13,13 +13,25 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from ...core import Central, Generator, GeneratorSpec, Local, Metrics, Replies, Reply, ServerState, Stage, State, prompts_of
+from ...core import (
+    ClientContext,
+    Generator,
+    GeneratorSpec,
+    Metrics,
+    Replies,
+    Reply,
+    ServerContext,
+    ServerState,
+    Stage,
+    State,
+    prompts_of,
+)
 from ...core.messages import Message, message
-from ...core.rng import child, named, number
-from ...core.tensors import Table, Tensors, dealt, join, rows, select, sha256
+from ...core.rng import spawn, stream, stream_seed
+from ...core.tensors import Table, Tensors, apportion, join, rows, select, sha256
 from ...fit import Training, fit
 from ...utils.errors import InputError
-from ...utils.files import write_json, write_whole
+from ...utils.files import atomic_write, write_json
 from .adapter_screening import suspects
 from .base import Averaging, Model, gathering, upload
 
@@ -28,23 +40,30 @@ from .base import Averaging, Model, gathering, upload
 class Synthesis:
     """How S is drawn and filtered, and how a classifier is trained on it."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "least": "min_class_probability",
+        "focus": "hard_fraction",
+        "distinct": "dedup_distance",
+        "soft": "soft_label_weight",
+    }
+
     per_class: int = 80
     """Images per site and class."""
     contradicted: float = 0.4
     """Share of a site's classes that most others see as another class, from which on it is set aside; 0: none is."""
     filter: str = "cross"
     """cross: drop samples whose class a classifier trained on the other half of S holds for unlikely; none."""
-    least: float = 0.1
+    min_class_probability: float = 0.1
     """Probability of its class below which a sample is dropped. Samples that are merely hard teach most: keep them."""
-    focus: float = 0.0
+    hard_fraction: float = 0.0
     """Share of S that is drawn after the rest has been judged: more of what was confused and of what few sites hold."""
-    distinct: float = 0.0
+    dedup_distance: float = 0.0
     """Drop a sample nearer than this to an earlier one of its class: root mean square of 8×8 means, of 255; 0: none."""
-    soft: float = 0.0
+    soft_label_weight: float = 0.0
     """Share of a sample's label that is what that classifier holds it for, the rest is its prompt's class; 0: hard labels."""
-    filter_training: Training = Training(lr=0.02, epochs=8, batch=64, schedule="cosine", clip=1.0)
+    filter_training: Training = Training(lr=0.02, epochs=8, batch_size=64, schedule="cosine", max_grad_norm=1.0)
     """Training of the two classifiers that filter."""
-    training: Training = Training(lr=0.02, epochs=15, batch=64, schedule="cosine", weight_decay=5e-4, clip=1.0)
+    training: Training = Training(lr=0.02, epochs=15, batch_size=64, schedule="cosine", weight_decay=5e-4, max_grad_norm=1.0)
     """Training of the classifier on S, from random weights."""
     subset: int = 400
     """|S_sub|: images of the subset that later fine-tuning uses, even over sites and classes."""
@@ -56,31 +75,39 @@ class Synthesis:
             raise InputError("per_class and subset must be at least 1; check [algorithm.synthesis]")
         if not 0 <= self.contradicted <= 1:
             raise InputError(f"contradicted must be from 0 to 1; got {self.contradicted}; check [algorithm.synthesis]")
-        if not (0 <= self.least < 1 and 0 <= self.focus < 1 and self.distinct >= 0 and 0 <= self.soft <= 1):
+        if not (
+            0 <= self.min_class_probability < 1
+            and 0 <= self.hard_fraction < 1
+            and self.dedup_distance >= 0
+            and 0 <= self.soft_label_weight <= 1
+        ):
             raise InputError(
-                "least and focus must be at least 0 and below 1, distinct at least 0, soft from 0 to 1; "
-                f"got {self.least}, {self.focus}, {self.distinct}, {self.soft}"
+                "min_class_probability and hard_fraction must be at least 0 and below 1, dedup_distance at least 0, "
+                "soft_label_weight from 0 to 1; "
+                f"got {self.min_class_probability}, {self.hard_fraction}, {self.dedup_distance}, {self.soft_label_weight}"
             )
 
 
 def _draw(
     generator: Generator, adapter: Tensors | None, prompts: tuple[str, ...], label: Tensor, seed: int, device: str
 ) -> Tensor:
-    return generator.synthesize(adapter, prompts, label, Central(None, named("synthesize", seed), device=device))
+    return generator.synthesize(adapter, prompts, label, ServerContext(None, stream("synthesize", seed), device=device))
 
 
-def draw(ctx: Central, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], per_class: int) -> Table:
+def draw(
+    ctx: ServerContext, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], per_class: int
+) -> Table:
     """S: `per_class` images for each class of each site, in order of sites: {"image", "label", "site"}."""
     return drawn(ctx, adapters, {site: torch.tensor(classes[site]).repeat_interleave(per_class) for site in adapters})
 
 
-def drawn(ctx: Central, adapters: Mapping[str, Tensors | None], labels: Mapping[str, Tensor]) -> Table:
+def drawn(ctx: ServerContext, adapters: Mapping[str, Tensors | None], labels: Mapping[str, Tensor]) -> Table:
     """One image for each of the labels of each site."""
     generator = generator_of(ctx)
-    seeds = {site: number(int(torch.randint(2**62, (), generator=ctx.rng)), site) for site in adapters}
+    seeds = {site: stream_seed(int(torch.randint(2**62, (), generator=ctx.rng)), site) for site in adapters}
     told = {site: prompts_of(site, ctx.prompts) for site in adapters}
     jobs = [(generator, adapters[site], told[site], labels[site], seeds[site], ctx.device) for site in adapters]
-    images = ctx.spread(_draw, jobs)
+    images = ctx.map_jobs(_draw, jobs)
     return {
         "image": torch.cat(images),
         "label": torch.cat(list(labels.values())),
@@ -89,12 +116,12 @@ def drawn(ctx: Central, adapters: Mapping[str, Tensors | None], labels: Mapping[
 
 
 def _recognise(task: object, training: Training, learn: Table, guess: Table, seed: int, device: str) -> Tensor:
-    ctx = Central(task, named("filter", seed), device=device)
+    ctx = ServerContext(task, stream("filter", seed), device=device)
     model, _ = fit(ctx, ctx.task.init(ctx.rng), training, learn)
     return ctx.task.predict(model, guess, device=device).softmax(-1)
 
 
-def judged(ctx: Central, samples: Table, training: Training) -> Tensor:
+def cross_predict(ctx: ServerContext, samples: Table, training: Training) -> Tensor:
     """What a classifier trained on the other half of S holds each sample for: probabilities, float [n, classes]."""
     order = torch.randperm(rows(samples), generator=ctx.rng)
     halves = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
@@ -103,7 +130,7 @@ def judged(ctx: Central, samples: Table, training: Training) -> Tensor:
         (ctx.task, training, select(samples, learn), select(samples, guess), seed + i, ctx.device)
         for i, (learn, guess) in enumerate((halves, halves[::-1]))
     ]
-    first, second = ctx.spread(_recognise, jobs)
+    first, second = ctx.map_jobs(_recognise, jobs)
     return torch.cat([first, second])[torch.cat(halves[::-1]).argsort()]
 
 
@@ -120,7 +147,7 @@ def labelled(samples: Table, belief: Tensor, soft: float) -> dict[str, Tensor]:
     return table
 
 
-def confused(samples: Table, probability: Tensor, adapters: Mapping[str, object], count: int) -> dict[str, Tensor]:
+def sample_hard(samples: Table, probability: Tensor, adapters: Mapping[str, object], count: int) -> dict[str, Tensor]:
     """The labels, by site, of `count` more samples: as frequent as each site's samples of a class are doubtful, and more so
     where fewer sites hold the class. Both are known from S alone; nothing is asked of the sites."""
     sites, classes = len(adapters), int(samples["label"].max()) + 1
@@ -128,7 +155,7 @@ def confused(samples: Table, probability: Tensor, adapters: Mapping[str, object]
     held = cell.bincount(minlength=sites * classes).double()
     doubt = torch.zeros_like(held).index_add_(0, cell, 1 - probability.double()) / held.clamp_min(1)
     holders = (held.view(sites, classes) > 0).sum(0).clamp_min(1).repeat(sites)
-    more = dealt(doubt / holders + 1e-9 * (held > 0), count)
+    more = apportion(doubt / holders + 1e-9 * (held > 0), count)
     return {site: more[more // classes == i] % classes for i, site in enumerate(adapters)}
 
 
@@ -153,7 +180,7 @@ def without(samples: Table, sites: tuple[str, ...], aside: tuple[str, ...]) -> T
     return {**kept, "site": (left.long().cumsum(0) - 1)[kept["site"]]}
 
 
-def even(samples: Table, count: int, rng: torch.Generator) -> Table:
+def balanced_subset(samples: Table, count: int, rng: torch.Generator) -> Table:
     """`count` rows at most, as even over sites and classes as the samples allow."""
     order = torch.randperm(rows(samples), generator=rng)
     group = samples["site"] * (int(samples["label"].max()) + 1) + samples["label"]
@@ -167,7 +194,7 @@ def even(samples: Table, count: int, rng: torch.Generator) -> Table:
 
 
 def warm_start(
-    ctx: Central, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], settings: Synthesis
+    ctx: ServerContext, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], settings: Synthesis
 ) -> tuple[Tensors, Table, Metrics]:
     """Draw S, set aside the sites whose samples the others contradict, filter the rest and train the task's model on it.
 
@@ -177,29 +204,33 @@ def warm_start(
         θ_g^0; S_sub as `labelled` makes it; and what the record shows: how many samples were drawn and kept, by site,
         and who was set aside.
     """
-    first = max(1, round(settings.per_class * (1 - settings.focus)))
+    first = max(1, round(settings.per_class * (1 - settings.hard_fraction)))
     samples = draw(ctx, adapters, classes, first)
     aside, told = suspects(samples, tuple(adapters), settings.contradicted)
     told = {**told, **{f"samples/{site}": float(first * len(classes[site])) for site in aside}}
     told |= {f"kept/{site}": 0.0 for site in aside}
     samples = without(samples, tuple(adapters), aside)
     adapters = {site: adapter for site, adapter in adapters.items() if site not in aside}
-    belief = judged(ctx, samples, settings.filter_training)
-    if settings.focus and first < settings.per_class:
+    belief = cross_predict(ctx, samples, settings.filter_training)
+    if settings.hard_fraction and first < settings.per_class:
         more = (settings.per_class - first) * sum(len(classes[site]) for site in adapters)
-        extra = drawn(ctx, adapters, confused(samples, likely(belief, samples["label"]), adapters, more))
+        extra = drawn(ctx, adapters, sample_hard(samples, likely(belief, samples["label"]), adapters, more))
         samples = join([samples, extra])
-        belief = judged(ctx, samples, settings.filter_training)
+        belief = cross_predict(ctx, samples, settings.filter_training)
     right = belief.argmax(-1) == samples["label"]
-    keep = likely(belief, samples["label"]) >= settings.least if settings.filter == "cross" else torch.ones_like(right)
-    if settings.distinct:
-        keep &= ~repeated(samples, settings.distinct)
-    kept = select({**samples, **labelled(samples, belief, settings.soft)}, keep)
+    keep = (
+        likely(belief, samples["label"]) >= settings.min_class_probability
+        if settings.filter == "cross"
+        else torch.ones_like(right)
+    )
+    if settings.dedup_distance:
+        keep &= ~repeated(samples, settings.dedup_distance)
+    kept = select({**samples, **labelled(samples, belief, settings.soft_label_weight)}, keep)
     if not rows(kept):
         raise InputError("no synthetic sample was recognised; adapt longer (generator.training.epochs) or set filter to none")
     columns = {name: column for name, column in kept.items() if name != "site"}
-    model, info = fit(replace(ctx, rng=child(ctx.rng)), ctx.task.init(child(ctx.rng)), settings.training, columns)
-    subset = even(kept, settings.subset, child(ctx.rng))
+    model, info = fit(replace(ctx, rng=spawn(ctx.rng)), ctx.task.init(spawn(ctx.rng)), settings.training, columns)
+    subset = balanced_subset(kept, settings.subset, spawn(ctx.rng))
     metrics = {"samples": float(rows(samples)), "kept": float(rows(kept)), "loss": info["loss"], **told}
     for i, site in enumerate(adapters):
         mine = samples["site"] == i
@@ -212,40 +243,40 @@ def warm_start(
     return model, {name: subset[name] for name in columns}, metrics
 
 
-def keep_samples(ctx: Central, sites: tuple[str, ...], table: Table, settings: Mapping[str, object]) -> None:
+def keep_samples(ctx: ServerContext, sites: tuple[str, ...], table: Table, settings: Mapping[str, object]) -> None:
     """Samples as an artefact: {"image", "label", "site", "kept"}; settings and hash beside them."""
     if ctx.folder is None:
         return
     manifest = {"sites": list(sites), "prompts": list(ctx.prompts), "settings": settings, "sha256": sha256(table)}
-    write_whole(ctx.folder / "synthetic" / "samples.safetensors", save({k: v.contiguous() for k, v in table.items()}))
+    atomic_write(ctx.folder / "synthetic" / "samples.safetensors", save({k: v.contiguous() for k, v in table.items()}))
     write_json(ctx.folder / "synthetic" / "manifest.json", json.loads(json.dumps(manifest)))
 
 
-def generator_of(ctx: Local | Central) -> Generator:
+def generator_of(ctx: ClientContext | ServerContext) -> Generator:
     """The run's generator; raises `InputError` where there is none."""
     if ctx.generator is None:
         raise InputError("this algorithm needs a generator; set generator.base to a base or a pipeline folder")
     return ctx.generator
 
 
-def held(ctx: Local) -> tuple[int, ...]:
+def classes_of(ctx: ClientContext) -> tuple[int, ...]:
     """Which classes a site trains on."""
     return tuple(ctx.data["train"]["label"].unique().tolist())
 
 
-def known(classes: tuple[int, ...], ctx: Central) -> None:
+def check_classes(classes: tuple[int, ...], ctx: ServerContext) -> None:
     """Raise `InputError` where these are not one or more of the classes, each once."""
     if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(len(ctx.prompts))):
         raise InputError(f"one or more of {len(ctx.prompts)} classes by number were expected, {list(classes)} came")
 
 
-def fits(generator: Generator, reply: Reply, site: str, ctx: Central) -> None:
+def check_adapter(generator: Generator, reply: Reply, site: str, ctx: ServerContext) -> None:
     """Raise `InputError` where an adapter cannot be sampled from, or a class that the site says it holds is none."""
-    known(reply.message.classes, ctx)
+    check_classes(reply.message.classes, ctx)
     generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}", reply.message.classes)
 
 
-def gather(ctx: Central, generator: Generator, replies: Replies) -> tuple[dict[str, Tensors], dict[str, Tensor]]:
+def gather(ctx: ServerContext, generator: Generator, replies: Replies) -> tuple[dict[str, Tensors], dict[str, Tensor]]:
     """The sites' adapters, kept as artefacts, and the classes that each site holds."""
     for site, reply in replies.items():
         if ctx.folder is not None:
@@ -265,7 +296,7 @@ class Server:
 
 
 @message("synthetic.Offer")
-class Offer:
+class AdapterUpload:
     """All that a site sends before the warm start: an adapter of some kind, and which classes it holds."""
 
     adapter: Tensors
@@ -283,49 +314,49 @@ class WarmStarted(Averaging):
     """How S is drawn and learned."""
     tune: bool = True
     """Whether the server fine-tunes the aggregated model on S_sub."""
-    tune_training: Training = Training(lr=0.01, epochs=2, clip=1.0)
+    tune_training: Training = Training(lr=0.01, epochs=2, max_grad_norm=1.0)
     """That fine-tuning."""
-    offers: ClassVar[tuple[type, ...]] = (Offer,)
+    offers: ClassVar[tuple[type, ...]] = (AdapterUpload,)
     """Kinds of message that a site may send before the warm start."""
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:
         return GeneratorSpec()
 
-    def init(self, ctx: Central) -> ServerState:
+    def init(self, ctx: ServerContext) -> ServerState:
         return Server(ctx.task.init(ctx.rng), {}, {}, {})
 
-    def down(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: ServerState, site: str) -> Message:
         return Model(server.model)
 
     def stages(self) -> tuple[Stage, ...]:
         adapt = gathering("adapt", self.collect, self.adapt, replies=self.offers, check=self.check, images=self.images)
-        train = Stage("train", self.merge, self.train, sample=self.sample, images=False)
+        train = Stage("train", self.aggregate, self.train, client_fraction=self.client_fraction, images=False)
         return (adapt, Stage("warm", self.start)) + (train,) * self.rounds
 
-    def adapt(self, down: Message, state: State, ctx: Local) -> Reply:
+    def adapt(self, received: Message, state: State, ctx: ClientContext) -> Reply:
         tensors, metrics = generator_of(ctx).adapt(ctx)
-        return Reply(Offer(tensors, held(ctx)), None, float(rows(ctx.data["train"])), metrics)
+        return Reply(AdapterUpload(tensors, classes_of(ctx)), None, float(rows(ctx.data["train"])), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: Central) -> None:
+    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
         """Raise `InputError` where what a site offers cannot be sampled from."""
-        fits(generator_of(ctx), reply, site, ctx)
+        check_adapter(generator_of(ctx), reply, site, ctx)
 
-    def collect(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def collect(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         adapters, classes = gather(ctx, generator_of(ctx), replies)
         return replace(server, adapters=adapters, classes=classes), {}
 
-    def start(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def start(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
         adapters = {site: server.adapters.get(site) for site in classes}
         model, subset, metrics = warm_start(ctx, adapters, classes, self.synthesis)
         return replace(server, model=model, subset=subset, adapters={}), metrics
 
-    def train(self, down: Message, state: State, ctx: Local) -> Reply:
-        model, metrics = fit(ctx, down.model, self.local, ctx.data["train"])
+    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 
-    def merge(self, server: ServerState, replies: Replies, ctx: Central) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
         model, metrics = self.robust.combine(server.model, replies), {}
         if self.tune:
             model, info = fit(ctx, model, self.tune_training, server.subset)

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...utils.files import fits, regular
+from ...utils.files import check_size, open_regular
 
 FREELY = 2**30
 """Bytes that any compressed file may unpack to."""
@@ -44,7 +44,7 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with regular(path) as file, zipfile.ZipFile(file) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             self._sizes = {info.filename: info.file_size for info in archive.infolist()}
             plausible(sum(info.file_size for info in archive.infolist()), file.seek(0, 2))
 
@@ -58,7 +58,7 @@ class Archive:
     def __getitem__(self, key: str) -> NDArray[Any]:
         """Return the whole array."""
         shape, _, kind = self.header(key)
-        fits(math.prod(shape) * kind.itemsize, path=str(self._path))
+        check_size(math.prod(shape) * kind.itemsize, path=str(self._path))
         with self._member(key) as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
 
@@ -76,7 +76,7 @@ class Archive:
 
     @contextmanager
     def _member(self, key: str) -> Iterator[IO[bytes]]:
-        with regular(self._path) as file, zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as stream:
+        with open_regular(self._path) as file, zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as stream:
             yield stream
 
     def _header(self, key: str, stream: IO[bytes]) -> Header:

@@ -15,13 +15,13 @@ import PIL
 from numpy.typing import NDArray
 
 from ...utils.errors import InputError, suggest
-from ...utils.files import fits, regular
+from ...utils.files import check_size, open_regular
 from ..build import assemble
-from ..examples import WHOLE, Common, Pool, Texts, common, digests, refuse, texts
+from ..examples import WHOLE, Examples, ReaderOptions, Texts, digests, reader_options, refuse, texts
 from ..federation import SPLIT_NAMES, SPLITS, Federation
 from ..image_cache import Bytes
 from ..image_io import UnreadableError, from_array
-from ..partition import Deal
+from ..partition import Partition
 from .archives import DAMAGE, Archive, plausible
 
 _ROWS = 1024
@@ -61,7 +61,7 @@ def arrays(sites: Mapping[str, Any], **options: Any) -> Federation:
     Labels are whole numbers [n] or [n, 1] from 0; `classes` names them, else they are called by their number.
     `options` are the fields of `pool.Common`; without `image_size` the images keep their size.
     """
-    asked = common(options)
+    asked = reader_options(options)
     faults: list[str] = []
     blocks = []
     for site, given in sites.items():
@@ -89,7 +89,7 @@ def _whole(values: NDArray[Any]) -> Chunks:
     return lambda: (values[start : start + _ROWS] for start in range(0, max(1, len(values)), _ROWS))
 
 
-def _gathered(name: str, blocks: Sequence[Block], asked: Common, key: str, faults: list[str]) -> Federation:
+def _gathered(name: str, blocks: Sequence[Block], asked: ReaderOptions, key: str, faults: list[str]) -> Federation:
     """The federation of these blocks; `key` names their images in the cache, "" keeps them in memory."""
     name = asked.name or name
     labels, sides = [], set()
@@ -141,7 +141,7 @@ def _gathered(name: str, blocks: Sequence[Block], asked: Common, key: str, fault
     if not asked.classes and last >= most:
         refuse(name, [f"labels 0 to {most - 1} were expected, {last} came; number the classes from 0, or name them by classes"])
     classes = asked.classes or [str(value) for value in range(last + 1)]
-    pool = Pool(
+    pool = Examples(
         images,
         label,
         np.concatenate([np.broadcast_to(_names(block.site), block.count) for block in blocks]),
@@ -150,7 +150,9 @@ def _gathered(name: str, blocks: Sequence[Block], asked: Common, key: str, fault
         found,
         key=key,
     )
-    return assemble(name, pool, classes, asked, None if asked.deal is None else Deal(**asked.deal), faults=faults)
+    return assemble(
+        name, pool, classes, asked, None if asked.partition is None else Partition(**asked.partition), faults=faults
+    )
 
 
 def npz(path: str | Path, **options: Any) -> Federation:
@@ -158,13 +160,13 @@ def npz(path: str | Path, **options: Any) -> Federation:
 
     SITE_x_train, SITE_y_train, SITE_x_test, … (val or validation, too); MedMNIST's train_images, train_labels, val_images,
     …; Keras's x_train, y_train, x_test, y_test; or x and y of all images, with domain (a number for each) and domains (names).
-    Without names of sites the file is one site, named as itself; `deal={"sites": 5}` makes several of it. An array
+    Without names of sites the file is one site, named as itself; `partition={"sites": 5}` makes several of it. An array
     `classes` of names is used where `classes` is not given. `options` are the fields of `pool.Common`.
     Raises InputError for what is no such file; objects in it are never unpickled.
     """
-    asked, path = common(options), Path(path).expanduser()
+    asked, path = reader_options(options), Path(path).expanduser()
     try:
-        with regular(path) as file:
+        with open_regular(path) as file:
             if file.read(6) == b"\x93NUMPY":
                 raise InputError(f"{path} holds one array, an .npz file with several was expected; save it anew by numpy.savez")
             archive = Archive(path)
@@ -229,7 +231,7 @@ def _read(stream: IO[bytes] | gzip.GzipFile, shape: tuple[int, ...], kind: np.dt
     most = max(1, min(_ROWS, _PIECE // max(each, 1)))
     for start in range(0, max(1, shape[0]), most):
         count = min(most, shape[0] - start)
-        fits(count * each)
+        check_size(count * each)
         data = stream.read(count * each)
         if len(data) != count * each:
             raise EOFError("the file ends too early")
@@ -242,7 +244,7 @@ def idx(path: str | Path, **options: Any) -> Federation:
     PATH is a folder, or one of such folders, each of which is a site then; a prefix (EMNIST's emnist-letters-) names a site.
     `options` are the fields of `pool.Common`. Raises InputError for files that are missing or damaged.
     """
-    asked, root = common(options), Path(path).expanduser()
+    asked, root = reader_options(options), Path(path).expanduser()
     found = sorted(p for p in root.rglob("*images*") if p.is_file() and _IDX.fullmatch(p.name)) if root.is_dir() else []
     if not found:
         raise InputError(f"{root} holds no idx files; train-images-idx3-ubyte and train-labels-idx1-ubyte were expected")
@@ -262,7 +264,7 @@ def idx(path: str | Path, **options: Any) -> Federation:
             shape, chunks = _idx(file, 3)
             label = np.concatenate(list(_idx(label_file, 1)[1]()))
             for each in (file, label_file):
-                with regular(each) as content:
+                with open_regular(each) as content:
                     key.update(hashlib.file_digest(content, "sha256").digest())
         except DAMAGE as error:
             faults.append(f"{file.relative_to(root)} or its labels are damaged ({error}); fetch them anew")
@@ -283,7 +285,7 @@ def _idx(path: Path, dimensions: int) -> tuple[tuple[int, ...], Chunks]:
 
     @contextmanager
     def opened() -> Iterator[IO[bytes] | gzip.GzipFile]:
-        with regular(path) as raw:
+        with open_regular(path) as raw:
             yield gzip.GzipFile(fileobj=raw) if packed else raw
 
     packed = path.suffix == ".gz"

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.errors import InputError, suggest
-from ...utils.files import content, make, regular
+from ...utils.files import make_folder, open_regular, read_regular
 from ..build import finished
 from ..decode import Entry
-from ..examples import WHOLE, Common, common
+from ..examples import WHOLE, ReaderOptions, reader_options
 from ..extras import hf_datasets
 from ..federation import SPLIT_NAMES, Federation
 from ..image_io import MOST
@@ -26,7 +26,7 @@ def parquet(path: str | Path, **options: Any) -> Federation:
         try:
             for file in where.rglob("*"):
                 if not file.is_dir():
-                    regular(file).close()
+                    open_regular(file).close()
             found = datasets.load_from_disk(str(where))
         except (OSError, ValueError) as error:
             raise InputError(f"the data set saved in {where} is damaged ({error}); save it anew") from error
@@ -55,9 +55,9 @@ def parquet(path: str | Path, **options: Any) -> Federation:
 
 def _prepared(options: Mapping[str, Any]) -> str:
     """The private folder where `datasets` keeps the tables that it makes of Parquet files: they hold a site's images."""
-    folder = Common(cache=options.get("cache")).store.folder / "tables"
+    folder = ReaderOptions(cache=options.get("cache")).store.folder / "tables"
     try:
-        make(folder)
+        make_folder(folder)
     except OSError as error:
         raise InputError(f"cannot make {folder}: {error.strerror}; name another place by data.cache") from error
     return str(folder)
@@ -67,7 +67,7 @@ def _sound(path: Path) -> None:
     """Raise `OSError` or `ValueError` where a Parquet file is not a regular file, or unpacks to implausibly much."""
     import pyarrow.parquet
 
-    with regular(path) as file:
+    with open_regular(path) as file:
         told = pyarrow.parquet.ParquetFile(file).metadata
         held = file.seek(0, 2)
     plausible(sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups)), held)
@@ -99,7 +99,7 @@ def _federation(name: str, tables: Mapping[str, Any], options: Mapping[str, Any]
     """
     options = dict(options)
     asked_for = {key: str(options.pop(key, "")) for key in ("image", "label", "site", "group")}
-    asked = common(options)
+    asked = reader_options(options)
     datasets = hf_datasets()
     entries: list[Entry] = []
     faults: list[str] = []
@@ -158,4 +158,4 @@ class _Row:
             raise OSError("the row holds no picture")
         if cell["bytes"] is not None:
             return bytes(cell["bytes"])
-        return content(Path(cell["path"]), MOST)
+        return read_regular(Path(cell["path"]), MOST)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.errors import InputError, suggest
-from ...utils.files import read_bytes, regular
+from ...utils.files import open_regular, read_bytes
 from ..build import finished
 from ..decode import Entry
-from ..examples import WHOLE, common
+from ..examples import WHOLE, reader_options
 from ..federation import SPLIT_NAMES, Federation
 from ..image_io import SUFFIXES
 
@@ -34,7 +34,7 @@ def folder(path: str | Path, *, lists: str = "", **options: Any) -> Federation:
     Raises:
         InputError: all faults at once: empty or one-class sites, files that do not decode, lists that name absent files, …
     """
-    asked = common(options)
+    asked = reader_options(options)
     root = _root(path)
     faults: list[str] = []
     notes: list[str] = []
@@ -185,7 +185,7 @@ def csv(
     Raises:
         InputError: all faults at once: missing columns, absent files, empty fields, unknown splits, …
     """
-    asked = common(options)
+    asked = reader_options(options)
     file = Path(path).expanduser()
     base = Path(root).expanduser() if root else file.parent
     columns = {"label": label, "site": site, "split": split, "group": group}
@@ -211,7 +211,7 @@ def csv(
 
 def _rows(file: Path) -> Iterable[Mapping[str, str]]:
     try:
-        with io.TextIOWrapper(regular(file), encoding="utf-8-sig", newline="") as lines:
+        with io.TextIOWrapper(open_regular(file), encoding="utf-8-sig", newline="") as lines:
             for row in tables.DictReader(lines):
                 yield {key or "": value or "" for key, value in row.items() if isinstance(value, str | None)}
     except OSError as error:
@@ -226,7 +226,7 @@ def camelyon17(path: str | Path, **options: Any) -> Federation:
     WILDS's own splits hold out whole hospitals and share slides; here each hospital trains, validates and tests.
     """
     options = {"template": "a histology image of {} tissue", **options}
-    asked = common(options)
+    asked = reader_options(options)
     root = _root(path)
     faults: list[str] = []
     entries = []
