@@ -26,7 +26,7 @@ from warmfed.utils.files import atomic_write, read_json
 RESULTS = Path(__file__).parent / "results"
 MARK = "<!-- below: the tables of warmfed compare, put here by benchmarks/publish.py -->\n"
 OF_A_CELL = (
-    "seed", "unseen", "rounds", "global", "personal", "one_shot", "validation", "quality", "bytes_up_per_site",
+    "seed", "holdout", "rounds", "global", "personal", "one_shot", "validation", "quality", "bytes_up_per_site",
     "bytes_down_per_site", "seconds", "peak_memory_mb", "data_sha256", "base_sha256", "history_sha256",
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ class Cell:
     rounds: int
     arm: str
     seed: int
-    unseen: str
+    holdout: str
     settings: Mapping[str, str] = field(default_factory=dict, compare=False)
     name: str = field(default="", compare=False)
 
@@ -48,7 +48,7 @@ def runs(table: Mapping[str, Any]) -> Iterator[tuple[Cell, dict[str, Any]]]:
     of_all = {name: table[name] for name in ("federation", "measure")}
     for row in table["rows"]:
         for cell in row["cells"]:
-            site = (cell.get("unseen") or {}).get("site", "")
+            site = (cell.get("holdout") or {}).get("site", "")
             yield Cell(row["rounds"], row["algorithm"], cell["seed"], site, row.get("settings", {})), of_all | cell
 
 
@@ -90,8 +90,8 @@ def samples(study: Path, table: Mapping[str, Any]) -> bytes | None:
     for cell, run in runs(table):
         if cell.arm in grids or run["quality"]["models"] > 1:
             continue
-        if (panel := read_report_images(study / run["folder"] / "panel")) and panel.drawn:
-            grids[cell.arm] = Image.open(io.BytesIO(panel.drawn))
+        if (images := read_report_images(study / run["folder"] / "report_images")) and images.drawn:
+            grids[cell.arm] = Image.open(io.BytesIO(images.drawn))
     if not grids:
         return None
     wide, high = (max(sizes) for sizes in zip(*(grid.size for grid in grids.values()), strict=True))

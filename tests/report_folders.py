@@ -126,7 +126,7 @@ def run_folder(
     ledger: list[dict[str, Any]] = LEDGER,
     classes: tuple[str, str] = ("zero", "one"),
     *,
-    panel: bool = True,
+    images: bool = True,
     **summary: Any,
 ) -> Path:
     """A finished run in `folder`; by default WarmFed over two sites, two classes and three rounds, with all there is."""
@@ -135,13 +135,13 @@ def run_folder(
     (folder / "config.toml").write_text('algorithm = "warmfed"\nseed = 7\n')
     write_lines(folder / "rounds.jsonl", records)
     write_lines(folder / "ledger.jsonl", ledger)
-    if panel:
-        (folder / "panel").mkdir(exist_ok=True)
+    if images:
+        (folder / "report_images").mkdir(exist_ok=True)
         named = {site: {kind: f"{kind}-{site}.png" for kind in ("real", "synthetic")} for site in SITES}
         for place, name in enumerate(name for names in named.values() for name in names.values()):
-            (folder / "panel" / name).write_bytes(png(40 * place))
+            (folder / "report_images" / name).write_bytes(png(40 * place))
         content = {"classes": classes, "sites": named, "features": POINTS}
-        (folder / "panel" / "panel.json").write_text(json.dumps(content))
+        (folder / "report_images" / "report_images.json").write_text(json.dumps(content))
     return folder
 
 

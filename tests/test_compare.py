@@ -218,14 +218,14 @@ def test_a_site_that_takes_no_part(data: Path, tmp_path: Path) -> None:
     planned = plan(None, QUICK | {"data.source": str(data)}, ["fedavg", "fedper"], [0], [1], sites[:2])
     assert [(cell.arm, cell.holdout) for cell in planned] == [(arm, site) for arm in ("fedavg", "fedper") for site in sites[:2]]
     table = compare(planned, tmp_path / "x", workers=2)
-    assert table["unseen"] == sites[:2]
+    assert table["holdout"] == sites[:2]
     fedavg, fedper = table["rows"]
     summaries = [json.loads((tmp_path / "x" / cell["folder"] / "summary.json").read_text()) for cell in fedavg["cells"]]
     assert all(
-        sites[i] not in summary["sites"] and summary["unseen"]["site"] == sites[i] for i, summary in enumerate(summaries)
+        sites[i] not in summary["sites"] and summary["holdout"]["site"] == sites[i] for i, summary in enumerate(summaries)
     )
-    assert fedavg["unseen_mean"] == pytest.approx(sum(s["unseen"]["global"] for s in summaries) / 2)
-    assert fedper["unseen_mean"] is None  # nobody has a head for the site
+    assert fedavg["holdout_mean"] == pytest.approx(sum(s["holdout"]["global"] for s in summaries) / 2)
+    assert fedper["holdout_mean"] is None  # nobody has a head for the site
     with pytest.raises(InputError, match="cannot be left out"):
         compare(plan(None, {"data.source": str(data)}, ["fedavg"], [0], [1], ["nowhere"]), tmp_path / "y")
 

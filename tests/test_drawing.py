@@ -105,7 +105,7 @@ def test_a_comparison_of_diffusion_models(data: Path, folder: Path, tmp_path: Pa
     assert main(arguments) == 0
     assert "Fréchet distance" in capsys.readouterr().out
     table = json.loads((tmp_path / "x" / "compare.json").read_text())
-    assert {test["metric"] for test in table["tests"]} == {"fid", "taught"}
+    assert {test["metric"] for test in table["tests"]} == {"fid", "cas"}
     best = min(table["rows"], key=lambda row: row["fid_mean"])
     line = next(
         line for line in (tmp_path / "x" / "compare.md").read_text().splitlines() if line.startswith(f"| {best['algorithm']} |")

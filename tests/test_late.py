@@ -106,7 +106,7 @@ def test_a_late_site_personalises_the_released_model_alone(site: Path, capsys: p
     before = tiny.digest(released)
     assert main(["personalize", str(released), str(site), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    known = read_summary(site.parent / "run")["unseen"]
+    known = read_summary(site.parent / "run")["holdout"]
     assert (found["global"]["test"]["accuracy"], found["personal"]["test"]["accuracy"]) == (known["global"], known["tuned"])
     out = site / "work" / "runs" / "late-released"
     assert found["folder"] == str(out)

@@ -54,8 +54,8 @@ def test_neighbourhoods_on_a_line() -> None:
 
 def test_copies_are_found() -> None:
     train, test = points("train", 300), points("test", 300)
-    assert memorization_rate(train, test, train[:50])["copies"] == 100
-    assert memorization_rate(train, test, points("new", 300))["copies"] < 12
+    assert memorization_rate(train, test, train[:50])["memorization_rate"] == 100
+    assert memorization_rate(train, test, points("new", 300))["memorization_rate"] < 12
 
 
 def test_labels_as_frequent_as_the_data() -> None:
@@ -133,7 +133,7 @@ def test_the_samples_of_each_adapter_are_measured_against_its_own_site() -> None
     found = adapter_scores(look, federation, samples, 5)
     assert found["a"]["fid"] < 0.1 * found["b"]["fid"]
     assert found["a"]["precision"] > 80
-    assert found["b"]["precision"] == found["b"]["copies"] == 0
+    assert found["b"]["precision"] == found["b"]["memorization_rate"] == 0
     assert (found["a"]["kept"], found["b"]["kept"]) == (100, 50)
     assert found["a"]["samples"] == 30
     assert found["a"]["fid"] < 20 * found["a"]["floor_fid"]

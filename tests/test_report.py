@@ -107,7 +107,7 @@ def test_a_warmfed_run_has_every_section(warmfed_page: Path) -> None:
 
 def test_a_plain_run_has_only_what_it_did(tmp_path: Path) -> None:
     rounds = [record(0, "train", 0, **judged(0.0) | {"personal": {}})]
-    folder = run_folder(tmp_path, rounds, [LEDGER[-1]], panel=False, rounds=1, personal=None, one_shot=None)
+    folder = run_folder(tmp_path, rounds, [LEDGER[-1]], images=False, rounds=1, personal=None, one_shot=None)
 
     assert page(folder).headings == [
         "Global model",
@@ -183,7 +183,7 @@ def test_every_value_is_escaped(tmp_path: Path) -> None:
     renamed = json.loads(json.dumps(WARMFED).replace('"ink"', json.dumps(HOSTILE)))
     folder = run_folder(tmp_path, renamed, [], (HOSTILE, "one"), algorithm=HOSTILE, federation=HOSTILE)
     (folder / "summary.json").write_text((folder / "summary.json").read_text().replace('"ink"', json.dumps(HOSTILE)))
-    panel = folder / "panel" / "panel.json"
+    panel = folder / "report_images" / "report_images.json"
     panel.write_text(panel.read_text().replace('"ink"', json.dumps(HOSTILE)))
     (folder / "config.toml").write_text(f"# {HOSTILE}\n")
 
@@ -205,7 +205,7 @@ def test_many_sites_and_one_shot_make_a_page(tmp_path: Path) -> None:
         kind: {name: {"test": {"accuracy": value}} for name, value in accuracies.items()} for kind in ("global", "personal")
     }
     sites = {name: {"train": 9, "validation": 9, "test": 9} for name in names}
-    folder = run_folder(tmp_path, [record(0, "warm", 0, **both)], panel=False, rounds=0, sites=sites)
+    folder = run_folder(tmp_path, [record(0, "warm", 0, **both)], images=False, rounds=0, sites=sites)
 
     text = report.write(folder).read_text()
 
@@ -220,7 +220,7 @@ def test_noisy_pictures_are_compressed(tmp_path: Path) -> None:
 
     folder = run_folder(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (640, 800, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "panel" / "real-ink.png")
+    Image.fromarray(noise).save(folder / "report_images" / "real-ink.png")
 
     section = sections.pictures(read_run(folder))
 
@@ -254,20 +254,20 @@ def wrong_type(folder: Path) -> None:
 
 
 def wrong_picture(folder: Path) -> None:
-    (folder / "panel" / "real-ink.png").write_bytes(b"<svg/>")
+    (folder / "report_images" / "real-ink.png").write_bytes(b"<svg/>")
 
 
 def cut_picture(folder: Path) -> None:
-    (folder / "panel" / "real-ink.png").write_bytes(png(9)[:-40])
+    (folder / "report_images" / "real-ink.png").write_bytes(png(9)[:-40])
 
 
 def other_picture(folder: Path) -> None:
-    panel = folder / "panel" / "panel.json"
+    panel = folder / "report_images" / "report_images.json"
     panel.write_text(panel.read_text().replace("real-ink.png", "../secret.png"))
 
 
 def wrong_class(folder: Path) -> None:
-    panel = folder / "panel" / "panel.json"
+    panel = folder / "report_images" / "report_images.json"
     panel.write_text(panel.read_text().replace('"class": 1', '"class": 2'))
 
 
@@ -282,7 +282,7 @@ def wrong_class(folder: Path) -> None:
         (lambda folder: (folder / "rounds.jsonl").write_text(""), r"rounds\.jsonl is empty"),
         (lambda folder: (folder / "ledger.jsonl").unlink(), r"^cannot read the run's ledger"),
         (lambda folder: (folder / "config.toml").unlink(), r"^cannot read the run's configuration"),
-        (lambda folder: (folder / "panel" / "real-ink.png").unlink(), r"images of site 'ink'"),
+        (lambda folder: (folder / "report_images" / "real-ink.png").unlink(), r"images of site 'ink'"),
         (wrong_picture, r"real images of ink .*do not decode as PNG"),
         (cut_picture, r"real images of ink .*do not decode as PNG"),
         (other_picture, r"expected the name of a PNG file beside it; found '\.\./secret\.png'"),
@@ -386,11 +386,11 @@ def test_a_comparison_of_diffusion_models_shows_what_they_draw(tmp_path: Path) -
     folder = comparison_folder(tmp_path, measure="loss")
     assert "What they draw" not in Page(report.write_comparison(folder).read_text()).headings
 
-    panel = folder / "warmfed-0" / "panel"
+    panel = folder / "warmfed-0" / "report_images"
     (panel / "drawn.png").write_bytes(png(200))
-    content = json.loads((panel / "panel.json").read_text())
+    content = json.loads((panel / "report_images.json").read_text())
     content["sites"] = {DRAWN: {"synthetic": "drawn.png"}, **content["sites"]}
-    (panel / "panel.json").write_text(json.dumps(content))
+    (panel / "report_images.json").write_text(json.dumps(content))
     text = report.write_comparison(folder).read_text()
     assert Page(text).headings == ["Results", "What they draw"]
     assert base64.b64encode(png(200)).decode() in text
@@ -410,7 +410,7 @@ def test_a_round_goes_by_its_number_and_its_last_stage() -> None:
 def test_the_sites_own_gates_stand_beside_the_servers(tmp_path: Path) -> None:
     shares = {"ink": {"personal_strength": 0.5}, "street": {"personal_strength": 0.0}}
     records = [*one_round(0, 0, 0.0, 1.0, None), record(2, "personalize", 0, train=shares, **judged(0.0))]
-    section = sections.gate(read_run(run_folder(tmp_path, records, panel=False)))
+    section = sections.gate(read_run(run_folder(tmp_path, records, images=False)))
     assert section is not None
     assert [[cell.text for cell in row] for row in section.tables[-1].rows] == [["ink", "✓ kept 50 %"], ["street", "✗ undone"]]
 
@@ -418,7 +418,7 @@ def test_the_sites_own_gates_stand_beside_the_servers(tmp_path: Path) -> None:
 def test_a_gate_that_was_off_is_not_shown(tmp_path: Path) -> None:
     ungated = [record(0, "train", 0, aggregate={"gate_kept": 1.0, "gate_strength": 1.0}, **judged(0.0))]
 
-    assert sections.gate(read_run(run_folder(tmp_path, ungated, panel=False))) is None
+    assert sections.gate(read_run(run_folder(tmp_path, ungated, images=False))) is None
 
 
 def test_names_in_a_map_make_way_for_one_another() -> None:

@@ -85,8 +85,8 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> No
 def test_the_folder_of_a_run(whole: Path) -> None:
     assert tiny.names(whole) == [
         "config.toml", "ledger.jsonl", "models/global.safetensors", "models/personal/a.safetensors",
-        "models/personal/b.safetensors", "panel/panel.json", "panel/real-a.png", "panel/real-b.png", "report.html",
-        "rounds.jsonl", "summary.json",
+        "models/personal/b.safetensors", "report.html", "report_images/real-a.png", "report_images/real-b.png",
+        "report_images/report_images.json", "rounds.jsonl", "summary.json",
     ]  # fmt: skip
     summary = read_summary(whole)
     assert summary["sites"]["a"] | {"global": 0, "personal": 0} == {
@@ -164,7 +164,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def test_every_process_of_warmfed_is_killed(warm: Config, tmp_path: Path) -> None:
     execute(warm, tmp_path / "whole")
-    assert {"adapters/a.safetensors", "synthetic/samples.safetensors", "panel/synthetic-a.png"} <= set(
+    assert {"adapters/a.safetensors", "synthetic/samples.safetensors", "report_images/synthetic-a.png"} <= set(
         tiny.names(tmp_path / "whole")
     )
     tiny.harried(warm, tmp_path / "run")
@@ -182,12 +182,14 @@ def test_every_process_of_warmfed_is_killed(warm: Config, tmp_path: Path) -> Non
 def test_the_samples_of_each_adapter_are_measured(warm: Config, tmp_path: Path) -> None:
     measured = replace(warm, evaluation=replace(warm.evaluation, adapters=True, features="global"))
     summary = execute(measured, tmp_path / "run")
-    panel = json.loads((tmp_path / "run" / "panel" / "panel.json").read_text())
-    assert panel["eyes"] == summary["models_sha256"]["global"]
-    assert {"fid", "kid", "precision", "recall", "copies", "diversity", "nearest", "kept"} <= panel["adapters"]["a"].keys()
+    panel = json.loads((tmp_path / "run" / "report_images" / "report_images.json").read_text())
+    assert panel["features_sha256"] == summary["models_sha256"]["global"]
+    assert {"fid", "kid", "precision", "recall", "memorization_rate", "diversity", "nearest", "kept"} <= panel["adapters"][
+        "a"
+    ].keys()
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Quality of the adapters" in page
-    assert panel["eyes"][:12] in page
+    assert panel["features_sha256"][:12] in page
     with pytest.raises(InputError, match=r"classifier\.safetensors is not there; set features to global"):
         prepare(replace(warm, evaluation=replace(warm.evaluation, adapters=True)))
 
@@ -209,7 +211,7 @@ def test_samples_are_shown_and_measured_as_those_of_the_sites_whose_adapters_cam
         evaluation=Evaluation(adapters=True, features="global"),
     )
     execute(one, tmp_path / "one")
-    panel = json.loads((tmp_path / "one" / "panel" / "panel.json").read_text())
+    panel = json.loads((tmp_path / "one" / "report_images" / "report_images.json").read_text())
     assert {site: bool(shown["synthetic"]) for site, shown in panel["sites"].items()} == {"a": False, "b": True}
     assert panel["adapters"].keys() == {"b"}
 

@@ -76,7 +76,7 @@ class PDFed(Averaging):
         key = rng.get_state()
         for site, model in sorted(received.models.items()):
             like = ctx.task.fidelity(model, ctx.data, self.samples, spawn(rng.set_state(key)), ctx.device)
-            found[site] = (like["fid"] + self.novelty * like["copies"]) / 2
+            found[site] = (like["fid"] + self.novelty * like["memorization_rate"]) / 2
         return found
 
     def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:

@@ -78,7 +78,7 @@ def adapter_scores(
     look: Extractor, federation: Federation, samples: Mapping[str, Table], neighbours: int
 ) -> dict[str, dict[str, float]]:
     """By site, how good the samples of its adapter are, against its own images: all that `distances`, `neighbourhoods`,
-    `copies`, `diversity` and `nearest` say, and the floor of the distances, which is test against training images.
+    `memorization_rate`, `diversity` and `nearest` say, and the floor of the distances, which is test against training images.
 
     Args:
         samples: {"image", "label", "kept"} by site, as a run keeps them; those that were dropped count too.
@@ -158,7 +158,7 @@ class GeneratorEvaluator:
             model: the global one; or by site each one's own: then each draws its site's share, classes as frequent as there.
 
         Returns:
-            fid, kid, precision, recall, density, coverage, copies (shares in percent); of conditional models `taught`, the
+            fid, kid, precision, recall, density, coverage, memorization_rate (in percent); of conditional models `cas`, the
             accuracy on real test images of a classifier trained on samples alone (Ravuri and Vinyals, NeurIPS 2019); the number
             of samples, and the SHA-256 of what looked at them.
         """
@@ -177,5 +177,5 @@ class GeneratorEvaluator:
         if self.task.settings.conditional:
             school = ServerContext(Classify(self.federation.shape, classes), stream(self.seed, "school"), device=self.device)
             pupil, _ = fit(school, school.task.init(school.rng), SCHOOL, {"image": fake, "label": label})
-            found["taught"] = school.task.metrics(pupil, test, self.device)["accuracy"]
+            found["cas"] = school.task.metrics(pupil, test, self.device)["accuracy"]
         return found

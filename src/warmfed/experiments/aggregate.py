@@ -16,17 +16,17 @@ METRICS = {
         for model in ("global", "personal")
         for key in ("site_mean", "balanced_accuracy", "macro_f1")
     },
-    "unseen": ("unseen", "global"),
-    "unseen_tuned": ("unseen", "tuned"),
+    "holdout": ("holdout", "global"),
+    "holdout_tuned": ("holdout", "tuned"),
     "validation": ("validation", "global"),
     "validation_personal": ("validation", "personal"),
     "fid": ("quality", "fid"),
     "kid": ("quality", "kid"),
     "coverage": ("quality", "coverage"),
-    "taught": ("quality", "taught"),
+    "cas": ("quality", "cas"),
 }
 """Row keys by where the summaries hold the accuracy."""
-TESTED_METRICS = {"accuracy": ("global", "personal", "unseen", "unseen_tuned"), "loss": ("fid", "taught")}
+TESTED_METRICS = {"accuracy": ("global", "personal", "holdout", "holdout_tuned"), "loss": ("fid", "cas")}
 """By what sums up the task's models: accuracy, or (of a diffusion model) its loss."""
 
 
@@ -49,13 +49,13 @@ class Cell(Protocol):
 
 Member = tuple[Cell, Summary]
 Pairing = tuple[int, str]
-"""Seed and unseen site: what two arms must share to be compared."""
+"""Seed and held-out site: what two arms must share to be compared."""
 
 
 def aggregate(cells: Sequence[Cell], summaries: Sequence[Summary], reference: str = "") -> dict[str, Any]:
     """compare.json: a row for each arm and number of rounds, and paired tests over the seeds.
 
-    The tests compare the arm `tested` (warmfed, or the first one) with each other one, over the seeds and unseen sites
+    The tests compare the arm `reference` (warmfed, or the first one) with each other one, over the seeds and held-out sites
     (Student's paired t-test, two-sided), with Holm's correction over the arms for each metric and number of rounds.
     """
     groups: dict[tuple[int, str], list[Member]] = {}
@@ -78,7 +78,7 @@ def aggregate(cells: Sequence[Cell], summaries: Sequence[Summary], reference: st
         "seeds": list(dict.fromkeys(cell.seed for cell in cells)),
         "rounds": max(cell.rounds for cell in cells),
         "swept": list(dict.fromkeys(key for cell in cells for key in cell.settings)),
-        "unseen": [site for site in dict.fromkeys(cell.holdout for cell in cells) if site],
+        "holdout": [site for site in dict.fromkeys(cell.holdout for cell in cells) if site],
     }
 
 
@@ -99,7 +99,7 @@ def _row(arm: str, rounds: int, members: Sequence[Member]) -> dict[str, Any]:
 
 
 def _values(members: Iterable[Member], metric: str) -> dict[Pairing, float | None]:
-    """By seed and unseen site, the accuracy of this name; None where the algorithm has no such model."""
+    """By seed and held-out site, the accuracy of this name; None where the algorithm has no such model."""
     model, key = METRICS[metric]
     return {(cell.seed, cell.holdout): (summary.get(model) or {}).get(key) for cell, summary in members}
 

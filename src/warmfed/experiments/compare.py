@@ -64,7 +64,7 @@ def plan(
     """The cells, in the order of arms, rounds, seeds; all of them checked.
 
     A TOML file may hold, beside a configuration that all arms share, the tables `[compare]` (algorithms, seeds, rounds,
-    unseen), `[arms.NAME]`: a configuration under a name of its own, over what is shared; and `[sweep]`: lists of values,
+    holdout), `[arms.NAME]`: a configuration under a name of its own, over what is shared; and `[sweep]`: lists of values,
     of which every combination is tried in every arm. What is shared of `[algorithm]` goes to those algorithms that
     have such a setting.
 
@@ -73,7 +73,7 @@ def plan(
         algorithms: names of algorithms or of arms; none: the file's, or all its arms, or warmfed and fedavg.
         seeds: none: the file's, or 0, 1, 2.
         rounds: none: the file's, or each arm's own.
-        unseen: sites that are left out, one at a time; none: the file's, or the configuration's.
+        holdout: sites that are left out, one at a time; none: the file's, or the configuration's.
         grid: dotted keys and the values to try; none: the file's.
     """
     held = read_toml(file) if file is not None else {}

@@ -64,7 +64,7 @@ def neighbourhoods(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
 def memorization_rate(train: Tensor, test: Tensor, fake: Tensor) -> dict[str, float]:
     """Percent of samples nearer to a training image than 95 % of the test images are: about 5 where nothing is copied."""
     nearest = torch.cdist(test, train).min(1).values.quantile(0.05)
-    return {"copies": 100 * (torch.cdist(fake, train).min(1).values < nearest).double().mean().item()}
+    return {"memorization_rate": 100 * (torch.cdist(fake, train).min(1).values < nearest).double().mean().item()}
 
 
 def diversity(real: Tensor, real_label: Tensor, fake: Tensor, fake_label: Tensor) -> float:

@@ -24,8 +24,8 @@ COLUMNS: tuple[Column, ...] = (
     ("global, worst site", "global_worst_mean", None, max, number),
     ("personal, %", "personal_mean", "personal_std", max, number),
     ("personal, worst site", "personal_worst_mean", None, max, number),
-    ("unseen site, %", "unseen_mean", "unseen_std", max, number),
-    ("unseen, tuned there, %", "unseen_tuned_mean", "unseen_tuned_std", max, number),
+    ("held-out site, %", "holdout_mean", "holdout_std", max, number),
+    ("held out, tuned there, %", "holdout_tuned_mean", "holdout_tuned_std", max, number),
     ("upload per site", "bytes_up", None, min, size),
     ("time", "seconds", None, min, duration),
 )
@@ -37,7 +37,7 @@ EVEN: tuple[Column, ...] = tuple(
 """The columns that weigh every class alike."""
 DRAWING: tuple[Column, ...] = (
     ("Fréchet distance", "fid_mean", "fid_std", min, lambda value: number(value, 2)),
-    ("taught by samples, %", "taught_mean", "taught_std", max, number),
+    ("CAS, %", "cas_mean", "cas_std", max, number),
     ("coverage, %", "coverage_mean", "coverage_std", max, number),
     ("loss", "global_mean", "global_std", min, lambda value: number(value, 4)),
     *(column for column in COLUMNS if column[1] in ("bytes_up", "seconds")),
@@ -45,7 +45,10 @@ DRAWING: tuple[Column, ...] = (
 """The columns of diffusion models."""
 KINDS = {
     "accuracy": (("global", "Global model", "test accuracy, %"), ("personal", "Personal models", "test accuracy, %")),
-    "loss": (("fid", "Fréchet distance", "Fréchet distance"), ("taught", "Taught by samples", "test accuracy, %")),
+    "loss": (
+        ("fid", "Fréchet distance", "Fréchet distance"),
+        ("cas", "Classification accuracy score (CAS)", "test accuracy, %"),
+    ),
 }
 """What is plotted, by what sums up the task's models."""
 CHOSEN = (("validation, %", "validation_mean"), ("validation of personal models, %", "validation_personal_mean"))
@@ -300,8 +303,8 @@ def _drawn(compare: Mapping[str, Any], folder: Path) -> Section | None:
     grids: dict[str, bytes] = {}
     classes: tuple[str, ...] = ()
     for row in compare["rows"]:
-        folders = (folder / cell["folder"] / "panel" for cell in row["cells"] if cell.get("folder") is not None)
-        if found := next((panel for panel in map(read_report_images, folders) if panel and panel.drawn), None):
+        folders = (folder / cell["folder"] / "report_images" for cell in row["cells"] if cell.get("folder") is not None)
+        if found := next((images for images in map(read_report_images, folders) if images and images.drawn), None):
             grids[row["algorithm"]], classes = found.drawn, found.classes
     if not grids:
         return None

@@ -14,10 +14,10 @@ SCORES = (
     ("recall", "recall, %", 1, "training images that lie among samples"),
     ("density", "density, %", 1, "how many training images are about a sample; 100 as many as about one of their own"),
     ("coverage", "coverage, %", 1, "training images that have a sample as a neighbour"),
-    ("taught", "taught, %", 1, "test accuracy of a classifier that was trained on samples alone"),
+    ("cas", "CAS, %", 1, "classification accuracy score: test accuracy of a classifier that was trained on samples alone"),
     (
-        "copies",
-        "copies, %",
+        "memorization_rate",
+        "memorization rate, %",
         1,
         "samples nearer to a training image than 95 % of the test images are; about 5 if none is copied",
     ),
@@ -55,11 +55,17 @@ def tiles(run: Run) -> list[dict[str, Any]]:
             "facts": facts,
         }
     ]
-    if "taught" in quality:
+    if "cas" in quality:
         facts = [(name, percent(quality[name])) for name in ("precision", "recall", "coverage")]
         what = "a classifier trained on samples alone, on real test images"
         shown.append(
-            {"kind": "personal", "title": "Taught by samples", "what": what, "value": number(quality["taught"]), "facts": facts}
+            {
+                "kind": "personal",
+                "title": "Classification accuracy score",
+                "what": what,
+                "value": number(quality["cas"]),
+                "facts": facts,
+            }
         )
     return shown
 
@@ -80,7 +86,7 @@ def _quality(run: Run) -> Section | None:
     }
     if len(measured) > 1:
         ticks = [_label(record) for record in measured]
-        for key, name in (("fid", "Fréchet distance"), ("taught", "taught by samples")):
+        for key, name in (("fid", "Fréchet distance"), ("cas", "CAS")):
             values = [record["quality"].get(key) for record in measured]
             if any(value is None for value in values):
                 continue
@@ -119,15 +125,19 @@ def _label(record: Mapping[str, Any]) -> str:
 
 def adapters(run: Run) -> Section | None:
     """How good the samples of each site's adapter are."""
-    if run.panel is None or not run.panel.adapters:
+    if run.report_images is None or not run.report_images.adapters:
         return None
     keys = (
         *((key, name, digits) for key, name, digits, _ in SCORES),
         *(("diversity", "diversity, %", 1), ("nearest", "nearest, %", 1)),
     )
-    shown = [(key, name, digits) for key, name, digits in keys if any(key in scores for scores in run.panel.adapters.values())]
+    shown = [
+        (key, name, digits)
+        for key, name, digits in keys
+        if any(key in scores for scores in run.report_images.adapters.values())
+    ]
     rows = []
-    for site, scores in sorted(run.panel.adapters.items()):
+    for site, scores in sorted(run.report_images.adapters.items()):
         told = [number(scores.get(key), digits) for key, _, digits in shown]
         told.insert(1, number(scores.get("floor_fid"), 2))
         rows.append(cells(site, number(scores.get("samples"), 0), *told))
@@ -135,9 +145,9 @@ def adapters(run: Run) -> Section | None:
     names.insert(1, "its floor")
     how = (
         "All samples of each adapter against the training images of its own site, in the features of one network "
-        f"(SHA-256 {run.panel.eyes[:12]}); the floor is what the site’s test images have. Diversity: how far samples of a "
-        "class lie apart, in percent of real images. Nearest: how near the closest of all samples comes to a training image, "
-        "in percent of what test images do in the median; 0 would be a copy."
+        f"(SHA-256 {run.report_images.features_sha256[:12]}); the floor is what the site’s test images have. "
+        "Diversity: how far samples of a class lie apart, in percent of real images. Nearest: how near the closest of all "
+        "samples comes to a training image, in percent of what test images do in the median; 0 would be a copy."
     )
     table = without_gaps("Quality of each adapter", ("adapter of", "samples", *names), rows)
     return Section("adapter-quality", "Quality of the adapters", how, tables=[table])

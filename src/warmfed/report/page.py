@@ -51,8 +51,8 @@ def _subtitle(run: Run) -> str:
         f"{len(run.sites)} site{'s' * (len(run.sites) != 1)}",
         f"seed {run.summary['seed']}",
     ]
-    if run.panel is not None:
-        parts.insert(2, f"{len(run.panel.classes)} classes")
+    if run.report_images is not None:
+        parts.insert(2, f"{len(run.report_images.classes)} classes")
     return " · ".join(parts)
 
 

@@ -34,8 +34,10 @@ MEASURE = {
 QUALITY = {
     "features": str,
     "samples": int,
-    **dict.fromkeys(("fid", "kid", "precision", "recall", "density", "coverage", "copies", "floor_fid", "floor_kid"), float),
-    "taught?": float,
+    **dict.fromkeys(
+        ("fid", "kid", "precision", "recall", "density", "coverage", "memorization_rate", "floor_fid", "floor_kid"), float
+    ),
+    "cas?": float,
     "models?": int,
 }
 EVALUATION = Each({"validation?": MEASURE, "test": MEASURE})
@@ -84,7 +86,7 @@ SUMMARY = {
     "personal?": Maybe(PERSONAL),
     "one_shot?": Maybe({"global?": Maybe(GLOBAL), "personal?": Maybe(PERSONAL)}),
     "validation?": Maybe({"global?": Maybe(float), "personal?": Maybe(float)}),
-    "unseen?": Maybe({"site": str, "global": float, "tuned": float}),
+    "holdout?": Maybe({"site": str, "global": float, "tuned": float}),
     "sites": Each({"global?": Maybe(float), "personal?": Maybe(float), "train": int, "validation": int, "test": int}),
     "bytes_up_per_site": float,
     "bytes_down_per_site": float,
@@ -113,10 +115,10 @@ COMPARISON = {
             "personal_mean?": Maybe(float),
             "personal_std?": Maybe(float),
             "personal_worst_mean?": Maybe(float),
-            "unseen_mean?": Maybe(float),
-            "unseen_std?": Maybe(float),
-            "unseen_tuned_mean?": Maybe(float),
-            "unseen_tuned_std?": Maybe(float),
+            "holdout_mean?": Maybe(float),
+            "holdout_std?": Maybe(float),
+            "holdout_tuned_mean?": Maybe(float),
+            "holdout_tuned_std?": Maybe(float),
             **{
                 f"{model}_{name}_mean?": Maybe(float)
                 for model in ("global", "personal")
@@ -124,7 +126,7 @@ COMPARISON = {
             },
             "validation_mean?": Maybe(float),
             "validation_personal_mean?": Maybe(float),
-            **{f"{key}_{of}?": Maybe(float) for key in ("fid", "kid", "coverage", "taught") for of in ("mean", "std")},
+            **{f"{key}_{of}?": Maybe(float) for key in ("fid", "kid", "coverage", "cas") for of in ("mean", "std")},
             "bytes_up?": Maybe(float),
             "seconds?": Maybe(float),
             "settings?": Each(str),
@@ -137,12 +139,12 @@ COMPARISON = {
     "federation": str,
     "seeds": [int],
     "rounds": int,
-    "unseen?": [str],
+    "holdout?": [str],
     "swept?": [str],
 }
 
 DRAWN = "drawn by the model"
-"""What stands in a panel in a site's place where a diffusion model was learned."""
+"""What stands in the report images in a site's place where a diffusion model was learned."""
 KINDS = {float: ("a number", (int, float)), int: ("a whole number", (int,)), str: ("text", (str,))}
 
 
@@ -197,7 +199,7 @@ class ReportImages:
     images: Mapping[str, Mapping[str, bytes]]
     features: tuple[Mapping[str, Any], ...]
     adapters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    eyes: str = ""
+    features_sha256: str = ""
 
     @property
     def drawn(self) -> bytes:
@@ -214,7 +216,7 @@ class Run:
     messages: tuple[Mapping[str, Any], ...]  # of ledger.jsonl: what crossed the wire
     stages: tuple[Mapping[str, Any], ...]  # of ledger.jsonl: seconds and peak memory
     config: str
-    panel: ReportImages | None
+    report_images: ReportImages | None
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -248,7 +250,7 @@ def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Run:
         messages=tuple(line for line in ledger if "direction" in line),
         stages=tuple(line for line in ledger if "direction" not in line),
         config=read_bytes(folder / "config.toml", "the run's configuration").decode(errors="replace"),
-        panel=read_report_images(folder / "panel"),
+        report_images=read_report_images(folder / "report_images"),
     )
 
 
@@ -264,31 +266,33 @@ def read_rounds(folder: Path) -> tuple[Mapping[str, Any], ...]:
 
 
 def read_report_images(folder: Path) -> ReportImages | None:
-    """The panel in `folder`, None where the run kept none; `InputError` where it is damaged."""
-    path = folder / "panel.json"
+    """Return the images in `folder`, or None if the run kept none; raise `InputError` if they are damaged."""
+    path = folder / "report_images.json"
     if not path.exists():
         return None
-    panel = read_json(path, "the run's panel")
-    check(panel, REPORT_IMAGES, str(path))
+    found = read_json(path, "the run's report images")
+    check(found, REPORT_IMAGES, str(path))
     images = {
         site: {kind: _read_picture(folder, site, name) for kind, name in named.items() if name is not None}
-        for site, named in sorted(panel["sites"].items())
+        for site, named in sorted(found["sites"].items())
     }
-    features = tuple(panel.get("features") or ())
+    features = tuple(found.get("features") or ())
     for place, point in enumerate(features):
-        if not 0 <= point["class"] < len(panel["classes"]):
+        if not 0 <= point["class"] < len(found["classes"]):
             raise InputError(
-                f"{path}: features[{place}]: expected a class from 0 to {len(panel['classes']) - 1}; "
+                f"{path}: features[{place}]: expected a class from 0 to {len(found['classes']) - 1}; "
                 f"found {point['class']}; restore it or start the run anew"
             )
-    return ReportImages(tuple(panel["classes"]), images, features, panel.get("adapters") or {}, panel.get("eyes") or "")
+    return ReportImages(
+        tuple(found["classes"]), images, features, found.get("adapters") or {}, found.get("features_sha256") or ""
+    )
 
 
 def _read_picture(folder: Path, site: str, name: str) -> bytes:
-    """The bytes of a PNG beside panel.json, which may not point elsewhere."""
+    """The bytes of a PNG beside report_images.json, which may not point elsewhere."""
     if Path(name).name != name:
         raise InputError(
-            f"{folder / 'panel.json'}: expected the name of a PNG file beside it; "
+            f"{folder / 'report_images.json'}: expected the name of a PNG file beside it; "
             f"found {name!r}; restore it or start the run anew"
         )
     return read_bytes(folder / name, f"the images of site {site!r}")

@@ -23,24 +23,24 @@ LOSSLESS = 900_000  # bytes of PNG up to which pictures go into the page as they
 
 def pictures(run: Run) -> Section | None:
     """Real beside synthetic images, a row per class."""
-    panel = run.panel
-    if panel is None or not any(panel.images.values()):
+    found = run.report_images
+    if found is None or not any(found.images.values()):
         return None
-    sites = [site for site in panel.images if panel.images[site]][:MOST_SITES]
-    small = sum(len(data) for site in sites for data in panel.images[site].values()) > LOSSLESS
+    sites = [site for site in found.images if found.images[site]][:MOST_SITES]
+    small = sum(len(data) for site in sites for data in found.images[site].values()) > LOSSLESS
     shown = [
         Picture(
             site,
             tuple(
-                (kind, *embed(panel.images[site][kind], f"{kind} images of {site}", len(panel.classes), small=small))
+                (kind, *embed(found.images[site][kind], f"{kind} images of {site}", len(found.classes), small=small))
                 for kind in ("real", "synthetic")
-                if kind in panel.images[site]
+                if kind in found.images[site]
             ),
         )
         for site in sites
     ]
     title, how = "Images of the sites", "A row per class."
-    if any("synthetic" in panel.images[site] for site in sites):
+    if any("synthetic" in found.images[site] for site in sites):
         title = "Real beside synthetic images"
         drawn = (
             "samples of that site’s own model, of which the auxiliary set is made"
@@ -53,9 +53,9 @@ def pictures(run: Run) -> Section | None:
         )
     if small:
         how += " Compressed for this page."
-    if len(sites) < len(panel.images):
-        how += f" The first {len(sites)} of {len(panel.images)} sites are shown."
-    return Section("images", title, how, pictures=shown, classes=panel.classes)
+    if len(sites) < len(found.images):
+        how += f" The first {len(sites)} of {len(found.images)} sites are shown."
+    return Section("images", title, how, pictures=shown, classes=found.classes)
 
 
 def embed(data: bytes, what: str, rows: int, *, small: bool) -> tuple[str, int]:
@@ -75,7 +75,7 @@ def embed(data: bytes, what: str, rows: int, *, small: bool) -> tuple[str, int]:
                 data = target.getvalue()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(
-            f"the {what} in the run's panel do not decode as PNG ({error}); restore the panel folder, "
+            f"the {what} in the run's report images do not decode as PNG ({error}); restore the folder report_images, "
             "or delete it for a report without pictures"
         ) from error
     return f"data:image/{'webp' if small else 'png'};base64,{base64.b64encode(data).decode()}", across
@@ -83,15 +83,15 @@ def embed(data: bytes, what: str, rows: int, *, small: bool) -> tuple[str, int]:
 
 def feature_map(run: Run) -> Section | None:
     """The t-SNE of real and synthetic features, a plot a site."""
-    panel = run.panel
-    if panel is None or not panel.features:
+    found = run.report_images
+    if found is None or not found.features:
         return None
-    points = panel.features[:: -(-len(panel.features) // MOST_POINTS)]
+    points = found.features[:: -(-len(found.features) // MOST_POINTS)]
     ground = [(point["x"], point["y"]) for point in points[:: -(-len(points) // GROUND)]]
     sites = sorted({point["site"] for point in points})
     both = any(point["kind"] == "synthetic" for point in points)
     figures = []
-    section = Section("features", "Real and synthetic features", "", classes=panel.classes, small=True)
+    section = Section("features", "Real and synthetic features", "", classes=found.classes, small=True)
     for index, site in enumerate(sites[:MOST_SITES]):
         kinds = {
             kind: [(point["x"], point["y"]) for point in points if (point["site"], point["kind"]) == (site, kind)]
@@ -107,7 +107,7 @@ def feature_map(run: Run) -> Section | None:
             ground,
             kinds["real"],
             kinds["synthetic"],
-            _centres(panel, site, named=section.names_fit),
+            _centres(found, site, named=section.names_fit),
             index,
         )
         figures.append(Figure(site, svg, alt, key=(("●", "real"), ("×", "synthetic")) if both else ()))
@@ -121,13 +121,13 @@ def feature_map(run: Run) -> Section | None:
     return replace(section, how=how, figures=figures)
 
 
-def _centres(panel: ReportImages, site: str, *, named: bool) -> dict[str, tuple[float, float]]:
+def _centres(images: ReportImages, site: str, *, named: bool) -> dict[str, tuple[float, float]]:
     """Class name, or number, -> the middle of the class's real images at `site`; nothing where they would fill the plot."""
-    if len(panel.classes) > MOST_NAMES:
+    if len(images.classes) > MOST_NAMES:
         return {}
     found: dict[str, tuple[float, float]] = {}
-    for index, name in enumerate(panel.classes):
-        mine = [p for p in panel.features if (p["site"], p["kind"], p["class"]) == (site, "real", index)]
+    for index, name in enumerate(images.classes):
+        mine = [p for p in images.features if (p["site"], p["kind"], p["class"]) == (site, "real", index)]
         if mine:
             found[name if named else str(index)] = (_median([p["x"] for p in mine]), _median([p["y"] for p in mine]))
     return found

@@ -1,6 +1,6 @@
 """A run from its configuration to its folder: everything in the folder is written whole, and a killed run resumes.
 
-The folder holds config.toml, rounds.jsonl, ledger.jsonl, adapters/, synthetic/, models/, panel/, report.html and, as the
+The folder holds config.toml, rounds.jsonl, ledger.jsonl, adapters/, synthetic/, models/, report_images/, report.html and, as the
 last one, summary.json: where it is, the run has finished. Until then there is also checkpoint/ (the server's state, and
 each site's last reply).
 """
@@ -362,7 +362,7 @@ def _finish(ready: PreparedRun, folder: Path, records: list[dict[str, Any]], ser
         models["global"] = sha256(everywhere)
     summary = summarize(ready.config, ready.federation, ready.task.measure, ready.base, records, models, union)
     if ready.holdout is not None and everywhere is not None:
-        summary["unseen"] = _holdout_results(ready, ready.holdout, everywhere)
+        summary["holdout"] = _holdout_results(ready, ready.holdout, everywhere)
     report.write(folder, summary)
     write_json(folder / "summary.json", summary)
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)

@@ -108,11 +108,11 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
         able = ", ".join(name for name, each in ALGORITHMS.items() if config.task in each.tasks)
         raise InputError(f"{config.name} cannot learn the task {config.task}; choose one of {able}")
     federation = federation or load_data(config.data)
-    unseen = None
+    holdout = None
     if config.holdout.site:
         if isinstance(federation, FederationInfo):
             raise InputError("holdout.site is for runs on one machine; take it out of the configuration")
-        federation, unseen = federation.without(config.holdout.site), federation.sites[config.holdout.site]
+        federation, holdout = federation.without(config.holdout.site), federation.sites[config.holdout.site]
     start = config.model.start
     if start == "public":
         start = str(pipeline.find(config.generator.base) / "classifier.safetensors")
@@ -149,7 +149,7 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
     return PreparedRun(
         config,
         federation,
-        unseen,
+        holdout,
         task,
         base=pipeline.fingerprint(config.generator.base) if uses and weights else "",
         start=hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start and weights else "",

@@ -30,7 +30,7 @@ _POINTS = 60
 def write_report_images(
     folder: Path, federation: Federation, task: Classify, model: Tensors, evaluation: Evaluation | None = None, base: str = ""
 ) -> None:
-    """panel/panel.json and a PNG grid for each site's real and synthetic images, a row for each class.
+    """Write report_images.json and a PNG grid for each site's real and synthetic images, a row for each class.
 
     Args:
         evaluation: whether and how each adapter's samples are measured.
@@ -43,7 +43,7 @@ def write_report_images(
             look, digest = (lambda image: task.features(model, {"image": image})), sha256(model)
         else:
             look, digest = extractor(evaluation.features, base, federation.shape)
-        scores = {"adapters": adapter_scores(look, federation, synthetic, evaluation.neighbours), "eyes": digest}
+        scores = {"adapters": adapter_scores(look, federation, synthetic, evaluation.neighbours), "features_sha256": digest}
     sites, features, points = {}, [], []
     for name, site in federation.sites.items():
         tables = {"real": site.test}
@@ -55,7 +55,7 @@ def write_report_images(
             if not rows(table):
                 continue
             shown[kind] = f"{kind}-{name}.png"
-            atomic_write(folder / "panel" / shown[kind], grid(table, len(federation.classes)))
+            atomic_write(folder / "report_images" / shown[kind], grid(table, len(federation.classes)))
             part = evenly_spaced(table, _POINTS)
             features.append(task.features(model, part))
             points += [{"site": name, "kind": kind, "class": int(label)} for label in part["label"]]
@@ -63,7 +63,7 @@ def write_report_images(
     for point, (x, y) in zip(points, _flat(torch.cat(features)), strict=True):
         point |= {"x": round(x, 3), "y": round(y, 3)}
     shown_all = {"classes": list(federation.classes), "sites": sites, "features": points}
-    write_json(folder / "panel" / "panel.json", shown_all | scores)
+    write_json(folder / "report_images" / "report_images.json", shown_all | scores)
 
 
 def write_samples(folder: Path, federation: Federation, task: Denoise, model: Tensors, seed: int) -> None:
@@ -81,8 +81,8 @@ def write_samples(folder: Path, federation: Federation, task: Denoise, model: Te
         for kind, table in tables.items():
             if rows(table):
                 shown[name][kind] = file = f"{kind}-{number}.png"
-                atomic_write(folder / "panel" / file, grid(table, len(federation.classes)))
-    write_json(folder / "panel" / "panel.json", {"classes": list(federation.classes), "sites": shown, "features": []})
+                atomic_write(folder / "report_images" / file, grid(table, len(federation.classes)))
+    write_json(folder / "report_images" / "report_images.json", {"classes": list(federation.classes), "sites": shown, "features": []})
 
 
 def read_synthetic(folder: Path) -> dict[str, Table]:
