@@ -18,7 +18,7 @@ test-security: .venv/ready
 
 # a real deployment: the guide word for word, and equal bytes; takes minutes
 test-deploy: .venv/flower
-	$(BIN)/pytest -q tests_deploy tests/test_flower.py tests/test_simulation.py tests/test_robust.py
+	$(BIN)/pytest -q tests_deploy tests/transports/test_flower.py tests/deploy/test_ray_simulation.py tests/algorithms/shared/test_robust_aggregation.py
 
 check: lint types imports test
 

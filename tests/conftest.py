@@ -23,3 +23,12 @@ atexit.register(shutil.rmtree, os.environ["WARMFED_CACHE"], ignore_errors=True)
 @pytest.fixture(scope="session")
 def sites() -> Mapping[str, Mapping[str, Table]]:
     return toy.SITES
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a module on one worker if they share a fixture or a cached run that is dear to compute."""
+    for item in items:
+        found = getattr(item, "_fixtureinfo", None)
+        scopes = {each.scope for fixtures in found.name2fixturedefs.values() for each in fixtures} if found else set()
+        if "module" in scopes:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fit import DATA, SGD, START, Rows, close, ctx, rates, same
+from small_fit import DATA, SGD, START, Rows, close, ctx, rates, same
 from torch import Tensor, nn
 
 from warmfed.core.tensors import Table, Tensors

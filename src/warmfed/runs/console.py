@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import Config
-from .progress import Clock, spoken
 from ..report.generators import quality_table
 from ..report.parts import Table as Plain
 from ..report.parts import duration, memory, number, size
 from .execute import RunListener
+from .progress import Clock, spoken
 
 WIDTH = 160
 """Of tables where the output is no terminal."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config
-from ..diffusion import known_pipelines as outlines, pipeline
+from ..diffusion import known_pipelines as outlines
+from ..diffusion import pipeline
 from ..utils.errors import InputError
 
 _BLOCK = 2**24

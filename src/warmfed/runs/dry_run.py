@@ -13,12 +13,12 @@ import torch
 from ..config import Config
 from ..data import Federation
 from ..diffusion import pipeline
-from ..tasks.denoising import Denoise
 from ..diffusion.cost import Cost, Plan, counted, machine
 from ..diffusion.cost import plan as plan_generator
 from ..fit import Training
-from .prepare import PreparedRun, prepare
 from ..tasks import Classify
+from ..tasks.denoising import Denoise
+from .prepare import PreparedRun, prepare
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A run from its configuration to its folder: everything in the folder is written whole, and a killed run resumes.
 
-The folder holds config.toml, rounds.jsonl, ledger.jsonl, adapters/, synthetic/, models/, report_images/, report.html and, as the
-last one, summary.json: where it is, the run has finished. Until then there is also checkpoint/ (the server's state, and
-each site's last reply).
+The folder holds config.toml, rounds.jsonl, ledger.jsonl, adapters/, synthetic/, models/, report_images/, report.html and, as
+the last one, summary.json: where it is, the run has finished. Until then there is also checkpoint/ (the server's state,
+and each site's last reply).
 """
 
 import shutil
@@ -17,29 +17,38 @@ from typing import Any
 import torch
 
 from .. import report
-from ..utils.version import __version__
-from ..core.admission import DEFAULT_ADMISSION, AdmissionPolicy
 from ..config import Config
-from ..core import Algorithm, ServerContext, Generator, Round, ServerState, Task, Transport, map_serial
+from ..core import Algorithm, Generator, Round, ServerContext, ServerState, Task, Transport, map_serial
+from ..core.admission import DEFAULT_ADMISSION, AdmissionPolicy
+from ..core.messages import Message, decode, encode, message
+from ..core.tensors import Tensors, join, sha256
 from ..data import Federation, Site
-from ..tasks.denoising import Denoise
 from ..diffusion.result_cache import CachedGenerator
 from ..evaluation.generators import GeneratorEvaluator
-from ..utils.errors import InputError
-from ..utils.files import occupied, read_lines, read_checksummed, remove_partial_files, write_json, write_lines, write_checksummed, atomic_write
 from ..fit import fit
-from ..utils.memory import MemoryMonitor
-from ..core.messages import Message, decode, encode, message
-from .report_images import write_report_images, write_samples
-from .prepare import PreparedRun, prepare, clients_of
 from ..run import run
-from .folder import lock_run_folder, claim_run_folder, read_config, read_summary, write_model
-from .summary import history_sha256, summarize
 from ..tasks import Classify
-from ..core.tensors import Tensors, join, sha256
-from ..transports.in_process import InProcess
-from ..transports.client_state import ClientStates
+from ..tasks.denoising import Denoise
 from ..transports.client import Client
+from ..transports.client_state import ClientStates
+from ..transports.in_process import InProcess
+from ..utils.errors import InputError
+from ..utils.files import (
+    atomic_write,
+    occupied,
+    read_checksummed,
+    read_lines,
+    remove_partial_files,
+    write_checksummed,
+    write_json,
+    write_lines,
+)
+from ..utils.memory import MemoryMonitor
+from ..utils.version import __version__
+from .folder import claim_run_folder, lock_run_folder, read_config, read_summary, write_model
+from .prepare import PreparedRun, clients_of, prepare
+from .report_images import write_report_images, write_samples
+from .summary import history_sha256, summarize
 
 
 class RunListener:
@@ -98,9 +107,11 @@ def simulate(
     watcher = watcher or RunListener()
     task = task or Classify(federation.shape, len(federation.classes))
     sites = clients_of(algorithm, federation, task, seed, generator, device)
-    with InProcess(sites, min(workers, len(sites)), client_states_folder(folder) if folder else None, watcher.progress) as transport:
+    with InProcess(
+        sites, min(workers, len(sites)), client_states_folder(folder) if folder else None, watcher.progress
+    ) as transport:
         prompts, rows = federation.prompts, federation.rows
-        central = server_side(task, transport, prompts, generator, device, folder, watcher, rows, transport.spread)
+        central = server_side(task, transport, prompts, generator, device, folder, watcher, rows, transport.map_jobs)
         yield from run(algorithm, central, transport, seed, start=start, evaluate=evaluate, admission=admission)
 
 
@@ -148,7 +159,12 @@ class Backend(ABC):
 
     @abstractmethod
     def rounds(
-        self, ready: PreparedRun, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: RunListener
+        self,
+        ready: PreparedRun,
+        folder: Path,
+        start: tuple[int, ServerState] | None,
+        generator: Generator | None,
+        watcher: RunListener,
     ) -> abc.Generator[Round, None, None]:
         """The run, round by round; see `simulate`."""
 
@@ -168,7 +184,12 @@ class LocalBackend(Backend):
         return prepare(config)
 
     def rounds(
-        self, ready: PreparedRun, folder: Path, start: tuple[int, ServerState] | None, generator: Generator | None, watcher: RunListener
+        self,
+        ready: PreparedRun,
+        folder: Path,
+        start: tuple[int, ServerState] | None,
+        generator: Generator | None,
+        watcher: RunListener,
     ) -> abc.Generator[Round, None, None]:
         config = ready.config
         return simulate(
@@ -271,7 +292,9 @@ def proceed(config: Config, folder: Path, watcher: RunListener | None = None, pl
     if not (folder / "config.toml").exists():
         return execute(config, folder, watcher, place=place)
     begun = read_config(folder)
-    border = replace(config.server, max_weight_share=begun.server.max_weight_share)  # of the border, the only setting that changes results
+    border = replace(
+        config.server, max_weight_share=begun.server.max_weight_share
+    )  # of the border, the only setting that changes results
     if replace(begun, server=border, workers=config.workers) != config:
         raise InputError(f"{folder} holds a run of other settings than the configuration names; choose another out")
     return resume(folder, watcher, place=place)
@@ -322,7 +345,9 @@ def _run_rounds(
     if shared and isinstance(ready.task, Denoise):
         ready = replace(ready, task=replace(ready.task, shared=shared))
     rounds = place.rounds(ready, folder, (len(records), server) if records else None, generator, watcher)
-    gauge = GeneratorEvaluator.for_run(config.evaluation, ready.task, federation, config.denoising.latent or "digits", config.seed, config.device)
+    gauge = GeneratorEvaluator.for_run(
+        config.evaluation, ready.task, federation, config.denoising.latent or "digits", config.seed, config.device
+    )
     steps = len(config.algorithm.stages())
     with MemoryMonitor() as meter, closing(rounds):
         for done in rounds:
@@ -352,7 +377,9 @@ def _save_checkpoint(ready: PreparedRun, folder: Path, records: list[dict[str, A
     write_checksummed(folder / "checkpoint" / "server.safetensors", encode(state))
 
 
-def _finish(ready: PreparedRun, folder: Path, records: list[dict[str, Any]], server: ServerState, place: Backend) -> dict[str, Any]:
+def _finish(
+    ready: PreparedRun, folder: Path, records: list[dict[str, Any]], server: ServerState, place: Backend
+) -> dict[str, Any]:
     """All that is made once at the end, from the checkpoint alone: a kill on the way leaves what it takes to do it again."""
     everywhere = ready.config.method.global_model(server)
     personal, union = place.finish(ready, folder, server)

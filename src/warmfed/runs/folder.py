@@ -8,9 +8,9 @@ from typing import Any
 from safetensors.torch import save
 
 from ..config import Config, build
-from ..utils.errors import InputError
-from ..utils.files import loads_toml, file_lock, make_folder, read_bytes, read_json, atomic_write
 from ..core.tensors import Tensors
+from ..utils.errors import InputError
+from ..utils.files import atomic_write, file_lock, loads_toml, make_folder, read_bytes, read_json
 
 
 def claim_run_folder(config: Config) -> Path:

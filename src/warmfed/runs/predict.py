@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from ..core import Task
+from ..core.tensors import Tensors, sha256
 from ..data.image_io import UnreadableError, decode
+from ..tasks.classification import Classify, load_model
 from ..utils.errors import InputError, suggest
 from .folder import read_config, read_summary
-from ..tasks.classification import Classify, load_model
-from ..core.tensors import Tensors, sha256
 
 
 def described(folder: Path, summary: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, int, int]]:

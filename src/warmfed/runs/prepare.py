@@ -14,15 +14,16 @@ from ..algorithms.shared.robust_aggregation import Robust
 from ..config import TASKS, Config, Data
 from ..core import Algorithm, Generator, Task, prompts_of
 from ..data import Federation, FederationInfo, Site, load
-from ..diffusion import known_pipelines as outlines, pipeline
+from ..diffusion import known_pipelines as outlines
+from ..diffusion import pipeline
 from ..diffusion.concept_inversion import Concepts
 from ..diffusion.generator import LatentDiffusion
 from ..evaluation import generators as quality
+from ..tasks import Classify
 from ..tasks.denoising import Denoise
+from ..transports.client import Client
 from ..utils.errors import InputError, one_of, suggest
 from ..utils.files import read_bytes
-from ..tasks import Classify
-from ..transports.client import Client
 from .generators import build_generator
 
 

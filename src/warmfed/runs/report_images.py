@@ -12,16 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from ..core.rng import stream
+from ..core.tensors import Table, Tensors, evenly_spaced, rows, select, sha256
 from ..data import Federation
-from ..tasks.denoising import Denoise
 from ..evaluation.features import extractor
 from ..evaluation.generators import Evaluation, adapter_scores
-from ..utils.errors import InputError
-from ..utils.files import read_bytes, read_json, write_json, atomic_write
-from ..core.rng import stream
 from ..report.record import DRAWN
 from ..tasks import Classify
-from ..core.tensors import Table, Tensors, rows, select, sha256, evenly_spaced
+from ..tasks.denoising import Denoise
+from ..utils.errors import InputError
+from ..utils.files import atomic_write, read_bytes, read_json, write_json
 
 _COLUMNS = 8
 _POINTS = 60
@@ -82,7 +82,9 @@ def write_samples(folder: Path, federation: Federation, task: Denoise, model: Te
             if rows(table):
                 shown[name][kind] = file = f"{kind}-{number}.png"
                 atomic_write(folder / "report_images" / file, grid(table, len(federation.classes)))
-    write_json(folder / "report_images" / "report_images.json", {"classes": list(federation.classes), "sites": shown, "features": []})
+    write_json(
+        folder / "report_images" / "report_images.json", {"classes": list(federation.classes), "sites": shown, "features": []}
+    )
 
 
 def read_synthetic(folder: Path) -> dict[str, Table]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..utils.version import __version__
 from ..config import Config
 from ..data import Federation, FederationInfo
+from ..utils.version import __version__
 
 _ASIDE = ("seconds", "peak_memory_mb", "quality")
 Record = Mapping[str, Any]

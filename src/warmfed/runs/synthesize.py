@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ..config import Config
 from ..core import ServerContext, prompts_of
+from ..core.rng import stream
 from ..diffusion import lora as lora
 from ..tasks.denoising import Denoise
 from ..utils.errors import InputError, suggest
-from ..utils.files import check_writable, atomic_write
-from .report_images import grid
-from .predict import described, released
-from ..core.rng import stream
-from .generators import build_generator
+from ..utils.files import atomic_write, check_writable
 from .execute import read_config, read_summary
+from .generators import build_generator
+from .predict import described, released
+from .report_images import grid
 
 Progress = Callable[[str, int, int], None]
 

@@ -11,14 +11,14 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from ..utils.version import __version__
 from ..config import Config
+from ..core.tensors import sha256
 from ..utils.errors import InputError
 from ..utils.files import read_bytes, read_lines
-from .prepare import prepare
+from ..utils.version import __version__
 from .execute import RunListener, execute, read_config, read_summary
+from .prepare import prepare
 from .summary import history_sha256, results
-from ..core.tensors import sha256
 
 
 class DifferenceError(Exception):

@@ -62,7 +62,7 @@ class InProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close(at_once=kind is not None)
 
-    def spread(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
+    def map_jobs(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
         """The results of independent jobs in their order, over the worker processes if there are any."""
         jobs = list(jobs)
         what = function.__name__.strip("_")
@@ -108,7 +108,7 @@ class InProcess:
             return {s: self.workers[s].evaluate(m, self.state(s), model) for s, m in down.items()}
         sent = _once(encode, down)
         jobs = [(s, sent[s], _pack(self.state(s)), model) for s in down]
-        return dict(zip(down, self.spread(_evaluate, jobs), strict=True))
+        return dict(zip(down, self.map_jobs(_evaluate, jobs), strict=True))
 
     def _work(self, stage: str, number: int, down: Mapping[str, tuple[Message, bytes]]) -> Iterator[tuple[str, Reply, float]]:
         if self._pool is None:

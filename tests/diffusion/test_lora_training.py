@@ -205,8 +205,8 @@ def test_a_learned_token_stands_in_the_place_of_the_last_word(base: str, plain: 
 
 
 def test_tokens_are_for_one_clip_text_encoder(tmp_path: Path, plain: LatentDiffusion) -> None:
-    generator = with_(replace(plain, base=pipelines.write("sdxl", tmp_path / "sdxl")), tokens=True)
-    with pytest.raises(InputError, match="tokens is for one CLIP text encoder, Stable Diffusion XL has others"):
+    generator = with_(replace(plain, base=pipelines.write("sdxl", tmp_path / "sdxl")), textual_inversion=True)
+    with pytest.raises(InputError, match="textual_inversion is for one CLIP text encoder, Stable Diffusion XL has others"):
         generator.adapt(local())
 
 
@@ -226,7 +226,7 @@ def test_offset_noise_moves_whole_channels() -> None:
 
 
 def test_prior_preservation_is_the_weighted_sum_of_two_losses(plain: LatentDiffusion) -> None:
-    generator = with_(plain, prior=0.3, prior_images=3)
+    generator = with_(plain, prior_loss_weight=0.3, prior_images=3)
     samples = adapting.prior_samples(local(), generator, generator._parts("cpu"), generator.drawn_latents)
     assert samples["label"].tolist() == [0, 0, 0, 1, 1, 1]
     both, alone = task(generator, samples), task(plain)
@@ -246,7 +246,7 @@ def test_prior_preservation_is_the_weighted_sum_of_two_losses(plain: LatentDiffu
 
 
 def test_the_prior_is_drawn_by_the_base_alone_and_costs_no_random_number(plain: LatentDiffusion) -> None:
-    generator, ctx = with_(plain, prior=1.0, prior_images=2), local()
+    generator, ctx = with_(plain, prior_loss_weight=1.0, prior_images=2), local()
     before = ctx.rng.get_state()
     first = adapting.prior_samples(ctx, generator, generator._parts("cpu"), generator.drawn_latents)
     assert torch.equal(ctx.rng.get_state(), before)
@@ -307,7 +307,7 @@ def test_latents_of_large_images_on_disk_are_made_in_the_same_batches(
 
 
 def test_checkpointing_changes_no_bit(plain: LatentDiffusion) -> None:
-    whole, less = plain.adapt(local()), with_(plain, checkpointing=True).adapt(local())
+    whole, less = plain.adapt(local()), with_(plain, gradient_checkpointing=True).adapt(local())
     assert sha256(whole[0]) == sha256(less[0])
     assert whole[1] == less[1]
 
@@ -333,7 +333,7 @@ def test_the_batch_is_split_to_fit_into_half_of_the_free_memory(
     plain: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = peak(plain, 1), peak(plain, 2)
-    found, automatic = {}, with_(plain, auto=True)
+    found, automatic = {}, with_(plain, auto_micro_batch=True)
     for room in (1, 2, 3, 4):
         free_memory(monkeypatch, int(2 * (one + (room - 0.9) * (two - one))))
         found[room] = micro_batch(automatic, 2, "cpu").training.micro_batch_size
@@ -346,11 +346,11 @@ def test_the_batch_is_split_to_fit_into_half_of_the_free_memory(
 def test_an_automatic_batch_learns_the_same_but_for_rounding(plain: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, info = plain.adapt(local())
     free_memory(monkeypatch, 10**12)
-    roomy, told = with_(plain, auto=True).adapt(local())
+    roomy, told = with_(plain, auto_micro_batch=True).adapt(local())
     assert sha256(roomy) == sha256(whole)
     assert told == info | {"micro": 0.0}
     free_memory(monkeypatch, int(2.1 * peak(plain, 2)))
-    tight, told = with_(plain, auto=True).adapt(local())
+    tight, told = with_(plain, auto_micro_batch=True).adapt(local())
     assert told["micro"] == 2
     assert close(tight, whole, 2e-3)
     assert told["loss"] == pytest.approx(info["loss"], rel=1e-3)
@@ -446,7 +446,7 @@ def test_a_killed_run_goes_on_within_a_sites_training(plain: LatentDiffusion, tm
         ({"generator.lora.dorra": True}, r"unknown key 'generator\.lora\.dorra'; did you mean 'dora'"),
         ({"generator.lora.dora": 1}, r"generator\.lora\.dora must be of type bool"),
         ({"generator.adapters.ink": 1}, "a file for each site"),
-        ({"generator.training.micro_batch_size": -1}, "micro at least 0"),
+        ({"generator.training.micro_batch_size": -1}, "micro_batch_size at least 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:

@@ -14,8 +14,8 @@ import tomli_w
 import torch
 
 pytest.importorskip("flwr")
+from consortium import OPEN, SITES, Consortium, settings
 from flwr.app import Message
-from test_flower import OPEN, SITES, Consortium, settings
 
 from warmfed.algorithms import ALGORITHMS
 from warmfed.algorithms.baselines import Images

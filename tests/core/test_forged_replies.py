@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import tiny
 import toy
-from test_border import Faulty
+from faulty import Faulty
 
 pytest.importorskip("flwr")
 import fuzz
+from consortium import SETTINGS, SITES, Consortium, settings, spoil, tampered
 from flwr.app import Message
-from test_flower import SETTINGS, SITES, Consortium, settings, spoil, tampered
 
 from warmfed.algorithms.shared.base import Model
 from warmfed.config import parse
@@ -262,9 +262,12 @@ def test_a_verdict_weighs_no_more_than_its_share() -> None:
 
 def test_share_names_the_run_and_other_bounds_do_not(tmp_path: Path) -> None:
     data = tiny.arrays(tmp_path / "toy.npz")
-    names = [prepare(tiny.config(data, **border)).fingerprint for border in ({}, {"border__far": 9.0}, {"border__share": 0.5})]
+    names = [
+        prepare(tiny.config(data, **border)).fingerprint
+        for border in ({}, {"server__max_update_ratio": 9.0}, {"server__max_weight_share": 0.5})
+    ]
     assert names[0] == names[1] != names[2]
-    with pytest.raises(InputError, match="share above 0 and at most 1"):
+    with pytest.raises(InputError, match="max_weight_share above 0 and at most 1"):
         parse(None, {"server.max_weight_share": 0.0})
 
 

@@ -244,7 +244,7 @@ def test_guidance_in_an_interval_costs_half_outside(bases: dict[str, str]) -> No
 
 def test_a_negative_prompt_is_the_pipelines(bases: dict[str, str]) -> None:
     for kind in KINDS:
-        ours = drawn(made(bases[kind], negative="bad picture"), None)
+        ours = drawn(made(bases[kind], negative_prompt="bad picture"), None)
         said = theirs(bases[kind], kind, negative_prompt="bad picture" if kind == "sana" else ["bad picture"] * 3)
         assert (255 * said - ours).abs().max() < 1.1, kind
         assert not torch.equal(ours, drawn(made(bases[kind]), None))

@@ -23,7 +23,7 @@ from warmfed.diffusion.settings import Lora
 from warmfed.fit import Training
 from warmfed.runs.dry_run import dry_run
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 

@@ -1,15 +1,16 @@
 """What the border refuses, and that a site that is refused is left out by name while the others go on."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import toy
+from faulty import Faulty
 
 from warmfed.algorithms.shared.base import Model
-from warmfed.core import Empty, Exchange, Failure, Metrics, Reply, Stage
+from warmfed.core import Empty, Failure, Reply, Stage
 from warmfed.core.admission import DEFAULT_ADMISSION, AdmissionPolicy
 from warmfed.core.messages import Message
 from warmfed.core.tensors import Tensors
@@ -62,24 +63,6 @@ def test_a_stage_may_demand_more() -> None:
         raise InputError(f"{site} must send more")
 
     assert verdict(Empty(), stage=replace(STAGE, check=picky, replies=(Empty,))) == "a must send more"
-
-
-@dataclass
-class Faulty:
-    """The sites of the toy federation, of which some go wrong in some steps."""
-
-    inner: InProcess
-    faults: Mapping[tuple[int, str], Callable[[Reply], Reply | Failure]]
-    sites: tuple[str, ...] = ("a", "b", "c", "d")
-
-    def send(
-        self, step: int, stage: str, number: int, down: Mapping[str, Message]
-    ) -> Iterator[tuple[str, Reply | Failure, tuple[Exchange, ...]]]:
-        for site, reply, exchanges in self.inner.send(step, stage, number, down):
-            yield site, self.faults.get((step, site), lambda r: r)(reply), exchanges
-
-    def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics]]:
-        return self.inner.evaluate(down, model)
 
 
 def spoiled(reply: Reply) -> Reply:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_sources import pets
+from image_files import pets
 
 from warmfed.algorithms.fedavg import FedAvg
 from warmfed.core.tensors import join

@@ -1,6 +1,6 @@
 """The golden run: WarmFed on the toy federation, compared record by record with `golden.json`.
 
-A change that alters it must say so, and write it anew: python tests/test_golden.py
+A change that alters it must say so, and write it anew: python tests/runs/test_golden.py
 Accuracies are compared exactly (a count of images decides them), other numbers to 1e-4: another processor may round
 differently.
 """

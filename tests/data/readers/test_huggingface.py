@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_sources import picture, refused, sizes
+from image_files import picture, refused, sizes
 
 from warmfed.data import load, parquet
 from warmfed.data.partition import dirichlet, iid, shards

@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Any], 
     "more layers": (
         lambda a: None,
         {"target_modules": "attention"},
-        r"adapts 'unet\.[\w.]+' and \d+ more, .*set targets wider",
+        r"adapts 'unet\.[\w.]+' and \d+ more, .*set target_modules wider",
     ),
     "a text encoder": (
         lambda a: a.update({"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 16)}),

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import tomli_w
 import toy
-from test_border import Faulty
+from faulty import Faulty
 
 from warmfed.cli.parser import main
 from warmfed.config import parse

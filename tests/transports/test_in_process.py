@@ -27,7 +27,7 @@ def test_worker_processes_change_no_byte(name: str, tmp_path: Path) -> None:
     algorithm = toy.quick(name)
     serial = toy.play(algorithm, artefacts=tmp_path / "serial")
     with InProcess(toy.workers(algorithm), processes=2, folder=tmp_path / "memory") as transport:
-        server = toy.central(folder=tmp_path / "two", spread=transport.spread)
+        server = toy.central(folder=tmp_path / "two", map_jobs=transport.map_jobs)
         records = list(run(algorithm, server, transport))
         assert [r.results() for r in records] == serial.results
         assert [r.exchanges for r in records] == [r.exchanges for r in serial.rounds]
@@ -42,15 +42,15 @@ def test_worker_processes_change_no_byte(name: str, tmp_path: Path) -> None:
 def test_jobs_are_spread_in_order() -> None:
     jobs = [(a, b) for a in range(3) for b in (2, 5)]
     with InProcess(toy.workers(ALGORITHM), processes=2) as transport:
-        assert transport.spread(divmod, [(7, 2), (9, 4)]) == [(3, 1), (2, 1)]
-        assert transport.spread(pow, jobs) == [a**b for a, b in jobs]
-        assert os.getpid() not in transport.spread(os.getpid, [()])
+        assert transport.map_jobs(divmod, [(7, 2), (9, 4)]) == [(3, 1), (2, 1)]
+        assert transport.map_jobs(pow, jobs) == [a**b for a, b in jobs]
+        assert os.getpid() not in transport.map_jobs(os.getpid, [()])
 
 
 def test_worker_processes_are_not_reached_by_an_interrupt() -> None:
     """Ctrl-C goes to all processes of a terminal; this one ends the others, and they say nothing meanwhile."""
     with InProcess(toy.workers(ALGORITHM), processes=2) as transport:
-        assert signal.SIGINT in transport.spread(signal.pthread_sigmask, [(signal.SIG_BLOCK, ())])[0]
+        assert signal.SIGINT in transport.map_jobs(signal.pthread_sigmask, [(signal.SIG_BLOCK, ())])[0]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 

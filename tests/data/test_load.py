@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_files import pets, picture, refused, sizes
 from PIL import Image
-from test_sources import pets, picture, refused, sizes
 
 from warmfed.cli.parser import main
 from warmfed.data import DataError, Federation, camelyon17, csv, folder, idx, load, npz, save_partition
@@ -164,7 +164,7 @@ def test_more_kinds_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["domainnet", "pacs", "camelyon17"])
 def test_the_examples_read_what_they_are_for(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trees in small, laid out and listed as the originals are."""
-    examples = Path(__file__).parent.parent / "examples"
+    examples = Path(__file__).parents[2] / "examples"
     options = tomllib.loads((examples / f"{name}.toml").read_text())["data"]["options"]
     if name == "camelyon17":
         camelyon(tmp_path)

@@ -62,7 +62,7 @@ class Constant(nn.Module):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_loss_is_that_of_diffusers(prediction: str, schedule: str) -> None:
-    task = with_settings(prediction=prediction, schedule=schedule, gamma=0.0, dropout=0.0)
+    task = with_settings(prediction=prediction, schedule=schedule, min_snr_gamma=0.0, dropout=0.0)
     with seeded(stream("loss")):
         found = task.loss(Constant(), TABLE)
     with seeded(stream("loss")):  # the same draws: classes forgotten, times, noise

@@ -7,7 +7,7 @@ import pytest
 import report_folders
 import torch
 import toy
-from test_border import Faulty
+from faulty import Faulty
 
 from warmfed.algorithms.shared.adapter_screening import contradicted, favourites, gradients, late_suspects, suspects, votes
 from warmfed.algorithms.shared.synthetic_data import Synthesis, draw, warm_start
