@@ -7,18 +7,18 @@ all three and its `max_grad_norm` bounds their gradients together; α is clipped
 a round. The personal model mixes v with the last global model, not with the site's own branch of it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Reply, Task
+from ..core.messages import message
 from ..core.tensors import Table, Tensors, add_prefix, mix, strip_prefix
-from ..fit import at, fit
+from ..fit import at, fit, solving
 from ..utils.errors import InputError
-from .shared.base import Averaging, upload
+from .shared.base import Averaging, Model, upload
 
 
 @message("apfl.Site")
@@ -42,7 +42,7 @@ class _Branches(nn.Module):
 class _Joint:
     """The task of both branches: f(w) + f(αv + (1 - α)w), where the second term moves v and α only."""
 
-    task: Any
+    task: Task
     alpha: float
 
     def build(self) -> nn.Module:
@@ -58,7 +58,7 @@ class _Joint:
 
 @final
 @dataclass(frozen=True)
-class APFL(Averaging):
+class APFL(Averaging[Site]):
     """FedAvg, and beside it a personal branch whose mixture with the global model is what is trained."""
 
     alpha: float = 0.25
@@ -70,17 +70,17 @@ class APFL(Averaging):
         if not 0 <= self.alpha <= 1:
             raise InputError(f"alpha must be at least 0 and at most 1; got {self.alpha}")
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Site:
         return Site(received.model, self.alpha)
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Site, ctx: ClientContext) -> Reply[Model]:
         start = add_prefix(received.model, "shared.") | add_prefix(state.model, "personal.")
         if self.adaptive:
             start |= {"alpha": torch.tensor(state.alpha)}
-        found, metrics = fit(replace(ctx, task=_Joint(ctx.task, state.alpha)), start, self.local, ctx.data["train"])
+        found, metrics = fit(solving(ctx, _Joint(ctx.task, state.alpha)), start, self.local, ctx.data["train"])
         alpha = min(max(found["alpha"].item(), 0.0), 1.0) if self.adaptive else state.alpha
         site = Site(strip_prefix(found, "personal."), alpha)
         return upload(strip_prefix(found, "shared."), site, ctx, {**metrics, "alpha": alpha})
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model, state: Site) -> Tensors | None:
         return mix(received.model, state.model, state.alpha)

@@ -15,12 +15,12 @@ from typing import ClassVar, final
 from ..core import GeneratorSpec
 from ..fit import Training
 from ..utils.errors import InputError
-from .shared.synthetic_data import WarmStarted
+from .shared.synthetic_data import AdapterUpload, WarmStarted
 
 
 @final
 @dataclass(frozen=True)
-class FedBiP(WarmStarted):
+class FedBiP(WarmStarted[AdapterUpload]):
     """Warm start from noised latents and concept vectors; the latents tell something of the images."""
 
     images: ClassVar[bool] = True  # the latents are the site's images, encoded and noised

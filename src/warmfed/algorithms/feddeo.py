@@ -13,12 +13,12 @@ from typing import ClassVar, final
 
 from ..core import GeneratorSpec
 from ..fit import Training
-from .shared.synthetic_data import WarmStarted
+from .shared.synthetic_data import AdapterUpload, WarmStarted
 
 
 @final
 @dataclass(frozen=True)
-class FedDEO(WarmStarted):
+class FedDEO(WarmStarted[AdapterUpload]):
     """Warm start from the sites' learned class descriptions, without any weights."""
 
     images: ClassVar[bool] = False

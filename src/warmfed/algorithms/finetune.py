@@ -7,22 +7,21 @@ Departures: none.
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Metrics, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Metrics, Reply
 from ..core.tensors import Tensors
 from ..fit import Training, fit
-from .shared.base import Personalized, upload
+from .shared.base import Model, Personalized, upload
 
 
 @final
 @dataclass(frozen=True)
-class FedAvgFineTune(Personalized):
+class FedAvgFineTune(Personalized[Model]):
     """FedAvg; then each site trains the last global model once more for itself."""
 
     personal: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
     """That last training."""
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 

@@ -7,17 +7,16 @@ Departures: none known; λ and T are `distillation.weight` and `.temperature`.
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Reply
 from ..core.tensors import Tensors
 from ..fit import Training
-from .shared.base import Averaging, Personal, upload
+from .shared.base import Averaging, Model, Personal, upload
 from .shared.distillation import Distillation, distilled
 
 
 @final
 @dataclass(frozen=True)
-class PFedSD(Averaging):
+class PFedSD(Averaging[Personal]):
     """FedAvg whose local training is taught by the site's own model of the round before."""
 
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
@@ -25,12 +24,12 @@ class PFedSD(Averaging):
     distillation: Distillation = Distillation()
     """How the past model teaches."""
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Personal:
         return Personal(None)
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Personal, ctx: ClientContext) -> Reply[Model]:
         model, metrics = distilled(ctx, received.model, self.local, state.model, self.distillation)
         return upload(model, Personal(model), ctx, metrics)
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model, state: Personal) -> Tensors | None:
         return received.model if state.model is None else state.model

@@ -9,6 +9,7 @@ selects does, as everywhere here. Distances of Krum are those of all shared tens
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Robust:
                 f"{answers} sites are too few; set robust.faulty or robust.chosen lower"
             )
 
-    def combine(self, start: Tensors, replies: Replies) -> Tensors:
+    def combine(self, start: Tensors, replies: Replies[Any]) -> Tensors:
         """The next model, of the replies' models; `start` is what the sites were sent."""
         models = {site: self._clipped(reply.message.model, start) for site, reply in replies.items()}
         match self.rule:
