@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 
@@ -17,10 +17,9 @@ from .evaluation.generators import Evaluation
 from .fit import Training
 from .utils.errors import InputError, suggest
 from .utils.files import loads_toml, read_bytes
-from .utils.settings import construct
+from .utils.settings import check_choices, construct
 
 T = TypeVar("T")
-TASKS = ("classify", "denoise")
 STUDIES = ("compare", "arms", "sweep", "pretraining")
 """Tables of a file that are not of a run."""
 MOST = 2**24
@@ -82,7 +81,7 @@ class Config:
     """Names every random number of the run."""
     data: Data = Data()
     model: Model = Model()
-    task: str = "classify"
+    task: Literal["classify", "denoise"] = "classify"
     """What is learned: classify, or denoise (a diffusion model of the images)."""
     denoising: DenoiserSettings = DenoiserSettings()
     """The diffusion model, where it is learned."""
@@ -94,12 +93,13 @@ class Config:
     """What is taken from the sites."""
     workers: int = 2
     """Processes that work at the same time; the results do not depend on it."""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     """cpu, or cuda for one process with a graphics card."""
-    evaluate: str = "every"
+    evaluate: Literal["every", "last", "never"] = "every"
     """When the models are measured: every (stage), last or never."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 <= self.global_ema_decay < 1:
             raise InputError(f"global_ema_decay must be from 0 to below 1; got {self.global_ema_decay}")
 

@@ -3,9 +3,9 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,16 @@ from torch.func import functional_call
 from .core import no_progress
 from .core.rng import seeded, spawn
 from .core.tensors import Table, Tensors, rows, select, sha256, to
-from .core.training_snapshot import Snapshots, load_optimizer_state, optimizer_state
-from .utils.errors import InputError, one_of
+from .core.training_snapshot import Snapshots
+from .core.training_state import TrainState
+from .utils.errors import InputError
+from .utils.settings import check_choices
 
 Loss = Callable[[nn.Module, Table], Tensor]
 Penalty = Callable[[Tensors], Tensor]
 Correct = Callable[[str, Tensor], Tensor]
 Watch = Callable[[int, int, Callable[[], dict[str, Tensor]]], None]
 Draw = Callable[[Table], Table]
-OPTIMIZERS = ("sgd", "adam", "adamw", "adamw8bit")
 _RESIDENT = 2**31
 """Bytes of data that go to the device as a whole; more go batch by batch."""
 
@@ -78,7 +79,7 @@ class Training:
         "batch": "batch_size",
     }
 
-    optimizer: str = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw", "adamw8bit"] = "sgd"
     """sgd, adam, adamw, or adamw8bit (its moments in 8 bits: bitsandbytes)."""
     lr: float = 0.05
     """Learning rate (its peak, where there is a schedule)."""
@@ -96,7 +97,7 @@ class Training:
     """Batches of one optimizer step."""
     micro_batch_size: int = 0
     """Rows of a batch that go through the model at a time; 0: all. Less memory, the same gradient but for rounding."""
-    schedule: str = "constant"
+    schedule: Literal["constant", "cosine"] = "constant"
     """constant, or cosine (to zero at the last step)."""
     warmup: int = 0
     """Steps over which the learning rate rises from zero."""
@@ -104,11 +105,11 @@ class Training:
     """Largest norm of the whole gradient; 0: no clipping."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average that is returned instead of the last weights; 0: none."""
-    mixed_precision: str = "fp32"
+    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32, bf16 or fp16: the type of the forward pass (autocast)."""
 
     def __post_init__(self) -> None:
-        one_of(self, optimizer=OPTIMIZERS, schedule=("constant", "cosine"), mixed_precision=("fp32", "bf16", "fp16"))
+        check_choices(self)
         if (
             self.batch_size < 1
             or self.gradient_accumulation_steps < 1
@@ -195,6 +196,67 @@ def _batches(n: int, size: int, rng: torch.Generator) -> Iterator[Tensor]:
         yield from torch.randperm(n, generator=rng).split(size)
 
 
+@dataclass(frozen=True)
+class _Loop:
+    """All that stays the same from step to step."""
+
+    training: Training
+    steps: int
+    data: Table
+    resident: bool
+    """Whether the data lie on the device as a whole."""
+    device: str
+    autocast: AbstractContextManager[object]
+    parameters: Mapping[str, nn.Parameter]
+    live: list[nn.Parameter]
+    loss: Loss
+    penalty: Penalty | None
+    correct: Correct | None
+    draw: Draw | None
+
+    def batch(self, index: Tensor) -> Table:
+        """Return the rows of a batch, on the device, with the random numbers that its loss needs."""
+        found = select(self.data, index)
+        if not self.resident:
+            found = to(found, self.device)
+        return dict(self.draw(found)) if self.draw else found
+
+
+def _train_step(state: TrainState, loop: _Loop, batches: Iterator[Tensor]) -> None:
+    """Take one optimizer step; its losses, one for each batch, are recorded in `state`."""
+    training, optimizer, scaler = loop.training, state.optimizer, state.scaler
+    if training.warmup > 0 or training.schedule != "constant":
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(training, state.step, loop.steps)
+    for parameter in loop.live:  # optimizer.zero_grad() without its profiler's record: a tenth of a small step
+        parameter.grad = None
+    for _ in range(training.gradient_accumulation_steps):
+        batch = loop.batch(next(batches))
+        count, values = rows(batch), []
+        for part in [batch] if count <= (training.micro_batch_size or count) else _slices(batch, training.micro_batch_size):
+            with loop.autocast:
+                value = loop.loss(state.model, part)
+                full = value + loop.penalty(loop.parameters) if loop.penalty else value
+            fraction = training.gradient_accumulation_steps * count / rows(part)
+            scaler.scale(full / fraction if fraction != 1 else full).backward()
+            values.append(value.detach() * (rows(part) / count) if rows(part) < count else value.detach())
+        state.record(sum(values[1:], start=values[0]), count)
+    scaler.unscale_(optimizer)
+    if loop.correct:
+        for name, parameter in loop.parameters.items():
+            if parameter.grad is not None:
+                parameter.grad = loop.correct(name, parameter.grad)
+    if training.max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(loop.live, training.max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    for name, smooth in state.average.items():
+        # a short memory at first, so that the start does not linger in a short training
+        decay = min(training.ema_decay, (1 + state.step) / (10 + state.step))
+        smooth.lerp_(loop.parameters[name].detach(), 1 - decay)
+    state.step += 1
+
+
 def fit(
     ctx: Context,
     start: Tensors,
@@ -239,129 +301,82 @@ def fit(
     if not n:
         raise InputError("cannot train on no rows; check the site's training data")
     with seeded(ctx.rng, ctx.device):
-        model = ctx.task.build()
-        if ctx.device != "cpu":
-            model.to(ctx.device)
-        model.load_state_dict(dict(start), strict=False)
-        model.train()
+        model = _model(ctx, start, trainable)
         parameters = dict(model.named_parameters())
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in start and (trainable is None or trainable(name)))
         live = [parameter for parameter in parameters.values() if parameter.requires_grad]
         if not live:
             raise InputError("nothing to train: the model has no tensor of the part that is asked for; choose a model that has")
-        optimizer, objective = _optimizer(training, live), loss or ctx.task.loss
-        steps = training.count(n)
-        tail = -(-n // (training.batch_size * training.gradient_accumulation_steps)) if not training.steps else -(-steps // 10)
-        average = {name: p.detach().clone() for name, p in parameters.items() if p.requires_grad} if training.ema_decay else {}
-        kind = torch.device(ctx.device).type
+        steps, kind = training.count(n), torch.device(ctx.device).type
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.mixed_precision)
-        autocast = torch.autocast(kind, half) if half else nullcontext()
-        scaler = torch.amp.GradScaler(kind, enabled=training.mixed_precision == "fp16")
-        varying = training.warmup > 0 or training.schedule != "constant"
-        # in one piece: a small tensor for each step would lie between what the next steps free and take, and split it
-        losses, counts = (
-            torch.zeros(steps * training.gradient_accumulation_steps, dtype=torch.float64, device=ctx.device),
-            list[int](),
-        )
-        best, best_step, found = dict[str, Tensor](), 0, math.inf
+        resident = sum(column.nbytes for column in data.values()) <= _RESIDENT
+        loop = _Loop(
+            training, steps, to(data, ctx.device) if resident else data, resident, ctx.device,
+            torch.autocast(kind, half) if half else nullcontext(), parameters, live,
+            loss or ctx.task.loss, penalty, correct, draw,
+        )  # fmt: skip
+        state = TrainState(
+            model, _optimizer(training, live), torch.amp.GradScaler(kind, enabled=training.mixed_precision == "fp16"),
+            average={name: p.detach().clone() for name, p in parameters.items() if p.requires_grad and training.ema_decay},
+            # in one piece: a small tensor for each step would lie between what the next steps free and take, and split it
+            losses=torch.zeros(steps * training.gradient_accumulation_steps, dtype=torch.float64, device=ctx.device),
+        )  # fmt: skip
         key = _key(ctx.rng, start, training, data, snapshots.of) if snapshots else ""
         batches = _batches(n, training.batch_size, ctx.rng)
-        resident = sum(column.nbytes for column in data.values()) <= _RESIDENT
-        if resident:
-            data = to(data, ctx.device)
-
-        def tensors() -> dict[str, Tensor]:
-            state = model.state_dict() | average
-            return {name: state[name].detach().to("cpu", copy=True) for name in start}
-
-        def judged(stop: Stop) -> float:
-            _exchange(parameters, average)
-            model.eval()
-            with torch.no_grad(), autocast:
-                figure = stop.judge(model)
-            model.train()
-            _exchange(parameters, average)
-            return figure
-
-        first = 0
         if snapshots and (kept := snapshots.load(key)):
-            model.load_state_dict(kept("model"), strict=False)
-            load_optimizer_state(optimizer, kept("optimizer"))
-            scaler.load_state_dict({name: value.item() for name, value in kept("scaler").items()})
-            average, best, log = to(kept("average"), ctx.device), kept("best"), kept("log")
-            (first, best_step), found = log["steps"].tolist(), log["found"].item()
-            counts = log["counts"].tolist()
-            losses[: len(counts)] = log["losses"].to(ctx.device)
-            for _ in range(first * training.gradient_accumulation_steps):
+            state.load_state_dict(kept, ctx.device)
+            for _ in range(state.step * training.gradient_accumulation_steps):
                 next(batches)
-            torch.default_generator.set_state(log["rng"])
-
-        for step in range(first, steps):
-            if varying:
-                for group in optimizer.param_groups:
-                    group["lr"] = _rate(training, step, steps)
-            for parameter in live:  # optimizer.zero_grad() without its profiler's record: a tenth of a small step
-                parameter.grad = None
-            for _ in range(training.gradient_accumulation_steps):
-                batch = select(data, next(batches))
-                if not resident:
-                    batch = to(batch, ctx.device)
-                batch = dict(draw(batch)) if draw else batch
-                count, values = rows(batch), []
-                for part in (
-                    [batch] if count <= (training.micro_batch_size or count) else _slices(batch, training.micro_batch_size)
-                ):
-                    with autocast:
-                        value = objective(model, part)
-                        full = value + penalty(parameters) if penalty else value
-                    fraction = training.gradient_accumulation_steps * count / rows(part)
-                    scaler.scale(full / fraction if fraction != 1 else full).backward()
-                    values.append(value.detach() * (rows(part) / count) if rows(part) < count else value.detach())
-                losses[len(counts)] = sum(values[1:], start=values[0])
-                counts.append(count)
-            scaler.unscale_(optimizer)
-            if correct:
-                for name, parameter in parameters.items():
-                    if parameter.grad is not None:
-                        parameter.grad = correct(name, parameter.grad)
-            if training.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(live, training.max_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            for name, smooth in average.items():
-                # a short memory at first, so that the start does not linger in a short training
-                decay = min(training.ema_decay, (1 + step) / (10 + step))
-                smooth.lerp_(parameters[name].detach(), 1 - decay)
+        tail = -(-n // (training.batch_size * training.gradient_accumulation_steps)) if not training.steps else -(-steps // 10)
+        while state.step < steps:
+            _train_step(state, loop, batches)
             if watch:
-                watch(step + 1, steps, tensors)
-            if stop and ((step + 1) % tail == 0 or step + 1 == steps):
-                if (figure := judged(stop)) < found:
-                    best, best_step, found = tensors(), step + 1, figure
-                elif step + 1 - best_step >= stop.patience * tail:
-                    break
-            if snapshots and (step + 1) % snapshots.every == 0:
-                log = {
-                    "steps": torch.tensor([step + 1, best_step]),
-                    "found": torch.tensor(found, dtype=torch.float64),
-                    "losses": losses[: len(counts)].clone(),
-                    "counts": torch.tensor(counts),
-                    "rng": torch.default_generator.get_state(),
-                }
-                scale = {name: torch.as_tensor(value) for name, value in scaler.state_dict().items()}
-                state = {name: value for name, value in model.state_dict().items() if name in start}
-                snapshots.save(
-                    key, model=state, optimizer=optimizer_state(optimizer), average=average, best=best, log=log, scaler=scale
-                )
-            ctx.progress("train", step + 1, steps)
+                watch(state.step, steps, lambda: state.tensors(start))
+            if stop and (state.step % tail == 0 or state.step == steps) and _judged(state, loop, stop, start, tail):
+                break
+            if snapshots and state.step % snapshots.every == 0:
+                snapshots.save(key, **state.state_dict(start))
+            ctx.progress("train", state.step, steps)
+    return _result(state, training, start, steps, tail, judged=stop is not None)
 
+
+def _model(ctx: Context, start: Tensors, trainable: Callable[[str], bool] | None) -> nn.Module:
+    """Return the task's model with the tensors of `start`, of which those that `trainable` names learn."""
+    model = ctx.task.build()
+    if ctx.device != "cpu":
+        model.to(ctx.device)
+    model.load_state_dict(dict(start), strict=False)
+    model.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in start and (trainable is None or trainable(name)))
+    return model
+
+
+def _judged(state: TrainState, loop: _Loop, stop: Stop, start: Tensors, tail: int) -> bool:
+    """Measure the model, keep it if it is the best so far, and return whether the training ends."""
+    parameters = dict(loop.parameters)
+    _exchange(parameters, state.average)
+    state.model.eval()
+    with torch.no_grad(), loop.autocast:
+        figure = stop.judge(state.model)
+    state.model.train()
+    _exchange(parameters, state.average)
+    if figure < state.best_figure:
+        state.best, state.best_step, state.best_figure = state.tensors(start), state.step, figure
+        return False
+    return state.step - state.best_step >= stop.patience * tail
+
+
+def _result(
+    state: TrainState, training: Training, start: Tensors, steps: int, tail: int, *, judged: bool
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     window = tail * training.gradient_accumulation_steps
-    info = {"steps": len(counts) / training.gradient_accumulation_steps, "samples": float(sum(counts))}
-    result = best or tensors()
-    if stop:
-        info |= {"judged": found, "best_step": float(best_step)}
-    if counts:
-        losses, weights = losses[: len(counts)].cpu(), torch.tensor(counts, dtype=torch.float64)
+    info = {"steps": len(state.counts) / training.gradient_accumulation_steps, "samples": float(sum(state.counts))}
+    result = state.best or state.tensors(start)
+    if judged:
+        info |= {"judged": state.best_figure, "best_step": float(state.best_step)}
+    if state.counts:
+        losses = state.losses[: len(state.counts)].cpu()
+        weights = torch.tensor(state.counts, dtype=torch.float64)
         info |= {"loss": _mean(losses[-window:], weights[-window:]), "first_loss": _mean(losses[:window], weights[:window])}
         # one sum tells whether any term is not finite
         if not all(math.isfinite(value.sum()) for value in (losses, *result.values())):

@@ -20,7 +20,7 @@ from .decode import Entry, pictures
 from .examples import WHOLE, Examples, ReaderOptions, digests, names_in_order, refuse, texts
 from .federation import Federation, Site
 from .image_cache import Cache, Mapped
-from .partition import Partition
+from .partition import Partition, Rule
 from .splits import DROPPED, PUBLIC, remarks, split
 
 HELD = 256 * 2**20
@@ -180,7 +180,7 @@ def _laid_out(pool: Examples, cache: Cache) -> tuple[dict[str, Site], dict[str, 
     return {site: Site(**each) for site, each in tables.items()}, origin, table(public)[0] if public.any() else None
 
 
-def partition(federation: Federation, sites: int = 0, rule: str = "iid", **options: Any) -> Federation:
+def partition(federation: Federation, sites: int = 0, rule: Rule = "iid", **options: Any) -> Federation:
     """All images of `federation`, dealt to `sites` new ones by a rule of `partition.Partition`, whose fields are the options.
 
     Each image keeps its split: what was for testing stays for testing. InputError where a site would be left without one.

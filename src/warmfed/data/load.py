@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..utils.errors import InputError, suggest
 from .build import partition as dealt
@@ -111,7 +111,7 @@ def _checked(options: Mapping[str, Any], known: Mapping[str, Any], what: str) ->
 def _kinds(declared: Any) -> list[type]:
     """The plain types of a declared one: float | None is float and none."""
     parts = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
-    return [get_origin(part) or part for part in parts]
+    return [str if get_origin(part) is Literal else get_origin(part) or part for part in parts]
 
 
 def _is_a(value: object, kind: type) -> bool:

@@ -6,7 +6,7 @@ machine and NumPy version.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +94,9 @@ def quantity(
     return list(np.split(order, cuts))
 
 
+Rule = Literal["iid", "dirichlet", "shards", "quantity", "flwr", "file"]
+
+
 @dataclass(frozen=True)
 class Partition:
     """How all images of a source are pooled and dealt to other sites; each keeps its split where it has one."""
@@ -102,7 +105,7 @@ class Partition:
 
     sites: int = 0
     """How many new sites ("file" and "flwr" know by themselves)."""
-    rule: str = "iid"
+    rule: Rule = "iid"
     """iid, dirichlet, shards, quantity; flwr: a partitioner of flwr-datasets; file: as `warmfed data --save` wrote it."""
     alpha: float = 0.5
     """Concentration of "dirichlet" and "quantity"."""
@@ -120,7 +123,7 @@ class Partition:
     """Of "file"."""
 
     def __post_init__(self) -> None:
-        rules = ["iid", "dirichlet", "shards", "quantity", "flwr", "file"]
+        rules = get_args(Rule)
         if self.rule not in rules:
             raise InputError(f"there is no rule {self.rule!r} to deal by{suggest(self.rule, rules)}")
         if not self.sites and self.rule not in ("flwr", "file"):

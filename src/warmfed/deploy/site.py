@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -56,7 +56,7 @@ class SiteConfig:
     """The site's name in the consortium."""
     work: str = "work"
     """Where the site keeps its state, models and ledger."""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     """cpu or cuda."""
     base: str = ""
     """The generator: its folder, or the agreed name of one; empty: only those that come with warmfed."""

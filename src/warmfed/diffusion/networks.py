@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..utils.errors import InputError, one_of
+from ..utils.errors import InputError
+from ..utils.settings import check_choices
 from .pipeline import Parts
 
 LATENT = 8
@@ -28,7 +29,7 @@ class DenoiserSettings:
 
     RENAMED: ClassVar[Mapping[str, str]] = {"gamma": "min_snr_gamma", "batch": "batch_size"}
 
-    denoiser: str = "dit"
+    denoiser: Literal["unet", "dit"] = "dit"
     """unet (Ho et al., NeurIPS 2020) or dit (Peebles and Xie, ICCV 2023)."""
     width: int = 128
     """Channels of the widest level of the U-Net (its first has half of them), or width of the transformer."""
@@ -42,18 +43,18 @@ class DenoiserSettings:
     """Whether it is told the class of an image."""
     dropout: float = 0.1
     """Share of training images shown without their class, for guidance."""
-    prediction: str = "v_prediction"
+    prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
     """What it predicts: epsilon or v_prediction."""
-    schedule: str = "cosine"
+    schedule: Literal["linear", "cosine", "exponential"] = "cosine"
     """Noise over the times: linear (Ho et al.), cosine (Nichol and Dhariwal, ICML 2021), or exponential, with a log-SNR of
     -log(expm1(1e-4 + 10·t²)) for t from 0 to 1 (Tun et al., 2023)."""
     times: int = 1000
     """T, the times of the forward process."""
     min_snr_gamma: float = 5.0
     """Largest weight of a time (min-SNR-γ); 0: none."""
-    weighting: str = "min-snr"
+    weighting: Literal["min-snr", "signal"] = "min-snr"
     """min-snr, or signal: a time weighs SNR/(SNR + 1), and `min_snr_gamma` does not count (Tun et al.)."""
-    sampler: str = "dpm++"
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "dpm++"
     """ddpm, ddim or dpm++."""
     steps: int = 20
     """Sampler steps."""
@@ -63,8 +64,7 @@ class DenoiserSettings:
     """Images of one sampler batch."""
 
     def __post_init__(self) -> None:
-        one_of(self, denoiser=tuple(DENOISERS), prediction=PREDICTIONS, schedule=tuple(SCHEDULES), sampler=tuple(SAMPLERS))
-        one_of(self, weighting=("min-snr", "signal"))
+        check_choices(self)
         if min(self.width, self.depth, self.patch, self.times, self.steps, self.batch_size) < 1 or self.width % 32:
             raise InputError("width must be a multiple of 32, and depth, patch, times, steps and batch_size at least 1")
         if not self.conditional and self.guidance != 1:

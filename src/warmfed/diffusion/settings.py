@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..fit import Training
-from ..utils.errors import InputError, one_of, suggest
+from ..utils.errors import InputError, suggest
+from ..utils.settings import check_choices
 from . import lora as layers
 from . import pipeline
-from .sampler import SAMPLERS, SPACINGS
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Lora:
     """Whether `training.micro_batch_size` is set so that it fits into half of the free memory. Last bits depend on it."""
     patience: int = 0
     """Epochs without a lower loss on the validation images after which learning ends; 0: all epochs."""
-    cache: str = "memory"
+    cache: Literal["memory", "disk"] = "memory"
     """Where the latents are: memory, or disk (under a digest of what they are made of, for the next run too)."""
     snapshots: int = 100
     """Steps after which unfinished training is kept on disk, for a process that is killed; 0: never."""
 
     def __post_init__(self) -> None:
-        one_of(self, cache=("memory", "disk"))
+        check_choices(self)
         if (
             min(self.alpha, self.prior_loss_weight, self.noise_offset, self.patience, self.snapshots) < 0
             or self.prior_images < 1
@@ -82,13 +82,13 @@ class GeneratorSettings:
 
     base: str = "digits"
     """An embedded base, a folder in diffusers' layout, or a repository of the hub that lies in its cache."""
-    dtype: str = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the base's weights: fp32, bf16 or fp16; an adapter learns in fp32 in any case."""
     size: int = 0
     """Height and width in pixels of its images; 0: what the base was made for."""
     rank: int = 6
     """Rank of the adapter."""
-    target_modules: str = "all"
+    target_modules: Literal["attention", "transformer", "all", "none"] = "all"
     """Which layers of the denoiser get an adapter: attention, transformer, all or none (then only prompts are learned)."""
     prompts: bool = True
     """Whether the classes' prompt embeddings are learned too and travel beside the adapter."""
@@ -106,11 +106,11 @@ class GeneratorSettings:
     """Share of training images shown without a prompt, for guidance."""
     min_snr_gamma: float = 5.0
     """Largest weight of a time in the loss, as an error of the clean image; 0: no cap."""
-    sampler: str = "dpm++"
+    sampler: Literal["dpm++", "ddim", "unipc", "lcm"] = "dpm++"
     """dpm++ (DPM-Solver++), ddim, unipc, or lcm for a base that was distilled for a few steps."""
     steps: int = 8
     """Sampler steps."""
-    spacing: str = ""
+    spacing: Literal["", "leading", "linspace", "trailing"] = ""
     """Where the steps lie: leading, linspace or trailing; empty: where the base's own scheduler has them."""
     guidance: float = 1.5
     """Scale of classifier-free guidance; 1: none. More of it draws clearer classes that are more alike, which teach less."""
@@ -130,7 +130,7 @@ class GeneratorSettings:
             raise InputError(
                 f"there is no choice of layers {self.target_modules!r}{suggest(self.target_modules, list(layers.TARGETS))}"
             )
-        one_of(self, dtype=tuple(pipeline.DTYPES), sampler=tuple(SAMPLERS), spacing=SPACINGS)
+        check_choices(self)
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
             raise InputError(
                 f"generator.guidance_interval must be two shares in order, as [0.2, 0.8]; got {list(self.guidance_interval)}"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ..metrics.images import distances, diversity, memorization_rate, nearest, n
 from ..tasks.classification import Classify
 from ..tasks.denoising import Denoise
 from ..utils.errors import InputError
+from ..utils.settings import check_choices
 from .features import Extractor, extractor
 
 
@@ -33,7 +34,7 @@ class Evaluation:
 
     samples: int = 1000
     """Samples drawn for a measurement, classes as frequent as in the data; 0: none is made."""
-    when: str = "last"
+    when: Literal["every", "last"] = "last"
     """every (stage that may change the model) or last."""
     features: str = "public"
     """What looks at images: public (the body of the base's public classifier), a warmfed classifier's .safetensors, a LeNet's
@@ -44,8 +45,7 @@ class Evaluation:
     """Whether the samples of each site's adapter are measured too, against that site's images, at the end of a run."""
 
     def __post_init__(self) -> None:
-        if self.when not in ("every", "last"):
-            raise InputError(f"when must be every or last; got {self.when!r}")
+        check_choices(self)
         if self.samples < 0 or self.samples == 1 or self.neighbours < 1:
             raise InputError("samples must be 0 (none) or at least 2, and neighbours at least 1; check [evaluation]")
 

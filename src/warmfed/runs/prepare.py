@@ -11,7 +11,7 @@ import torch
 
 from ..algorithms import ALGORITHMS, entry
 from ..algorithms.shared.robust_aggregation import Robust
-from ..config import TASKS, Config, Data
+from ..config import Config, Data
 from ..core import Algorithm, Generator, Task, prompts_of
 from ..data import Federation, FederationInfo, Site, load
 from ..diffusion import known_pipelines as outlines
@@ -22,7 +22,7 @@ from ..evaluation import generators as quality
 from ..tasks import Classify
 from ..tasks.denoising import Denoise
 from ..transports.client import Client
-from ..utils.errors import InputError, one_of, suggest
+from ..utils.errors import InputError, suggest
 from ..utils.files import read_bytes
 from .generators import build_generator
 
@@ -93,7 +93,6 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
         weights: whether the base's and a start's weights must be there, and are digested (gigabytes for Stable Diffusion);
             without them both count as unused.
     """
-    one_of(config, device=("cpu", "cuda"), evaluate=("every", "last", "never"), task=TASKS)
     if config.workers < 1:
         raise InputError(f"workers must be at least 1; got {config.workers}")
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -4,12 +4,30 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from .errors import InputError, suggest
 
 T = TypeVar("T")
+
+
+@cache
+def _choices(cls: Any) -> dict[str, tuple[Any, ...]]:
+    hints = typing.get_type_hints(cls)
+    return {
+        f.name: typing.get_args(hints[f.name])
+        for f in dataclasses.fields(cls)
+        if typing.get_origin(hints[f.name]) is typing.Literal
+    }
+
+
+def check_choices(settings: object) -> None:
+    """Raise `InputError` if a field declared as `Literal` holds none of its choices."""
+    for name, choices in _choices(typing.cast(Hashable, type(settings))).items():
+        if (value := getattr(settings, name)) not in choices:
+            raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[str, ...] = (), base: T | None = None) -> T:
@@ -50,6 +68,13 @@ def _typed(declared: Any, value: Any, where: str, default: Any) -> Any:
         return tuple(_typed(typing.get_args(declared)[0], item, where, None) for item in value)
     if declared is float and type(value) is int:
         return float(value)
+    if typing.get_origin(declared) is typing.Literal:
+        choices = typing.get_args(declared)
+        if not isinstance(value, str):
+            raise InputError(f"{where} must be of type str; got {value!r}")
+        if value not in choices:
+            raise InputError(f"{where} must be one of {', '.join(choices)}; got {value!r}")
+        return value
     if type(value) is not declared:
         wanted = getattr(declared, "__name__", str(declared))
         raise InputError(f"{where} must be of type {wanted}; got {value!r}")
