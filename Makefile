@@ -1,8 +1,21 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both make their own environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The build of torch: `cpu` has no CUDA and is several gigabytes smaller; `default` is the one on PyPI.
+TORCH_BUILD ?= $(shell if [ "$$(uname)" != Linux ] || nvidia-smi >/dev/null 2>&1; then echo default; else echo cpu; fi)
+TORCH_CPU := $(shell grep '^torch==' constraints.txt)+cpu
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
+
+# $(call install_torch,PYTHON): the CPU build, from pip's configured sources if they have it, else from torch's own index
+define install_torch
+	@test $(TORCH_BUILD) != cpu \
+	|| $(1) $(PIP_INSTALL) --no-deps '$(TORCH_CPU)' 2>/dev/null \
+	|| $(1) $(PIP_INSTALL) --no-deps --index-url $(TORCH_CPU_INDEX) '$(TORCH_CPU)' \
+	|| { echo 'No CPU build of torch for this Python was found. `make TORCH_BUILD=default` installs the build on PyPI.'; exit 1; }
+endef
 
 .PHONY: demo test test-security test-deploy check lint types imports docs-run clean
 
@@ -32,14 +45,15 @@ types: .venv/ready
 imports: .venv/ready
 	$(BIN)/lint-imports
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warmfed needs Python 3.11 or newer; name one: make PYTHON=python3.12 …")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,flower]'
+	$(call install_torch,$(BIN)/python)
+	$(BIN)/python $(PIP_INSTALL) -e '.[dev,flower]'
 	touch $@
 
 .venv/flower: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,flower,simulation]'
+	$(BIN)/python $(PIP_INSTALL) -e '.[dev,flower,simulation]'
 	touch $@
 
 clean:
