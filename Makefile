@@ -6,8 +6,16 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints
 TORCH_BUILD ?= $(shell if [ "$$(uname)" != Linux ] || nvidia-smi >/dev/null 2>&1; then echo default; else echo cpu; fi)
 TORCH_CPU := $(shell grep '^torch==' constraints.txt)+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+WHEEL := build/wheel-test
+# Settings of a run of WarmFed that takes seconds.
+TINY := generator.steps=2 generator.training.epochs=1 algorithm.local.epochs=1 algorithm.personal.epochs=1 \
+	$(addprefix algorithm.synthesis.,per_class=6 subset=40 training.epochs=2 filter_training.epochs=1)
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
+
+# Test files that need a few seconds each; `make test` runs the others too.
+FAST_TESTS := $(patsubst %,tests/%.py,test_config test_fit test_run algorithms/test_identities core/test_messages \
+	core/test_tensors data/test_federation runs/test_golden runs/test_progress tasks/test_classification utils/test_errors)
 
 # $(call install_torch,PYTHON): the CPU build, from pip's configured sources if they have it, else from torch's own index
 define install_torch
@@ -17,13 +25,17 @@ define install_torch
 	|| { echo 'No CPU build of torch for this Python was found. `make TORCH_BUILD=default` installs the build on PyPI.'; exit 1; }
 endef
 
-.PHONY: demo test test-security test-deploy check lint types imports docs-run clean
+.PHONY: demo test test-fast test-security test-deploy wheel-test check format lint types imports clean
 
 demo: .venv/ready
 	$(BIN)/warmfed run
 
 test: .venv/ready
 	$(BIN)/pytest -n 2 -q
+
+# the inner loop: under a minute on two cores
+test-fast: .venv/ready
+	$(BIN)/pytest -n 2 -q $(FAST_TESTS)
 
 # attacks on a real SuperLink and SuperNodes, as processes
 test-security: .venv/ready
@@ -33,7 +45,22 @@ test-security: .venv/ready
 test-deploy: .venv/flower
 	$(BIN)/pytest -q tests_deploy tests/transports/test_flower.py tests/deploy/test_ray_simulation.py tests/algorithms/shared/test_robust_aggregation.py
 
+# the built wheel in a fresh environment without development tools: the command line, and a tiny run of WarmFed
+wheel-test: .venv/ready
+	rm -rf $(WHEEL)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEEL) .
+	$(BIN)/python -m venv $(WHEEL)/env
+	$(call install_torch,$(WHEEL)/env/bin/python)
+	$(WHEEL)/env/bin/python $(PIP_INSTALL) $(WHEEL)/warmfed-*.whl
+	cd $(WHEEL) && env/bin/warmfed --help >help.txt
+	cd $(WHEEL) && env/bin/warmfed run --rounds 1 --out run --set $(TINY)
+	rm -rf $(WHEEL)
+
 check: lint types imports test
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -57,4 +84,4 @@ imports: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build
