@@ -7,6 +7,7 @@ TORCH_BUILD ?= $(shell if [ "$$(uname)" != Linux ] || nvidia-smi >/dev/null 2>&1
 TORCH_CPU := $(shell grep '^torch==' constraints.txt)+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 WHEEL := build/wheel-test
+PAGES := build/pages
 # Settings of a run of WarmFed that takes seconds.
 TINY := generator.steps=2 generator.training.epochs=1 algorithm.local.epochs=1 algorithm.personal.epochs=1 \
 	$(addprefix algorithm.synthesis.,per_class=6 subset=40 training.epochs=2 filter_training.epochs=1)
@@ -25,7 +26,7 @@ define install_torch
 	|| { echo 'No CPU build of torch for this Python was found. `make TORCH_BUILD=default` installs the build on PyPI.'; exit 1; }
 endef
 
-.PHONY: demo test test-fast test-security test-deploy wheel-test check format lint types imports clean
+.PHONY: demo test test-fast test-security test-deploy wheel-test check format lint types imports docs clean
 
 demo: .venv/ready
 	$(BIN)/warmfed run
@@ -83,5 +84,16 @@ imports: .venv/ready
 	$(BIN)/python $(PIP_INSTALL) -e '.[dev,flower,simulation]'
 	touch $@
 
+# the documentation as pages that need no network, in site/; a broken link is an error
+docs: .venv/docs
+	rm -rf $(PAGES)
+	mkdir -p $(PAGES)
+	git ls-files '*.md' CITATION.cff LICENSE docs benchmarks examples 'src/*.py' ':!src/*.md' | tar -cf - -T - | tar -xf - -C $(PAGES)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+.venv/docs: .venv/ready
+	$(BIN)/python $(PIP_INSTALL) -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv runs build
+	rm -rf .venv runs build site

@@ -26,6 +26,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+INDEX = ROOT / "docs" / "algorithms" / "README.md"
 FILES = sorted([*(ROOT / "benchmarks").rglob("*.toml"), *(ROOT / "examples").glob("*.toml")])
 SHORT = (
     "LatentDiffusion()",
@@ -91,8 +92,13 @@ def test_configurations_are_read(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_has_a_page(name: str) -> None:
-    pages = "".join(page.read_text() for page in (ROOT / "docs" / "algorithms").glob("*.md"))
+    pages = "".join(page.read_text() for page in INDEX.parent.glob("*.md") if page != INDEX)
     assert name.removesuffix("-converged").removesuffix("-public") in pages
+
+
+def test_the_index_of_algorithms_names_every_page() -> None:
+    named = re.findall(r"\]\(([\w-]+\.md)\)", INDEX.read_text())
+    assert sorted(named) == sorted(page.name for page in INDEX.parent.glob("*.md") if page != INDEX)
 
 
 def test_the_citation_and_the_package_name_one_version() -> None:
