@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from warmfed import __version__
 from warmfed.algorithms import ALGORITHMS
 from warmfed.algorithms.shared.synthetic_data import Synthesis
 from warmfed.cli.parser import parser
@@ -21,7 +22,11 @@ from warmfed.pretraining.pretrain import Pretraining
 from warmfed.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+INDEX = ROOT / "docs" / "algorithms" / "README.md"
 FILES = sorted([*(ROOT / "benchmarks").rglob("*.toml"), *(ROOT / "examples").glob("*.toml")])
 SHORT = (
     "LatentDiffusion()",
@@ -87,8 +92,32 @@ def test_configurations_are_read(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_has_a_page(name: str) -> None:
-    pages = "".join(page.read_text() for page in (ROOT / "docs" / "algorithms").glob("*.md"))
+    pages = "".join(page.read_text() for page in INDEX.parent.glob("*.md") if page != INDEX)
     assert name.removesuffix("-converged").removesuffix("-public") in pages
+
+
+def test_the_index_of_algorithms_names_every_page() -> None:
+    named = re.findall(r"\]\(([\w-]+\.md)\)", INDEX.read_text())
+    assert sorted(named) == sorted(page.name for page in INDEX.parent.glob("*.md") if page != INDEX)
+
+
+def test_the_citation_and_the_package_name_one_version() -> None:
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert cited
+    assert cited.group(1) == __version__
+
+
+def test_every_dependency_has_its_tested_version() -> None:
+    def name(requirement: str) -> str:
+        return re.split(r"[^\w.-]", requirement)[0].lower()
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {name(line): line for line in lines if line and not line.startswith("#")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {extra: named for extra, named in project["optional-dependencies"].items() if extra != "data"}
+    required = {name(each) for group in (project["dependencies"], *extras.values()) for each in group}
+    assert required - pinned.keys() == set()
+    assert [line for line in pinned.values() if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
 
 
 def test_the_data_page_is_true(capsys: pytest.CaptureFixture[str]) -> None:

@@ -255,7 +255,7 @@ def test_the_gate_never_lowers_the_sites_validation_accuracy(lr: float) -> None:
             sum(toy.TASK.metrics(model, data["validation"])["accuracy"] for data in toy.SITES.values()) / 4
             for model in (merged, record.server.model)
         ]
-        assert right[1] >= right[0]
+        assert right[1] >= right[0] - 1e-9  # one image is 1.7; less is the rounding of the sum
         assert record.aggregate["validation_before"] == pytest.approx(right[0])
         assert record.aggregate["validation_after"] == pytest.approx(right[1])
 
