@@ -243,9 +243,9 @@ def test_the_own_base_of_a_site(tmp_path: Path) -> None:
 
 FREE = {"generator.negative_prompt"}
 """Texts of a configuration that may be anything: a prompt."""
-REPLACED = {"device", "generator.compile", "data.source", "data.path", "data.cache", "evaluation.features", "holdout.site"}
+REPLACED = {"generator.compile", "data.source", "data.path", "data.cache", "evaluation.features", "holdout.site"}
 """Texts that a site replaces by its own."""
-PREPARED = {"task", "evaluate", "model.name"}
+PREPARED = {"model.name"}
 """Texts that `prepare` compares with a list of words."""
 
 
