@@ -1,9 +1,9 @@
-"""FedBN: FedAvg with private normalization layers.
+"""FedBN: FedAvg with private normalisation layers.
 
 Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", ICLR 2021, arXiv:2102.07623,
 Algorithm 1.
 
-Departures: the paper keeps batch normalization at the sites, running statistics included. Here, normalization layers of every
+Departures: the paper keeps batch normalisation at the sites, running statistics included. Here, normalisation layers of every
 kind are private. The built-in networks use GroupNorm, which has no running statistics; its scales and shifts are private.
 """
 
@@ -25,7 +25,7 @@ NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 @final
 @dataclass(frozen=True)
 class FedBN(PartlyShared):
-    """Run FedAvg; the normalization layers are private to each site."""
+    """Run FedAvg; the normalisation layers are private to each site."""
 
     def mine(self, task: Task) -> Callable[[str], bool]:
         with torch.device("meta"):  # build names only, without weights or random draws

@@ -1,4 +1,4 @@
-"""FedDyn: local losses with a dynamic regularizer.
+"""FedDyn: local losses with a dynamic regulariser.
 
 Acar et al., "Federated Learning Based on Dynamic Regularization", ICLR 2021, arXiv:2111.04263, Algorithm 1.
 
@@ -34,10 +34,10 @@ class Gradient:
 @final
 @dataclass(frozen=True)
 class FedDyn(Rounds):
-    """Regularize the local losses each round, so that their minima move towards the minimum of their sum."""
+    """Regularise the local losses each round, so that their minima move towards the minimum of their sum."""
 
     alpha: float = 0.01
-    """Weight α of the regularizer; above 0 (the authors' code for CIFAR-10: 0.01)."""
+    """Weight α of the regulariser; above 0 (the authors' code for CIFAR-10: 0.01)."""
 
     def __post_init__(self) -> None:
         if self.alpha <= 0:

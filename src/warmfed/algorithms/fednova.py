@@ -1,4 +1,4 @@
-"""FedNova: FedAvg of updates normalized by local steps.
+"""FedNova: FedAvg of updates normalised by local steps.
 
 J. Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", NeurIPS 2020,
 arXiv:2007.07481, Algorithm 1.
@@ -31,7 +31,7 @@ class Normalized:
 @final
 @dataclass(frozen=True)
 class FedNova(Rounds):
-    """Average normalized updates, so that a site's number of local steps does not set its weight."""
+    """Average normalised updates, so that a site's number of local steps does not set its weight."""
 
     replies: ClassVar[tuple[type, ...]] = (Normalized,)
 

@@ -24,7 +24,7 @@ from .shared.base import Averaging, Personal, upload
 def contrast(now: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tensor:
     """Return ℓ_con, mean over rows; `now`, `near` and `far` are float [n, width].
 
-        ℓ_con = -log(e^(sim(now, near)/τ) / (e^(sim(now, near)/τ) + e^(sim(now, far)/τ)))
+    ℓ_con = -log(e^(sim(now, near)/τ) / (e^(sim(now, near)/τ) + e^(sim(now, far)/τ)))
     """
     similar = torch.stack([F.cosine_similarity(now, other, -1) for other in (near, far)], -1)
     return F.cross_entropy(similar / temperature, torch.zeros(len(now), dtype=torch.long, device=now.device))
