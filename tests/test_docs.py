@@ -12,6 +12,7 @@ import pytest
 
 from warmfed import __version__
 from warmfed.algorithms import ALGORITHMS
+from warmfed.algorithms.fedavg import FedAvg
 from warmfed.algorithms.shared.synthetic_data import Synthesis
 from warmfed.cli.parser import parser
 from warmfed.config import data_table, parse, pretraining_tables, read_toml, resolve, setting
@@ -92,8 +93,18 @@ def test_configurations_are_read(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_has_a_page(name: str) -> None:
-    pages = "".join(page.read_text() for page in INDEX.parent.glob("*.md") if page != INDEX)
-    assert name.removesuffix("-converged").removesuffix("-public") in pages
+    """Its page names it and documents each setting that its class adds to the common ones."""
+    page = (ROOT / "docs" / "algorithms" / f"{ALGORITHMS[name].page}.md").read_text()
+    common = set() if name == "fedavg" else {field.name for field in dataclasses.fields(FedAvg)}
+    settings = {field.name for field in dataclasses.fields(ALGORITHMS[name].cls)} - common
+    documented = {row.split(".")[0] for row in re.findall(r"^\| `(\w+(?:\.\w+)?)` \|", page, re.M)}
+    assert f"`{name}`" in page
+    assert settings - documented == set()
+
+
+def test_every_page_is_an_algorithms() -> None:
+    pages = {page.stem for page in INDEX.parent.glob("*.md") if page != INDEX}
+    assert pages == {entry.page for entry in ALGORITHMS.values()}
 
 
 def test_the_index_of_algorithms_names_every_page() -> None:

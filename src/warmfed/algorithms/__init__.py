@@ -1,4 +1,4 @@
-"""The algorithms: one file for each paper, their registry, and in `shared` what several have in common."""
+"""The algorithms: one module per paper, the registry, and shared building blocks in `shared`."""
 
 from .registry import ALGORITHMS, Entry, entry
 from .shared.ema import Smoothed

@@ -1,10 +1,13 @@
-"""APFL. Deng, Kamani, Mahdavi, "Adaptive Personalized Federated Learning", 2020, arXiv:2003.13461, Algorithm 1.
+"""APFL: a mixture of the global model and a personal branch.
 
-α = 0.25 is one of the paper's. In five rounds a learned α falls to 0, where APFL is FedAvg: w is ahead of v all the time.
+Deng, Kamani, Mahdavi, "Adaptive Personalized Federated Learning", 2020, arXiv:2003.13461, Algorithm 1.
 
-Departures: the global branch w, the personal branch v and α are steps of one optimizer (`local`), so its momentum holds for
-all three and its `max_grad_norm` bounds their gradients together; α is clipped to [0, 1] where it is used and after
-a round. The personal model mixes v with the last global model, not with the site's own branch of it.
+The default α = 0.25 is one of the paper's values. A learned α falls to 0 within five rounds: the global branch w fits better
+than the personal branch v throughout. APFL at α = 0 is FedAvg.
+
+Departures: w, v and α share one optimizer (`local`), so momentum applies to all three and `max_grad_norm` bounds their joint
+gradient. α is clipped to [0, 1] in the loss and after each round. The personal model mixes v with the last global model,
+not with the site's own w.
 """
 
 from dataclasses import dataclass
@@ -23,14 +26,14 @@ from .shared.base import Averaging, Model, upload
 
 @message("apfl.Site")
 class Site:
-    """A site's personal branch and how much of it there is in its model."""
+    """A site's personal branch and its share α in the personal model."""
 
     model: Tensors  # v_i
     alpha: float  # α_i
 
 
 class _Branches(nn.Module):
-    """Both branches and α as one model, so that one training loop serves them."""
+    """Both branches and α as one module, so that one training loop updates all three."""
 
     def __init__(self, task: Any, alpha: float) -> None:
         super().__init__()
@@ -40,7 +43,7 @@ class _Branches(nn.Module):
 
 @dataclass(frozen=True)
 class _Joint:
-    """The task of both branches: f(w) + f(αv + (1 - α)w), where the second term moves v and α only."""
+    """Task of both branches: f(w) + f(αv + (1 - α)w); the second term has gradients for v and α only."""
 
     task: Task
     alpha: float
@@ -49,7 +52,7 @@ class _Joint:
         return _Branches(self.task, self.alpha)
 
     def loss(self, model: Any, batch: Table) -> Tensor:
-        # the value is clipped, the gradient is not: an α that has gone beyond its end finds back
+        # Clip the value, not the gradient, so that an α outside [0, 1] can return.
         alpha = model.alpha + (model.alpha.clamp(0, 1) - model.alpha).detach()
         shared = dict(model.shared.named_parameters())
         mixed = {name: torch.lerp(shared[name].detach(), v, alpha) for name, v in model.personal.named_parameters()}  # v̄_i
@@ -59,10 +62,10 @@ class _Joint:
 @final
 @dataclass(frozen=True)
 class APFL(Averaging[Site]):
-    """FedAvg, and beside it a personal branch whose mixture with the global model is what is trained."""
+    """Run FedAvg, and train a personal branch through its mixture with the global model."""
 
     alpha: float = 0.25
-    """α, the share of the personal branch in the personal model; with `adaptive`, its start."""
+    """Share α of the personal branch in the personal model, from 0 to 1; its initial value if `adaptive`."""
     adaptive: bool = False
     """Whether each site learns its α by gradient descent."""
 

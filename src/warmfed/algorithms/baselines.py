@@ -1,7 +1,7 @@
-"""The two references of every comparison: each site alone, and all images in one place.
+"""Baselines: each site alone (`local`), and all images in one place (`centralized`).
 
-Both get the same number of local epochs as the federated methods have over their rounds (`until` budget), or train
-until validation stops improving (`until` validation): the best validated weights are kept.
+Both train for as many local epochs as the federated methods do over their rounds (`until` budget), or until validation stops
+improving (`until` validation); then the weights with the best validation result are kept.
 """
 
 from dataclasses import dataclass, replace
@@ -20,14 +20,14 @@ from .shared.base import Model, gathering
 
 @dataclass(frozen=True)
 class Budget:
-    """How long the references train."""
+    """Training time of the baselines."""
 
     until: str = "budget"
-    """budget: `rounds` times `local`; validation: until accuracy has not risen for `patience` times `local`."""
+    """Stopping rule: budget (`rounds` times `local`) or validation (accuracy has not risen for `patience` times `local`)."""
     patience: int = 4
-    """Trainings without a better validation accuracy (of equal ones, the lower loss) before the end."""
+    """Trainings without a better validation accuracy before the end; the lower loss breaks ties."""
     limit: int = 60
-    """Trainings at the most."""
+    """Maximum number of trainings."""
 
     def __post_init__(self) -> None:
         if self.until not in ("budget", "validation"):
@@ -37,7 +37,7 @@ class Budget:
 def train_until(
     ctx: Context, start: Tensors, training: Training, train: Table, check: Table, budget: Budget
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Train in pieces until validation stops improving; the best validated weights, and how many pieces there were."""
+    """Train in pieces until validation stops improving; return the best weights and their metrics."""
     task = ctx.task
     model, info = dict(start), {"loss": 0.0}
     best, score, waited = model, (-1.0, 0.0), 0
@@ -55,14 +55,14 @@ def train_until(
 @final
 @dataclass(frozen=True)
 class LocalOnly:
-    """Each site trains alone; no weights cross the wire, and there is no global model."""
+    """Train each site alone; no weights are exchanged, and there is no global model."""
 
     rounds: int = 5
     """Trainings in the budget."""
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
-    """A site's training in one round."""
+    """Local training in one round."""
     budget: Budget = Budget()
-    """When to stop."""
+    """Stopping rule."""
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:
@@ -75,7 +75,7 @@ class LocalOnly:
         return server
 
     def init(self, ctx: ServerContext) -> Model:
-        # the common random start, as in FedAvg: one seed names one start
+        # The same random initial weights for all sites, as in FedAvg.
         return Model(ctx.task.init(ctx.rng))
 
     def stages(self) -> tuple[Stage, ...]:
@@ -104,7 +104,7 @@ class LocalOnly:
 
 @message("references.Pool")
 class Pool:
-    """All sites' images in one place, and the model trained on them."""
+    """All sites' images, and the model trained on them."""
 
     model: Tensors
     train: Tensors
@@ -113,7 +113,7 @@ class Pool:
 
 @message("references.Images")
 class Images:
-    """A site's images: what federated learning exists to avoid."""
+    """A site's images, which federated learning avoids sending."""
 
     train: Tensors
     validation: Tensors
@@ -122,14 +122,14 @@ class Images:
 @final
 @dataclass(frozen=True)
 class Centralized:
-    """The sites send their images; the server trains on all of them. The ceiling that nobody may reach in practice."""
+    """Train one model on the images of all sites; an upper reference for federated methods."""
 
     rounds: int = 5
     """Trainings in the budget."""
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
-    """The training of one round, on all images."""
+    """Training of one round, on all images."""
     budget: Budget = Budget()
-    """When to stop."""
+    """Stopping rule."""
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:
@@ -153,7 +153,7 @@ class Centralized:
         return Reply(images, None, float(rows(ctx.data["train"])), {})
 
     def check(self, reply: Reply[Images], site: str, ctx: ServerContext) -> None:
-        """Raise `InputError` if a table does not have the columns that the task learns from, or unknown labels."""
+        """Raise `InputError` if a table lacks the columns that the task needs, or has unknown labels."""
         blank = {"image": torch.zeros(1, *ctx.task.shape, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.int64)}
         like = ctx.task.tables({"train": blank})["train"]
         declared = {"train": reply.weight, **ctx.rows.get(site, {})}

@@ -1,11 +1,16 @@
-"""DENSE, data-free one-shot federated learning. Zhang et al., NeurIPS 2022, arXiv:2112.12371, Algorithm 1.
+"""DENSE: one-shot, data-free distillation of the sites' models.
 
-The sites send their trained models once. The server trains a generator whose images the mean of these models (the ensemble)
-recognises and on which the global model (the student) disagrees with it, and distils the ensemble into the student on them.
-Departures: the networks here have no BatchNorm, so there is no loss of its statistics; the generator is smaller (0.2 M
-parameters at 32×32) and sees the label beside the noise; its images go to a pool that grows, as in the authors' code (where it
-also begins anew in each epoch), here in 8 bits. Sizes are ours: 12 epochs of 20 generator steps on 64 images (the paper: 200 of
-30 on 128), local training of 25 epochs (200). More than one round is the paper's extension: sites go on from the student.
+Zhang et al., "DENSE: Data-Free One-Shot Federated Learning", NeurIPS 2022, arXiv:2112.12371, Algorithm 1.
+
+The sites send their trained models once. The server trains a generator. The mean of the sites' models (the ensemble)
+classifies its images with confidence, and the global model (the student) disagrees with the ensemble on them. The server then
+distils the ensemble into the student on these images. More than one round is the paper's extension: sites continue from
+the student.
+
+Departures: there is no loss on BatchNorm statistics, since the networks here have no BatchNorm. The generator is smaller
+(0.2 M parameters at 32×32) and is conditioned on the label. Its images go to a growing pool, as in the authors' code, here
+in 8 bits. The generator is kept between epochs; the authors' code re-initialises it. Sizes are ours: 12 epochs of 20
+generator steps on 64 images (the paper: 200 of 30 on 128), and 25 local epochs (200).
 """
 
 from collections.abc import Sequence
@@ -27,7 +32,7 @@ from .shared.distillation import divergence
 
 
 class Imagination(nn.Module):
-    """Draws images from noise and labels: a hidden map of a quarter of the size, enlarged twice."""
+    """Generator of images from noise and labels: a hidden map of a quarter of the image's size, upsampled twice."""
 
     def __init__(self, shape: tuple[int, int, int], classes: int, noise: int, width: int = 32) -> None:
         super().__init__()
@@ -50,7 +55,7 @@ class Imagination(nn.Module):
         )
 
     def forward(self, label: Tensor) -> Tensor:
-        """Images, float [n, c, h, w] in [-1, 1]; the noise comes from torch's global stream."""
+        """Return images, float [n, c, h, w] in [-1, 1]; the noise comes from torch's global random stream."""
         noise = torch.randn(len(label), self.noise).to(label.device)
         begun = self.begin(torch.cat([noise, F.one_hot(label, self.classes).float()], 1))
         found: Tensor = self.draw(begun.view(-1, *self.hidden))
@@ -69,7 +74,7 @@ class Ensemble(nn.Module):
 
 
 def frozen(ctx: ServerContext, tensors: Tensors) -> nn.Module:
-    """The task's model with these weights, to be asked and not to be trained."""
+    """Return the task's model with these weights, in evaluation mode and without gradients."""
     model = ctx.task.build().eval().requires_grad_(False)
     model.load_state_dict(dict(tensors))
     return model.to(ctx.device)
@@ -77,7 +82,7 @@ def frozen(ctx: ServerContext, tensors: Tensors) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """The task of the generator: what the ensemble recognises and the student does not."""
+    """Task of the generator: images that the ensemble classifies with confidence and on which the student disagrees."""
 
     shape: tuple[int, int, int]
     classes: int
@@ -92,7 +97,7 @@ class _Drawing:
     def loss(self, model: nn.Module, batch: Table) -> Tensor:
         image = model(batch["label"])
         teacher, student = self.ensemble(image), self.student(image)
-        apart = (teacher.argmax(1) != student.argmax(1)).float()  # ω: where they decide differently
+        apart = (teacher.argmax(1) != student.argmax(1)).float()  # ω: 1 if their predictions differ
         far = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True).sum(1)
         found: Tensor = F.cross_entropy(teacher, batch["label"]) - self.disagreement * (apart * far).mean()
         return found
@@ -101,28 +106,28 @@ class _Drawing:
 @final
 @dataclass(frozen=True)
 class DENSE(Rounds[Model, Model, None, Model]):
-    """One-shot: the sites' models are distilled into one on images that a generator makes up from them."""
+    """Distil the sites' models into one, on images of a generator that is trained from these models."""
 
     rounds: int = 1
-    """Rounds of local training and distillation; 1 is one-shot."""
+    """Rounds of local training and distillation; 1: one-shot."""
     local: Training = Training(lr=0.02, epochs=25, max_grad_norm=1.0)
-    """A site's training in one round: in one round as much as others have in five."""
+    """Local training in one round; the default has as many epochs as five rounds of the other methods."""
     epochs: int = 12
-    """E: how often generator and student take turns."""
+    """Epochs E of generator and student training; at least 1."""
     drawing: Training = Training(optimizer="adam", lr=2e-3, steps=20, batch_size=64)
-    """The generator's training in one turn: T_G is `steps`."""
+    """Training of the generator in one epoch; T_G is `steps`."""
     images: int = 64
-    """Images that each turn adds to the pool."""
+    """Images added to the pool in one epoch; at least 1."""
     noise: int = 64
-    """Width of the generator's noise z."""
+    """Width of the generator's noise z; at least 1."""
     disagreement: float = 1.0
-    """λ_2, weight of the student's disagreement in the generator's loss."""
+    """Weight λ_2 of the student's disagreement in the generator's loss."""
     distillation: Training = Training(lr=0.01, epochs=2, batch_size=64, max_grad_norm=1.0)
-    """The student's training on the pool in one turn."""
+    """Training of the student on the pool in one epoch."""
     temperature: float = 1.0
-    """T of the distillation."""
+    """Temperature T of the distillation."""
     student: str = "average"
-    """What the student starts from: the mean of the sites' models, or the server's own (random weights; the paper's)."""
+    """Initial student: average (mean of the sites' models) or own (the server's random weights, as in the paper)."""
 
     def __post_init__(self) -> None:
         if self.student not in ("average", "own"):
@@ -155,7 +160,7 @@ class DENSE(Rounds[Model, Model, None, Model]):
         return _Drawing(shape, classes, self.noise, self.disagreement, ensemble, frozen(ctx, student))
 
     def imagine(self, ctx: ServerContext, task: _Drawing, generator: Tensors, label: Tensor) -> Table:
-        """Images of the generator in 8 bits, the ensemble's logits for them, and whether it recognises their labels."""
+        """Return generated images in 8 bits, the ensemble's logits for them, and whether its prediction is their label."""
         net = task.build().eval().to(ctx.device)
         net.load_state_dict(dict(generator))
         with seeded(spawn(ctx.rng), ctx.device), torch.no_grad():
@@ -164,7 +169,7 @@ class DENSE(Rounds[Model, Model, None, Model]):
         return {"image": image.cpu(), "logits": logits, "right": logits.argmax(1) == label}
 
     def distil(self, ctx: ServerContext) -> Loss:
-        """KL(ensemble ‖ student) on the pool."""
+        """Return the loss KL(ensemble ‖ student) on the pool."""
 
         def loss(model: nn.Module, batch: Table) -> Tensor:
             return divergence(classifier(ctx).logits(model, batch), batch["logits"], self.temperature)

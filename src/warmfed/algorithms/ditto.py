@@ -1,6 +1,8 @@
-"""Ditto. Li et al., ICML 2021, arXiv:2012.04221, Algorithm 1.
+"""Ditto: a personal model at each site, held near the global model by a proximal term.
 
-Departures: local steps are counted in epochs; the personal model gets as many (`personal`).
+Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021, arXiv:2012.04221, Algorithm 1.
+
+Departures: local steps are counted in epochs. The personal model is trained for as many epochs (`personal`).
 """
 
 from dataclasses import dataclass
@@ -15,12 +17,12 @@ from .shared.base import Averaging, Model, upload
 @final
 @dataclass(frozen=True)
 class Ditto(Averaging[Model]):
-    """FedAvg, and beside it a personal model that is held near the global one: + lam/2·||v - w^t||²."""
+    """Train the global model by FedAvg, and a personal model with the penalty lam/2·||v - w^t||²."""
 
     lam: float = 0.1
-    """Weight of the proximal term."""
+    """Weight λ of the proximal term; at least 0."""
     personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
-    """The personal model's training in one round."""
+    """Training of the personal model in one round."""
 
     def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(received.model)  # v_k

@@ -1,8 +1,13 @@
-"""FedALA, adaptive local aggregation. Zhang et al., AAAI 2023, arXiv:2212.01197, Algorithm 1.
+"""FedALA: weights, learned at each site, that mix the global model into the site's own.
 
-Before its training a site learns, element by element, how much of the global model's last layers it takes.
-η = 1 and s = 80 % are the paper's.
-Departures: the first learning ends when the loss has not fallen for `patience` passes (the paper: when it has converged).
+Zhang et al., "FedALA: Adaptive Local Aggregation for Personalized Federated Learning", AAAI 2023, arXiv:2212.01197,
+Algorithm 1.
+
+Before its local training, a site learns for each element of the last layers how much of the global model it takes. η = 1 and
+s = 80 % are the paper's.
+
+Departures: the first learning of the weights ends after `patience` passes without a lower loss; in the paper, it ends when
+the loss's spread is small.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +27,7 @@ from .shared.base import Averaging, Model, upload
 
 @message("fedala.Site")
 class Site:
-    """A site's last model and its weights of aggregation; none before they have been learned."""
+    """A site's last model and its mixing weights; the weights are None until they are learned."""
 
     model: Tensors  # Θ_i^{t-1}
     weights: Tensors | None  # W_i
@@ -30,14 +35,14 @@ class Site:
 
 @dataclass(frozen=True)
 class _Mixing:
-    """The task of W: the loss of Θ_i + (Θ - Θ_i) ⊙ W, as a function of W."""
+    """Task of W: the loss of Θ_i + (Θ - Θ_i) ⊙ W as a function of W."""
 
     task: Any
     mine: Tensors
     theirs: Tensors
 
     def build(self) -> nn.Module:
-        # the second network is a place for W: a weight of aggregation has its parameter's name
+        # The second network stores W: each weight has the name of its parameter.
         return nn.ModuleDict({"net": self.task.build(), "weight": self.task.build()})
 
     def loss(self, model: Any, batch: Table) -> Tensor:
@@ -47,23 +52,23 @@ class _Mixing:
 
 
 def mixed(mine: Tensors, theirs: Tensors, weights: Tensors) -> dict[str, Tensor]:
-    """Θ_i + (Θ - Θ_i) ⊙ W where there are weights, and Θ elsewhere."""
+    """Return Θ_i + (Θ - Θ_i) ⊙ W for the tensors that have weights, and Θ for all others."""
     return {**theirs, **{name: torch.lerp(mine[name], theirs[name], w) for name, w in weights.items()}}
 
 
 @final
 @dataclass(frozen=True)
 class FedALA(Averaging[Site]):
-    """FedAvg whose sites start from their own mixture of the global model and their last one."""
+    """Run FedAvg; each site starts from a learned mixture of the global model and its last model."""
 
     adaptive: str = "head."
-    """How the names of the tensors begin that are mixed; of all others the global model's are taken."""
+    """Prefix of the names of the tensors that are mixed; the others are the global model's."""
     share: float = 0.8
-    """s, share of a site's images that the weights are learned on."""
+    """Share s of a site's images on which the weights are learned, above 0 and at most 1."""
     eta: float = 1.0
-    """η, learning rate of the weights."""
+    """Learning rate η of the weights."""
     patience: int = 3
-    """Passes without a lower loss that end the first learning of the weights; later there is one pass a round."""
+    """Passes without a lower loss that end the first learning of the weights; at least 1. Later rounds have one pass."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1 or self.patience < 1:
@@ -83,7 +88,7 @@ class FedALA(Averaging[Site]):
         return upload(model, Site(model, weights), ctx, metrics)
 
     def learn(self, model: Tensors, state: Site, ctx: ClientContext) -> dict[str, Tensor]:
-        """W by projected gradient descent, on a part of the site's images drawn anew each round."""
+        """Return W, learned by projected gradient descent on a new random part of the site's images each round."""
         data = ctx.data["train"]
         task = _Mixing(ctx.task, to(state.model, ctx.device), to(model, ctx.device))
         inner = replace(solving(ctx, task), rng=fork(ctx.rng, "weights"))

@@ -1,9 +1,12 @@
-"""FedAMP and HeurFedAMP. Huang et al., AAAI 2021, arXiv:2007.03797, Algorithm 1 and Section "HeurFedAMP".
+"""FedAMP and HeurFedAMP: a mixture of models for each site, weighted by similarity.
 
-The server mixes for each site a model of its own, in which similar sites weigh more: attentive message passing.
-Departures: the proximal problem is solved by a fixed number of epochs from the site's own last model; a
-site that has not been asked yet is sent the mean of the models there are. Defaults are ours:
-HeurFedAMP, which the paper proposes for deep networks, with the weight `itself` of a site's own model.
+Huang et al., "Personalized Cross-Silo Federated Learning on Non-IID Data", AAAI 2021, arXiv:2007.03797, Algorithm 1 and
+Section "HeurFedAMP".
+
+The default is HeurFedAMP, which the paper proposes for deep networks. The defaults of σ, ξ_ii (`itself`) and λ are ours.
+
+Departures: a fixed number of epochs from the site's last model solves the proximal problem. A site without a model yet
+receives the mean of the known models.
 """
 
 import math
@@ -24,9 +27,9 @@ from .shared.base import Model, Rounds, upload
 
 @message("fedamp.Server")
 class Server:
-    """By site, its last model and what the server has mixed for it; and what a site is sent that has no model yet."""
+    """The last model and the mixture of each site, and the model for a site that has none yet."""
 
-    start: Tensors  # random weights, then the mean of the sites' models
+    start: Tensors  # random weights; later the mean of the sites' models
     personal: Mapping[str, Tensors]  # w_i
     cloud: Mapping[str, Tensors]  # u_i
 
@@ -34,18 +37,18 @@ class Server:
 @final
 @dataclass(frozen=True)
 class FedAMP(Rounds[Server, Model, Model, Model]):
-    """Each site trains near its own mixture of all sites' models; there is no global model."""
+    """Train each site's model near its own mixture of all sites' models; no global model."""
 
     attention: str = "cosine"
-    """How similar two models are: distance (FedAMP) or cosine (HeurFedAMP)."""
+    """Similarity of two models: distance (FedAMP) or cosine (HeurFedAMP)."""
     sigma: float = 10.0
-    """σ: the width of A(x) = 1 - exp(-x/σ) in the squared distance, or the factor of the cosine."""
+    """Width σ of A(x) = 1 - exp(-x/σ) in the squared distance, or factor of the cosine; above 0."""
     alpha: float = 1.0
-    """α_k, the step of the mixing (distance)."""
+    """Step α_k of the mixing; above 0; used by distance."""
     itself: float = 0.5
-    """ξ_ii, the weight of a site's own model (cosine)."""
+    """Weight ξ_ii of a site's own model, from 0 to 1; used by cosine."""
     lam: float = 0.1
-    """λ: a site's loss has λ/(2α_k)·||w - u_i||² added; with the cosine, α_k is 1."""
+    """Weight λ: the local loss adds λ/(2α_k)·||w - u_i||²; with cosine, α_k is 1."""
 
     def __post_init__(self) -> None:
         if self.attention not in ("distance", "cosine"):
@@ -78,7 +81,11 @@ class FedAMP(Rounds[Server, Model, Model, Model]):
         return Server(start, personal, cloud), {"own_weight": weight.diagonal().mean().item()}
 
     def weights(self, models: list[Tensor]) -> Tensor:
-        """ξ, float64 [sites, sites]: each row sums to one. `models` are flat."""
+        """Return ξ, float64 [sites, sites], whose rows sum to 1.
+
+        Args:
+            models: flat models of the sites.
+        """
         flat, count = torch.stack(models), len(models)
         if count == 1:
             return torch.ones(1, 1, dtype=torch.float64)

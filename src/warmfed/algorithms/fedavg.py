@@ -1,6 +1,9 @@
-"""FedAvg. McMahan et al., AISTATS 2017, arXiv:1602.05629, Algorithm 1.
+"""FedAvg: the weighted average of local models.
 
-Departures: none. The personal model is the global one.
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
+arXiv:1602.05629, Algorithm 1.
+
+Departures: none. The personal model is the global model.
 """
 
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from .shared.base import Averaging, Model, upload
 @final
 @dataclass(frozen=True)
 class FedAvg(Averaging[None]):
-    """Local training from the global model, then the mean weighted by the sites' numbers of images."""
+    """Train locally from the global model and average the models, weighted by the sites' numbers of images."""
 
     def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])

@@ -1,7 +1,11 @@
-"""FedBABU. Oh et al., ICLR 2022, arXiv:2106.06042, Algorithm 1.
+"""FedBABU: a shared body under a fixed head, then fine-tuning at each site.
 
-Departures: the head is drawn by the server and travels down with the body, so that all sites have one. Fine-tuning trains the
-whole model, which the paper found best.
+Oh et al., "FedBABU: Toward Enhanced Representation for Federated Image Classification", ICLR 2022, arXiv:2106.06042,
+Algorithm 1.
+
+Fine-tuning trains the whole model, which the paper found best.
+
+Departures: the server initialises the head and broadcasts it with the body, so that all sites have the same one.
 """
 
 from dataclasses import dataclass
@@ -16,7 +20,7 @@ from .shared.base import Model, Personalized, expect
 
 @message("fedbabu.Body")
 class Body:
-    """All of a model but its head."""
+    """A model without its head."""
 
     model: Tensors
 
@@ -24,12 +28,12 @@ class Body:
 @final
 @dataclass(frozen=True)
 class FedBABU(Personalized[Body]):
-    """Only the body is trained and averaged, under a head that stays as it was drawn; the sites fine-tune both at the end."""
+    """Train and average the body under a fixed random head; at the end, each site fine-tunes both."""
 
     head: str = "head."
-    """How the names of the tensors begin that stay as they were drawn until then."""
+    """Prefix of the names of the tensors that stay fixed until the fine-tuning."""
     personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
-    """That fine-tuning."""
+    """Fine-tuning at the end."""
     replies: ClassVar[tuple[type, ...]] = (Body,)
 
     def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Body]:

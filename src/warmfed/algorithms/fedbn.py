@@ -1,7 +1,10 @@
-"""FedBN. Li et al., ICLR 2021, arXiv:2102.07623, Algorithm 1.
+"""FedBN: FedAvg with private normalisation layers.
 
-Departures: the paper keeps batch normalisation at the sites, its statistics included. Any normalisation layer is kept here;
-the house's networks have GroupNorm, which has no statistics to keep: what stays is its scales and shifts.
+Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", ICLR 2021, arXiv:2102.07623,
+Algorithm 1.
+
+Departures: the paper keeps batch normalisation at the sites, running statistics included. Here, normalisation layers of every
+kind are private. The built-in networks use GroupNorm, which has no running statistics; its scales and shifts are private.
 """
 
 from collections.abc import Callable
@@ -22,10 +25,10 @@ NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 @final
 @dataclass(frozen=True)
 class FedBN(PartlyShared):
-    """FedAvg, except that the normalisation layers are each site's own."""
+    """Run FedAvg; the normalisation layers are private to each site."""
 
     def mine(self, task: Task) -> Callable[[str], bool]:
-        with torch.device("meta"):  # only names are needed: no weights, and nothing drawn for them
+        with torch.device("meta"):  # build names only, without weights or random draws
             modules = task.build().named_modules()
         layers = [(path, layer) for path, layer in modules if isinstance(layer, NORMALISATION)]
         if not layers:

@@ -1,13 +1,16 @@
-"""FedBSD. Wang et al., ACM MMAsia 2023, arXiv:2409.15636, "Personalized Federated Learning via Backbone Self-Distillation".
+"""FedBSD: distillation from the global backbone into each site's own backbone.
 
-Backbones are averaged, heads are private. Each round the global backbone is the frozen teacher and the site's own the student:
+Wang et al., "Personalized Federated Learning via Backbone Self-Distillation", ACM MMAsia 2023, arXiv:2409.15636.
 
-    head:      min_ψ  CE(g(φ(x; θ̄); ψ), y)                                the head learns on the teacher's features
-    backbone:  min_θ  CE(g(φ(x; θ); ψ), y) + λ·D(φ(x; θ), φ(x; θ̄))        and the student under that head
+The full text and code were not available; this reading follows the abstract and summaries. Backbones are averaged, heads are
+private. In each round, the global backbone is the frozen teacher and the site's own backbone the student:
 
-Departures: only the abstract and summaries were at hand, and no code: the order of the two, D, its weight and the student's
-start are our reading. The student may start as the site's own backbone of the round before, through which the global one
-reaches it only by D, or as the global one, where D is a proximal term on features.
+    head:      min_ψ  CE(g(φ(x; θ̄); ψ), y)                                train the head on the teacher's features
+    backbone:  min_θ  CE(g(φ(x; θ); ψ), y) + λ·D(φ(x; θ), φ(x; θ̄))        train the student under that head
+
+Departures: the order of the two trainings, D, its weight and the student's start are ours. With `start` own, the student
+continues from the site's own backbone and D is its only link to the global one. With `start` global, it starts as a copy
+of its teacher, and D is a proximal term on features.
 """
 
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ from .shared.distillation import divergence
 
 
 def distance(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:
-    """D: how far features float [n, width] are from the teacher's, mean over rows: kl, mse or cosine."""
+    """Return D, the distance of features float [n, width] to the teacher's, mean over rows, by kl, mse or cosine."""
     match kind:
         case "kl":
             return divergence(student, teacher, temperature)
@@ -39,20 +42,20 @@ def distance(student: Tensor, teacher: Tensor, kind: str, temperature: float) ->
 @final
 @dataclass(frozen=True)
 class FedBSD(SplitByName):
-    """A shared backbone teaches each site's own, feature by feature; heads never leave the sites."""
+    """Distil a shared backbone into each site's own, on features; heads never leave the sites."""
 
     start: str = "own"
-    """What the student starts from: its own previous backbone (own), or the global one (global)."""
+    """Student's initial weights: own (the site's previous backbone) or global (the global backbone)."""
     distance: str = "kl"
-    """D: kl (of the features' softmax), mse or cosine."""
+    """Distance D: kl (of the softmax of the features), mse or cosine."""
     temperature: float = 2.0
-    """T of kl."""
+    """Temperature T of kl."""
     weight: float = 1.0
-    """λ, the weight of D."""
+    """Weight λ of D; at least 0."""
     head: Training = Training(lr=0.02, epochs=1, max_grad_norm=1.0)
-    """The head's training in one round."""
+    """Training of the head in one round."""
     local: Training = Training(lr=0.02, epochs=4, max_grad_norm=1.0)
-    """The backbone's training in one round, after the head's."""
+    """Training of the backbone in one round, after the head's."""
 
     def __post_init__(self) -> None:
         one_of(self, start=("own", "global"), distance=("kl", "mse", "cosine"))
@@ -69,7 +72,7 @@ class FedBSD(SplitByName):
         return upload(only(model, shared), Model(model), ctx, {**metrics, "head_loss": info["loss"]})
 
     def taught(self, ctx: ClientContext, student: nn.Module, batch: Table) -> Tensor:
-        """Cross-entropy + λ·D."""
+        """Return cross-entropy + λ·D."""
         features = classifier(ctx).embed(student, batch)  # φ(x; θ)
         far = distance(features, batch["wanted"], self.distance, self.temperature)
         return F.cross_entropy(student.get_submodule("head")(features), batch["label"]) + self.weight * far

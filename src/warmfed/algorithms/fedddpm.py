@@ -1,14 +1,16 @@
-"""FedDDPM and FedDDPM+. Peng, Wang, Chen, Rao, Shen, Jiang, IEEE TCCN 2025, arXiv:2503.06426.
+"""FedDDPM and FedDDPM+: federated diffusion models, corrected on an auxiliary set.
 
-Each site trains a diffusion model of its own well and uploads it once; the server samples from all of them an auxiliary set
-that looks like everybody's data together. Rounds of FedAvg on the diffusion loss follow, and after every aggregation the server
-trains the mean on the auxiliary set. FedDDPM+ does that only where learning is slow, and then once.
-The paper's full text and code are not public: this is a reading of its abstract and of summaries.
+Peng, Wang, Chen, Rao, Shen, Jiang, "Federated Learning for Diffusion Models", IEEE TCCN 2025, arXiv:2503.06426.
 
-Departures: the paper's trigger is unknown; ours is the relative progress of the loss on a held-out tenth of the auxiliary
-set, or the size of an update, or how far the sites' updates point apart. `corrections` and `wait` offer both readings of
-"one-shot". `decay` lets the server's training grow gentle over the rounds: where it stays strong, the last model is no better
-than the auxiliary set.
+The full text and code are not public; this reading follows the abstract and summaries. Each site trains its own diffusion
+model to convergence and uploads it once. The server samples an auxiliary set from all of them, which approximates the global
+distribution. Rounds of FedAvg on the diffusion loss follow. After each aggregation, the server trains the averaged model on
+the auxiliary set. FedDDPM+ does so only if learning is slow, and then once.
+
+Departures: the paper's trigger is unknown. Ours is the relative progress of the loss on a held-out tenth of the auxiliary
+set, the relative size of an update, or the agreement of the sites' updates. `corrections` and `wait` offer both readings of
+"one-shot". `decay` lowers the server's learning rate over the rounds. Without it, the last model is no better than the
+auxiliary set.
 """
 
 from collections.abc import Mapping
@@ -32,20 +34,20 @@ SIGNALS = ("progress", "update", "dispersion")
 
 @message("fedddpm.Server")
 class Server:
-    """What the server keeps between stages."""
+    """The server's state between stages."""
 
     model: Tensors  # w_r
-    locals: Mapping[str, Tensors]  # v_k, until D_aux is drawn
-    labels: Tensors  # how often each class occurs, by site
-    auxiliary: Tensors  # D_aux, what is trained on
-    held: Tensors  # D_aux, what the progress is measured on
-    signals: tuple[float, ...]  # of every round so far
+    locals: Mapping[str, Tensors]  # v_k, until D_aux is sampled
+    labels: Tensors  # class counts, by site
+    auxiliary: Tensors  # training part of D_aux
+    held: Tensors  # held-out part of D_aux
+    signals: tuple[float, ...]  # of all rounds so far
     corrected: tuple[int, ...]  # rounds after which the server has trained
 
 
 @message("fedddpm.Drawing")
 class Drawing:
-    """A site's own diffusion model, and what it needs to be sampled: how often each class occurs."""
+    """A site's own diffusion model, and its class counts, which sampling needs."""
 
     model: Tensors
     labels: tuple[int, ...]
@@ -54,39 +56,39 @@ class Drawing:
 @final
 @dataclass(frozen=True)
 class FedDDPM(Combined[Server, Model, None, Model]):
-    """Local diffusion models, an auxiliary set of their samples, and rounds that are corrected on it at the server."""
+    """Train diffusion models at the sites, sample an auxiliary set from them, and correct each round on it."""
 
     rounds: int = 10
-    """R, rounds of training."""
+    """Training rounds R."""
     local: Training = DRAWING
-    """A site's training in one round."""
+    """Local training in one round."""
     first: Training = Training(
         optimizer="adam", lr=1e-3, epochs=60, batch_size=32, schedule="cosine", warmup=20, max_grad_norm=1.0, ema_decay=0.99
     )
-    """A site's training of its own model, before the rounds (E_0)."""
+    """Training E_0 of a site's own model, before the rounds."""
     share: float = 0.1
-    """Size of the auxiliary set, as a share of the sites' images (M)."""
+    """Size M of the auxiliary set, as a share of the sites' images; above 0."""
     server: Training = Training(optimizer="adam", lr=2e-4, epochs=1, batch_size=32, max_grad_norm=1.0)
-    """The server's training on the auxiliary set after an aggregation (E_s)."""
+    """Training E_s of the server on the auxiliary set after an aggregation."""
     decay: float = 1.0
-    """Factor on the learning rate of `server` from one round to the next: below 1, the auxiliary set leads the first rounds and
-    the sites' images the last ones."""
+    """Factor on the learning rate of `server` from one round to the next, above 0 and at most 1. Below 1, the auxiliary set
+    dominates the first rounds and the sites' images the last ones."""
     correct: str = "every"
-    """When it takes place: every (FedDDPM: after every aggregation), slow (FedDDPM+: where learning is slow), never, or only:
-    the control in which no site trains, and in each round the server gives `local` to the auxiliary set."""
+    """Rounds with a correction: every (FedDDPM), slow (FedDDPM+: only if learning is slow), never, or only. With only, no site
+    trains; the server trains on the auxiliary set by `local` in each round."""
     correction: Training = Training(optimizer="adam", lr=2e-4, epochs=5, batch_size=32, max_grad_norm=1.0)
-    """The server's training where learning was slow (E_c)."""
+    """Training E_c of the server if learning was slow."""
     signal: str = "progress"
-    """What tells slow learning: progress (of the held-out auxiliary loss, relative), update (‖w̄ - w‖/‖w‖) or dispersion (mean
-    cosine between the sites' updates): it is slow where the signal is below `slow`."""
+    """Signal of slow learning: progress (relative, of the held-out auxiliary loss), update (‖w̄ - w‖/‖w‖) or dispersion (mean
+    cosine between the sites' updates and their mean). Learning is slow if the signal is below `slow`."""
     slow: float = 0.005
-    """ε_slow."""
+    """Threshold ε_slow of the signal."""
     window: int = 5
-    """q: progress compares the mean of the last q rounds with that of the q before."""
+    """Window q in rounds: progress compares the mean of the last q rounds with the mean of the q before; at least 1."""
     corrections: int = 1
-    """How many corrections a run makes at the most; 0: any number."""
+    """Maximum number of corrections in a run; 0: no limit."""
     wait: int = 5
-    """Rounds after a correction in which none follows."""
+    """Rounds after a correction without another."""
 
     def __post_init__(self) -> None:
         one_of(self, correct=("every", "slow", "never", "only"), signal=SIGNALS)
@@ -109,7 +111,7 @@ class FedDDPM(Combined[Server, Model, None, Model]):
     def broadcast(self, server: Server, site: str) -> Model:
         return Model(server.model)
 
-    # local: each site learns its own images well
+    # local: each site trains its own model
 
     def draw(self, received: Empty, state: None, ctx: ClientContext) -> Reply[Drawing]:
         data = ctx.data["train"]
@@ -125,7 +127,7 @@ class FedDDPM(Combined[Server, Model, None, Model]):
         labels = {site: counted(torch.tensor(reply.message.labels), reply.weight) for site, reply in replies.items()}
         return replace(server, locals={site: r.message.model for site, r in replies.items()}, labels=labels), {}
 
-    # auxiliary: the server draws from all of them, in proportion to the sites' images
+    # auxiliary: the server samples all models, in proportion to the sites' images
 
     def auxiliary(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         drawn: list[dict[str, torch.Tensor]] = []
@@ -146,7 +148,7 @@ class FedDDPM(Combined[Server, Model, None, Model]):
         metrics["samples"] = float(rows(table))
         return replace(server, locals={}, auxiliary=trained, held=held), metrics
 
-    # train: FedAvg, and the server's correction
+    # train: FedAvg and the server's correction
 
     def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])  # w_{r+1}^k
@@ -185,7 +187,7 @@ class FedDDPM(Combined[Server, Model, None, Model]):
                 return held
 
     def _slow(self, server: Server, signals: tuple[float, ...]) -> bool:
-        """Whether learning is slow now, and a correction is due."""
+        """Return whether learning is slow and a correction is due."""
         spent = self.corrections and len(server.corrected) >= self.corrections
         waiting = bool(server.corrected) and len(signals) - 1 - server.corrected[-1] <= self.wait
         if self.correct != "slow" or spent or waiting:

@@ -1,11 +1,15 @@
-"""FedDEO, description-enhanced one-shot federated learning. Yang et al., ACM Multimedia 2024, arXiv:2407.19953.
+"""FedDEO: a warm start from learned descriptions of the classes.
 
-Each site learns a description of each of its classes, a prompt embedding under which the frozen denoiser draws the site's
-images, and uploads nothing else; the server samples by the descriptions and trains a classifier on the samples.
-The paper's text was not at hand: this is a reading of its abstract and of the authors' code for the server.
-Departures: AdamW and minibatches in place of SGD with learning rate 10 on single images; guidance towards the description
-alone (the authors' sampler adds that towards the class's text, at which a description begins); the samples are filtered as
-WarmFed's are. `rounds` of FedAvg with fine-tuning on the samples follow, as FGL's do; 0 is the paper's one-shot form.
+Yang et al., "FedDEO: Description-Enhanced One-Shot Federated Learning with Diffusion Models", ACM Multimedia 2024,
+arXiv:2407.19953.
+
+The full text was not available. This reading follows the abstract and the authors' server code. Each site learns a
+description of each of its classes: a prompt embedding under which the frozen denoiser samples the site's images. The site
+uploads the descriptions and nothing else. The server samples under them and trains a classifier on the samples.
+`rounds` of FedAvg with fine-tuning on the samples follow, as in FGL; 0 is the paper's one-shot form.
+
+Departures: AdamW on minibatches replaces SGD with learning rate 10 on single images. Guidance is towards the description
+alone; the authors' sampler also guides towards the class's text. The samples are filtered as in WarmFed.
 """
 
 from dataclasses import dataclass
@@ -19,12 +23,12 @@ from .shared.synthetic_data import AdapterUpload, WarmStarted
 @final
 @dataclass(frozen=True)
 class FedDEO(WarmStarted[AdapterUpload]):
-    """Warm start from the sites' learned class descriptions, without any weights."""
+    """Train a classifier on samples of learned class descriptions, then run FedAvg; sites send no adapter weights."""
 
     images: ClassVar[bool] = False
 
     description: Training = Training(optimizer="adamw", lr=3e-2, epochs=12, schedule="cosine", warmup=5, max_grad_norm=1.0)
-    """A site's training of its descriptions."""
+    """Training of a site's class descriptions."""
 
     @property
     def needs_generator(self) -> GeneratorSpec:

@@ -1,12 +1,14 @@
-"""FedDiffuse. De Goede, Cox, Decouchant, 2024, arXiv:2406.12575: FULL, USPLIT, ULATDEC and UDEC.
+"""FedDiffuse: FedAvg of a diffusion model of which only a part is exchanged.
 
-FedAvg of a diffusion model of which only a part travels. The network has three parts: encoder, bottleneck, decoder. Each part
-that came back is averaged over the sites that returned it; what does not travel is a site's own.
-All sites begin with one model: the first message holds all of it.
+De Goede, Cox, Decouchant, "Training Diffusion Models with Federated Learning", 2024, arXiv:2406.12575: FULL, USPLIT, ULATDEC
+and UDEC.
 
-Departures: the pairs of USPLIT are drawn among all sites, before a round's cohort is; where nobody returns a part, it stays as
-it was. What embeds time and class belongs to the encoder, what makes the output to the decoder (the paper does not say).
-A transformer has no bottleneck by itself: its one or two middle blocks count as one.
+The network has three parts: encoder, bottleneck, decoder. The server averages each part over the sites that returned it.
+A part that is not exchanged is private to its site. All sites start from one model: the first message holds all of it.
+
+Departures: USPLIT pairs all sites, before the cohort of a round is drawn. A part that no site returns stays unchanged. Time and
+class embeddings belong to the encoder, output layers to the decoder; the paper does not say. A transformer has no bottleneck;
+its one or two middle blocks take that role.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +29,7 @@ TRAVELS = {"full": PARTS, "usplit": PARTS, "ulatdec": PARTS[1:], "udec": PARTS[2
 
 @message("feddiffuse.Server")
 class Server:
-    """What travels (at first the whole model), and who returns which part in the next round."""
+    """The exchanged parts (at first the whole model), and the sites that return each part in the next round."""
 
     model: Tensors
     encoder: tuple[str, ...]
@@ -37,7 +39,7 @@ class Server:
 
 @message("feddiffuse.Asked")
 class Asked:
-    """What a site trains from, and the parts that it is to return."""
+    """The model that a site trains from, and the parts that it must return."""
 
     model: Tensors
     parts: tuple[str, ...]
@@ -45,7 +47,7 @@ class Asked:
 
 @message("feddiffuse.Returned")
 class Returned:
-    """The parts that a site was asked for."""
+    """The parts that a site was asked to return."""
 
     model: Tensors
 
@@ -53,13 +55,13 @@ class Returned:
 @final
 @dataclass(frozen=True)
 class FedDiffuse(Combined[Server, Asked, Model | None, Returned]):
-    """FedAvg of a part of the network."""
+    """Run FedAvg on some parts of the network; keep the others at the sites."""
 
     local: Training = DRAWING
-    """A site's training in one round."""
+    """Local training in one round."""
     exchange: str = "full"
-    """full: the whole network both ways; usplit: all of it down, and of each pair of sites one returns the decoder, the other
-    the encoder; ulatdec: bottleneck and decoder; udec: the decoder."""
+    """Exchanged parts: full (the whole network both ways), usplit (the whole network down; of each pair, one site returns the
+    decoder and the other the encoder), ulatdec (bottleneck and decoder) or udec (the decoder)."""
     replies: ClassVar[tuple[type, ...]] = (Returned,)
 
     def __post_init__(self) -> None:
@@ -71,14 +73,14 @@ class FedDiffuse(Combined[Server, Asked, Model | None, Returned]):
 
     @property
     def private(self) -> tuple[str, ...]:
-        """The parts that stay with the sites."""
+        """The parts that stay at the sites."""
         return tuple(part for part in PARTS if part not in TRAVELS[self.exchange])
 
     def init(self, ctx: ServerContext) -> Server:
         return self.turn(ctx.task.init(ctx.rng), ctx)
 
     def turn(self, model: Tensors, ctx: ServerContext) -> Server:
-        """The model, and who returns what of it."""
+        """Return the server's state: the model, and the sites that return each part."""
         if self.exchange != "usplit":
             return Server(model, *(ctx.sites if part in TRAVELS[self.exchange] else () for part in PARTS))
         if len(ctx.sites) == 1:
@@ -87,7 +89,7 @@ class FedDiffuse(Combined[Server, Asked, Model | None, Returned]):
         halves: tuple[list[str], ...] = ([], [], [])
         for pair in (order[i : i + 2] for i in range(0, len(order), 2)):
             coin, turned = torch.randint(2, (2,), generator=ctx.rng).tolist()
-            # who has no partner returns up or down, and the bottleneck
+            # A site without a partner returns encoder or decoder, and the bottleneck.
             for site, end in zip(pair, (2, 0) if turned else (0, 2), strict=False):
                 halves[end].append(site)
             halves[1].append(pair[coin % len(pair)])
@@ -96,7 +98,7 @@ class FedDiffuse(Combined[Server, Asked, Model | None, Returned]):
     def broadcast(self, server: Server, site: str) -> Asked:
         return Asked(server.model, tuple(part for part in PARTS if site in getattr(server, part)))
 
-    # start: the sites keep what will not travel
+    # start: the sites store their private parts
 
     def init_client_state(self, received: Asked, ctx: ClientContext) -> Model | None:
         return Model(only(received.model, lambda name: denoiser(ctx).part(name) in self.private)) if self.private else None
@@ -130,7 +132,7 @@ class FedDiffuse(Combined[Server, Asked, Model | None, Returned]):
         return self.turn(model, ctx), {}
 
     def of(self, part: str, reply: Reply[Returned], ctx: ServerContext) -> Reply[Returned]:
-        """The reply, of whose model there is one part."""
+        """Return the reply, reduced to one part of its model."""
         return replace(reply, message=Returned(only(reply.message.model, lambda name: denoiser(ctx).part(name) == part)))
 
     def global_model(self, server: Server) -> Tensors | None:

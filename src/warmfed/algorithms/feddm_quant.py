@@ -1,10 +1,13 @@
-"""FedDM-quant. Vora, Bouacida, Krishnan, Mohapatra, 2024, arXiv:2407.14730: FedAvg of a diffusion model, updates quantized.
+"""FedDM-quant: FedAvg of a diffusion model with quantized updates.
 
-A site sends how its model has changed, each tensor as whole numbers of a few bits with the step between them. FedDM-vanilla is
+Vora, Bouacida, Krishnan, Mohapatra, "FedDM: Enhancing Communication Efficiency and Handling Data Heterogeneity in Federated
+Diffusion Models", 2024, arXiv:2407.14730.
+
+A site sends the change of its model. Each tensor becomes integers of a few bits and the step between them. FedDM-vanilla is
 FedAvg on this task, FedDM-prox is FedProx.
 
-Departures: only the upload is quantized, by an affine grid over each tensor's range, rounded at random so that its
-expectation is what it was (QSGD, Alistarh et al., NeurIPS 2017, arXiv:1610.02132). Numbers of 1, 2 and 4 bits share a byte.
+Departures: only uploads are quantized. The grid is affine over each tensor's range. Rounding is stochastic, so that the
+expectation equals the value (QSGD, Alistarh et al., NeurIPS 2017, arXiv:1610.02132). Codes of 1, 2 and 4 bits share a byte.
 """
 
 from dataclasses import dataclass, replace
@@ -26,18 +29,18 @@ BITS = (0, 1, 2, 4, 8)
 
 @message("quantized.Quantized")
 class Quantized:
-    """A change of the model in whole numbers; tensors that are not floating-point travel as they are."""
+    """A quantized change of the model; tensors that are not floating-point are sent as they are."""
 
-    codes: Tensors  # uint8, 8/bits numbers in each byte
-    grids: Tensors  # float32 [2]: the lowest value and the step
+    codes: Tensors  # uint8, 8/bits codes per byte
+    grids: Tensors  # float32 [2]: lowest value and step
     plain: Tensors
 
 
 def quantize(values: Tensor, bits: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(codes, grid): each value becomes one of the two grid points beside it, so that its expectation is the value.
+    """Return codes and grid: each value is rounded at random to a neighbouring grid point, and keeps its expectation.
 
     Returns:
-        uint8 [ceil(n·bits/8)] and float32 [2], the lowest value and the step.
+        Codes, uint8 [ceil(n·bits/8)], and grid, float32 [2]: lowest value and step.
     """
     low = values.min()
     step = (values.max() - low) / (2**bits - 1)
@@ -49,7 +52,7 @@ def quantize(values: Tensor, bits: int, rng: torch.Generator) -> tuple[Tensor, T
 
 
 def restore(codes: Tensor, grid: Tensor, bits: int, like: Tensor) -> Tensor:
-    """The values that `quantize` has put on the grid, in the shape and type of `like`."""
+    """Return the values that `quantize` rounded to the grid, in the shape and dtype of `like`."""
     number = (codes[:, None] >> (bits * torch.arange(8 // bits, dtype=torch.uint8))) & (2**bits - 1)
     found: Tensor = (grid[0] + number.flatten()[: like.numel()] * grid[1]).to(like.dtype).view(like.shape)
     return found
@@ -58,12 +61,12 @@ def restore(codes: Tensor, grid: Tensor, bits: int, like: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True)
 class FedDMQuant(Combined[Model, Model, None, Quantized | Model]):
-    """FedAvg whose sites send their changes in a few bits."""
+    """Run FedAvg with updates of a few bits."""
 
     local: Training = DRAWING
-    """A site's training in one round."""
+    """Local training in one round."""
     bits: int = 8
-    """Bits of a number: 8, 4, 2 or 1; 0: changes are not quantized, and this is FedAvg."""
+    """Bits per number: 8, 4, 2 or 1; 0: no quantization, which is FedAvg."""
     replies: ClassVar[tuple[type, ...]] = (Quantized, Model)
 
     def __post_init__(self) -> None:
@@ -90,7 +93,7 @@ class FedDMQuant(Combined[Model, Model, None, Quantized | Model]):
             raise InputError(f"it sent {kind(type(reply.message))}, expected its change in {self.bits} bits")
         if not self.bits:
             return
-        with torch.device("meta"):  # only shapes are needed
+        with torch.device("meta"):  # build shapes only, without weights
             model = ctx.task.build().state_dict()
             floating = {name: value.numel() for name, value in model.items() if value.is_floating_point()}
             codes = {name: torch.empty(-(-n * self.bits // 8), dtype=torch.uint8) for name, n in floating.items()}

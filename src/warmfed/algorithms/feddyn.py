@@ -1,6 +1,8 @@
-"""FedDyn. Acar et al., ICLR 2021, arXiv:2111.04263, Algorithm 1.
+"""FedDyn: local losses with a dynamic regulariser.
 
-Departures: the local problem is solved by a fixed number of epochs, not to its minimum.
+Acar et al., "Federated Learning Based on Dynamic Regularization", ICLR 2021, arXiv:2111.04263, Algorithm 1.
+
+Departures: a fixed number of epochs solves the local problem, not a search for its minimum.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from .shared.base import Model, Rounds, upload
 
 @message("feddyn.Server")
 class Server:
-    """The model, and the running sum of how far the sites' models went."""
+    """The global model, and the running sum h of the sites' drifts."""
 
     model: Tensors  # θ
     drift: Tensors  # h
@@ -24,7 +26,7 @@ class Server:
 
 @message("feddyn.Gradient")
 class Gradient:
-    """The gradient of a site's loss at its last model, as the proximal problem's solution tells it."""
+    """The gradient of a site's loss at its last model, implied by the solution of the proximal problem."""
 
     gradient: Tensors  # ∇L_k(θ_k)
 
@@ -32,10 +34,10 @@ class Gradient:
 @final
 @dataclass(frozen=True)
 class FedDyn(Rounds[Server, Model, Gradient, Model]):
-    """Local losses regularised anew each round, so that their minima move towards the minimum of the sum."""
+    """Regularise the local losses each round, so that their minima move towards the minimum of their sum."""
 
     alpha: float = 0.01
-    """α (the authors' code for CIFAR-10: 0.01)."""
+    """Weight α of the regulariser; above 0 (the authors' code for CIFAR-10: 0.01)."""
 
     def __post_init__(self) -> None:
         if self.alpha <= 0:

@@ -1,8 +1,12 @@
-"""FedNova. J. Wang et al., NeurIPS 2020, arXiv:2007.07481, Algorithm 1.
+"""FedNova: FedAvg of updates normalised by local steps.
 
-Sites that take more steps pull a plain average towards themselves. Here each sends the mean of its gradients, and the server
-goes the mean length in their mean direction.
-Departures: none; with momentum ‖a_i‖₁ is the paper's (section 4), without it the number of steps. No server momentum.
+J. Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", NeurIPS 2020,
+arXiv:2007.07481, Algorithm 1.
+
+Sites with more local steps bias a plain average. Here each site sends its mean gradient. The server moves the mean length in
+their mean direction. With momentum, ‖a_i‖₁ is that of the paper's section 4; without it, the number of steps.
+
+Departures: none. There is no server momentum.
 """
 
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ from .shared.base import Model, Rounds, expect
 
 @message("fednova.Normalized")
 class Normalized:
-    """A site's change per accumulated gradient, and how many it accumulated."""
+    """A site's change per accumulated gradient, and the number of accumulated gradients."""
 
     direction: Tensors  # -η·d_i = (y_i - x)/‖a_i‖₁
     accumulated: float  # ‖a_i‖₁
@@ -27,12 +31,12 @@ class Normalized:
 @final
 @dataclass(frozen=True)
 class FedNova(Rounds[Model, Model, None, Normalized]):
-    """FedAvg of normalized changes: how many steps a site takes no longer decides how much it counts."""
+    """Average normalised updates, so that a site's number of local steps does not set its weight."""
 
     replies: ClassVar[tuple[type, ...]] = (Normalized,)
 
     def __post_init__(self) -> None:
-        self.local.accumulated(1)  # refuses a training whose steps are no sum of gradients
+        self.local.accumulated(1)  # raises unless the steps are a sum of gradients
 
     def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Normalized]:
         data = ctx.data["train"]
@@ -43,7 +47,7 @@ class FedNova(Rounds[Model, Model, None, Normalized]):
 
     def check(self, reply: Reply[Normalized], site: str, ctx: ServerContext) -> None:
         expect(reply.message.direction, ctx)
-        # the weight is a number of rows by now, at most those that the site has declared
+        # The admission policy has bounded the weight by the rows that the site declared.
         most = self.local.accumulated(int(reply.weight))
         if not 0 < reply.message.accumulated <= most:
             raise InputError(f"it accumulated {reply.message.accumulated} gradients, expected at most {most}")

@@ -1,8 +1,12 @@
-"""FedAvgM, FedAdam and FedYogi: the sites' mean change is a gradient to the server, which has an optimizer of its own.
+"""FedAvgM, FedAdam and FedYogi: an optimizer at the server.
 
-Hsu et al., 2019, arXiv:1909.06335 (FedAvgM); Reddi et al., ICLR 2021, arXiv:2003.00295, Algorithm 2 (FedAdam, FedYogi).
-Departures: the paper chooses the server's lr for each data set; the defaults here are chosen on `digits4` (`warmfed sweep`).
-There is no correction of the moments' start, as in the paper.
+Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019,
+arXiv:1909.06335 (FedAvgM); Reddi et al., "Adaptive Federated Optimization", ICLR 2021, arXiv:2003.00295, Algorithm 2 (FedAdam,
+FedYogi).
+
+The mean change Δ of the sites' models is the server's gradient. As in the paper, the moments have no bias correction.
+
+Departures: the paper tunes the server's learning rate for each data set; the defaults here were chosen on `digits4`.
 """
 
 from dataclasses import dataclass
@@ -20,7 +24,7 @@ from .shared.base import Combined, Model, upload
 
 @message("server_optimizer.Server")
 class Server:
-    """The model and the optimizer's moments."""
+    """The global model and the optimizer's moments."""
 
     model: Tensors  # x
     first: Tensors  # m
@@ -29,18 +33,18 @@ class Server:
 
 @dataclass(frozen=True)
 class ServerOptimizer:
-    """What the server does with Δ, the mean change of the sites' models."""
+    """The server's update along Δ, the mean change of the sites' models."""
 
     name: str = "momentum"
-    """momentum (FedAvgM), adam or yogi."""
+    """Optimizer: momentum (FedAvgM), adam or yogi."""
     lr: float = 1.0
-    """η, the server's learning rate."""
+    """Learning rate η of the server."""
     beta1: float = 0.9
-    """β₁ of the first moment (momentum: its β)."""
+    """Decay β₁ of the first moment; β of momentum."""
     beta2: float = 0.99
-    """β₂ of the second moment."""
+    """Decay β₂ of the second moment; used by adam and yogi."""
     tau: float = 0.001
-    """τ, which bounds how much a small second moment amplifies; its square is the second moment's start."""
+    """Term τ added to the root of the second moment, which starts at τ²; used by adam and yogi."""
 
     def __post_init__(self) -> None:
         if self.name not in ("momentum", "adam", "yogi"):
@@ -51,7 +55,7 @@ class ServerOptimizer:
         return Server(model, zeros(model), second)
 
     def step(self, server: Server, change: Tensors) -> Server:
-        """The server's state after a step along `change`, Δ."""
+        """Return the server's state after a step along `change`, Δ."""
         if self.name == "momentum":
             first = add(scale(server.first, self.beta1), change)
             return Server(add(server.model, scale(first, self.lr)), first, {})
@@ -68,10 +72,10 @@ class ServerOptimizer:
 @final
 @dataclass(frozen=True)
 class FedOpt(Combined[Server, Model, None, Model]):
-    """FedAvg whose server takes a step of its own optimizer along the sites' mean change."""
+    """Run FedAvg with a server optimizer: the mean change of the sites' models is its gradient."""
 
     server: ServerOptimizer = ServerOptimizer()
-    """That optimizer."""
+    """Server optimizer."""
 
     def init(self, ctx: ServerContext) -> Server:
         return self.server.begin(ctx.task.init(ctx.rng))

@@ -1,6 +1,8 @@
-"""FedPer. Arivazhagan et al., 2019, arXiv:1912.00818, Algorithms 1 and 2.
+"""FedPer: a shared body and a private head.
 
-Departures: the personal layers are the classifier's head (the paper varies their number); they are set by `private`.
+Arivazhagan et al., "Federated Learning with Personalization Layers", 2019, arXiv:1912.00818, Algorithms 1 and 2.
+
+Departures: the personalization layers are the classifier's head; the paper varies their number. `private` sets them.
 """
 
 from dataclasses import dataclass
@@ -12,4 +14,4 @@ from .shared.base import SplitByName
 @final
 @dataclass(frozen=True)
 class FedPer(SplitByName):
-    """Base and personal layers are trained together; only the base is averaged."""
+    """Train body and head together; average the body only."""

@@ -1,14 +1,16 @@
-"""FedPhD. Long, Wang, Anagnostopoulos, Bi, 2025, arXiv:2507.06449: hierarchical averaging by homogeneity, and pruning.
+"""FedPhD: hierarchical averaging weighted by class balance, and pruning.
 
-Between sites and cloud stand edge servers. A site joins the edge whose mixture of classes gains most evenness by it; an edge
-averages its sites every round, and the cloud the edges every few rounds, both by number of images and by how even their classes
-are. After the dense rounds the network is pruned: a share of the hidden units of each block goes, those of the smallest norm,
-and smaller models are trained and sent from then on.
-The full text was not at hand: this is a reading of its abstract.
+Long, Wang, Anagnostopoulos, Bi, "FedPhD: Federated Pruning with Hierarchical Learning of Diffusion Models", 2025,
+arXiv:2507.06449.
 
-Departures: edges are groups of sites within the server, so an edge's round costs no less traffic than the cloud's. The score is
-one minus the total variation distance to equal classes. Edges take equally many sites, or else one edge would get all of
-them. Pruning is by hidden units between two layers of a block: blocks keep their outer width.
+The full text was not available; this reading follows the abstract. Edge servers stand between sites and cloud. A site joins the
+edge whose class balance improves most. An edge averages its sites each round. The cloud averages the edges every few
+rounds. Both averages weigh by number of images and class balance (homogeneity). After the dense rounds, the network is
+pruned: in each block, the hidden units of the smallest norm are removed. Later rounds train and send the smaller model.
+
+Departures: edges are groups of sites within the server, so an edge round saves no traffic. The homogeneity score is one
+minus the total variation distance to equal classes. Each edge takes the same number of sites, since one edge would get all
+of them otherwise. Pruning removes hidden units between two layers of a block; blocks keep their outer width.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -28,59 +30,61 @@ from .shared.base import DRAWING, Combined, Model, count_fits, counted, gatherin
 
 @message("fedphd.Server")
 class Server:
-    """The cloud's last model, the edges', and which sites each edge has."""
+    """The cloud's last model, the edges' models, and the sites of each edge."""
 
     model: Tensors
     edges: Mapping[str, Tensors]
-    members: Mapping[str, Tensors]  # by edge and site, how often each class occurs
-    labels: Tensors  # the same, by site
+    members: Mapping[str, Tensors]  # class counts, by edge and site
+    labels: Tensors  # class counts, by site
     done: int  # rounds so far
 
 
 @message("fedphd.Labels")
 class Labels:
-    """How often each class occurs at a site."""
+    """Class counts of a site."""
 
     counts: tuple[float, ...]
 
 
 def homogeneity(counts: Tensor) -> float:
-    """1 - ½·Σ|q_c - 1/C|: 1 where all classes are equally frequent, 1/C where there is one of C."""
+    """Return 1 - ½·Σ|q_c - 1/C|: 1 if all C classes are equally frequent, 1/C if there is only one."""
     share = counts.double() / counts.sum().clamp(min=1)
     return 1 - 0.5 * (share - 1 / len(share)).abs().sum().item()
 
 
 def together(counts: Iterable[Tensor]) -> Tensor:
-    """How often each class occurs at all of these."""
+    """Return the sum of class counts."""
     return torch.stack(list(counts)).sum(0)
 
 
 def gain(counts: Tensor, there: Collection[Tensor]) -> float:
-    """By how much an edge's homogeneity grows if these counts join; that of an edge without sites is 0."""
+    """Return the increase of an edge's homogeneity if these counts join; an edge without sites has homogeneity 0."""
     return homogeneity(together([counts, *there])) - (homogeneity(together(there)) if there else 0.0)
 
 
 @final
 @dataclass(frozen=True)
 class FedPhD(Combined[Server, Model, None, Model]):
-    """Edges of sites that together have all classes, averaged by how even they are, and a network that becomes smaller."""
+    """Average within and across edges by class balance, and prune the network after the dense rounds."""
 
     local: Training = DRAWING
-    """A site's training in one round."""
+    """Local training in one round."""
     edges: int = 2
-    """Edge servers."""
+    """Number of edge servers; at least 1."""
     period: int = 2
-    """r_g, edge rounds between two averages of the cloud."""
+    """Edge rounds r_g between two averages of the cloud; at least 1."""
     trust: float = 1.0
-    """Power of the homogeneity in the weights of both averages; 0: numbers of images alone count."""
+    """Exponent of the homogeneity in the weights of both averages; at least 0, 0: number of images only."""
     dense: int = 2
-    """Rounds after which the network is pruned."""
+    """Rounds before pruning; at least 0."""
     pruned: float = 0.25
-    """Share of the hidden units of each block that goes then; 0: nothing is pruned."""
+    """Share of the hidden units of each block that is pruned, from 0 to below 1; 0: no pruning."""
 
     def __post_init__(self) -> None:
         if self.edges < 1 or self.period < 1 or self.dense < 0 or self.trust < 0 or not 0 <= self.pruned < 1:
-            raise InputError("edges and period from 1, dense and trust from 0 and pruned from 0 to below 1 were expected")
+            raise InputError(
+                "edges and period must be at least 1, dense and trust at least 0, pruned from 0 to below 1; check [algorithm]"
+            )
 
     def stages(self) -> tuple[Stage, ...]:
         enrol = gathering("enrol", self.enrolled, self.tell, replies=(Labels,), check=self.told, images=False)
@@ -96,14 +100,14 @@ class FedPhD(Combined[Server, Model, None, Model]):
         edge = next((edge for edge, sites in server.members.items() if site in sites), None)
         return Model(server.model if edge is None else server.edges[edge])
 
-    # enrol: sites say which classes they have, and join an edge
+    # enrol: sites send their class counts and join an edge
 
     def tell(self, received: Empty, state: None, ctx: ClientContext) -> Reply[Labels]:
         counts = ctx.data["train"]["label"].bincount(minlength=ctx.task.classes)
         return Reply(Labels(tuple(map(float, counts.tolist()))), state, float(rows(ctx.data["train"])), {})
 
     def told(self, reply: Reply[Labels], site: str, ctx: ServerContext) -> None:
-        """Raise `InputError` if the counts are not those of the site's rows."""
+        """Raise `InputError` if the counts do not add up to the site's rows."""
         count_fits(reply.message.counts, ctx.task.classes, reply.weight)
 
     def enrolled(self, server: Server, replies: Replies[Labels], ctx: ServerContext) -> tuple[Server, Metrics]:
@@ -111,7 +115,7 @@ class FedPhD(Combined[Server, Model, None, Model]):
         return self.joined(replace(server, labels=labels), ctx), {}
 
     def joined(self, server: Server, ctx: ServerContext) -> Server:
-        """Every edge has the cloud's model; the sites, in an order that is drawn, choose where they make classes most even."""
+        """Give every edge the cloud's model, and let the sites, in random order, join the edge with the largest gain."""
         sites = [sorted(server.labels)[i] for i in torch.randperm(len(server.labels), generator=ctx.rng).tolist()]
         names = [f"edge-{i}" for i in range(min(self.edges, len(sites)))]
         members: dict[str, dict[str, Tensor]] = {name: {} for name in names}
@@ -151,6 +155,6 @@ class FedPhD(Combined[Server, Model, None, Model]):
         return server, {**metrics, "parameters": float(sum(value.numel() for value in server.model.values()))}
 
     def weight(self, count: float, labels: Tensor) -> float:
-        """n·h^trust."""
+        """Return n·h^trust."""
         found: float = count * homogeneity(labels) ** self.trust
         return found

@@ -1,8 +1,11 @@
-"""FedProto. Tan et al., AAAI 2022, arXiv:2105.00243, Algorithm 1.
+"""FedProto: an exchange of class prototypes instead of weights.
 
-The sites exchange the means of their features by class, prototypes, and nothing else; λ = 1 is the paper's.
-Departures: a class's global prototype is weighted by the sites' numbers of its images (the authors' code takes the plain
-mean over sites); the distance in the loss is the mean squared difference, as in that code, not its root.
+Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI 2022, arXiv:2105.00243, Algorithm 1.
+
+A prototype is the mean feature of a class. The sites exchange prototypes and nothing else. λ = 1 is the paper's.
+
+Departures: a global prototype is weighted by the sites' numbers of images of the class; the authors' code takes the plain
+mean over sites. The distance in the loss is the mean squared difference, as in that code, not its root.
 """
 
 from dataclasses import dataclass
@@ -22,21 +25,24 @@ from .shared.base import Model, Rounds, count_fits, counted
 
 @message("fedproto.Prototypes")
 class Prototypes:
-    """The mean feature of each class and how many images it is the mean of: float [classes, width] and int64 [classes]."""
+    """Mean feature of each class, float [classes, width], and the number of images behind it, int64 [classes]."""
 
-    feature: Tensors  # {"mean": C̄}, {} before there are any
+    feature: Tensors  # {"mean": C̄}; {} before the first round
     count: Tensors
 
 
 def prototypes(features: Tensor, label: Tensor, classes: int) -> Prototypes:
-    """The classes' mean features; zeros for a class without images."""
+    """Return the mean feature of each class; zeros for a class without images."""
     count = torch.bincount(label, minlength=classes)
     total = torch.zeros(classes, features.shape[1], dtype=torch.float64).index_add_(0, label, features.double())
     return Prototypes({"mean": (total / count.clamp_min(1)[:, None]).float()}, {"images": count})
 
 
 def nearest(prototypes: Prototypes) -> Tensors:
-    """A head whose likeliest class is that of the nearest prototype: 2·C̄ᵀh - ||C̄||² is -||h - C̄||² but for ||h||²."""
+    """Return a linear head that predicts the class of the nearest prototype.
+
+    Its logits 2·C̄ᵀh - ||C̄||² equal -||h - C̄||² up to the constant ||h||².
+    """
     mean, known = prototypes.feature["mean"], prototypes.count["images"] > 0
     bias = torch.where(known, -mean.square().sum(1), torch.tensor(-1e6))
     return {"head.weight": 2 * mean, "head.bias": bias}
@@ -45,12 +51,12 @@ def nearest(prototypes: Prototypes) -> Tensors:
 @final
 @dataclass(frozen=True)
 class FedProto(Rounds[Prototypes, Prototypes, Model, Prototypes]):
-    """Each site trains its own model, its features drawn to the classes' global prototypes; there is no global model."""
+    """Train each site's own model, with a penalty on the distance to the global prototypes; no global model."""
 
     lam: float = 1.0
-    """λ, weight of the distance to the prototypes."""
+    """Weight λ of the distance to the prototypes; at least 0."""
     predict: str = "prototype"
-    """How a site's model decides: by the nearest global prototype (the paper's) or by its own head."""
+    """Prediction of a site's model: prototype (the nearest global prototype, as in the paper) or head (its own head)."""
 
     def __post_init__(self) -> None:
         if self.predict not in ("prototype", "head"):
@@ -70,7 +76,7 @@ class FedProto(Rounds[Prototypes, Prototypes, Model, Prototypes]):
         return Reply(mine, Model(model), float(rows(data)), metrics)
 
     def pull(self, ctx: ClientContext, received: Prototypes) -> Loss:
-        """Cross-entropy and λ times the distance of each image's feature to its class's prototype, where there is one."""
+        """Return cross-entropy plus λ times the distance of each image's feature to its class's prototype, if there is one."""
         mean, known = received.feature["mean"].to(ctx.device), (received.count["images"] > 0).to(ctx.device)
 
         def loss(model: Any, batch: Table) -> Tensor:
@@ -81,7 +87,7 @@ class FedProto(Rounds[Prototypes, Prototypes, Model, Prototypes]):
         return loss
 
     def check(self, reply: Reply[Prototypes], site: str, ctx: ServerContext) -> None:
-        with torch.device("meta"):  # only shapes are needed
+        with torch.device("meta"):  # build shapes only, without weights
             mean = torch.empty_like(ctx.task.build().get_parameter("head.weight"))
             count = torch.empty(ctx.task.classes, dtype=torch.int64)
         wrong = layout_mismatch(reply.message.feature, {"mean": mean}) or layout_mismatch(
@@ -92,7 +98,7 @@ class FedProto(Rounds[Prototypes, Prototypes, Model, Prototypes]):
         count_fits(reply.message.count["images"].tolist(), ctx.task.classes, reply.weight)
 
     def change(self, message: Prototypes, received: Prototypes) -> Tensors:
-        # of classes that the site holds: of the others it sends zeros
+        # Only the site's own classes: it sends zeros for the others.
         known = message.count["images"] > 0
         now = message.feature["mean"][known].double()
         return {"feature/mean": now - received.feature["mean"][known].double() if received.feature else now}
@@ -105,7 +111,7 @@ class FedProto(Rounds[Prototypes, Prototypes, Model, Prototypes]):
         mean = (total / torch.where(weight > 0, weight, 1)[:, None]).float()
         count = torch.stack([reply.message.count["images"] for reply in replies.values()]).sum(0)
         if server.feature:
-            # a class that nobody of this round holds keeps its prototype
+            # A class that no site of this round holds keeps its prototype.
             old = count == 0
             mean = torch.where(old[:, None], server.feature["mean"], mean)
             count = torch.where(old, server.count["images"], count)

@@ -1,6 +1,8 @@
-"""FedProx. Li et al., MLSys 2020, arXiv:1812.06127, Algorithm 2.
+"""FedProx: FedAvg with a proximal term.
 
-Departures: the local problem is solved by a fixed number of epochs, not to a given inexactness γ. mu = 0 is FedAvg.
+Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, arXiv:1812.06127, Algorithm 2.
+
+Departures: a fixed number of epochs solves the local problem, not a given inexactness γ.
 """
 
 from dataclasses import dataclass
@@ -14,10 +16,10 @@ from .shared.base import Averaging, Model, upload
 @final
 @dataclass(frozen=True)
 class FedProx(Averaging[None]):
-    """FedAvg whose local loss holds the site near the global model: + mu/2·||w - w^t||²."""
+    """Run FedAvg with the penalty mu/2·||w - w^t||² in the local loss."""
 
     mu: float = 0.01
-    """Weight of the proximal term."""
+    """Weight μ of the proximal term; at least 0, 0: FedAvg."""
 
     def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         penalty = proximal(received.model, self.mu) if self.mu else None

@@ -1,4 +1,7 @@
-"""FedRep. Collins et al., ICML 2021, arXiv:2102.07078, Algorithm 1.
+"""FedRep: a shared body and a private head; the head is trained first.
+
+Collins et al., "Exploiting Shared Representations for Personalized Federated Learning", ICML 2021, arXiv:2102.07078,
+Algorithm 1.
 
 Departures: steps are counted in epochs.
 """
@@ -14,12 +17,12 @@ from .shared.base import Model, SplitByName
 @final
 @dataclass(frozen=True)
 class FedRep(SplitByName):
-    """Each round a site fits its own head to the shared representation, then the representation under that head."""
+    """Train the private head on the shared body, then the body under that head; average the body."""
 
     head: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
-    """The head's training in one round; `local` is the representation's."""
+    """Training of the head in one round."""
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
-    """The representation's training in one round, after the head's."""
+    """Training of the body in one round, after the head's."""
 
     def train(self, received: Model, state: Model, ctx: ClientContext) -> Reply[Model]:
         mine, shared, data = self.mine(ctx.task), self.shared(ctx.task), ctx.data["train"]

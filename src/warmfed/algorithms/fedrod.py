@@ -1,9 +1,13 @@
-"""FedRoD, with a linear personal head. Chen, Chao, ICLR 2022, arXiv:2107.00778, Algorithm 1.
+"""FedRoD: a generic head for all classes and a personal head for the site's own.
 
-The generic model is trained with a balanced loss and averaged; on its features each site trains a head of its own, whose
-logits are added to the generic ones, with the plain loss. Both heads are linear, so their sum is one head.
-Departures: the personal head is trained after the generic model of the round, not in the same steps; as in the paper, no
-gradient of it reaches the generic model.
+Chen, Chao, "On Bridging Generic and Personalized Federated Learning for Image Classification", ICLR 2022, arXiv:2107.00778,
+Algorithm 1, with a linear personal head.
+
+The generic model is trained with a balanced loss and averaged. On its features, each site trains a personal head with the
+plain loss. The personal logits are added to the generic ones. Both heads are linear, so their sum is one head. As in the paper,
+the personal head sends no gradient into the generic model.
+
+Departures: in each round, the personal head is trained after the generic model, not in the same steps.
 """
 
 from dataclasses import dataclass
@@ -19,7 +23,7 @@ from .shared.base import Averaging, Model, upload
 
 
 def balanced(ctx: ClientContext) -> Loss:
-    """Balanced softmax (Ren et al. 2020): cross-entropy of the logits + log of how often each class occurs at the site."""
+    """Return the balanced softmax loss (Ren et al. 2020): cross-entropy of the logits + log of the site's class shares."""
     label = ctx.data["train"]["label"]
 
     def loss(model: nn.Module, batch: Table) -> Tensor:
@@ -33,12 +37,12 @@ def balanced(ctx: ClientContext) -> Loss:
 @final
 @dataclass(frozen=True)
 class FedRoD(Averaging[Model]):
-    """A generic model for all classes alike, and beside its head a personal one for the site's own."""
+    """Train a generic model with a balanced loss, and a personal head beside its head."""
 
     head: str = "head."
-    """How the names of the head's tensors begin."""
+    """Prefix of the names of the head's tensors."""
     personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
-    """The personal head's training in one round."""
+    """Training of the personal head in one round."""
 
     def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(zeros(only(received.model, self.of_head)))

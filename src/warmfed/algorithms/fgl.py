@@ -1,8 +1,11 @@
-"""FGL, Federated Generative Learning. Zhang et al., 2023, arXiv:2306.16064; class prompts, multi-round form.
+"""FGL: a warm start from prompts alone, then FedAvg with server fine-tuning.
 
-The sites send their class names only; the server samples from the unadapted base by prompts, trains the start on the
-samples, and fine-tunes on them after every aggregation.
-Departures: the samples are filtered as WarmFed's are, so that only the adapters tell the two apart.
+Zhang et al., "Federated Generative Learning with Foundation Models", 2023, arXiv:2306.16064; class prompts, multi-round form.
+
+The sites send their class names only. The server samples from the unadapted base by prompts, trains the initial model on the
+samples, and fine-tunes on them after each aggregation.
+
+Departures: the samples are filtered as in WarmFed, so that adapters are the only difference between the two.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +22,7 @@ from .shared.synthetic_data import WarmStarted, check_classes, classes_of
 
 @message("fgl.Classes")
 class Classes:
-    """All that a site sends before the warm start: which classes it holds."""
+    """The classes that a site holds: all that it sends before the warm start."""
 
     classes: tuple[int, ...]
 
@@ -27,7 +30,7 @@ class Classes:
 @final
 @dataclass(frozen=True)
 class FGL(WarmStarted[Classes]):
-    """Warm start from prompts alone, then FedAvg with server fine-tuning on a synthetic subset."""
+    """Train a classifier on samples of prompts, then run FedAvg with fine-tuning on a synthetic subset."""
 
     images: ClassVar[bool] = False
     offers: ClassVar[tuple[type, ...]] = (Classes,)
@@ -36,7 +39,7 @@ class FGL(WarmStarted[Classes]):
         return Reply(Classes(classes_of(ctx)), None, float(rows(ctx.data["train"])), {})
 
     def check_upload(self, reply: Reply[Classes], site: str, ctx: ServerContext) -> None:
-        check_classes(reply.message.classes, ctx)  # class names are all that there is
+        check_classes(reply.message.classes, ctx)  # a site sends class names only
 
     def collect(self, server: Server, replies: Replies[Classes], ctx: ServerContext) -> tuple[Server, Metrics]:
         return replace(server, classes={site: torch.tensor(r.message.classes) for site, r in replies.items()}), {}

@@ -1,6 +1,8 @@
-"""FedAvg + local fine-tuning: the usual strong baseline of personalised federated learning.
+"""FedAvg with fine-tuning: each site fine-tunes the last global model.
 
-K. Wang et al., 2019, arXiv:1910.10252; shown to be hard to beat by Matsuda et al., 2022, arXiv:2206.02471.
+K. Wang et al., "Federated Evaluation of On-device Personalization", 2019, arXiv:1910.10252. Matsuda et al., 2022,
+arXiv:2206.02471, show that this baseline is hard to beat.
+
 Departures: none.
 """
 
@@ -16,10 +18,10 @@ from .shared.base import Model, Personalized, upload
 @final
 @dataclass(frozen=True)
 class FedAvgFineTune(Personalized[Model]):
-    """FedAvg; then each site trains the last global model once more for itself."""
+    """Run FedAvg; then each site fine-tunes the last global model."""
 
     personal: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
-    """That last training."""
+    """Fine-tuning after the last round."""
 
     def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])

@@ -1,8 +1,12 @@
-"""kNN-Per. Marfoq, Neglia, Kameni, Vidal, ICML 2022, arXiv:2111.09360, Algorithm 1.
+"""kNN-Per: FedAvg, mixed with a k-nearest-neighbour classifier at each site.
 
-FedAvg; then each site remembers the features that the last global model gives its images, and mixes the model's answer with
-that of the k nearest of them. k = 10, σ = 1 and the kernel exp(-d/σ) are the paper's.
-Departures: the personal λ is chosen by the site's validation images among `shares` (the paper tunes it on a finer grid).
+Marfoq, Neglia, Kameni, Vidal, "Personalized Federated Learning through Local Memorization", ICML 2022, arXiv:2111.09360,
+Algorithm 1.
+
+After FedAvg, each site stores the last global model's features of its training images. Its prediction mixes the model's
+probabilities with those of the k nearest stored features. k = 10, σ = 1 and the kernel exp(-d/σ) are the paper's.
+
+Departures: a site selects λ from `shares` by validation accuracy; the paper tunes it on a finer grid.
 """
 
 from dataclasses import dataclass
@@ -20,14 +24,14 @@ from .shared.base import Model, Personalized, upload
 @final
 @dataclass(frozen=True)
 class KNNPer(Personalized[Model]):
-    """FedAvg; a site's own model is the global one with a memory of the site's images."""
+    """Run FedAvg; then give each site's model a datastore of the features of its images."""
 
     neighbours: int = 10
-    """k, how many of the remembered images answer."""
+    """Number k of nearest neighbours; at least 1."""
     scale: float = 1.0
-    """σ: a neighbour at distance d weighs exp(-d/σ)."""
+    """Kernel width σ: a neighbour at distance d has the weight exp(-d/σ); above 0."""
     shares: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    """λ, what the memory weighs beside the model: each site takes the one with the best validation accuracy."""
+    """Candidates for λ, the weight of the datastore, from 0 to 1; each site selects one by validation accuracy."""
 
     def __post_init__(self) -> None:
         if self.neighbours < 1 or not self.scale > 0:
@@ -46,11 +50,11 @@ class KNNPer(Personalized[Model]):
             for share in self.shares
         ]
         found = [ctx.task.metrics(candidate, ctx.data["validation"], ctx.device) for candidate in candidates]
-        # of equal ones the lower loss
+        # The lower loss breaks ties.
         best = max(range(len(found)), key=lambda i: (found[i]["accuracy"], -found[i]["loss"]))
         return candidates[best], {"memory_share": self.shares[best]}
 
     def datastore(self, features: torch.Tensor, label: torch.Tensor, share: float) -> Tensors:
-        """What a model remembers, as `warmfed.models.Remembering` reads it."""
+        """Return the datastore's tensors, as `warmfed.models.Remembering` reads them."""
         numbers = {"scale": torch.tensor(self.scale), "share": torch.tensor(share), "neighbours": torch.tensor(self.neighbours)}
         return {"features": features, "labels": label, **numbers}

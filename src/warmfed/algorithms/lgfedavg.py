@@ -1,7 +1,10 @@
-"""LG-FedAvg. Liang et al., 2020, arXiv:2001.01523, "Think Locally, Act Globally", Algorithm 1.
+"""LG-FedAvg: a private body and a shared head.
 
-FedPer the other way round: each site keeps its own representation, and one classifier on top of all of them is averaged.
-Departures: the paper begins with representations of a finished FedAvg; here all sites begin at random, or at `model.start`.
+Liang et al., "Think Locally, Act Globally: Federated Learning with Local and Global Representations", 2020,
+arXiv:2001.01523, Algorithm 1.
+
+Departures: the paper starts from the representations of a finished FedAvg run. Here each site starts from random weights,
+or from `model.start`.
 """
 
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from .shared.base import SplitByName
 @final
 @dataclass(frozen=True)
 class LGFedAvg(SplitByName):
-    """Local representations under a global head; both are trained together, and only the head is averaged."""
+    """Train body and head together; average the head only."""
 
     private: str = "body."
-    """How the names of the tensors begin that stay with the site."""
+    """Prefix of the names of the tensors that stay at the site."""

@@ -1,7 +1,9 @@
-"""MOON. Li, He, Song, CVPR 2021, arXiv:2103.16257, Algorithm 1.
+"""MOON: a contrastive loss towards the global model and away from the site's last one.
 
-Departures: representations are the classifier's own features: no projection head is added to it. A site that has not been
-asked before has no previous model, and no contrast yet.
+Li, He, Song, "Model-Contrastive Federated Learning", CVPR 2021, arXiv:2103.16257, Algorithm 1.
+
+Departures: representations are the features under the classifier's head; the paper adds a projection head. A site in its first
+round has no previous model, and its loss has no contrastive term.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,10 @@ from .shared.base import Averaging, Model, Personal, upload
 
 
 def contrast(now: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tensor:
-    """ℓ_con: -log of the share of e^(sim(now, near)/τ) in it and e^(sim(now, far)/τ), mean over rows; float [n, width] each."""
+    """Return ℓ_con, mean over rows; `now`, `near` and `far` are float [n, width].
+
+    ℓ_con = -log(e^(sim(now, near)/τ) / (e^(sim(now, near)/τ) + e^(sim(now, far)/τ)))
+    """
     similar = torch.stack([F.cosine_similarity(now, other, -1) for other in (near, far)], -1)
     return F.cross_entropy(similar / temperature, torch.zeros(len(now), dtype=torch.long, device=now.device))
 
@@ -27,12 +32,12 @@ def contrast(now: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tens
 @final
 @dataclass(frozen=True)
 class MOON(Averaging[Personal]):
-    """FedAvg whose local features are drawn to the global model's and away from those of the site's last model."""
+    """Run FedAvg with a contrastive loss between the local, the global and the last local features."""
 
     mu: float = 1.0
-    """μ, the weight of the contrast (the authors' code for CIFAR-10: 5)."""
+    """Weight μ of the contrastive loss; at least 0 (the authors' code for CIFAR-10: 5)."""
     temperature: float = 0.5
-    """τ."""
+    """Temperature τ of the contrastive loss."""
 
     def init_client_state(self, received: Model, ctx: ClientContext) -> Personal:
         return Personal(None)
@@ -47,7 +52,7 @@ class MOON(Averaging[Personal]):
         return upload(model, Personal(model), ctx, metrics)
 
     def contrasted(self, ctx: ClientContext, model: nn.Module, batch: Table) -> Tensor:
-        """Cross-entropy + μ·ℓ_con."""
+        """Return cross-entropy + μ·ℓ_con."""
         features = classifier(ctx).embed(model, batch)  # z
         logits = model.get_submodule("head")(features)
         far = contrast(features, batch["near"], batch["far"], self.temperature)

@@ -1,12 +1,15 @@
-"""PDFed. Balan, Gilbert, Collomosse, CVMP 2024, arXiv:2409.18245: sites choose among each other's diffusion models.
+"""PDFed: sites select among each other's diffusion models.
 
-No model is averaged. In each round a site draws from every model on the board, scores the images by its own private ones, votes
-for the best, trains that one further on its own images and submits it.
+Balan, Gilbert, Collomosse, "PDFed: Privacy-Preserving and Decentralized Asynchronous Federated Learning for Diffusion
+Models", CVMP 2024, arXiv:2409.18245.
 
-Departures: the board is the server's memory, not a chain, and rounds are synchronous. The paper's score adds the Fréchet
-distance of DINOv2 features and the share of samples that a fingerprint finds among the private images (Q-N); without these
-networks ours adds the Fréchet distance of latents and the share of samples nearer to a training image than held-out ones are.
-As in the paper there is no global model: each site has its own.
+No model is averaged. In each round, a site samples from every submitted model and scores the samples against its own images.
+It votes for the best model, trains that one further on its own images and submits the result. As in the paper, there is no
+global model: each site has its own.
+
+Departures: the server stores the submissions, not a blockchain, and rounds are synchronous. The paper's score (Q-N) adds the
+Fréchet distance of DINOv2 features and the share of samples that a fingerprint network finds among the private images. The
+score here needs no such networks: it adds the Fréchet distance of latents and the memorization rate.
 """
 
 from collections import Counter
@@ -25,7 +28,7 @@ from .shared.base import DRAWING, Combined, Personal, expect
 
 @message("pdfed.Board")
 class Board:
-    """The last submission of each site, and what a site begins with where there is none; what a site is sent."""
+    """The last submission of each site, and the initial model if there is none yet; this is what a site receives."""
 
     models: Mapping[str, Tensors]
     start: Tensors | None
@@ -33,7 +36,7 @@ class Board:
 
 @message("pdfed.Submission")
 class Submission:
-    """A site's model, and the site whose last one it voted for (empty: there was none)."""
+    """A site's model, and the site it voted for; the vote is empty if there was no model to vote for."""
 
     model: Tensors
     vote: str
@@ -42,14 +45,14 @@ class Submission:
 @final
 @dataclass(frozen=True)
 class PDFed(Combined[Board, Board, Personal, Submission]):
-    """Each site goes on from whichever site's model draws best by its own images."""
+    """Let each site continue from the submitted model that scores best on the site's own images."""
 
     local: Training = DRAWING
-    """A site's training in one round."""
+    """Local training in one round."""
     samples: int = 100
-    """Images that a site draws from each model to score it; the paper has 1,000."""
+    """Samples per model for its score; at least 2 (the paper: 1,000)."""
     novelty: float = 1.0
-    """Weight of the share of copies (in percent) in the score, beside the Fréchet distance."""
+    """Weight of the memorization rate (in percent) in the score, besides the Fréchet distance; at least 0."""
     replies: ClassVar[tuple[type, ...]] = (Submission,)
 
     def __post_init__(self) -> None:
@@ -71,7 +74,10 @@ class PDFed(Combined[Board, Board, Personal, Submission]):
         return Reply(Submission(model, best), Personal(model), float(rows(ctx.data["train"])), {**metrics, **chosen})
 
     def scores(self, received: Board, ctx: ClientContext) -> dict[str, float]:
-        """By site, how far its model's images are from the private ones; lower is better. All models get the same noise."""
+        """Return the score of each site's model on the private images; lower is better.
+
+        All models are sampled from the same noise.
+        """
         rng, found = fork(ctx.rng, "scores"), {}
         key = rng.get_state()
         for site, model in sorted(received.models.items()):

@@ -1,10 +1,13 @@
-"""Per-FedAvg. Fallah, Mokhtari, Ozdaglar, NeurIPS 2020, arXiv:2002.07948, Algorithm 1; FO, HF and the exact gradient.
+"""Per-FedAvg: an initial model that one gradient step adapts to a site.
 
-The sites train f(w - α∇f(w)): a start from which one step of a site's own gives a good model.
-α is larger than the paper's (0.01 for 0.001), since there are five rounds and not a thousand; FO does
-not bear that much.
-Departures: the batches D, D' and D'' of a step are parts of one batch (`independent`), or all of them the whole of it;
-a site's own step is one pass over its images (`personal`; steps = 1 is the paper's).
+Fallah, Mokhtari, Ozdaglar, "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic Meta-Learning
+Approach", NeurIPS 2020, arXiv:2002.07948, Algorithm 1.
+
+The sites minimise f(w - α∇f(w)), by the exact gradient, FO or HF. α is 0.01; the paper has 0.001. A run here has five rounds
+instead of a thousand. FO does not tolerate so large an α.
+
+Departures: the batches D, D' and D'' of one step are parts of one batch (`independent`), or each is the whole batch.
+A site's adaptation is one pass over its images (`personal`); `personal.steps` 1 is the paper's single step.
 """
 
 from dataclasses import dataclass
@@ -24,18 +27,18 @@ from .shared.base import Model, Personalized, upload
 @final
 @dataclass(frozen=True)
 class PerFedAvg(Personalized[Model]):
-    """FedAvg of the sites' meta-gradients; at the end each site takes its own step from the last global model."""
+    """Average the sites' meta-gradient updates; at the end, each site adapts the last global model by `personal`."""
 
     alpha: float = 0.01
-    """α, the inner learning rate: how far the step goes for which the start is trained."""
+    """Inner learning rate α."""
     variant: str = "exact"
-    """exact, first-order (FO: the Hessian is dropped) or hessian-free (HF: its product by a difference of gradients)."""
+    """Meta-gradient: exact, first-order (FO, without the Hessian) or hessian-free (HF, a difference of gradients)."""
     delta: float = 0.001
-    """δ of that difference."""
+    """Step δ of the difference of gradients; used by hessian-free."""
     independent: bool = True
-    """Whether inner step, outer gradient and Hessian see different rows of a batch."""
+    """Whether inner step, outer gradient and Hessian use different rows of a batch."""
     personal: Training = Training(lr=0.01, momentum=0.0)
-    """A site's own step from the last global model."""
+    """Training that adapts the last global model to a site."""
 
     def __post_init__(self) -> None:
         if self.variant not in ("exact", "first-order", "hessian-free"):
@@ -50,7 +53,7 @@ class PerFedAvg(Personalized[Model]):
         return stepped, {"personal_loss": info["loss"]}
 
     def meta(self, task: Task) -> Loss:
-        """A loss whose gradient is the meta-gradient (I - α∇²f(w; D''))·∇f(w - α∇f(w; D); D')."""
+        """Return a loss whose gradient is the meta-gradient (I - α∇²f(w; D''))·∇f(w - α∇f(w; D); D')."""
 
         def loss(model: nn.Module, batch: Table) -> Tensor:
             def slope(weights: Tensors, part: Table) -> Tensors:
@@ -69,13 +72,13 @@ class PerFedAvg(Personalized[Model]):
             towards = scale(slope(sub(still, step), outer), self.delta)  # δ·∇f(w̃; D')
             change = sub(slope(add(still, towards), curved), slope(sub(still, towards), curved))
             product = scale(change, self.alpha / (2 * self.delta))  # α·d
-            # worth nothing, and its gradient is -α·d
+            # The value of this term is 0; its gradient is -α·d.
             return value - torch.stack([((w[name] - still[name]) * product[name]).sum() for name in w]).sum()
 
         return loss
 
     def parts(self, batch: Table) -> tuple[Table, Table, Table]:
-        """D, D' and D''; all of them the whole batch where it has too few rows."""
+        """Return D, D' and D''; each is the whole batch if it has too few rows."""
         count = 3 if self.variant == "hessian-free" else 2
         if not self.independent or rows(batch) < count:
             return batch, batch, batch

@@ -1,8 +1,11 @@
-"""pFedMe. T. Dinh, Tran, Nguyen, NeurIPS 2020, arXiv:2006.08848, Algorithm 1.
+"""pFedMe: personal models by Moreau envelopes.
 
-On each batch a site solves θ̃ ≈ argmin f(θ) + λ/2·||θ - w||², a Moreau envelope, by K steps and moves w towards it.
-λ and K are the paper's; η is larger (0.05 for 0.005), since there are five rounds and not hundreds.
-Departures: local rounds are counted in passes over the data; the mean is weighted by the sites' numbers of images.
+T. Dinh, Tran, Nguyen, "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020, arXiv:2006.08848, Algorithm 1.
+
+On each batch, a site solves θ̃ ≈ argmin f(θ) + λ/2·||θ - w||² by K steps and moves w towards θ̃. λ = 15 and K = 5 are the
+paper's. η is 0.05; the paper has 0.005. A run here has five rounds instead of hundreds.
+
+Departures: local rounds are passes over the data. The mean is weighted by the sites' numbers of images.
 """
 
 from dataclasses import dataclass, replace
@@ -18,18 +21,18 @@ from .shared.base import Averaging, Model, upload
 @final
 @dataclass(frozen=True)
 class PFedMe(Averaging[Model]):
-    """The mean of the sites' w; the personal model is θ̃, held near w."""
+    """Average the sites' w; the personal model is θ̃, held near w."""
 
     local: Training = Training(lr=0.05, momentum=0.0, steps=5)
-    """How θ̃ is found on one batch of this size: K is `steps`."""
+    """Training that finds θ̃ on one batch: `batch_size` is the batch, `steps` is K."""
     passes: int = 5
-    """Passes over a site's images in one round; w takes a step for each batch."""
+    """Passes over a site's images in one round; at least 1. Each batch is one step of w."""
     lam: float = 15.0
-    """λ, weight of the proximal term."""
+    """Weight λ of the proximal term."""
     eta: float = 0.05
-    """η, learning rate of w; η·λ is the share of the way to θ̃ that w goes."""
+    """Learning rate η of w; w moves the share η·λ of the way to θ̃."""
     beta: float = 1.0
-    """β, share of the way to the sites' mean that the server goes; the paper also has more than 1."""
+    """Share β of the way to the sites' mean that the server moves; the paper also uses values above 1."""
 
     def __post_init__(self) -> None:
         if self.passes < 1:

@@ -1,7 +1,10 @@
-"""pFedSD. Jin et al., IEEE TPDS 2023, "Personalized Edge Intelligence via Federated Self-Knowledge Distillation".
+"""pFedSD: self-distillation from the site's last personal model.
 
-The site's last personal model teaches the next one, which is also what is averaged.
-Departures: none known; λ and T are `distillation.weight` and `.temperature`.
+Jin et al., "Personalized Edge Intelligence via Federated Self-Knowledge Distillation", IEEE TPDS 2023.
+
+The last personal model is the teacher of the next one; the next one is also the model that is averaged.
+
+Departures: none known. λ and T are `distillation.weight` and `distillation.temperature`.
 """
 
 from dataclasses import dataclass
@@ -17,12 +20,12 @@ from .shared.distillation import Distillation, distilled
 @final
 @dataclass(frozen=True)
 class PFedSD(Averaging[Personal]):
-    """FedAvg whose local training is taught by the site's own model of the round before."""
+    """Run FedAvg with local training distilled from the site's model of the previous round."""
 
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
-    """A site's training in one round."""
+    """Local training in one round."""
     distillation: Distillation = Distillation()
-    """How the past model teaches."""
+    """Self-distillation."""
 
     def init_client_state(self, received: Model, ctx: ClientContext) -> Personal:
         return Personal(None)

@@ -1,7 +1,7 @@
-"""Every algorithm by its name on the command line."""
+"""The registry of algorithms: one entry for each name on the command line."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from ..utils.errors import InputError, suggest
@@ -44,21 +44,25 @@ from .warmfed import WarmFed
 
 @dataclass(frozen=True)
 class Entry:
-    """An algorithm as the command line offers it."""
+    """An algorithm's entry in the registry: its class, its preset and what `warmfed algorithms` shows."""
 
     cls: type
+    """The class that implements the algorithm."""
+    _: KW_ONLY
+    page: str
+    """Stem of its page under docs/algorithms."""
     paper: str
-    """Authors and year."""
+    """Authors and year of the paper; "reference" for a baseline without one."""
     about: str
-    """What it does."""
+    """What the algorithm does, in one line."""
     shared: str
-    """What a site sends."""
+    """What a site sends to the server."""
     private: str
-    """What it keeps from one round to the next, beside its images; empty: nothing."""
+    """What a site keeps between rounds, besides its images; empty if it keeps nothing."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Configuration keys that belong to the name, under whatever the user sets."""
+    """Configuration keys that the name presets; the user's own values take precedence."""
     tasks: tuple[str, ...] = ("classify",)
-    """What it can learn."""
+    """Tasks that the algorithm supports: classify, denoise or both."""
 
 
 BOTH = ("classify", "denoise")
@@ -84,118 +88,424 @@ TUN = {
     "denoising.steps": 300,
 }
 
-_ALONE = (LocalOnly, "reference")
-_TOGETHER = (Centralized, "reference")
-_FEDAVG = (FedAvg, "McMahan et al. 2017")
-_FEDOPT = (FedOpt, "Reddi et al. 2021")
-_FEDDDPM = (FedDDPM, "Peng et al. 2025")
-_FEDDIFFUSE = (FedDiffuse, "de Goede et al. 2024")
-
 ALGORITHMS: dict[str, Entry] = {
     "warmfed": Entry(
         WarmFed,
-        "Feng et al. 2025",
-        "adapters, warm start, gated server fine-tuning, dynamic self-distillation",
-        "a diffusion adapter once, model",
-        "two own models, their selector",
+        page="warmfed",
+        paper="Feng et al. 2025",
+        about="adapters, warm start, gated server fine-tuning, dynamic self-distillation",
+        shared="a diffusion adapter once, model",
+        private="two own models, their selector",
     ),
-    "local": Entry(*_ALONE, "each site alone", "nothing", "model", tasks=BOTH),
-    "local-converged": Entry(*_ALONE, "each site alone, to its best validation", "nothing", "model", CONVERGED),
-    "centralized": Entry(*_TOGETHER, "all images in one place", "images", "", tasks=BOTH),
-    "centralized-converged": Entry(*_TOGETHER, "all images in one place, to the best validation", "images", "", CONVERGED),
-    "fedavg": Entry(*_FEDAVG, "weighted average of local models, from a random start", "model", "", tasks=BOTH),
-    "fedavg-public": Entry(*_FEDAVG, "the same, from a classifier trained on the base's public data", "model", "", PUBLIC),
-    "fedavg-finetune": Entry(
-        FedAvgFineTune, "Wang et al. 2019", "FedAvg, then each site trains the last model for itself", "model", "tuned model"
-    ),
-    "fedprox": Entry(FedProx, "Li et al. 2020", "FedAvg with a proximal term", "model", "", tasks=BOTH),
-    "fedavgm": Entry(FedOpt, "Hsu et al. 2019", "FedAvg with momentum at the server", "model", ""),
-    "fedadam": Entry(*_FEDOPT, "FedAvg with Adam at the server", "model", "", ADAM),
-    "fedyogi": Entry(*_FEDOPT, "FedAvg with Yogi at the server", "model", "", YOGI),
-    "fednova": Entry(FedNova, "Wang et al. 2020", "FedAvg of changes per step", "mean gradient", ""),
-    "scaffold": Entry(
-        Scaffold,
-        "Karimireddy et al. 2020",
-        "local steps corrected by control variates",
-        "changes of model, control",
-        "control",
+    "local": Entry(
+        LocalOnly,
+        page="baselines",
+        paper="reference",
+        about="each site trains alone",
+        shared="nothing",
+        private="model",
         tasks=BOTH,
     ),
-    "feddyn": Entry(FedDyn, "Acar et al. 2021", "local losses regularised so that their minima agree", "model", "gradient"),
-    "moon": Entry(MOON, "Li et al. 2021", "features drawn to the global model's, off the last", "model", "last model"),
-    "fedper": Entry(FedPer, "Arivazhagan et al. 2019", "shared body, private head", "body", "head"),
-    "fedrep": Entry(FedRep, "Collins et al. 2021", "shared body, private head that is fitted first", "body", "head"),
-    "fedbabu": Entry(FedBABU, "Oh et al. 2022", "body under a fixed head, then each site tunes both", "body", "tuned model"),
-    "lg-fedavg": Entry(LGFedAvg, "Liang et al. 2020", "private body, shared head", "head", "body"),
-    "fedbn": Entry(FedBN, "Li et al. 2021", "private normalisation layers", "all other layers", "normalisation layers"),
-    "fedrod": Entry(FedRoD, "Chen, Chao 2022", "a generic head and a personal one beside it", "model", "second head"),
-    "ditto": Entry(Ditto, "Li et al. 2021", "a personal model held near the global one", "model", "personal model"),
-    "pfedsd": Entry(PFedSD, "Jin et al. 2023", "taught by the site's own last model", "model", "last model"),
-    "fedbsd": Entry(FedBSD, "Wang et al. 2023", "the global body teaches each site's own", "body", "own body, head"),
-    "apfl": Entry(APFL, "Deng et al. 2020", "a mixture of the global model and a personal branch", "model", "personal branch"),
-    "pfedme": Entry(PFedMe, "T. Dinh et al. 2020", "personal models by Moreau envelopes", "model", "personal model"),
+    "local-converged": Entry(
+        LocalOnly,
+        page="baselines",
+        paper="reference",
+        about="each site trains alone, until its validation accuracy stops rising",
+        shared="nothing",
+        private="model",
+        settings=CONVERGED,
+    ),
+    "centralized": Entry(
+        Centralized,
+        page="baselines",
+        paper="reference",
+        about="one model trained on all sites' images",
+        shared="images",
+        private="",
+        tasks=BOTH,
+    ),
+    "centralized-converged": Entry(
+        Centralized,
+        page="baselines",
+        paper="reference",
+        about="one model trained on all sites' images, until validation accuracy stops rising",
+        shared="images",
+        private="",
+        settings=CONVERGED,
+    ),
+    "fedavg": Entry(
+        FedAvg,
+        page="fedavg",
+        paper="McMahan et al. 2017",
+        about="weighted average of local models, from a random start",
+        shared="model",
+        private="",
+        tasks=BOTH,
+    ),
+    "fedavg-public": Entry(
+        FedAvg,
+        page="fedavg",
+        paper="McMahan et al. 2017",
+        about="FedAvg from a classifier trained on the base's public data",
+        shared="model",
+        private="",
+        settings=PUBLIC,
+    ),
+    "fedavg-finetune": Entry(
+        FedAvgFineTune,
+        page="fedavg-finetune",
+        paper="Wang et al. 2019",
+        about="FedAvg, then each site fine-tunes the last global model",
+        shared="model",
+        private="tuned model",
+    ),
+    "fedprox": Entry(
+        FedProx,
+        page="fedprox",
+        paper="Li et al. 2020",
+        about="FedAvg with a proximal term",
+        shared="model",
+        private="",
+        tasks=BOTH,
+    ),
+    "fedavgm": Entry(
+        FedOpt,
+        page="fedopt",
+        paper="Hsu et al. 2019",
+        about="FedAvg with momentum at the server",
+        shared="model",
+        private="",
+    ),
+    "fedadam": Entry(
+        FedOpt,
+        page="fedopt",
+        paper="Reddi et al. 2021",
+        about="FedAvg with Adam at the server",
+        shared="model",
+        private="",
+        settings=ADAM,
+    ),
+    "fedyogi": Entry(
+        FedOpt,
+        page="fedopt",
+        paper="Reddi et al. 2021",
+        about="FedAvg with Yogi at the server",
+        shared="model",
+        private="",
+        settings=YOGI,
+    ),
+    "fednova": Entry(
+        FedNova,
+        page="fednova",
+        paper="Wang et al. 2020",
+        about="FedAvg of updates normalised by local steps",
+        shared="normalised update",
+        private="",
+    ),
+    "scaffold": Entry(
+        Scaffold,
+        page="scaffold",
+        paper="Karimireddy et al. 2020",
+        about="local steps corrected by control variates",
+        shared="updates of model and control variate",
+        private="control variate",
+        tasks=BOTH,
+    ),
+    "feddyn": Entry(
+        FedDyn,
+        page="feddyn",
+        paper="Acar et al. 2021",
+        about="local losses with a dynamic regulariser",
+        shared="model",
+        private="gradient",
+    ),
+    "moon": Entry(
+        MOON,
+        page="moon",
+        paper="Li et al. 2021",
+        about="contrastive loss: near the global model, far from the last local one",
+        shared="model",
+        private="last model",
+    ),
+    "fedper": Entry(
+        FedPer,
+        page="fedper",
+        paper="Arivazhagan et al. 2019",
+        about="shared body, private head",
+        shared="body",
+        private="head",
+    ),
+    "fedrep": Entry(
+        FedRep,
+        page="fedrep",
+        paper="Collins et al. 2021",
+        about="shared body, private head; the head is trained first",
+        shared="body",
+        private="head",
+    ),
+    "fedbabu": Entry(
+        FedBABU,
+        page="fedbabu",
+        paper="Oh et al. 2022",
+        about="shared body under a fixed head, then each site fine-tunes both",
+        shared="body",
+        private="tuned model",
+    ),
+    "lg-fedavg": Entry(
+        LGFedAvg,
+        page="lg-fedavg",
+        paper="Liang et al. 2020",
+        about="private body, shared head",
+        shared="head",
+        private="body",
+    ),
+    "fedbn": Entry(
+        FedBN,
+        page="fedbn",
+        paper="Li et al. 2021",
+        about="private normalisation layers",
+        shared="all other layers",
+        private="normalisation layers",
+    ),
+    "fedrod": Entry(
+        FedRoD,
+        page="fedrod",
+        paper="Chen, Chao 2022",
+        about="a generic head and a personal head",
+        shared="model",
+        private="personal head",
+    ),
+    "ditto": Entry(
+        Ditto,
+        page="ditto",
+        paper="Li et al. 2021",
+        about="a personal model with a proximal term towards the global one",
+        shared="model",
+        private="personal model",
+    ),
+    "pfedsd": Entry(
+        PFedSD,
+        page="pfedsd",
+        paper="Jin et al. 2023",
+        about="self-distillation from the site's last model",
+        shared="model",
+        private="last model",
+    ),
+    "fedbsd": Entry(
+        FedBSD,
+        page="fedbsd",
+        paper="Wang et al. 2023",
+        about="distillation from the global backbone into each site's own",
+        shared="body",
+        private="own body, head",
+    ),
+    "apfl": Entry(
+        APFL,
+        page="apfl",
+        paper="Deng et al. 2020",
+        about="a mixture of the global model and a personal branch",
+        shared="model",
+        private="personal branch",
+    ),
+    "pfedme": Entry(
+        PFedMe,
+        page="pfedme",
+        paper="T. Dinh et al. 2020",
+        about="personal models by Moreau envelopes",
+        shared="model",
+        private="personal model",
+    ),
     "perfedavg": Entry(
-        PerFedAvg, "Fallah et al. 2020", "a start from which one step gives a good model", "model", "tuned model"
+        PerFedAvg,
+        page="perfedavg",
+        paper="Fallah et al. 2020",
+        about="meta-learning: an initial model that one local step adapts",
+        shared="model",
+        private="tuned model",
     ),
-    "fedamp": Entry(FedAMP, "Huang et al. 2021", "a model for each site, mixed from those of similar sites", "model", "model"),
+    "fedamp": Entry(
+        FedAMP,
+        page="fedamp",
+        paper="Huang et al. 2021",
+        about="one mixture of models per site, weighted by similarity",
+        shared="model",
+        private="model",
+    ),
     "fedala": Entry(
-        FedALA, "Zhang et al. 2023", "each site learns what it takes of the global model", "model", "model, its weights"
+        FedALA,
+        page="fedala",
+        paper="Zhang et al. 2023",
+        about="each site learns weights that mix the global model into its own",
+        shared="model",
+        private="model, mixing weights",
     ),
-    "fedproto": Entry(FedProto, "Tan et al. 2022", "the classes' mean features, no weights", "mean features", "model"),
+    "fedproto": Entry(
+        FedProto,
+        page="fedproto",
+        paper="Tan et al. 2022",
+        about="exchange of class prototypes (mean features) instead of weights",
+        shared="class prototypes",
+        private="model",
+    ),
     "knnper": Entry(
-        KNNPer, "Marfoq et al. 2022", "FedAvg, mixed with the nearest own images", "model", "features of its images"
+        KNNPer,
+        page="knnper",
+        paper="Marfoq et al. 2022",
+        about="FedAvg, mixed with a k-nearest-neighbour classifier at each site",
+        shared="model",
+        private="features of its images",
     ),
-    "dense": Entry(DENSE, "Zhang et al. 2022", "one-shot: sites' models distilled on images made up from them", "model", ""),
-    "fgl": Entry(FGL, "Zhang et al. 2023", "warm start from prompts alone, no adapters", "class names once, model", ""),
-    "feddeo": Entry(FedDEO, "Yang et al. 2024", "warm start from learned class descriptions", "descriptions once, model", ""),
+    "dense": Entry(
+        DENSE,
+        page="dense",
+        paper="Zhang et al. 2022",
+        about="one-shot, data-free distillation of the sites' models",
+        shared="model",
+        private="",
+    ),
+    "fgl": Entry(
+        FGL,
+        page="fgl",
+        paper="Zhang et al. 2023",
+        about="warm start from prompts alone, no adapters",
+        shared="class names once, model",
+        private="",
+    ),
+    "feddeo": Entry(
+        FedDEO,
+        page="feddeo",
+        paper="Yang et al. 2024",
+        about="warm start from learned class descriptions",
+        shared="descriptions once, model",
+        private="",
+    ),
     "fedbip": Entry(
-        FedBiP, "Chen et al. 2025", "warm start from noised latents and concept vectors", "latents, concepts once, model", ""
+        FedBiP,
+        page="fedbip",
+        paper="Chen et al. 2025",
+        about="warm start from noised latents and concept vectors",
+        shared="latents, concepts once, model",
+        private="",
     ),
     "fedddpm": Entry(
-        *_FEDDDPM,
-        "a diffusion model, corrected on samples of the sites' own",
-        "a model of its own once, model",
-        "",
-        DENOISE,
-        DRAWS,
+        FedDDPM,
+        page="fedddpm",
+        paper="Peng et al. 2025",
+        about="a diffusion model, corrected each round on samples of the sites' own models",
+        shared="a model of its own once, model",
+        private="",
+        settings=DENOISE,
+        tasks=DRAWS,
     ),
     "fedddpm-plus": Entry(
-        *_FEDDDPM, "the same, corrected only where learning is slow", "a model of its own once, model", "", SLOW, DRAWS
+        FedDDPM,
+        page="fedddpm",
+        paper="Peng et al. 2025",
+        about="FedDDPM, corrected only if learning is slow",
+        shared="a model of its own once, model",
+        private="",
+        settings=SLOW,
+        tasks=DRAWS,
     ),
-    "feddiffuse": Entry(*_FEDDIFFUSE, "FULL: a diffusion network both ways", "model", "", DENOISE, DRAWS),
+    "feddiffuse": Entry(
+        FedDiffuse,
+        page="feddiffuse",
+        paper="de Goede et al. 2024",
+        about="FULL: the whole diffusion network both ways",
+        shared="model",
+        private="",
+        settings=DENOISE,
+        tasks=DRAWS,
+    ),
     "feddiffuse-usplit": Entry(
-        *_FEDDIFFUSE, "USPLIT: of two sites one returns the decoder, one the encoder", "half of the model", "", USPLIT, DRAWS
+        FedDiffuse,
+        page="feddiffuse",
+        paper="de Goede et al. 2024",
+        about="USPLIT: in each pair, one site returns the decoder, the other the encoder",
+        shared="half of the model",
+        private="",
+        settings=USPLIT,
+        tasks=DRAWS,
     ),
-    "feddiffuse-ulatdec": Entry(*_FEDDIFFUSE, "ULATDEC: private encoders", "bottleneck, decoder", "encoder", ULATDEC, DRAWS),
+    "feddiffuse-ulatdec": Entry(
+        FedDiffuse,
+        page="feddiffuse",
+        paper="de Goede et al. 2024",
+        about="ULATDEC: private encoders",
+        shared="bottleneck, decoder",
+        private="encoder",
+        settings=ULATDEC,
+        tasks=DRAWS,
+    ),
     "feddiffuse-udec": Entry(
-        *_FEDDIFFUSE, "UDEC: private encoders and bottlenecks", "decoder", "encoder, bottleneck", UDEC, DRAWS
+        FedDiffuse,
+        page="feddiffuse",
+        paper="de Goede et al. 2024",
+        about="UDEC: private encoders and bottlenecks",
+        shared="decoder",
+        private="encoder, bottleneck",
+        settings=UDEC,
+        tasks=DRAWS,
     ),
     "feddm-quant": Entry(
-        FedDMQuant, "Vora et al. 2024", "FedAvg of updates in eight bits or fewer", "change in few bits", "", DENOISE, DRAWS
+        FedDMQuant,
+        page="feddm-quant",
+        paper="Vora et al. 2024",
+        about="FedAvg of updates quantized to eight bits or fewer",
+        shared="quantized update",
+        private="",
+        settings=DENOISE,
+        tasks=DRAWS,
     ),
     "fedphd": Entry(
         FedPhD,
-        "Long et al. 2025",
-        "edges whose sites together have all classes, and pruning",
-        "counts of classes once, model",
-        "",
-        DENOISE,
-        DRAWS,
+        page="fedphd",
+        paper="Long et al. 2025",
+        about="hierarchical averaging by class balance, and pruning",
+        shared="class counts once, model",
+        private="",
+        settings=DENOISE,
+        tasks=DRAWS,
     ),
     "pdfed": Entry(
-        PDFed, "Balan et al. 2024", "sites go on from the peer's model that draws best", "model, vote", "model", DENOISE, DRAWS
+        PDFed,
+        page="pdfed",
+        paper="Balan et al. 2024",
+        about="each site continues from the peer's model with the best samples",
+        shared="model, vote",
+        private="model",
+        settings=DENOISE,
+        tasks=DRAWS,
     ),
     "fedavg-tun": Entry(
-        FedAvg, "Tun et al. 2023", "FedAvg of a class-conditional network that predicts v", "model", "", TUN, DRAWS
+        FedAvg,
+        page="fedavg-tun",
+        paper="Tun et al. 2023",
+        about="FedAvg of a class-conditional network with v-prediction",
+        shared="model",
+        private="",
+        settings=TUN,
+        tasks=DRAWS,
     ),
     "auxiliary-only": Entry(
-        *_FEDDDPM, "its control: the auxiliary set alone, no site trains", "a model of its own once", "", ONLY, DRAWS
+        FedDDPM,
+        page="fedddpm",
+        paper="Peng et al. 2025",
+        about="control of FedDDPM: training on the auxiliary set alone",
+        shared="a model of its own once",
+        private="",
+        settings=ONLY,
+        tasks=DRAWS,
     ),
 }
 
 
 def entry(name: str) -> Entry:
-    """The algorithm of this name; raises `InputError` with the nearest known one."""
+    """Return the registry entry of an algorithm.
+
+    Raises:
+        InputError: the name is unknown; the message suggests the nearest known name.
+    """
     if name not in ALGORITHMS:
         raise InputError(f"there is no algorithm {name!r}{suggest(name, list(ALGORITHMS))}")
     return ALGORITHMS[name]

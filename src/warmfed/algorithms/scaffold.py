@@ -1,9 +1,13 @@
-"""SCAFFOLD. Karimireddy et al., ICML 2020, arXiv:1910.06378, Algorithm 1, option II.
+"""SCAFFOLD: local steps corrected by control variates.
 
-K counts optimizer steps. With momentum, each gradient moves the weights more than once; K·η is then what a site's gradients
-were multiplied with in all (‖a‖₁·η in FedNova's terms), so that c_i is their mean still.
-Departures: none with `local.momentum` and `local.max_grad_norm` 0; clipping bounds the corrected gradient, and c_i is
-the mean of those.
+Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020, arXiv:1910.06378,
+Algorithm 1, option II.
+
+K counts optimizer steps. With momentum, each gradient moves the weights more than once. K·η is then the total factor of the
+gradients (‖a‖₁·η in FedNova's terms), so that c_i remains their mean.
+
+Departures: none if `local.momentum` and `local.max_grad_norm` are 0. Clipping bounds the corrected gradient; c_i is the mean
+of the clipped gradients.
 """
 
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ from .shared.base import Rounds, expect
 
 @message("scaffold.Server")
 class Server:
-    """The model and the server's control variate: what a site is sent."""
+    """The global model and the server's control variate; this is what a site receives."""
 
     model: Tensors  # x
     control: Tensors  # c
@@ -33,7 +37,7 @@ class Control:
 
 @message("scaffold.Change")
 class Change:
-    """How a site's model and control variate have changed."""
+    """The changes of a site's model and control variate."""
 
     model: Tensors  # y_i - x
     control: Tensors  # c_i⁺ - c_i
@@ -42,14 +46,14 @@ class Change:
 @final
 @dataclass(frozen=True)
 class Scaffold(Rounds[Server, Server, Control, Change]):
-    """Local steps corrected by c - c_i, which is how far the site's gradients are from everyone's."""
+    """Correct local steps by c - c_i, the difference of the server's and the site's control variates."""
 
     server_lr: float = 1.0
-    """η_g, by which the mean change of the models is multiplied."""
+    """Server learning rate η_g, the factor of the mean change of the models."""
     replies: ClassVar[tuple[type, ...]] = (Change,)
 
     def __post_init__(self) -> None:
-        self.local.accumulated(1)  # refuses a training whose steps are no sum of gradients
+        self.local.accumulated(1)  # raises unless the steps are a sum of gradients
 
     def init(self, ctx: ServerContext) -> Server:
         model = ctx.task.init(ctx.rng)

@@ -1,15 +1,18 @@
-"""WarmFed. Feng, Zhang, Li, Huang, Liu, Wang, 2025, arXiv:2503.03110.
+"""WarmFed: a warm start from diffusion adapters, server fine-tuning and dynamic self-distillation.
 
-One adapter of a diffusion model from each site; the server samples from them and trains a classifier on the samples; a
-few rounds follow with server fine-tuning on a small synthetic subset and dynamic self-distillation for the sites.
-The paper's full text and code are not public: this is a reading of its abstract and of summaries.
+Feng, Zhang, Li, Huang, Liu, Wang, "WarmFed: Federated Learning with Warm-Start for Globalization and Personalization", 2025,
+arXiv:2503.03110.
 
-Departures: samples are filtered (`synthesis.filter`), and a do-no-harm gate keeps a server fine-tuning step only where the
-sites' validation accuracy does not fall (`gate`). One more local step from the last global model (`personalize`) ends the
-run, is the whole of the personal branch in one-shot mode (`rounds` 0), and is kept as far as the site's own validation says
-(`personal_gate`). With all three off it is the paper's. The selector's loss and the schedule of τ_t are ours. Where the
-paper's sentences disagree on who fine-tunes before the aggregation, `before` offers both readings. A site that comes late
-sends its adapter with its first model, and S_sub grows by samples of it.
+The full text and code are not public; this reading follows the abstract and summaries. Each site sends one adapter of a
+diffusion model. The server samples from the adapters and trains a classifier on the samples. A few rounds follow, with server
+fine-tuning on a small synthetic subset and dynamic self-distillation at the sites.
+
+Departures: samples are filtered (`synthesis.filter`). A do-no-harm gate keeps a server fine-tuning step only if the sites'
+validation accuracy does not fall (`gate`). One more local step from the last global model (`personalize`) ends the run; with
+`rounds` 0 it is the whole personal branch. The site's validation sets how much of that step is kept (`personal_gate`). With
+all three off, the method is the paper's. The selector's loss and the schedule of τ_t are ours. The paper's sentences disagree
+on who fine-tunes before the aggregation; `before` offers both readings. A late site sends its adapter with its first model,
+and S_sub grows by samples of that adapter.
 """
 
 import math
@@ -43,19 +46,19 @@ from .shared.synthetic_data import (
 
 @message("warmfed.Server")
 class Server:
-    """What the server keeps between stages."""
+    """The server's state between stages."""
 
     model: Tensors  # θ_g
-    tuned: Tensors | None  # θ_g after fine-tuning, while the sites judge it
+    tuned: Tensors | None  # θ_g after fine-tuning, until the gate decides
     subset: Tensors  # S_sub
-    holders: tuple[str, ...]  # sites that have been sent S_sub
+    holders: tuple[str, ...]  # sites that have received S_sub
     classes: Tensors  # Y_n, by site
-    adapters: Mapping[str, Tensors]  # A_n, B_n and prompt embeddings, until S is drawn
+    adapters: Mapping[str, Tensors]  # A_n, B_n and prompt embeddings, until S is sampled
 
 
 @message("warmfed.Adapter")
 class Adapter:
-    """All that a site sends before the warm start."""
+    """All that a site sends before the warm start: its adapter and its classes."""
 
     adapter: Tensors
     classes: tuple[int, ...]
@@ -63,7 +66,7 @@ class Adapter:
 
 @message("warmfed.Down")
 class Down:
-    """The global model, and once S_sub, where the sites fine-tune on it."""
+    """The global model; once also S_sub, if the sites fine-tune on it."""
 
     model: Tensors
     subset: Tensors | None
@@ -71,7 +74,7 @@ class Down:
 
 @message("warmfed.Late")
 class LateJoinRequest:
-    """What a site is sent that has sent no adapter yet: to train as the others do, and to send one too."""
+    """A training request to a site without an adapter yet: it must also send one."""
 
     model: Tensors
     subset: Tensors | None
@@ -79,7 +82,7 @@ class LateJoinRequest:
 
 @message("warmfed.Joined")
 class LateJoinReply:
-    """A late site's model, with all that the others have sent before the warm start."""
+    """A late site's model, with its adapter and its classes."""
 
     model: Tensors
     adapter: Tensors
@@ -96,7 +99,7 @@ class Candidates:
 
 @message("warmfed.Verdict")
 class ValidationVote:
-    """A site's validation of each share of fine-tuning."""
+    """A site's validation result for each share of the fine-tuning."""
 
     right: Mapping[str, float]
     loss: Mapping[str, float]
@@ -105,7 +108,7 @@ class ValidationVote:
 
 @message("warmfed.Site")
 class Site:
-    """What a site keeps: its last two personal models, its selector and S_sub."""
+    """A site's state: its last two personal models, its selector and S_sub."""
 
     personal: Tensors | None  # θ_{p,n}^{t-1}
     older: Tensors | None  # θ_{p,n}^{t-2}
@@ -117,42 +120,42 @@ class Site:
 @final
 @dataclass(frozen=True)
 class WarmFed:
-    """Warm start from the sites' adapters, then rounds with server fine-tuning and dynamic self-distillation."""
+    """Warm-start from the sites' adapters, then run rounds with server fine-tuning and dynamic self-distillation."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {"sample": "client_fraction"}
 
     rounds: int = 5
-    """R, rounds after the warm start; 0: one-shot."""
+    """Rounds R after the warm start; 0: one-shot."""
     client_fraction: float = 1.0
-    """Share of the sites asked in each round."""
+    """Share of the sites that train in each round."""
     warm: bool = True
-    """Whether there is a warm start at all; without it the start is random, and nothing is synthesised."""
+    """Whether the run has a warm start; otherwise the initial weights are random and nothing is sampled."""
     synthesis: Synthesis = Synthesis()
-    """How S is drawn and learned."""
+    """Sampling and filtering of S, and training on it."""
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
-    """A site's training in one round, for the global model."""
+    """Local training in one round, for the global model."""
     personal: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
-    """A site's training in one round, for its own model."""
+    """Local training in one round, for the personal model."""
     before: str = "none"
-    """Who fine-tunes on S_sub before the aggregation: client, server or none."""
+    """Fine-tuning on S_sub before the aggregation: client, server or none."""
     before_training: Training = Training(lr=0.01, epochs=1, max_grad_norm=1.0)
-    """That fine-tuning."""
+    """Training of the fine-tuning before the aggregation."""
     tune: bool = True
     """Whether the server fine-tunes the aggregated model on S_sub."""
     tune_training: Training = Training(lr=0.005, epochs=1, max_grad_norm=1.0)
-    """That fine-tuning."""
+    """Training of the server's fine-tuning."""
     gate: bool = True
-    """Whether the sites' validation decides how much of the fine-tuning is kept: all, half or none of it."""
+    """Whether the sites' validation sets how much of the fine-tuning is kept: all, half or none."""
     personal_gate: bool = True
-    """Whether a site's validation decides how much of its last personal step is kept: all, half or none of it."""
+    """Whether a site's validation sets how much of its last personal step is kept: all, half or none."""
     distill: str = "dynamic"
-    """Teacher of the personal models: dynamic (chosen per image from the last two), static (the last one) or none."""
+    """Teacher of the personal models: dynamic (selected per image from the last two), static (the last one) or none."""
     distillation: Distillation = Distillation()
-    """How the teacher teaches."""
+    """Self-distillation."""
     upload: str = "local"
-    """Which model is averaged: local (trained for it), or personal (reading B: the distilled one)."""
+    """Model that is averaged: local (trained for it) or personal (reading B: the distilled one)."""
     robust: Robust = Robust()
-    """How the models that come back are combined; the default is the weighted mean."""
+    """Aggregation rule; the default is the weighted mean."""
 
     def __post_init__(self) -> None:
         one_of(self, before=("client", "server", "none"), distill=("dynamic", "static", "none"), upload=("local", "personal"))
@@ -209,11 +212,11 @@ class WarmFed:
     def client_model(self, received: Down, state: Site) -> Tensors | None:
         return received.model if state.personal is None else state.personal
 
-    # adapt: each site tunes its adapter, step 0a
+    # adapt: each site trains its adapter, step 0a
 
     def adapt(self, received: Empty, state: Site, ctx: ClientContext) -> Reply[Adapter]:
         tensors, metrics = generator_of(ctx).adapt(ctx)
-        # no state: a site enters anew after the warm start
+        # No state: the site's state is initialised after the warm start.
         return Reply(Adapter(tensors, classes_of(ctx)), None, float(rows(ctx.data["train"])), metrics)
 
     def check(self, reply: Reply[Adapter | Model | LateJoinReply], site: str, ctx: ServerContext) -> None:
@@ -231,7 +234,7 @@ class WarmFed:
     def start(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
         model, subset, metrics = warm_start(ctx, server.adapters, classes, self.synthesis)
-        # none of its classes is in S_sub, from which a late site's share is counted
+        # S_sub has none of its classes; a late site's share is computed from S_sub.
         held = {site: y[:0] if f"set_aside/{site}" in metrics else y for site, y in server.classes.items()}
         return replace(server, model=model, subset=subset, classes=held, adapters={}), metrics
 
@@ -260,7 +263,7 @@ class WarmFed:
         return reply
 
     def personal_step(self, start: Tensors, state: Site, ctx: ClientContext) -> tuple[Site, dict[str, float]]:
-        """One round of the personal branch: from the global model, taught by the site's own last two models."""
+        """Train the personal model for one round from the global model, distilled from the site's last two models."""
         count = self.personal.count(rows(ctx.data["train"]))
         selector = state.selector
         if self.distill == "dynamic" and state.personal is not None and state.older is not None:
@@ -282,7 +285,7 @@ class WarmFed:
         late = cast("Replies[LateJoinReply]", joined)
         server, added = self.welcome(server, late, ctx) if late else (server, {})
         if self.before == "server" and self.warm:
-            # reading R1: each uploaded model, before they are averaged
+            # Reading R1: fine-tune each uploaded model before the average.
             replies = {
                 site: replace(r, message=Model(fit(ctx, r.message.model, self.before_training, server.subset)[0]))
                 for site, r in replies.items()
@@ -297,16 +300,17 @@ class WarmFed:
         return replace(server, model=tuned), {**metrics, "gate_kept": 1.0, "gate_strength": 1.0}
 
     def welcome(self, server: Server, replies: Replies[LateJoinReply], ctx: ServerContext) -> tuple[Server, Metrics]:
-        """Draw from the adapters that came late, and add to S_sub as much of each as the others have in it.
+        """Sample from the late sites' adapters and add the samples to S_sub.
 
-        Samples that S_sub contradicts are not added.
+        Each class of a late site gets as many samples as the others' classes have in S_sub. Samples that S_sub contradicts are
+        not added.
         """
         adapters, classes = gather(ctx, generator_of(ctx), replies)
         share = round(rows(server.subset) / max(sum(len(held) for held in server.classes.values()), 1))
         samples = draw(ctx, adapters, {site: tuple(held.tolist()) for site, held in classes.items()}, max(share, 1))
         aside, told = late_suspects(samples, tuple(adapters), server.subset, self.synthesis.contradicted)
         samples = without(samples, tuple(adapters), aside)
-        # the model that there is by now does what the two halves of S did for each other
+        # The present global model replaces the two cross-predicting classifiers of the warm start.
         belief = classifier(ctx).predict(server.model, samples, device=ctx.device).softmax(-1)
         table = labelled(samples, belief, self.synthesis.soft_label_weight)
         if self.synthesis.filter == "cross":
@@ -315,7 +319,7 @@ class WarmFed:
         server = replace(server, subset=join([server.subset, table]), classes={**server.classes, **classes})
         return server, {"joined_samples": float(rows(table)), **told}
 
-    # gate: the sites judge the fine-tuning
+    # gate: the sites validate the fine-tuning
 
     def candidates(self, server: Server, site: str) -> Candidates:
         assert server.tuned is not None, "the stage before has tuned it"
@@ -326,15 +330,15 @@ class WarmFed:
         return Reply(verdict, state, float(verdict.count), {})
 
     def judged(self, reply: Reply[ValidationVote], site: str, ctx: ServerContext) -> None:
-        """Raise `InputError` where a verdict lacks a share of the fine-tuning, or holds numbers that cannot be."""
+        """Raise `InputError` if a vote lacks a share of the fine-tuning or holds impossible numbers."""
         right, loss, count = reply.message.right, reply.message.loss, reply.message.count
         known = right.keys() == loss.keys() == set(_SHARES) and count == reply.weight
         if not known or not all(0 <= right[s] < count + 0.5 and 0 <= loss[s] < math.inf for s in _SHARES):
-            raise InputError(f"right answers and losses of {', '.join(_SHARES)} were expected, {reply.message} came")
+            raise InputError(f"expected right answers and losses of {', '.join(_SHARES)}, got {reply.message}")
 
     def decide(self, server: Server, replies: Replies[ValidationVote], ctx: ServerContext) -> tuple[Server, Metrics]:
-        """Keep the share of the fine-tuning with most right answers; of equal ones the lower loss."""
-        heard = [(r.message, r.weight / r.message.count) for r in replies.values()]  # below 1 if the border reduced its weight
+        """Keep the share of the fine-tuning with the most correct predictions; the lower loss breaks ties."""
+        heard = [(r.message, r.weight / r.message.count) for r in replies.values()]  # below 1 if the admission policy cut it
         right = {share: sum(verdict.right[share] * part for verdict, part in heard) for share in _SHARES}
         loss = {share: sum(verdict.loss[share] * part for verdict, part in heard) for share in _SHARES}
         count = sum(reply.weight for reply in replies.values())
@@ -349,7 +353,7 @@ class WarmFed:
         assert server.tuned is not None, "the stage train has tuned it"
         return replace(server, model=mix(server.model, server.tuned, float(best)), tuned=None), metrics
 
-    # personalize: the sites' last step, from the last global model
+    # personalize: the sites' last personal step, from the last global model
 
     def personalize(self, received: Down, state: Site, ctx: ClientContext) -> Reply[Empty]:
         state, info = self.personal_step(received.model, state, ctx)
@@ -368,7 +372,7 @@ _SHARES = ("0.0", "0.5", "1.0")
 
 
 def _verdict(ctx: ClientContext, before: Tensors, after: Tensors) -> ValidationVote:
-    """What the site's validation says of each share of the way from one model to the other."""
+    """Return the validation result of each share of the way from one model to the other."""
     table = ctx.data["validation"]
     found = {share: ctx.task.metrics(mix(before, after, float(share)), table, ctx.device) for share in _SHARES}
     right = {share: m["accuracy"] * m["count"] / 100 for share, m in found.items()}
@@ -376,5 +380,5 @@ def _verdict(ctx: ClientContext, before: Tensors, after: Tensors) -> ValidationV
 
 
 def _best(right: Mapping[str, float], loss: Mapping[str, float]) -> str:
-    """The share with most right answers; of equal ones the lower loss."""
+    """Return the share with the most correct predictions; the lower loss breaks ties."""
     return max(_SHARES, key=lambda share: (round(right[share]), -loss[share]))

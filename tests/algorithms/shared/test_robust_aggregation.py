@@ -74,7 +74,7 @@ def test_a_poisoned_site_cannot_move_a_robust_model() -> None:
     "settings", [{"rule": "mode"}, {"trim": 0.5}, {"trim": -0.1}, {"chosen": 0}, {"clip": -1.0}, {"faulty": -1}]
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
-    with pytest.raises(InputError, match=r"expected|must be one of"):
+    with pytest.raises(InputError, match="must be"):
         parse(None, {"algorithm.name": "fedavg", **{f"algorithm.robust.{key}": value for key, value in settings.items()}})
 
 

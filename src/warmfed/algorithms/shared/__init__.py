@@ -1,1 +1,1 @@
-"""What several algorithms have in common."""
+"""Building blocks that several algorithms share."""

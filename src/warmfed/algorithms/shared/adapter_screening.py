@@ -1,9 +1,9 @@
-"""Adapters whose samples the other sites' samples contradict: classifiers of each site's samples judge the others'.
+"""Screening of adapters: classifiers of each site's samples predict the classes of the other sites' samples.
 
-An average has no such check: adapters are separate, so the server can compare them class by class before they meet. The
-judges must not depend on a site's colours or background, which differ more than the classes do. They see histograms of
-oriented gradients (Dalal, Triggs, CVPR 2005), unsigned and normalised by block, and are ridge regressions on them: the
-same descriptor for dark on light and light on dark, no training loop and no random number.
+An average of updates has no such check. Adapters are separate, so the server can compare them class by class before it uses
+them. The classifiers must not depend on a site's colours or background, which differ more than the classes do. Their features
+are histograms of oriented gradients (Dalal, Triggs, CVPR 2005), unsigned and normalised by block. They have the same value for
+dark on light and light on dark. The classifiers are ridge regressions: no training loop and no random number.
 """
 
 import math
@@ -17,11 +17,11 @@ from ...core import Metrics
 from ...core.tensors import Table
 
 GRID, BINS = 8, 9
-"""Cells along each side of an image, and orientations from 0 to π."""
+"""Cells along each side of an image; orientations from 0 to π."""
 RIDGE = 0.03
-"""Weight of the squared norm in a judge's regression, for each sample."""
+"""Weight of the squared norm in a classifier's regression, per sample."""
 MARGIN = 0.1
-"""By how much the votes for another class must exceed those for the prompt's class."""
+"""Minimum margin of the votes for another class over those for the prompt's class."""
 
 
 def gradients(image: Tensor, batch: int = 256) -> Tensor:
@@ -45,7 +45,7 @@ def _gradients(image: Tensor) -> Tensor:
 
 
 def votes(learn: Tensor, label: Tensor, guess: Tensor) -> Tensor:
-    """Return the classes, int64 [n], that a ridge regression on `learn` and its labels finds in `guess`."""
+    """Return the classes, int64 [n], that a ridge regression on `learn` and its labels predicts for `guess`."""
     target = F.one_hot(label).double()
     middle, mean = learn.mean(0), target.mean(0)
     apart = learn - middle
@@ -57,18 +57,18 @@ def votes(learn: Tensor, label: Tensor, guess: Tensor) -> Tensor:
 
 
 def favourites(found: Tensor, label: Tensor, known: Sequence[int]) -> dict[int, int]:
-    """Return the class that the votes name for each prompt's class, of the classes that the judge knows.
+    """Return, for each prompt's class, the class that the votes favour.
 
-    Votes for a class count by how much more frequent they are than in the site's other classes: a judge that names one
-    class for whatever a strange site draws has named none.
+    Votes for a class count relative to their frequency in the site's other classes. A classifier that predicts one class for
+    all samples of an unfamiliar site therefore favours none.
 
     Args:
-        found: the classes that the judge finds in a site's samples, int64 [n].
-        label: their prompts' classes, int64 [n].
-        known: the classes that the judge has samples of.
+        found: predicted classes of a site's samples, int64 [n].
+        label: classes of their prompts, int64 [n].
+        known: classes that the classifier has samples of.
 
     Returns:
-        By class: itself, the clear favourite among the others, or -1 if there is none.
+        By class: the class itself, the clear favourite among the others, or -1 if there is none.
     """
     classes = [c for c in label.unique().tolist() if c in set(known)]
     if not classes:
@@ -83,14 +83,14 @@ def favourites(found: Tensor, label: Tensor, known: Sequence[int]) -> dict[int, 
 
 
 def contradicted(opinions: Sequence[Mapping[int, int]], least: int = 2) -> float:
-    """Return the share of a site's classes for which most judges name one and the same other class.
+    """Return the share of a site's classes for which most classifiers favour one and the same other class.
 
     Args:
-        opinions: the `favourites` of each judge.
-        least: judges that a class needs to count.
+        opinions: the `favourites` of each classifier.
+        least: minimum number of classifiers for a class to count.
 
     Returns:
-        0 if fewer than two classes are contradicted: one class alone may be two sites' different habit.
+        The share; 0 if fewer than two classes are contradicted, since one class alone may be a legitimate difference.
     """
     judged, wrong = 0, 0
     for c in {c for opinion in opinions for c in opinion}:
@@ -102,17 +102,17 @@ def contradicted(opinions: Sequence[Mapping[int, int]], least: int = 2) -> float
 
 
 def suspects(samples: Table, sites: Sequence[str], limit: float) -> tuple[tuple[str, ...], Metrics]:
-    """Return the sites whose samples the others contradict, and what the record shows of it.
+    """Return the sites whose samples the other sites' samples contradict, and metrics for the record.
 
-    A minority of sites that lie alike cannot have an honest site set aside, since most judges must agree. If half of the
-    sites or more would go, no majority is left to trust: none goes, and the record says that the adapters are disputed.
+    A colluding minority cannot exclude an honest site, since most classifiers must agree. If half of the sites or more would be
+    excluded, no majority is left: no site is excluded, and the record marks the adapters as disputed.
 
     Args:
-        samples: {"image", "label", "site"}, the site by its place in `sites`.
-        limit: the share of contradicted classes from which on a site is set aside; 0: no site is judged.
+        samples: {"image", "label", "site"}; "site" is an index into `sites`.
+        limit: minimum share of contradicted classes to exclude a site; 0: no screening.
 
     Returns:
-        The sites to set aside, and the metrics: empty if no site is contradicted.
+        The sites to exclude, and the metrics; empty if no site is contradicted.
     """
     if not limit or len(sites) < 3:
         return (), {}
@@ -136,14 +136,14 @@ def suspects(samples: Table, sites: Sequence[str], limit: float) -> tuple[tuple[
 
 
 def late_suspects(samples: Table, sites: Sequence[str], trusted: Table, limit: float) -> tuple[tuple[str, ...], Metrics]:
-    """Return the late sites whose samples are contradicted by those that are in use, and what the record shows of it.
+    """Return the late sites whose samples the samples in use contradict, and metrics for the record.
 
-    There is one judge only, so the limit is halfway between `limit` and all classes.
+    There is only one classifier, so the limit is halfway between `limit` and all classes.
 
     Args:
-        samples: {"image", "label", "site"} of the late sites, the site by its place in `sites`.
+        samples: {"image", "label", "site"} of the late sites; "site" is an index into `sites`.
         trusted: {"image", "label"} of the synthetic samples in use.
-        limit: as for `suspects`.
+        limit: as in `suspects`.
     """
     known = trusted["label"].unique().tolist()
     if not limit or len(known) < 2:

@@ -1,4 +1,4 @@
-"""The abstract families "rounds of training" and "average what comes back": defaults for everything except `train`."""
+"""Abstract families of algorithms: rounds of training, and averaging; defaults for every method except `train`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -29,12 +29,12 @@ from ...utils.errors import InputError
 from .robust_aggregation import Robust
 
 DRAWING = Training(optimizer="adam", lr=2e-4, epochs=5, batch_size=32, max_grad_norm=1.0)
-"""A site's training in one round where a diffusion model is learned."""
+"""Default local training in one round for a diffusion model."""
 
 
 @message("averaging.Model")
 class Model:
-    """A model's weights, or the part of them that is shared."""
+    """A model's weights, or their shared part."""
 
     model: Tensors
 
@@ -48,7 +48,7 @@ class HasModel(Message, Protocol):
 
 @message("averaging.Personal")
 class Personal:
-    """A site's own last model; none before its first round."""
+    """A site's own last model; None before its first round."""
 
     model: Tensors | None
 
@@ -64,32 +64,36 @@ R = TypeVar("R", bound=Message)
 
 
 def upload(model: Tensors, state: ClientState, ctx: ClientContext, metrics: Metrics) -> Reply[Model]:
-    """A reply of model weights, weighted by the number of training rows."""
+    """Return a reply with model weights, weighted by the number of training rows."""
     return Reply(Model(model), state, float(rows(ctx.data["train"])), metrics)
 
 
 def average(replies: Replies[HasModel]) -> Tensors:
-    """Σ_k n_k/n·w_k, over the replies."""
+    """Return the weighted mean Σ_k n_k/n·w_k of the replies' models."""
     return mean((reply.message.model, reply.weight) for reply in replies.values())
 
 
 def expect(model: Tensors, ctx: ServerContext, keep: Callable[[str], bool] = lambda name: True) -> None:
-    """Raise `InputError` where a model that a site sent is not of the task's layout, or of that of the part to `keep`."""
-    with torch.device("meta"):  # only shapes are needed: no weights, and nothing drawn for them
+    """Raise `InputError` if a reply's model does not have the layout of the task's model.
+
+    Args:
+        keep: predicate on tensor names; the model must hold exactly the tensors for which it is true.
+    """
+    with torch.device("meta"):  # build shapes only, without weights or random draws
         like = only(ctx.task.build().state_dict(), keep)
     if wrong := layout_mismatch(model, like):
         raise InputError(f"{wrong}; do all run one version of warmfed?")
 
 
 def count_fits(count: Sequence[int | float], classes: int, weight: float) -> None:
-    """Raise `InputError` if these are not how often each class occurs in as many rows as a reply's weight says."""
+    """Raise `InputError` unless these are class counts of `classes` classes whose sum is the reply's weight."""
     whole = len(count) == classes and all(0 <= n <= weight and n == int(n) for n in count)
     if not whole or sum(count) != weight:
-        raise InputError(f"its counts are {list(count)[:20]}, expected {classes} whole numbers whose sum is {weight:.0f}")
+        raise InputError(f"expected {classes} class counts whose sum is {weight:.0f}, got {list(count)[:20]}")
 
 
 def counted(count: Tensor, weight: float) -> Tensor:
-    """Return how often each class occurs at a site, reduced so that the sum is the weight that its reply was admitted with."""
+    """Return a site's class counts, scaled down so that their sum is at most its reply's admitted weight."""
     total = int(count.sum())
     return count if total <= weight else count.double() * (weight / total)
 
@@ -103,7 +107,7 @@ def gathering(
     check: Callable[[Reply[Any], str, ServerContext], None],
     images: bool,
 ) -> Stage:
-    """Return a stage before the rounds: it sends the sites nothing, and leaves the models as they are."""
+    """Return a stage before the rounds: it sends the sites no message and leaves the models unchanged."""
     return Stage(
         name,
         server,
@@ -118,18 +122,18 @@ def gathering(
 
 @dataclass(frozen=True)
 class Rounds(ABC, Generic[S, M, C, R]):
-    """Abstract: rounds of local training, whose results the server combines in a way of the method's own."""
+    """Abstract: rounds of local training; each method aggregates the replies in its own way."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {"sample": "client_fraction"}
 
     rounds: int = 5
-    """Rounds of training."""
+    """Training rounds."""
     client_fraction: float = 1.0
-    """Share of the sites asked in each round."""
+    """Share of the sites that train in each round."""
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
-    """A site's training in one round."""
+    """Local training in one round."""
     replies: ClassVar[tuple[type, ...]] = ()
-    """Kinds of message that a site may answer a round with; empty: the kind that it was sent."""
+    """Message kinds that a site may reply with; empty: the kind that it received."""
     change: ClassVar[Any] = None
     """`Stage.change` of a round."""
 
@@ -170,7 +174,7 @@ class Rounds(ABC, Generic[S, M, C, R]):
         )
 
     def check(self, reply: Reply[R], site: str, ctx: ServerContext) -> None:
-        """Raise `InputError` where a reply cannot be used for what the border does not know."""
+        """Raise `InputError` if a reply fails a check that the admission policy does not make."""
 
     def global_model(self, server: S) -> Tensors | None:
         return cast(HasModel, server).model
@@ -184,7 +188,7 @@ class Combined(Rounds[S, M, C, R]):
     """Abstract: rounds whose models are combined by a rule that the user chooses."""
 
     robust: Robust = Robust()
-    """How the models that come back are combined; the default is the weighted mean."""
+    """Aggregation rule; the default is the weighted mean."""
 
 
 @dataclass(frozen=True)
@@ -197,14 +201,14 @@ class Averaging(Combined[Model, Model, C, Model], Generic[C]):
 
 @dataclass(frozen=True)
 class PartlyShared(Averaging[Model]):
-    """Abstract: some tensors never leave the site; by default the whole model is trained at once.
+    """Abstract: some tensors never leave the site; by default, the whole model is trained at once.
 
-    The server holds and sends only the shared part; there is no global model, since nobody has the other part for it.
+    The server holds and sends only the shared part. There is no global model, since the server has no private part.
     """
 
     @abstractmethod
     def mine(self, task: Task) -> Callable[[str], bool]:
-        """mine(task)(name): whether the tensor of this name stays with the site."""
+        """Return a predicate on tensor names: whether the tensor stays at the site."""
 
     def shared(self, task: Task) -> Callable[[str], bool]:
         mine = self.mine(task)
@@ -235,10 +239,10 @@ class PartlyShared(Averaging[Model]):
 
 @dataclass(frozen=True)
 class SplitByName(PartlyShared):
-    """Abstract: the tensors whose names begin with `private` stay with the site."""
+    """Abstract: the tensors whose names start with `private` stay at the site."""
 
     private: str = "head."
-    """How the names of the tensors begin that stay with the site."""
+    """Prefix of the names of the tensors that stay at the site."""
 
     def mine(self, task: Task) -> Callable[[str], bool]:
         return lambda name: name.startswith(self.private)
@@ -246,11 +250,11 @@ class SplitByName(PartlyShared):
 
 @dataclass(frozen=True)
 class Personalized(Combined[Model, Model, Model | None, R], Generic[R]):
-    """Abstract: the rounds of `Averaging`, and one last stage in which each site makes the last global model its own."""
+    """Abstract: the rounds of `Averaging`, and a last stage that adapts the last global model to each site."""
 
     @abstractmethod
     def own(self, model: Tensors, ctx: ClientContext) -> tuple[Tensors, Metrics]:
-        """A site's own model, from the last global one."""
+        """Return a site's own model, adapted from the last global model, and its metrics."""
 
     def stages(self) -> tuple[Stage, ...]:
         personalize = Stage("personalize", self.done, self.personalize, replies=(Empty,), images=False)

@@ -1,4 +1,4 @@
-"""Self-distillation from a site's own past models: static (pFedSD) and dynamic (WarmFed)."""
+"""Self-distillation from a site's past models: static (pFedSD) and dynamic (WarmFed)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ from ...fit import Training, fit, solving
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a student learns from its teacher."""
+    """Settings of self-distillation."""
 
     weight: float = 1.0
-    """λ, the weight of the teacher's term."""
+    """Weight λ of the distillation loss; 0: none."""
     temperature: float = 3.0
-    """T, which softens both sides of it."""
+    """Temperature T of teacher and student."""
     hidden: int = 64
     """Width of the selector's hidden layer."""
     tau_first: float = 1.0
-    """τ_0 of the Gumbel-softmax."""
+    """Initial temperature τ_0 of the Gumbel-softmax."""
     tau_last: float = 0.1
-    """τ at the end: it falls geometrically with every optimizer step of the whole run."""
+    """Final temperature τ; τ_t falls geometrically with each optimizer step of the whole run."""
     selector_lr: float = 0.1
     """Learning rate of the selector, as a multiple of the student's."""
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over rows; logits, float [n, classes]."""
+    """Return T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over rows; logits are float [n, classes]."""
     return temperature**2 * F.kl_div(
         F.log_softmax(student / temperature, -1),
         F.log_softmax(teacher / temperature, -1),
@@ -45,9 +45,15 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def distilled(
     ctx: ClientContext, start: Tensors, training: Training, teacher: Tensors | None, settings: Distillation
 ) -> tuple[Tensors, dict[str, float]]:
-    """Train from `start` on the site's rows with cross-entropy and one teacher's logits (pFedSD); None: cross-entropy alone.
+    """Train from `start` with cross-entropy and the distillation loss of one teacher (pFedSD).
 
-    The teacher is asked about each row once, in 32 bits: while the student learns neither of them changes.
+    The teacher's logits are computed once per row, in 32 bits, since they do not change during the training.
+
+    Args:
+        teacher: None: cross-entropy alone.
+
+    Returns:
+        The student and its metrics.
     """
     data = ctx.data["train"]
     if teacher is None or settings.weight == 0:
@@ -62,7 +68,7 @@ def distilled(
 
 
 class _Pair(nn.Module):
-    """Student and selector as one model, so that one training loop serves both; their losses share no gradient."""
+    """Student and selector as one module for one training loop; their losses share no gradient."""
 
     def __init__(self, student: nn.Module, selector: nn.Module) -> None:
         super().__init__()
@@ -70,18 +76,18 @@ class _Pair(nn.Module):
 
 
 class _Selecting:
-    """The task of dynamic self-distillation: a selector picks, for each row, the past model whose logits teach."""
+    """Task of dynamic self-distillation: a selector chooses, for each row, the past model that is its teacher."""
 
     def __init__(self, task: Any, teachers: int, settings: Distillation, done: int, planned: int) -> None:
         self.task, self.teachers, self.settings, self.done, self.planned = task, teachers, settings, done, max(planned, 1)
         self.seen: list[dict[str, Tensor]] = []
 
     def stepped(self, step: int, steps: int, tensors: object) -> None:
-        """τ_t falls with each optimizer step, however many parts its batches went through the models in."""
+        """Count an optimizer step, on which τ_t depends; micro-batches do not count."""
         self.done += 1
 
     def noised(self, batch: Table) -> Table:
-        """The batch with a Gumbel variable for each row and teacher."""
+        """Return the batch with a Gumbel variable for each row and teacher."""
         shape = rows(batch), self.teachers
         return {**batch, "gumbel": -torch.empty(shape, device=batch["label"].device).exponential_().log()}
 
@@ -99,7 +105,7 @@ class _Selecting:
 
     def loss(self, model: Any, batch: Table) -> Tensor:
         pool = batch["pool"]  # z^(1), z^(2)
-        # probabilities, not logits: their range does not grow with the rounds
+        # Probabilities instead of logits: their range does not grow over the rounds.
         score = model.selector(pool.softmax(-1).flatten(1))  # s_i
         soft = ((score + batch["gumbel"]) / self.tau()).softmax(-1)
         mask = F.one_hot(soft.argmax(-1), soft.shape[1]) - soft.detach() + soft  # W_t^n, one-hot, with the gradient of `soft`
@@ -134,12 +140,12 @@ def dynamic(
     done: int,
     planned: int,
 ) -> tuple[Tensors, Tensors, dict[str, float]]:
-    """Dynamic self-distillation from two past models, the recent one first.
+    """Train a student and a selector by dynamic self-distillation from two past models, the recent one first.
 
     Args:
         selector: its weights after an earlier round; None: random ones.
-        done, planned: optimizer steps of distillation before this call, and in the whole run: they set τ_t.
-        training: its `max_grad_norm` bounds the student's and the selector's gradients together.
+        done, planned: optimizer steps of distillation before this call, and in the whole run; τ_t depends on them.
+        training: its `max_grad_norm` bounds the joint gradient of student and selector.
 
     Returns:
         The student, the selector, and their metrics.

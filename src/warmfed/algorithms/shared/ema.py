@@ -1,7 +1,7 @@
-"""A moving average of the global model over the rounds, around any algorithm: the average is released, the rounds go on.
+"""Moving average of the global model over the rounds, for any algorithm with a global model.
 
-Ho et al., NeurIPS 2020, arXiv:2006.11239, release such an average of a diffusion model's weights over its steps. Sites train
-from the last model, as without it, and a site's own model is what it was.
+Ho et al., NeurIPS 2020, arXiv:2006.11239, release such an average of a diffusion model's weights over its steps. Here the
+average is evaluated and released. Sites train from the last model; personal models are unchanged.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from ...utils.errors import InputError
 
 @message("smoothed.Server")
 class Server:
-    """The algorithm's own state, the average, and of how many models."""
+    """The algorithm's own state, the average, and the number of averaged models."""
 
     inner: Message
     average: Tensors
@@ -25,12 +25,12 @@ class Server:
 @final
 @dataclass(frozen=True)
 class Smoothed:
-    """An algorithm whose global model is the moving average of its global models after each round."""
+    """Wrap an algorithm: its global model becomes the moving average of its global models over the rounds."""
 
     algorithm: Algorithm
-    """Any that has a global model from the start."""
+    """An algorithm with a global model from the start."""
     decay: float
-    """Of the average, from 0 to below 1; at first it is (1 + n)/(10 + n) at the most, so that the start does not linger."""
+    """Decay of the average, from 0 to below 1; after n models at most (1 + n)/(10 + n), so that early models fade."""
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:
@@ -63,7 +63,7 @@ class Smoothed:
 
     def _averaged(self, state: Server, inner: Message) -> Server:
         model, n = self.algorithm.global_model(inner), state.count + 1
-        if model is None or _layout(model) != _layout(state.average):  # of a network that was pruned, the average begins anew
+        if model is None or _layout(model) != _layout(state.average):  # the average restarts if the network was pruned
             return Server(inner, model or state.average, n)
         return Server(inner, mix(model, state.average, min(self.decay, (1 + n) / (10 + n))), n)
 

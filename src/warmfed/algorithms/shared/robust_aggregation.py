@@ -1,10 +1,10 @@
-"""How a server combines what comes back, where it does not trust every site.
+"""Robust aggregation: rules that bound the influence of faulty or malicious sites.
 
-Coordinate median and trimmed mean: Yin et al., ICML 2018, arXiv:1803.01498, Definitions 1 and 2. Krum and multi-Krum:
-Blanchard et al., NeurIPS 2017, arXiv:1703.02757, section 4. Clipping of the sites' changes: Sun et al., 2019, arXiv:1911.07963.
+Coordinate-wise median and trimmed mean: Yin et al., ICML 2018, arXiv:1803.01498, Definitions 1 and 2. Krum and multi-Krum:
+Blanchard et al., NeurIPS 2017, arXiv:1703.02757, section 4. Clipping of updates: Sun et al., 2019, arXiv:1911.07963.
 
-Departures: median and trimmed mean do not weigh the sites by their images, as in the paper; the mean of what multi-Krum
-selects does, as everywhere here. Distances of Krum are those of all shared tensors together.
+Departures: as in the paper, median and trimmed mean are unweighted. The mean of multi-Krum's selection is weighted by images.
+Krum's distances cover all shared tensors together.
 """
 
 from collections.abc import Callable
@@ -23,26 +23,28 @@ RULES = ("mean", "median", "trimmed", "krum")
 
 @dataclass(frozen=True)
 class Robust:
-    """The rule of combination."""
+    """Aggregation rule of the sites' models."""
 
     rule: str = "mean"
-    """mean (weighted by images), median, trimmed (mean of what is left) or krum."""
+    """Rule: mean (weighted by images), median, trimmed (trimmed mean) or krum."""
     trim: float = 0.2
-    """trimmed: the share of values that is cut off at each end, coordinate by coordinate; rounded down to whole sites."""
+    """Share of values cut off at each end, per coordinate, from 0 to below 0.5; rounded down to whole sites; for trimmed."""
     faulty: int = 1
-    """krum: f, how many sites may be faulty; 2·f + 2 must be fewer than those that answer."""
+    """Number f of faulty sites to withstand; 2·f + 2 must be below the number of replies; for krum."""
     chosen: int = 1
-    """krum: m, how many models are averaged; 1: Krum, more: multi-Krum."""
+    """Number m of models that are averaged; 1: Krum, above 1: multi-Krum; for krum."""
     clip: float = 0.0
-    """Largest L2 norm of a model's change before it is combined; longer ones are shortened to it; 0: none is."""
+    """Maximum L2 norm of a model's update; longer updates are scaled down to it; 0: no clipping."""
 
     def __post_init__(self) -> None:
         one_of(self, rule=RULES)
         if not 0 <= self.trim < 0.5 or self.faulty < 0 or self.chosen < 1 or self.clip < 0:
-            raise InputError("trim from 0 to below 0.5, faulty and clip from 0 and chosen from 1 were expected")
+            raise InputError(
+                "trim must be from 0 to below 0.5, faulty and clip at least 0, chosen at least 1; check [algorithm.robust]"
+            )
 
     def enough(self, answers: int) -> None:
-        """Raise `InputError` where the rule cannot combine so few answers."""
+        """Raise `InputError` if the rule cannot aggregate so few replies."""
         needed = max(2 * self.faulty + 3, self.faulty + self.chosen)
         if self.rule == "krum" and answers < needed:
             raise InputError(
@@ -51,7 +53,11 @@ class Robust:
             )
 
     def combine(self, start: Tensors, replies: Replies[Any]) -> Tensors:
-        """The next model, of the replies' models; `start` is what the sites were sent."""
+        """Return the aggregate of the replies' models.
+
+        Args:
+            start: the model that the sites received.
+        """
         models = {site: self._clipped(reply.message.model, start) for site, reply in replies.items()}
         match self.rule:
             case "median":
@@ -78,7 +84,10 @@ class Robust:
         return values.sort(0).values[cut : len(values) - cut].mean(0)
 
     def _selected(self, models: dict[str, Tensors]) -> list[str]:
-        """The sites of the m lowest scores, a score being the sum of squared distances to the n - f - 2 nearest others."""
+        """Return the sites of the m lowest scores.
+
+        A score is the sum of squared distances to the n - f - 2 nearest other models.
+        """
         self.enough(len(models))
         sites, near = sorted(models), len(models) - self.faulty - 2
         points = [flat(models[site]) for site in sites]
@@ -90,7 +99,7 @@ class Robust:
 
 
 def _median(values: Tensor) -> Tensor:
-    """The mean of the two middle values, where there are two."""
+    """Return the median; for an even number of values, the mean of the two middle ones."""
     ordered = values.sort(0).values
     return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
 

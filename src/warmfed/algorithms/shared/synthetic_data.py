@@ -1,6 +1,6 @@
-"""The synthetic set S: drawn from the sites' adapters, filtered, kept as an artefact, and what is trained on it.
+"""The synthetic set S: sampled from the sites' adapters, filtered, stored as an artefact, and trained on.
 
-And the abstract family of methods that start from it: what a site sends for it is what tells them apart.
+`WarmStarted` is the abstract family of methods that start from S. They differ in what a site sends for it.
 """
 
 import json
@@ -40,7 +40,7 @@ from .base import Combined, Model, gathering, upload
 
 @dataclass(frozen=True)
 class Synthesis:
-    """How S is drawn and filtered, and how a classifier is trained on it."""
+    """Sampling and filtering of S, and the training of a classifier on it."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "least": "min_class_probability",
@@ -50,25 +50,25 @@ class Synthesis:
     }
 
     per_class: int = 80
-    """Images per site and class."""
+    """Images per site and class; at least 1."""
     contradicted: float = 0.4
-    """Share of a site's classes that most others see as another class, from which on it is set aside; 0: none is."""
+    """Minimum share of a site's classes that others contradict to exclude the site, from 0 to 1; 0: no screening."""
     filter: str = "cross"
-    """cross: drop samples whose class a classifier trained on the other half of S holds for unlikely; none."""
+    """Filter: cross (drop samples to whose class a classifier of the other half of S gives a low probability) or none."""
     min_class_probability: float = 0.1
-    """Probability of its class below which a sample is dropped. Samples that are merely hard teach most: keep them."""
+    """Minimum probability of a sample's class, from 0 to below 1. A low value keeps hard samples, which teach most."""
     hard_fraction: float = 0.0
-    """Share of S that is drawn after the rest has been judged: more of what was confused and of what few sites hold."""
+    """Share of S that is sampled last, from 0 to below 1: more of what was confused and of what few sites hold."""
     dedup_distance: float = 0.0
-    """Drop a sample nearer than this to an earlier one of its class: root mean square of 8×8 means, of 255; 0: none."""
+    """Minimum distance to an earlier sample of the class (RMS of 8×8 means, of 255); at least 0, 0: no deduplication."""
     soft_label_weight: float = 0.0
-    """Share of a sample's label that is what that classifier holds it for, the rest is its prompt's class; 0: hard labels."""
+    """Share of the filter's prediction in a sample's label, from 0 to 1; the rest is the prompt's class; 0: hard labels."""
     filter_training: Training = Training(lr=0.02, epochs=8, batch_size=64, schedule="cosine", max_grad_norm=1.0)
-    """Training of the two classifiers that filter."""
+    """Training of the two classifiers of the filter."""
     training: Training = Training(lr=0.02, epochs=15, batch_size=64, schedule="cosine", weight_decay=5e-4, max_grad_norm=1.0)
     """Training of the classifier on S, from random weights."""
     subset: int = 400
-    """|S_sub|: images of the subset that later fine-tuning uses, even over sites and classes."""
+    """Size of S_sub, the subset for fine-tuning, balanced over sites and classes; at least 1."""
 
     def __post_init__(self) -> None:
         if self.filter not in ("cross", "none"):
@@ -99,12 +99,16 @@ def _draw(
 def draw(
     ctx: ServerContext, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], per_class: int
 ) -> Table:
-    """S: `per_class` images for each class of each site, in order of sites: {"image", "label", "site"}."""
+    """Return S: `per_class` images for each class of each site, in order of sites.
+
+    Returns:
+        {"image", "label", "site"}.
+    """
     return drawn(ctx, adapters, {site: torch.tensor(classes[site]).repeat_interleave(per_class) for site in adapters})
 
 
 def drawn(ctx: ServerContext, adapters: Mapping[str, Tensors | None], labels: Mapping[str, Tensor]) -> Table:
-    """One image for each of the labels of each site."""
+    """Return one image for each of the labels of each site, as `draw` does."""
     generator = generator_of(ctx)
     seeds = {site: stream_seed(int(torch.randint(2**62, (), generator=ctx.rng)), site) for site in adapters}
     told = {site: prompts_of(site, ctx.prompts) for site in adapters}
@@ -124,7 +128,7 @@ def _recognise(task: Task, training: Training, learn: Table, guess: Table, seed:
 
 
 def cross_predict(ctx: ServerContext, samples: Table, training: Training) -> Tensor:
-    """What a classifier trained on the other half of S holds each sample for: probabilities, float [n, classes]."""
+    """Return each sample's class probabilities by a classifier of the other half of S, float [n, classes]."""
     order = torch.randperm(rows(samples), generator=ctx.rng)
     halves = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
     seed = int(torch.randint(2**62, (), generator=ctx.rng))
@@ -137,12 +141,16 @@ def cross_predict(ctx: ServerContext, samples: Table, training: Training) -> Ten
 
 
 def likely(belief: Tensor, label: Tensor) -> Tensor:
-    """The probability of each sample's own class, float [n]."""
+    """Return the probability of each sample's own class, float [n]."""
     return belief.gather(1, label[:, None])[:, 0]
 
 
 def labelled(samples: Table, belief: Tensor, soft: float) -> dict[str, Tensor]:
-    """What a classifier learns from: {"image", "label"}, and where labels are softened their "target", float [n, classes]."""
+    """Return the training table of the samples.
+
+    Returns:
+        {"image", "label"}; with soft labels also "target", float [n, classes].
+    """
     table = {"image": samples["image"], "label": samples["label"]}
     if soft:
         table["target"] = F.one_hot(samples["label"], belief.shape[1]).float().lerp(belief, soft)
@@ -150,8 +158,11 @@ def labelled(samples: Table, belief: Tensor, soft: float) -> dict[str, Tensor]:
 
 
 def sample_hard(samples: Table, probability: Tensor, adapters: Mapping[str, object], count: int) -> dict[str, Tensor]:
-    """The labels, by site, of `count` more samples: as frequent as each site's samples of a class are doubtful, and more so
-    where fewer sites hold the class. Both are known from S alone; nothing is asked of the sites."""
+    """Return the labels, by site, of `count` more samples.
+
+    A class of a site gets more samples if its samples are doubtful and if few sites hold it. Both follow from S; the sites send
+    nothing.
+    """
     sites, classes = len(adapters), int(samples["label"].max()) + 1
     cell = samples["site"] * classes + samples["label"]
     held = cell.bincount(minlength=sites * classes).double()
@@ -162,7 +173,7 @@ def sample_hard(samples: Table, probability: Tensor, adapters: Mapping[str, obje
 
 
 def repeated(samples: Table, distance: float) -> Tensor:
-    """Which samples are nearer than `distance` to an earlier one of their class that is not dropped itself, bool [n]."""
+    """Return whether each sample is nearer than `distance` to an earlier kept one of its class, bool [n]."""
     small = F.adaptive_avg_pool2d(samples["image"].float(), 8).flatten(1)
     again = torch.zeros(rows(samples), dtype=torch.bool)
     for label in samples["label"].unique():
@@ -174,7 +185,7 @@ def repeated(samples: Table, distance: float) -> Tensor:
 
 
 def without(samples: Table, sites: tuple[str, ...], aside: tuple[str, ...]) -> Table:
-    """The samples of the sites that are not set aside, whose places in the column "site" are counted anew."""
+    """Return the samples of the sites that are not in `aside`; the column "site" is renumbered."""
     if not aside:
         return samples
     left = torch.tensor([site not in aside for site in sites])
@@ -183,7 +194,7 @@ def without(samples: Table, sites: tuple[str, ...], aside: tuple[str, ...]) -> T
 
 
 def balanced_subset(samples: Table, count: int, rng: torch.Generator) -> Table:
-    """`count` rows at most, as even over sites and classes as the samples allow."""
+    """Return at most `count` rows, as balanced over sites and classes as the samples allow."""
     order = torch.randperm(rows(samples), generator=rng)
     group = samples["site"] * (int(samples["label"].max()) + 1) + samples["label"]
     turn = torch.zeros(rows(samples), dtype=torch.int64)
@@ -198,13 +209,10 @@ def balanced_subset(samples: Table, count: int, rng: torch.Generator) -> Table:
 def warm_start(
     ctx: ServerContext, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], settings: Synthesis
 ) -> tuple[Tensors, Table, Metrics]:
-    """Draw S, set aside the sites whose samples the others contradict, filter the rest and train the task's model on it.
-
-    Training begins with random weights.
+    """Sample S, exclude contradicted sites, filter the rest, and train the task's model on it from random weights.
 
     Returns:
-        θ_g^0; S_sub as `labelled` makes it; and what the record shows: how many samples were drawn and kept, by site,
-        and who was set aside.
+        θ_g^0; S_sub in the form of `labelled`; and metrics: the samples drawn and kept by site, and the excluded sites.
     """
     first = max(1, round(settings.per_class * (1 - settings.hard_fraction)))
     samples = draw(ctx, adapters, classes, first)
@@ -246,7 +254,7 @@ def warm_start(
 
 
 def keep_samples(ctx: ServerContext, sites: tuple[str, ...], table: Table, settings: Mapping[str, object]) -> None:
-    """Samples as an artefact: {"image", "label", "site", "kept"}; settings and hash beside them."""
+    """Write the samples {"image", "label", "site", "kept"} to the run folder, with settings and hash beside them."""
     if ctx.folder is None:
         return
     manifest = {"sites": list(sites), "prompts": list(ctx.prompts), "settings": settings, "sha256": sha256(table)}
@@ -255,31 +263,31 @@ def keep_samples(ctx: ServerContext, sites: tuple[str, ...], table: Table, setti
 
 
 def generator_of(ctx: ClientContext | ServerContext) -> Generator:
-    """The run's generator; raises `InputError` where there is none."""
+    """Return the run's generator; raise `InputError` if there is none."""
     if ctx.generator is None:
         raise InputError("this algorithm needs a generator; set generator.base to a base or a pipeline folder")
     return ctx.generator
 
 
 def classes_of(ctx: ClientContext) -> tuple[int, ...]:
-    """Which classes a site trains on."""
+    """Return the classes of a site's training images."""
     return tuple(ctx.data["train"]["label"].unique().tolist())
 
 
 def check_classes(classes: tuple[int, ...], ctx: ServerContext) -> None:
-    """Raise `InputError` where these are not one or more of the classes, each once."""
+    """Raise `InputError` unless these are one or more known classes without repetition."""
     if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(len(ctx.prompts))):
-        raise InputError(f"one or more of {len(ctx.prompts)} classes by number were expected, {list(classes)} came")
+        raise InputError(f"expected one or more distinct classes from 0 to {len(ctx.prompts) - 1}, got {list(classes)}")
 
 
 def check_adapter(generator: Generator, reply: Reply[Any], site: str, ctx: ServerContext) -> None:
-    """Raise `InputError` where an adapter cannot be sampled from, or a class that the site says it holds is none."""
+    """Raise `InputError` if an adapter cannot be sampled from, or if a declared class is unknown."""
     check_classes(reply.message.classes, ctx)
     generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}", reply.message.classes)
 
 
 def gather(ctx: ServerContext, generator: Generator, replies: Replies[Any]) -> tuple[dict[str, Tensors], dict[str, Tensor]]:
-    """The sites' adapters, kept as artefacts, and the classes that each site holds."""
+    """Return the sites' adapters, stored as artefacts, and the classes that each site holds."""
     for site, reply in replies.items():
         if ctx.folder is not None:
             generator.write(reply.message.adapter, ctx.folder / "adapters", site)
@@ -289,17 +297,17 @@ def gather(ctx: ServerContext, generator: Generator, replies: Replies[Any]) -> t
 
 @message("synthetic.Server")
 class Server:
-    """What the server keeps between stages."""
+    """The server's state between stages."""
 
     model: Tensors
-    adapters: Mapping[str, Tensors]  # until S is drawn
+    adapters: Mapping[str, Tensors]  # until S is sampled
     classes: Tensors
     subset: Tensors
 
 
 @message("synthetic.Offer")
 class AdapterUpload:
-    """All that a site sends before the warm start: an adapter of some kind, and which classes it holds."""
+    """All that a site sends before the warm start: an adapter and its classes."""
 
     adapter: Tensors
     classes: tuple[int, ...]
@@ -311,19 +319,19 @@ Offered = TypeVar("Offered", bound=Message)
 
 @dataclass(frozen=True)
 class WarmStarted(Combined[Server, Model, None, Model], Generic[Offered]):
-    """Abstract: a classifier trained on samples of the sites' own generators, then FedAvg with fine-tuning on S_sub."""
+    """Abstract: train a classifier on samples of the sites' generators, then run FedAvg with fine-tuning on S_sub."""
 
     images: ClassVar[bool]
-    """Whether what a site sends for the warm start holds its images, in any form."""
+    """Whether a site's upload for the warm start holds its images in any form."""
 
     synthesis: Synthesis = Synthesis()
-    """How S is drawn and learned."""
+    """Sampling and filtering of S, and training on it."""
     tune: bool = True
     """Whether the server fine-tunes the aggregated model on S_sub."""
     tune_training: Training = Training(lr=0.01, epochs=2, max_grad_norm=1.0)
-    """That fine-tuning."""
+    """Training of the server's fine-tuning."""
     offers: ClassVar[tuple[type, ...]] = (AdapterUpload,)
-    """Kinds of message that a site may send before the warm start."""
+    """Message kinds that a site may send before the warm start."""
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:
@@ -345,7 +353,7 @@ class WarmStarted(Combined[Server, Model, None, Model], Generic[Offered]):
         return Reply(cast(Offered, AdapterUpload(tensors, classes_of(ctx))), None, float(rows(ctx.data["train"])), metrics)
 
     def check_upload(self, reply: Reply[Offered], site: str, ctx: ServerContext) -> None:
-        """Raise `InputError` where what a site offers cannot be sampled from."""
+        """Raise `InputError` if a site's upload cannot be sampled from."""
         check_adapter(generator_of(ctx), reply, site, ctx)
 
     def collect(self, server: Server, replies: Replies[Offered], ctx: ServerContext) -> tuple[Server, Metrics]:
