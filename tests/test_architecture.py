@@ -102,8 +102,21 @@ def test_leaves_are_final_and_every_module_says_what_it_is() -> None:
                 marks = {ast.unparse(mark) for mark in getattr(node, "decorator_list", [])}
                 if isinstance(node, ast.ClassDef) and "final" in marks:
                     assert "dataclass(frozen=True)" in marks
-                    families = ("Rounds", "Averaging", "PartlyShared", "SplitByName", "Personalized", "WarmStarted")
-                    assert all(isinstance(base, ast.Name) and base.id in families for base in node.bases)
+                    families = ("Rounds", "Combined", "Averaging", "PartlyShared", "SplitByName", "Personalized", "WarmStarted")
+                    assert all(ast.unparse(base).partition("[")[0] in families for base in node.bases)
+
+
+def test_stage_functions_name_their_messages() -> None:
+    """A leaf's functions say what comes, what stays and what goes: `Any` and `Message` say nothing."""
+    for name in FILES:
+        if name.startswith("algorithms/") and not name.startswith("algorithms/shared/"):
+            for node in ast.walk(TREES[name]):
+                if isinstance(node, ast.FunctionDef) and any(
+                    a.arg in ("received", "server", "replies") for a in node.args.args
+                ):
+                    words = {ast.unparse(a.annotation) for a in node.args.args if a.annotation} | {ast.unparse(node.returns)}
+                    vague = [word for word in words if re.search(r"\bAny\b|\bMessage\b|^Repl(y|ies)$", word)]
+                    assert not vague, f"{name}: {node.name} has {vague}"
 
 
 def test_algorithm_files_do_not_repeat_each_other() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .core import no_progress
 from .core.rng import seeded, spawn
 from .core.tensors import Table, Tensors, rows, select, sha256, to
 from .core.training_snapshot import Snapshots, load_optimizer_state, optimizer_state
@@ -47,6 +48,21 @@ class Context(Protocol):
 
 
 C = TypeVar("C", bound=Context)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem to train on that is not a run's task, with all that `fit` needs."""
+
+    task: Trains
+    rng: torch.Generator
+    device: str = "cpu"
+    progress: Callable[[str, int, int], None] = no_progress
+
+
+def solving(ctx: Context, task: Trains) -> Problem:
+    """Return the problem `task` in the place of a context's own task; both draw from one random stream."""
+    return Problem(task, ctx.rng, ctx.device, ctx.progress)
 
 
 @dataclass(frozen=True)
@@ -154,7 +170,10 @@ def _optimizer(training: Training, live: list[nn.Parameter]) -> torch.optim.Opti
                     "optimizer adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or choose adamw"
                 ) from error
             # a tensor of fewer values than this keeps moments of 32 bits, as the library does by default
-            return bitsandbytes.optim.AdamW8bit(live, training.lr, weight_decay=training.weight_decay, min_8bit_size=4096)
+            found: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+                live, training.lr, weight_decay=training.weight_decay, min_8bit_size=4096
+            )
+            return found
         case "sgd":
             return torch.optim.SGD(live, training.lr, training.momentum, weight_decay=training.weight_decay)
         case "adam":

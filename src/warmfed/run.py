@@ -9,6 +9,7 @@ import torch
 
 from .core import Algorithm, Exchange, Failure, Metrics, Reply, Round, ServerContext, ServerState, Stage, Transport
 from .core.admission import DEFAULT_ADMISSION, AdmissionPolicy
+from .core.messages import Message
 from .core.rng import stream
 from .utils.errors import InputError
 
@@ -50,7 +51,7 @@ def run(
         began, number = time.perf_counter(), counts[stage.name]
         counts[stage.name] += 1
         asked = cohort(stage, sites, stream(seed, stage.name, number, "cohort"))
-        answers: dict[str, Reply | Failure] = {}
+        answers: dict[str, Reply[Message] | Failure] = {}
         exchanges: list[Exchange] = []
         broadcast = stage.broadcast or algorithm.broadcast
         sent = {s: broadcast(server, s) for s in asked}

@@ -67,7 +67,7 @@ TRAIN: dict[str, tuple[Tamper, str]] = {
     "weight 1e9": (body(weight=1e9), "its weight is 1000000000.0, expected 1 to the 12 train rows"),
     "weight 0": (body(weight=0.0), "its weight is 0.0"),
     "weight of 400 digits": (raw("body", "fields", "weight", text="1" + "0" * 400), "does not hold what is declared"),
-    "no message": (body(message=None), "its answer cannot be used"),
+    "no message": (body(message=None), "does not hold what is declared (it is empty)"),
     "another kind": (body(message=Empty()), "is of kind core.Nothing, expected averaging.Model"),
     "many metrics": (body(metrics={str(i): 0.0 for i in range(65)}), "it has 65 metrics"),
     "a metric's name": (metric("\x1b[2J", 0.0), "printable characters"),

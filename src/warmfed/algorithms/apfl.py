@@ -10,18 +10,18 @@ gradient. α is clipped to [0, 1] in the loss and after each round. The personal
 not with the site's own w.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Reply, Task
+from ..core.messages import message
 from ..core.tensors import Table, Tensors, add_prefix, mix, strip_prefix
-from ..fit import at, fit
+from ..fit import at, fit, solving
 from ..utils.errors import InputError
-from .shared.base import Averaging, upload
+from .shared.base import Averaging, Model, upload
 
 
 @message("apfl.Site")
@@ -45,7 +45,7 @@ class _Branches(nn.Module):
 class _Joint:
     """Task of both branches: f(w) + f(αv + (1 - α)w); the second term has gradients for v and α only."""
 
-    task: Any
+    task: Task
     alpha: float
 
     def build(self) -> nn.Module:
@@ -61,7 +61,7 @@ class _Joint:
 
 @final
 @dataclass(frozen=True)
-class APFL(Averaging):
+class APFL(Averaging[Site]):
     """Run FedAvg, and train a personal branch through its mixture with the global model."""
 
     alpha: float = 0.25
@@ -73,17 +73,17 @@ class APFL(Averaging):
         if not 0 <= self.alpha <= 1:
             raise InputError(f"alpha must be at least 0 and at most 1; got {self.alpha}")
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Site:
         return Site(received.model, self.alpha)
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Site, ctx: ClientContext) -> Reply[Model]:
         start = add_prefix(received.model, "shared.") | add_prefix(state.model, "personal.")
         if self.adaptive:
             start |= {"alpha": torch.tensor(state.alpha)}
-        found, metrics = fit(replace(ctx, task=_Joint(ctx.task, state.alpha)), start, self.local, ctx.data["train"])
+        found, metrics = fit(solving(ctx, _Joint(ctx.task, state.alpha)), start, self.local, ctx.data["train"])
         alpha = min(max(found["alpha"].item(), 0.0), 1.0) if self.adaptive else state.alpha
         site = Site(strip_prefix(found, "personal."), alpha)
         return upload(strip_prefix(found, "shared."), site, ctx, {**metrics, "alpha": alpha})
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model, state: Site) -> Tensors | None:
         return mix(received.model, state.model, state.alpha)

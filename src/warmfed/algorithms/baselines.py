@@ -10,8 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage
+from ..core.messages import message
 from ..core.tensors import Table, Tensors, join, layout_mismatch, rows
 from ..fit import Context, Training, fit
 from ..utils.errors import InputError
@@ -68,13 +68,13 @@ class LocalOnly:
     def needs_generator(self) -> GeneratorSpec | None:
         return None
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(received.model)
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: Model, site: str) -> Model:
         return server
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Model:
         # The same random initial weights for all sites, as in FedAvg.
         return Model(ctx.task.init(ctx.rng))
 
@@ -84,7 +84,7 @@ class LocalOnly:
         count = self.rounds if self.budget.until == "budget" else 1
         return ((first,) + (later,) * count)[:count]
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model | Empty, state: Model, ctx: ClientContext) -> Reply[Empty]:
         data = ctx.data
         if self.budget.until == "budget":
             model, metrics = fit(ctx, state.model, self.local, data["train"])
@@ -92,13 +92,13 @@ class LocalOnly:
             model, metrics = train_until(ctx, state.model, self.local, data["train"], data["validation"], self.budget)
         return Reply(Empty(), Model(model), float(rows(data["train"])), metrics)
 
-    def done(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def done(self, server: Model, replies: Replies[Empty], ctx: ServerContext) -> tuple[Model, Metrics]:
         return server, {}
 
-    def global_model(self, server: ServerState) -> Tensors | None:
+    def global_model(self, server: Model) -> Tensors | None:
         return None
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model | Empty, state: Model) -> Tensors | None:
         return state.model
 
 
@@ -135,24 +135,24 @@ class Centralized:
     def needs_generator(self) -> GeneratorSpec | None:
         return None
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Pool:
         return Pool(ctx.task.init(ctx.rng), {}, {})
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: Pool, site: str) -> Model:
         return Model(server.model)
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> None:
         return None
 
     def stages(self) -> tuple[Stage, ...]:
         collect = gathering("collect", self.pool, self.send, replies=(Images,), check=self.check, images=True)
         return (collect,) + (Stage("train", self.train),) * (self.rounds if self.budget.until == "budget" else 1)
 
-    def send(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def send(self, received: Empty, state: None, ctx: ClientContext) -> Reply[Images]:
         images = Images(ctx.data["train"], ctx.data["validation"])
         return Reply(images, None, float(rows(ctx.data["train"])), {})
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def check(self, reply: Reply[Images], site: str, ctx: ServerContext) -> None:
         """Raise `InputError` if a table lacks the columns that the task needs, or has unknown labels."""
         blank = {"image": torch.zeros(1, *ctx.task.shape, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.int64)}
         like = ctx.task.tables({"train": blank})["train"]
@@ -167,20 +167,20 @@ class Centralized:
             if not count or not 0 <= int(label.min()) <= int(label.max()) < ctx.task.classes:
                 raise InputError(f"{split}: it has no labels, or one that is not from 0 to {ctx.task.classes - 1}")
 
-    def pool(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def pool(self, server: Pool, replies: Replies[Images], ctx: ServerContext) -> tuple[Pool, Metrics]:
         train = join(reply.message.train for reply in replies.values())
         validation = join(reply.message.validation for reply in replies.values())
         return replace(server, train=train, validation=validation), {}
 
-    def train(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def train(self, server: Pool, replies: Replies[Empty], ctx: ServerContext) -> tuple[Pool, Metrics]:
         if self.budget.until == "budget":
             model, info = fit(ctx, server.model, self.local, server.train)
         else:
             model, info = train_until(ctx, server.model, self.local, server.train, server.validation, self.budget)
         return replace(server, model=model), info
 
-    def global_model(self, server: ServerState) -> Tensors | None:
+    def global_model(self, server: Pool) -> Tensors | None:
         return server.model
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model, state: None) -> Tensors | None:
         return received.model

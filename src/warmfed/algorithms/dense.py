@@ -14,18 +14,17 @@ generator steps on 64 images (the paper: 200 of 30 on 128), and 25 local epochs 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, final
+from dataclasses import dataclass
+from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
-from ..core.messages import Message
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, classifier
 from ..core.rng import seeded, spawn
 from ..core.tensors import Table, Tensors, join
-from ..fit import Training, fit
+from ..fit import Loss, Training, fit, solving
 from ..models import initial
 from ..utils.errors import InputError
 from .shared.base import Model, Rounds, average, upload
@@ -59,7 +58,8 @@ class Imagination(nn.Module):
         """Return images, float [n, c, h, w] in [-1, 1]; the noise comes from torch's global random stream."""
         noise = torch.randn(len(label), self.noise).to(label.device)
         begun = self.begin(torch.cat([noise, F.one_hot(label, self.classes).float()], 1))
-        return self.draw(begun.view(-1, *self.hidden))
+        found: Tensor = self.draw(begun.view(-1, *self.hidden))
+        return found
 
 
 class Ensemble(nn.Module):
@@ -99,12 +99,13 @@ class _Drawing:
         teacher, student = self.ensemble(image), self.student(image)
         apart = (teacher.argmax(1) != student.argmax(1)).float()  # ω: 1 if their predictions differ
         far = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True).sum(1)
-        return F.cross_entropy(teacher, batch["label"]) - self.disagreement * (apart * far).mean()
+        found: Tensor = F.cross_entropy(teacher, batch["label"]) - self.disagreement * (apart * far).mean()
+        return found
 
 
 @final
 @dataclass(frozen=True)
-class DENSE(Rounds):
+class DENSE(Rounds[Model, Model, None, Model]):
     """Distil the sites' models into one, on images of a generator that is trained from these models."""
 
     rounds: int = 1
@@ -134,11 +135,11 @@ class DENSE(Rounds):
         if min(self.epochs, self.images, self.noise) < 1:
             raise InputError("epochs, images and noise must be at least 1; check [algorithm]")
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Model, replies: Replies[Model], ctx: ServerContext) -> tuple[Model, Metrics]:
         student = average(replies) if self.student == "average" else server.model
         ensemble = Ensemble([frozen(ctx, reply.message.model) for reply in replies.values()])
         with seeded(ctx.rng):
@@ -147,7 +148,7 @@ class DENSE(Rounds):
         for turn in range(self.epochs):
             task = self.task(ctx, ensemble, student)
             label = torch.arange(self.images) % ctx.task.classes
-            generator, drawn = fit(replace(ctx, task=task), generator, self.drawing, {"label": label})
+            generator, drawn = fit(solving(ctx, task), generator, self.drawing, {"label": label})
             pool.append(self.imagine(ctx, task, generator, label))
             student, learned = fit(ctx, student, self.distillation, join(pool), loss=self.distil(ctx))
             ctx.progress("distil", turn + 1, self.epochs)
@@ -164,13 +165,13 @@ class DENSE(Rounds):
         net.load_state_dict(dict(generator))
         with seeded(spawn(ctx.rng), ctx.device), torch.no_grad():
             image = net(label.to(ctx.device)).add(1).mul(127.5).round().to(torch.uint8)
-            logits = ctx.task.logits(task.ensemble, {"image": image}).cpu()
+            logits = classifier(ctx).logits(task.ensemble, {"image": image}).cpu()
         return {"image": image.cpu(), "logits": logits, "right": logits.argmax(1) == label}
 
-    def distil(self, ctx: ServerContext) -> Any:
+    def distil(self, ctx: ServerContext) -> Loss:
         """Return the loss KL(ensemble ‖ student) on the pool."""
 
         def loss(model: nn.Module, batch: Table) -> Tensor:
-            return divergence(ctx.task.logits(model, batch), batch["logits"], self.temperature)
+            return divergence(classifier(ctx).logits(model, batch), batch["logits"], self.temperature)
 
         return loss

@@ -8,8 +8,7 @@ Departures: local steps are counted in epochs. The personal model is trained for
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Reply
 from ..core.tensors import Tensors
 from ..fit import Training, fit, proximal
 from .shared.base import Averaging, Model, upload
@@ -17,7 +16,7 @@ from .shared.base import Averaging, Model, upload
 
 @final
 @dataclass(frozen=True)
-class Ditto(Averaging):
+class Ditto(Averaging[Model]):
     """Train the global model by FedAvg, and a personal model with the penalty lam/2·||v - w^t||²."""
 
     lam: float = 0.1
@@ -25,13 +24,13 @@ class Ditto(Averaging):
     personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """Training of the personal model in one round."""
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(received.model)  # v_k
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         personal, info = fit(ctx, state.model, self.personal, ctx.data["train"], penalty=proximal(received.model, self.lam))
         return upload(model, Model(personal), ctx, {**metrics, "personal_loss": info["loss"]})
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model, state: Model) -> Tensors | None:
         return state.model

@@ -16,13 +16,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Reply
+from ..core.messages import message
 from ..core.rng import fork
 from ..core.tensors import Table, Tensors, add_prefix, only, rows, select, strip_prefix, to
-from ..fit import Training, at, fit, minibatches
+from ..fit import Training, at, fit, minibatches, solving
 from ..utils.errors import InputError
-from .shared.base import Averaging, upload
+from .shared.base import Averaging, Model, upload
 
 
 @message("fedala.Site")
@@ -47,7 +47,8 @@ class _Mixing:
 
     def loss(self, model: Any, batch: Table) -> Tensor:
         weights = {name: w for name, w in model["weight"].named_parameters() if w.requires_grad}
-        return self.task.loss(at(model["net"], mixed(self.mine, self.theirs, weights)), batch)
+        found: Tensor = self.task.loss(at(model["net"], mixed(self.mine, self.theirs, weights)), batch)
+        return found
 
 
 def mixed(mine: Tensors, theirs: Tensors, weights: Tensors) -> dict[str, Tensor]:
@@ -57,7 +58,7 @@ def mixed(mine: Tensors, theirs: Tensors, weights: Tensors) -> dict[str, Tensor]
 
 @final
 @dataclass(frozen=True)
-class FedALA(Averaging):
+class FedALA(Averaging[Site]):
     """Run FedAvg; each site starts from a learned mixture of the global model and its last model."""
 
     adaptive: str = "head."
@@ -73,10 +74,10 @@ class FedALA(Averaging):
         if not 0 < self.share <= 1 or self.patience < 1:
             raise InputError("share must be above 0 and at most 1, patience at least 1; check [algorithm]")
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Site:
         return Site(received.model, None)
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Site, ctx: ClientContext) -> Reply[Model]:
         start, weights = dict(received.model), state.weights
         if any(not torch.equal(state.model[name], received.model[name]) for name in state.model):
             weights = self.learn(received.model, state, ctx)
@@ -86,11 +87,11 @@ class FedALA(Averaging):
             metrics["global_share"] = torch.cat([w.flatten() for w in weights.values()]).double().mean().item()
         return upload(model, Site(model, weights), ctx, metrics)
 
-    def learn(self, model: Tensors, state: State, ctx: ClientContext) -> dict[str, Tensor]:
+    def learn(self, model: Tensors, state: Site, ctx: ClientContext) -> dict[str, Tensor]:
         """Return W, learned by projected gradient descent on a new random part of the site's images each round."""
         data = ctx.data["train"]
         task = _Mixing(ctx.task, to(state.model, ctx.device), to(model, ctx.device))
-        inner = replace(ctx, task=task, rng=fork(ctx.rng, "weights"))
+        inner = replace(solving(ctx, task), rng=fork(ctx.rng, "weights"))
         chosen = torch.randperm(rows(data), generator=inner.rng)[: max(1, round(self.share * rows(data)))]
         one = Training(lr=self.eta, momentum=0.0, batch_size=self.local.batch_size)
         mixes = only(model, lambda name: name.startswith(self.adaptive))
@@ -108,5 +109,5 @@ class FedALA(Averaging):
                 break
         return weights
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model, state: Site) -> Tensors | None:
         return state.model

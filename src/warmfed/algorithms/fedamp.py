@@ -17,8 +17,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
+from ..core.messages import message
 from ..core.tensors import Tensors, mean
 from ..fit import fit, proximal
 from ..utils.errors import InputError
@@ -36,7 +36,7 @@ class Server:
 
 @final
 @dataclass(frozen=True)
-class FedAMP(Rounds):
+class FedAMP(Rounds[Server, Model, Model, Model]):
     """Train each site's model near its own mixture of all sites' models; no global model."""
 
     attention: str = "cosine"
@@ -56,21 +56,21 @@ class FedAMP(Rounds):
         if not self.sigma > 0 or not self.alpha > 0 or not 0 <= self.itself <= 1:
             raise InputError("sigma and alpha must be above 0, itself at least 0 and at most 1; check [algorithm]")
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Server:
         return Server(ctx.task.init(ctx.rng), {}, {})
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: Server, site: str) -> Model:
         return Model(server.cloud.get(site, server.start))
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(received.model)
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model, ctx: ClientContext) -> Reply[Model]:
         held = self.lam / (self.alpha if self.attention == "distance" else 1.0)
         model, metrics = fit(ctx, state.model, self.local, ctx.data["train"], penalty=proximal(received.model, held))
         return upload(model, Model(model), ctx, metrics)
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Server, replies: Replies[Model], ctx: ServerContext) -> tuple[Server, Metrics]:
         personal = dict(sorted({**server.personal, **{site: r.message.model for site, r in replies.items()}}.items()))
         weight = self.weights([torch.cat([value.double().flatten() for value in w.values()]) for w in personal.values()])
         cloud = {
@@ -92,7 +92,8 @@ class FedAMP(Rounds):
         if self.attention == "cosine":
             unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)
             like = (self.sigma * (unit @ unit.T)).masked_fill(torch.eye(count, dtype=torch.bool), -math.inf)
-            return (1 - self.itself) * like.softmax(-1) + self.itself * torch.eye(count, dtype=torch.float64)
+            found: Tensor = (1 - self.itself) * like.softmax(-1) + self.itself * torch.eye(count, dtype=torch.float64)
+            return found
         squared = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
         weight = self.alpha / self.sigma * (-squared / self.sigma).exp()  # α_k·A'(||w_i - w_j||²)
         weight.fill_diagonal_(0)
@@ -104,8 +105,8 @@ class FedAMP(Rounds):
             )
         return weight
 
-    def global_model(self, server: ServerState) -> Tensors | None:
+    def global_model(self, server: Server) -> Tensors | None:
         return None
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model, state: Model) -> Tensors | None:
         return state.model

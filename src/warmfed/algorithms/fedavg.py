@@ -9,17 +9,16 @@ Departures: none. The personal model is the global model.
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Reply
 from ..fit import fit
-from .shared.base import Averaging, upload
+from .shared.base import Averaging, Model, upload
 
 
 @final
 @dataclass(frozen=True)
-class FedAvg(Averaging):
+class FedAvg(Averaging[None]):
     """Train locally from the global model and average the models, weighted by the sites' numbers of images."""
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)

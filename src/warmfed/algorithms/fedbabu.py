@@ -11,11 +11,11 @@ Departures: the server initialises the head and broadcasts it with the body, so 
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..core import ClientContext, Metrics, Reply, ServerContext, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Metrics, Reply, ServerContext
+from ..core.messages import message
 from ..core.tensors import Tensors, only, rows
 from ..fit import Training, fit
-from .shared.base import Personalized, expect
+from .shared.base import Model, Personalized, expect
 
 
 @message("fedbabu.Body")
@@ -27,7 +27,7 @@ class Body:
 
 @final
 @dataclass(frozen=True)
-class FedBABU(Personalized):
+class FedBABU(Personalized[Body]):
     """Train and average the body under a fixed random head; at the end, each site fine-tunes both."""
 
     head: str = "head."
@@ -36,11 +36,11 @@ class FedBABU(Personalized):
     """Fine-tuning at the end."""
     replies: ClassVar[tuple[type, ...]] = (Body,)
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Body]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"], trainable=self.body)
         return Reply(Body(only(model, self.body)), state, float(rows(ctx.data["train"])), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def check(self, reply: Reply[Body], site: str, ctx: ServerContext) -> None:
         expect(reply.message.model, ctx, self.body)
 
     def body(self, name: str) -> bool:

@@ -20,12 +20,12 @@ from typing import ClassVar, final
 from ..core import GeneratorSpec
 from ..fit import Training
 from ..utils.errors import InputError
-from .shared.synthetic_data import WarmStarted
+from .shared.synthetic_data import AdapterUpload, WarmStarted
 
 
 @final
 @dataclass(frozen=True)
-class FedBiP(WarmStarted):
+class FedBiP(WarmStarted[AdapterUpload]):
     """Train a classifier on samples of noised latents and concept vectors, then run FedAvg; latents reveal image content."""
 
     images: ClassVar[bool] = True  # latents are encoded, noised images of the site

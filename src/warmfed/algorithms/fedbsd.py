@@ -20,8 +20,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Reply, classifier
 from ..core.tensors import Table, only
 from ..fit import Loss, Training, fit
 from ..utils.errors import one_of
@@ -61,19 +60,19 @@ class FedBSD(SplitByName):
     def __post_init__(self) -> None:
         one_of(self, start=("own", "global"), distance=("kl", "mse", "cosine"))
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model, ctx: ClientContext) -> Reply[Model]:
         mine, shared, data = self.mine(ctx.task), self.shared(ctx.task), ctx.data["train"]
         teacher, info = fit(ctx, {**state.model, **received.model}, self.head, data, trainable=mine)
         student = {**teacher, **only(state.model, shared)} if self.start == "own" else teacher
         loss: Loss | None = None
         if self.weight:
-            data = {**data, "wanted": ctx.task.features(teacher, data, device=ctx.device)}  # φ(x; θ̄)
+            data = {**data, "wanted": classifier(ctx).features(teacher, data, device=ctx.device)}  # φ(x; θ̄)
             loss = partial(self.taught, ctx)
         model, metrics = fit(ctx, student, self.local, data, loss=loss, trainable=shared)
         return upload(only(model, shared), Model(model), ctx, {**metrics, "head_loss": info["loss"]})
 
     def taught(self, ctx: ClientContext, student: nn.Module, batch: Table) -> Tensor:
         """Return cross-entropy + λ·D."""
-        features = ctx.task.embed(student, batch)  # φ(x; θ)
+        features = classifier(ctx).embed(student, batch)  # φ(x; θ)
         far = distance(features, batch["wanted"], self.distance, self.temperature)
         return F.cross_entropy(student.get_submodule("head")(features), batch["label"]) + self.weight * far

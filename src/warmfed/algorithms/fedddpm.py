@@ -20,13 +20,13 @@ from typing import final
 
 import torch
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext, Stage, denoiser
+from ..core.messages import message
 from ..core.rng import spawn
 from ..core.tensors import Tensors, apportion, flat, rows, select, sub
 from ..fit import Training, fit
 from ..utils.errors import InputError, one_of
-from .shared.base import DRAWING, Averaging, Model, count_fits, counted, expect, gathering, upload
+from .shared.base import DRAWING, Combined, Model, count_fits, counted, expect, gathering, upload
 from .shared.synthetic_data import keep_samples
 
 SIGNALS = ("progress", "update", "dispersion")
@@ -55,7 +55,7 @@ class Drawing:
 
 @final
 @dataclass(frozen=True)
-class FedDDPM(Averaging):
+class FedDDPM(Combined[Server, Model, None, Model]):
     """Train diffusion models at the sites, sample an auxiliary set from them, and correct each round on it."""
 
     rounds: int = 10
@@ -99,46 +99,46 @@ class FedDDPM(Averaging):
             )
 
     def stages(self) -> tuple[Stage, ...]:
-        local = gathering("local", self.collect, self.draw, replies=(Drawing,), check=self.check, images=False)
+        local = gathering("local", self.collect, self.draw, replies=(Drawing,), check=self.check_drawing, images=False)
         auxiliary = Stage("auxiliary", self.auxiliary, evaluated=False)
         train = Stage("train", self.aggregate, self.train, client_fraction=self.client_fraction, images=False)
         alone = Stage("alone", self.alone)
         return (local, auxiliary, *(alone if self.correct == "only" else train,) * self.rounds)
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Server:
         return Server(ctx.task.init(ctx.rng), {}, {}, {}, {}, (), ())
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: Server, site: str) -> Model:
         return Model(server.model)
 
     # local: each site trains its own model
 
-    def draw(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def draw(self, received: Empty, state: None, ctx: ClientContext) -> Reply[Drawing]:
         data = ctx.data["train"]
-        model, metrics = ctx.task.learned_alone(ctx, self.first)  # v_k
+        model, metrics = denoiser(ctx).learned_alone(ctx, self.first)  # v_k
         counts = tuple(data["label"].bincount(minlength=ctx.task.classes).tolist())
         return Reply(Drawing(model, counts), None, float(rows(data)), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def check_drawing(self, reply: Reply[Drawing], site: str, ctx: ServerContext) -> None:
         expect(reply.message.model, ctx)
         count_fits(reply.message.labels, ctx.task.classes, reply.weight)
 
-    def collect(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def collect(self, server: Server, replies: Replies[Drawing], ctx: ServerContext) -> tuple[Server, Metrics]:
         labels = {site: counted(torch.tensor(reply.message.labels), reply.weight) for site, reply in replies.items()}
         return replace(server, locals={site: r.message.model for site, r in replies.items()}, labels=labels), {}
 
     # auxiliary: the server samples all models, in proportion to the sites' images
 
-    def auxiliary(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def auxiliary(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         drawn: list[dict[str, torch.Tensor]] = []
         for site, model in server.locals.items():
             counts = server.labels[site]
             wanted = max(1, round(self.share * int(counts.sum())))
             label = apportion(counts, wanted)
-            latent = ctx.task.sample_alone(model, label, replace(ctx, rng=spawn(ctx.rng)))
+            latent = denoiser(ctx).sample_alone(model, label, replace(ctx, rng=spawn(ctx.rng)))
             drawn.append({"latent": latent, "label": label, "site": torch.full((wanted,), len(drawn))})
         table = {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}
-        images = {"image": ctx.task.decoded(table["latent"]), "label": table["label"], "site": table["site"]}
+        images = {"image": denoiser(ctx).decoded(table["latent"]), "label": table["label"], "site": table["site"]}
         everything = torch.ones(rows(table), dtype=torch.bool)
         keep_samples(ctx, tuple(server.locals), {**images, "kept": everything}, {"share": self.share})
         order, tenth = torch.randperm(rows(table), generator=ctx.rng), max(1, rows(table) // 10)
@@ -150,11 +150,11 @@ class FedDDPM(Averaging):
 
     # train: FedAvg and the server's correction
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])  # w_{r+1}^k
         return upload(model, state, ctx, metrics)
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Server, replies: Replies[Model], ctx: ServerContext) -> tuple[Server, Metrics]:
         merged = {**server.model, **self.robust.combine(server.model, replies)}  # w̄_{r+1}
         held = ctx.task.metrics(merged, server.held, ctx.device)["loss"]
         signals = (*server.signals, self._signal(server, replies, merged, held))
@@ -171,11 +171,11 @@ class FedDDPM(Averaging):
         server = replace(server, model=model, corrected=(*server.corrected, len(signals) - 1))
         return server, {**metrics, "corrected": 1.0, "correction_loss": info["loss"], "correction_steps": info["steps"]}
 
-    def alone(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def alone(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         model, metrics = fit(ctx, server.model, self.local, server.auxiliary)
         return replace(server, model=model), metrics
 
-    def _signal(self, server: ServerState, replies: Replies, merged: Tensors, held: float) -> float:
+    def _signal(self, server: Server, replies: Replies[Model], merged: Tensors, held: float) -> float:
         match self.signal:
             case "update":
                 return _norm(sub(merged, server.model)) / max(_norm(server.model), 1e-12)
@@ -186,7 +186,7 @@ class FedDDPM(Averaging):
             case _:
                 return held
 
-    def _slow(self, server: ServerState, signals: tuple[float, ...]) -> bool:
+    def _slow(self, server: Server, signals: tuple[float, ...]) -> bool:
         """Return whether learning is slow and a correction is due."""
         spent = self.corrections and len(server.corrected) >= self.corrections
         waiting = bool(server.corrected) and len(signals) - 1 - server.corrected[-1] <= self.wait
@@ -203,4 +203,5 @@ class FedDDPM(Averaging):
 
 
 def _norm(tensors: Tensors) -> float:
-    return flat(tensors).norm().item()
+    found: float = flat(tensors).norm().item()
+    return found

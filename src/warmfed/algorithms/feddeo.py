@@ -17,12 +17,12 @@ from typing import ClassVar, final
 
 from ..core import GeneratorSpec
 from ..fit import Training
-from .shared.synthetic_data import WarmStarted
+from .shared.synthetic_data import AdapterUpload, WarmStarted
 
 
 @final
 @dataclass(frozen=True)
-class FedDEO(WarmStarted):
+class FedDEO(WarmStarted[AdapterUpload]):
     """Train a classifier on samples of learned class descriptions, then run FedAvg; sites send no adapter weights."""
 
     images: ClassVar[bool] = False

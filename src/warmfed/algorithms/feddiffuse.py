@@ -16,12 +16,12 @@ from typing import ClassVar, final
 
 import torch
 
-from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext, Stage, denoiser
+from ..core.messages import message
 from ..core.tensors import Tensors, only, rows
 from ..fit import Training, fit
 from ..utils.errors import one_of
-from .shared.base import DRAWING, Averaging, Model, expect
+from .shared.base import DRAWING, Combined, Model, expect
 
 PARTS = ("encoder", "bottleneck", "decoder")
 TRAVELS = {"full": PARTS, "usplit": PARTS, "ulatdec": PARTS[1:], "udec": PARTS[2:]}
@@ -54,7 +54,7 @@ class Returned:
 
 @final
 @dataclass(frozen=True)
-class FedDiffuse(Averaging):
+class FedDiffuse(Combined[Server, Asked, Model | None, Returned]):
     """Run FedAvg on some parts of the network; keep the others at the sites."""
 
     local: Training = DRAWING
@@ -76,7 +76,7 @@ class FedDiffuse(Averaging):
         """The parts that stay at the sites."""
         return tuple(part for part in PARTS if part not in TRAVELS[self.exchange])
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Server:
         return self.turn(ctx.task.init(ctx.rng), ctx)
 
     def turn(self, model: Tensors, ctx: ServerContext) -> Server:
@@ -95,33 +95,33 @@ class FedDiffuse(Averaging):
             halves[1].append(pair[coin % len(pair)])
         return Server(model, *(tuple(sorted(half)) for half in halves))
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: Server, site: str) -> Asked:
         return Asked(server.model, tuple(part for part in PARTS if site in getattr(server, part)))
 
     # start: the sites store their private parts
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
-        return Model(only(received.model, lambda name: ctx.task.part(name) in self.private)) if self.private else None
+    def init_client_state(self, received: Asked, ctx: ClientContext) -> Model | None:
+        return Model(only(received.model, lambda name: denoiser(ctx).part(name) in self.private)) if self.private else None
 
-    def keep(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def keep(self, received: Asked, state: Model | None, ctx: ClientContext) -> Reply[Empty]:
         return Reply(Empty(), state, float(rows(ctx.data["train"])), {})
 
-    def started(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
-        return replace(server, model=only(server.model, lambda name: ctx.task.part(name) not in self.private)), {}
+    def started(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
+        return replace(server, model=only(server.model, lambda name: denoiser(ctx).part(name) not in self.private)), {}
 
     # train
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Asked, state: Model | None, ctx: ClientContext) -> Reply[Returned]:
         model, metrics = fit(ctx, self.client_model(received, state), self.local, ctx.data["train"])
-        kept = Model(only(model, lambda name: ctx.task.part(name) in self.private)) if self.private else None
-        back = only(model, lambda name: ctx.task.part(name) in received.parts)
+        kept = Model(only(model, lambda name: denoiser(ctx).part(name) in self.private)) if self.private else None
+        back = only(model, lambda name: denoiser(ctx).part(name) in received.parts)
         return Reply(Returned(back), kept, float(rows(ctx.data["train"])), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
-        parts = {ctx.task.part(name) for name in reply.message.model}
-        expect(reply.message.model, ctx, lambda name: ctx.task.part(name) in parts)
+    def check(self, reply: Reply[Returned], site: str, ctx: ServerContext) -> None:
+        parts = {denoiser(ctx).part(name) for name in reply.message.model}
+        expect(reply.message.model, ctx, lambda name: denoiser(ctx).part(name) in parts)
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Server, replies: Replies[Returned], ctx: ServerContext) -> tuple[Server, Metrics]:
         model = dict(server.model)
         for part in PARTS:
             asked = {site: reply for site, reply in replies.items() if site in getattr(server, part)}
@@ -131,12 +131,12 @@ class FedDiffuse(Averaging):
                 model |= self.robust.combine(server.model, returned)
         return self.turn(model, ctx), {}
 
-    def of(self, part: str, reply: Reply, ctx: ServerContext) -> Reply:
+    def of(self, part: str, reply: Reply[Returned], ctx: ServerContext) -> Reply[Returned]:
         """Return the reply, reduced to one part of its model."""
-        return replace(reply, message=Model(only(reply.message.model, lambda name: ctx.task.part(name) == part)))
+        return replace(reply, message=Returned(only(reply.message.model, lambda name: denoiser(ctx).part(name) == part)))
 
-    def global_model(self, server: ServerState) -> Tensors | None:
+    def global_model(self, server: Server) -> Tensors | None:
         return None if self.private else server.model
 
-    def client_model(self, received: Message, state: State) -> Tensors:
+    def client_model(self, received: Asked, state: Model | None) -> Tensors:
         return {**received.model, **(state.model if state is not None else {})}

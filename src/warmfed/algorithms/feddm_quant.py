@@ -11,18 +11,18 @@ expectation equals the value (QSGD, Alistarh et al., NeurIPS 2017, arXiv:1610.02
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
-from ..core.messages import Message, kind, message
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
+from ..core.messages import kind, message
 from ..core.rng import fork
 from ..core.tensors import Tensors, add, layout_mismatch, rows, sub
 from ..fit import Training, fit
 from ..utils.errors import InputError
-from .shared.base import DRAWING, Averaging, Model, upload
+from .shared.base import DRAWING, Combined, Model, upload
 
 BITS = (0, 1, 2, 4, 8)
 
@@ -54,12 +54,13 @@ def quantize(values: Tensor, bits: int, rng: torch.Generator) -> tuple[Tensor, T
 def restore(codes: Tensor, grid: Tensor, bits: int, like: Tensor) -> Tensor:
     """Return the values that `quantize` rounded to the grid, in the shape and dtype of `like`."""
     number = (codes[:, None] >> (bits * torch.arange(8 // bits, dtype=torch.uint8))) & (2**bits - 1)
-    return (grid[0] + number.flatten()[: like.numel()] * grid[1]).to(like.dtype).view(like.shape)
+    found: Tensor = (grid[0] + number.flatten()[: like.numel()] * grid[1]).to(like.dtype).view(like.shape)
+    return found
 
 
 @final
 @dataclass(frozen=True)
-class FedDMQuant(Averaging):
+class FedDMQuant(Combined[Model, Model, None, Quantized | Model]):
     """Run FedAvg with updates of a few bits."""
 
     local: Training = DRAWING
@@ -72,7 +73,7 @@ class FedDMQuant(Averaging):
         if self.bits not in BITS:
             raise InputError(f"bits must be one of {', '.join(map(str, BITS))}; got {self.bits}")
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Quantized | Model]:
         data, rng = ctx.data["train"], fork(ctx.rng, "quantize")
         model, metrics = fit(ctx, received.model, self.local, data)
         if not self.bits:
@@ -87,7 +88,7 @@ class FedDMQuant(Averaging):
         )
         return Reply(sent, state, float(rows(data)), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def check(self, reply: Reply[Quantized | Model], site: str, ctx: ServerContext) -> None:
         if type(reply.message) is not (Quantized if self.bits else Model):
             raise InputError(f"it sent {kind(type(reply.message))}, expected its change in {self.bits} bits")
         if not self.bits:
@@ -98,7 +99,8 @@ class FedDMQuant(Averaging):
             codes = {name: torch.empty(-(-n * self.bits // 8), dtype=torch.uint8) for name, n in floating.items()}
             grids = {name: torch.empty(2) for name in floating}
         plain = {name: value for name, value in model.items() if name not in floating}
-        sent: Any = reply.message
+        sent = reply.message
+        assert isinstance(sent, Quantized)
         if (
             wrong := layout_mismatch(sent.codes, codes)
             or layout_mismatch(sent.grids, grids)
@@ -106,20 +108,21 @@ class FedDMQuant(Averaging):
         ):
             raise InputError(f"{wrong}, for the model's change in {self.bits} bits")
 
-    def change(self, message: Message, received: Message) -> Tensors:
-        if not self.bits:
+    def change(self, message: Quantized | Model, received: Model) -> Tensors:
+        if isinstance(message, Model):
             return sub(message.model, received.model)
         return {
             f"model/{name}": restore(codes, message.grids[name].double(), self.bits, received.model[name].double())
             for name, codes in message.codes.items()
         }
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
-        restored = {site: self._restored(server.model, reply) for site, reply in replies.items()} if self.bits else replies
+    def aggregate(self, server: Model, replies: Replies[Quantized | Model], ctx: ServerContext) -> tuple[Model, Metrics]:
+        restored = {site: replace(r, message=self._restored(server.model, r.message)) for site, r in replies.items()}
         return Model({**server.model, **self.robust.combine(server.model, restored)}), {}
 
-    def _restored(self, start: Tensors, reply: Reply) -> Reply:
-        packed = reply.message
+    def _restored(self, start: Tensors, packed: Quantized | Model) -> Model:
+        if isinstance(packed, Model):
+            return packed
         known = {name: start[name] for name in start if name in packed.codes}
         change = {name: restore(packed.codes[name], packed.grids[name], self.bits, known[name]) for name in known}
-        return replace(reply, message=Model({**add(known, change), **packed.plain}))
+        return Model({**add(known, change), **packed.plain})

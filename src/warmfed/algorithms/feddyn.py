@@ -8,8 +8,8 @@ Departures: a fixed number of epochs solves the local problem, not a search for 
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
+from ..core.messages import message
 from ..core.tensors import Tensors, mean, scale, sub, to, zeros
 from ..fit import fit, proximal
 from ..utils.errors import InputError
@@ -33,7 +33,7 @@ class Gradient:
 
 @final
 @dataclass(frozen=True)
-class FedDyn(Rounds):
+class FedDyn(Rounds[Server, Model, Gradient, Model]):
     """Regularise the local losses each round, so that their minima move towards the minimum of their sum."""
 
     alpha: float = 0.01
@@ -43,17 +43,17 @@ class FedDyn(Rounds):
         if self.alpha <= 0:
             raise InputError(f"alpha must be above 0; got {self.alpha}")
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Server:
         model = ctx.task.init(ctx.rng)
         return Server(model, zeros(model))
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: Server, site: str) -> Model:
         return Model(server.model)
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Gradient:
         return Gradient(zeros(received.model))
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Gradient, ctx: ClientContext) -> Reply[Model]:
         # L_k(θ) - ⟨∇L_k(θ_k), θ⟩ + α/2·||θ - θ^{t-1}||²
         penalty = proximal(received.model, self.alpha)
         data, linear = ctx.data["train"], to(state.gradient, ctx.device)
@@ -61,7 +61,7 @@ class FedDyn(Rounds):
         gradient = sub(state.gradient, scale(sub(model, received.model), self.alpha))
         return upload(model, Gradient(gradient), ctx, metrics)
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Server, replies: Replies[Model], ctx: ServerContext) -> tuple[Server, Metrics]:
         average = mean((reply.message.model, 1.0) for reply in replies.values())
         step = scale(sub(average, server.model), self.alpha * len(replies) / len(ctx.sites))
         drift = sub(server.drift, step)  # h^t = h^{t-1} - α/m·Σ_{k∈P} (θ_k - θ^{t-1})

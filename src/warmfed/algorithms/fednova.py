@@ -12,8 +12,8 @@ Departures: none. There is no server momentum.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
+from ..core.messages import message
 from ..core.tensors import Tensors, add, mean, rows, scale, sub
 from ..fit import fit
 from ..utils.errors import InputError
@@ -30,7 +30,7 @@ class Normalized:
 
 @final
 @dataclass(frozen=True)
-class FedNova(Rounds):
+class FedNova(Rounds[Model, Model, None, Normalized]):
     """Average normalised updates, so that a site's number of local steps does not set its weight."""
 
     replies: ClassVar[tuple[type, ...]] = (Normalized,)
@@ -38,24 +38,24 @@ class FedNova(Rounds):
     def __post_init__(self) -> None:
         self.local.accumulated(1)  # raises unless the steps are a sum of gradients
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Normalized]:
         data = ctx.data["train"]
         model, metrics = fit(ctx, received.model, self.local, data)
         accumulated = self.local.accumulated(rows(data))
         direction = scale(sub(model, received.model), 1 / accumulated)
         return Reply(Normalized(direction, accumulated), state, float(rows(data)), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def check(self, reply: Reply[Normalized], site: str, ctx: ServerContext) -> None:
         expect(reply.message.direction, ctx)
         # The admission policy has bounded the weight by the rows that the site declared.
         most = self.local.accumulated(int(reply.weight))
         if not 0 < reply.message.accumulated <= most:
             raise InputError(f"it accumulated {reply.message.accumulated} gradients, expected at most {most}")
 
-    def change(self, message: Message, received: Message) -> Tensors:
+    def change(self, message: Normalized, received: Model) -> Tensors:
         return {f"model/{name}": value.double() * message.accumulated for name, value in message.direction.items()}
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Model, replies: Replies[Normalized], ctx: ServerContext) -> tuple[Model, Metrics]:
         direction = mean((reply.message.direction, reply.weight) for reply in replies.values())
         total = sum(reply.weight for reply in replies.values())
         length = sum(reply.message.accumulated * reply.weight for reply in replies.values()) / total  # τ_eff = Σ p_i·‖a_i‖₁

@@ -14,12 +14,12 @@ from typing import final
 
 import torch
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
+from ..core.messages import message
 from ..core.tensors import Tensors, add, mix, scale, sub, zeros
 from ..fit import fit
 from ..utils.errors import InputError
-from .shared.base import Averaging, Model, upload
+from .shared.base import Combined, Model, upload
 
 
 @message("server_optimizer.Server")
@@ -54,7 +54,7 @@ class ServerOptimizer:
         second = {} if self.name == "momentum" else {name: torch.full_like(x, self.tau**2) for name, x in model.items()}
         return Server(model, zeros(model), second)
 
-    def step(self, server: Message, change: Tensors) -> Server:
+    def step(self, server: Server, change: Tensors) -> Server:
         """Return the server's state after a step along `change`, Δ."""
         if self.name == "momentum":
             first = add(scale(server.first, self.beta1), change)
@@ -71,21 +71,21 @@ class ServerOptimizer:
 
 @final
 @dataclass(frozen=True)
-class FedOpt(Averaging):
+class FedOpt(Combined[Server, Model, None, Model]):
     """Run FedAvg with a server optimizer: the mean change of the sites' models is its gradient."""
 
     server: ServerOptimizer = ServerOptimizer()
     """Server optimizer."""
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Server:
         return self.server.begin(ctx.task.init(ctx.rng))
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: Server, site: str) -> Model:
         return Model(server.model)
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Server, replies: Replies[Model], ctx: ServerContext) -> tuple[Server, Metrics]:
         return self.server.step(server, sub(self.robust.combine(server.model, replies), server.model)), {}

@@ -20,12 +20,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext, Stage, denoiser
+from ..core.messages import message
 from ..core.tensors import Tensors, mean, rows
 from ..fit import Training, fit
 from ..utils.errors import InputError
-from .shared.base import DRAWING, Averaging, Model, count_fits, counted, gathering, upload
+from .shared.base import DRAWING, Combined, Model, count_fits, counted, gathering, upload
 
 
 @message("fedphd.Server")
@@ -64,7 +64,7 @@ def gain(counts: Tensor, there: Collection[Tensor]) -> float:
 
 @final
 @dataclass(frozen=True)
-class FedPhD(Averaging):
+class FedPhD(Combined[Server, Model, None, Model]):
     """Average within and across edges by class balance, and prune the network after the dense rounds."""
 
     local: Training = DRAWING
@@ -93,24 +93,24 @@ class FedPhD(Averaging):
             *(Stage("train", self.aggregate, self.train, client_fraction=self.client_fraction, images=False),) * self.rounds,
         )
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Server:
         return Server(ctx.task.init(ctx.rng), {}, {}, {}, 0)
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: Server, site: str) -> Model:
         edge = next((edge for edge, sites in server.members.items() if site in sites), None)
         return Model(server.model if edge is None else server.edges[edge])
 
     # enrol: sites send their class counts and join an edge
 
-    def tell(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def tell(self, received: Empty, state: None, ctx: ClientContext) -> Reply[Labels]:
         counts = ctx.data["train"]["label"].bincount(minlength=ctx.task.classes)
         return Reply(Labels(tuple(map(float, counts.tolist()))), state, float(rows(ctx.data["train"])), {})
 
-    def told(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def told(self, reply: Reply[Labels], site: str, ctx: ServerContext) -> None:
         """Raise `InputError` if the counts do not add up to the site's rows."""
         count_fits(reply.message.counts, ctx.task.classes, reply.weight)
 
-    def enrolled(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def enrolled(self, server: Server, replies: Replies[Labels], ctx: ServerContext) -> tuple[Server, Metrics]:
         labels = {site: counted(torch.tensor(reply.message.counts), reply.weight) for site, reply in replies.items()}
         return self.joined(replace(server, labels=labels), ctx), {}
 
@@ -128,12 +128,12 @@ class FedPhD(Averaging):
 
     # train
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         there = replace(ctx, task=ctx.task.fitting(received.model))
         model, metrics = fit(there, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Server, replies: Replies[Model], ctx: ServerContext) -> tuple[Server, Metrics]:
         edges = dict(server.edges)
         for edge, sites in server.members.items():
             answered = {
@@ -149,11 +149,12 @@ class FedPhD(Averaging):
         metrics = {f"homogeneity/{edge}": homogeneity(counts) for edge, counts in even.items()}
         prune = bool(self.pruned) and server.done == self.dense
         if prune:
-            server = replace(server, model=ctx.task.pruned(server.model, self.pruned))
+            server = replace(server, model=denoiser(ctx).pruned(server.model, self.pruned))
         if prune or server.done % self.period == 0:
             server = self.joined(server, ctx)
         return server, {**metrics, "parameters": float(sum(value.numel() for value in server.model.values()))}
 
     def weight(self, count: float, labels: Tensor) -> float:
         """Return n·h^trust."""
-        return count * homogeneity(labels) ** self.trust
+        found: float = count * homogeneity(labels) ** self.trust
+        return found

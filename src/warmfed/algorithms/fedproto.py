@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, classifier
+from ..core.messages import message
 from ..core.tensors import Table, Tensors, layout_mismatch, rows
 from ..fit import Loss, fit
 from ..utils.errors import InputError
@@ -38,7 +38,7 @@ def prototypes(features: Tensor, label: Tensor, classes: int) -> Prototypes:
     return Prototypes({"mean": (total / count.clamp_min(1)[:, None]).float()}, {"images": count})
 
 
-def nearest(prototypes: Message) -> Tensors:
+def nearest(prototypes: Prototypes) -> Tensors:
     """Return a linear head that predicts the class of the nearest prototype.
 
     Its logits 2·C̄ᵀh - ||C̄||² equal -||h - C̄||² up to the constant ||h||².
@@ -50,7 +50,7 @@ def nearest(prototypes: Message) -> Tensors:
 
 @final
 @dataclass(frozen=True)
-class FedProto(Rounds):
+class FedProto(Rounds[Prototypes, Prototypes, Model, Prototypes]):
     """Train each site's own model, with a penalty on the distance to the global prototypes; no global model."""
 
     lam: float = 1.0
@@ -62,33 +62,33 @@ class FedProto(Rounds):
         if self.predict not in ("prototype", "head"):
             raise InputError(f"predict must be prototype or head; got {self.predict!r}")
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Prototypes:
         return Prototypes({}, {})
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Prototypes, ctx: ClientContext) -> Model:
         return Model(ctx.task.init(ctx.rng))
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Prototypes, state: Model, ctx: ClientContext) -> Reply[Prototypes]:
         data = ctx.data["train"]
         pulled = self.pull(ctx, received) if self.lam and received.feature else None
         model, metrics = fit(ctx, state.model, self.local, data, loss=pulled)
-        mine = prototypes(ctx.task.features(model, data, device=ctx.device), data["label"], ctx.task.classes)
+        mine = prototypes(classifier(ctx).features(model, data, device=ctx.device), data["label"], ctx.task.classes)
         return Reply(mine, Model(model), float(rows(data)), metrics)
 
-    def pull(self, ctx: ClientContext, received: Message) -> Loss:
+    def pull(self, ctx: ClientContext, received: Prototypes) -> Loss:
         """Return cross-entropy plus λ times the distance of each image's feature to its class's prototype, if there is one."""
         mean, known = received.feature["mean"].to(ctx.device), (received.count["images"] > 0).to(ctx.device)
 
         def loss(model: Any, batch: Table) -> Tensor:
-            features, label = ctx.task.embed(model, batch), batch["label"]
+            features, label = classifier(ctx).embed(model, batch), batch["label"]
             far = (features - mean[label]).square().mean(1)
             return F.cross_entropy(model.head(features), label) + self.lam * (far * known[label]).mean()
 
         return loss
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def check(self, reply: Reply[Prototypes], site: str, ctx: ServerContext) -> None:
         with torch.device("meta"):  # build shapes only, without weights
-            mean = torch.empty_like(ctx.task.build().head.weight)
+            mean = torch.empty_like(ctx.task.build().get_parameter("head.weight"))
             count = torch.empty(ctx.task.classes, dtype=torch.int64)
         wrong = layout_mismatch(reply.message.feature, {"mean": mean}) or layout_mismatch(
             reply.message.count, {"images": count}
@@ -97,13 +97,13 @@ class FedProto(Rounds):
             raise InputError(wrong)
         count_fits(reply.message.count["images"].tolist(), ctx.task.classes, reply.weight)
 
-    def change(self, message: Message, received: Message) -> Tensors:
+    def change(self, message: Prototypes, received: Prototypes) -> Tensors:
         # Only the site's own classes: it sends zeros for the others.
         known = message.count["images"] > 0
         now = message.feature["mean"][known].double()
         return {"feature/mean": now - received.feature["mean"][known].double() if received.feature else now}
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Prototypes, replies: Replies[Prototypes], ctx: ServerContext) -> tuple[Prototypes, Metrics]:
         counts = [counted(reply.message.count["images"], reply.weight) for reply in replies.values()]
         sent = [reply.message.feature["mean"].double() for reply in replies.values()]
         weight = torch.stack(counts).sum(0)
@@ -117,9 +117,9 @@ class FedProto(Rounds):
             count = torch.where(old, server.count["images"], count)
         return Prototypes({"mean": mean}, {"images": count}), {}
 
-    def global_model(self, server: ServerState) -> Tensors | None:
+    def global_model(self, server: Prototypes) -> Tensors | None:
         return None
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Prototypes, state: Model) -> Tensors | None:
         decides = nearest(received) if self.predict == "prototype" and received.feature else {}
         return {**state.model, **decides}

@@ -8,21 +8,20 @@ Departures: a fixed number of epochs solves the local problem, not a given inexa
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Reply
 from ..fit import fit, proximal
-from .shared.base import Averaging, upload
+from .shared.base import Averaging, Model, upload
 
 
 @final
 @dataclass(frozen=True)
-class FedProx(Averaging):
+class FedProx(Averaging[None]):
     """Run FedAvg with the penalty mu/2·||w - w^t||² in the local loss."""
 
     mu: float = 0.01
     """Weight μ of the proximal term; at least 0, 0: FedAvg."""
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         penalty = proximal(received.model, self.mu) if self.mu else None
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"], penalty=penalty)
         return upload(model, state, ctx, metrics)

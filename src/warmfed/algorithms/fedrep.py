@@ -9,10 +9,9 @@ Departures: steps are counted in epochs.
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Reply
 from ..fit import Training, fit
-from .shared.base import SplitByName
+from .shared.base import Model, SplitByName
 
 
 @final
@@ -25,7 +24,7 @@ class FedRep(SplitByName):
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """Training of the body in one round, after the head's."""
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model, ctx: ClientContext) -> Reply[Model]:
         mine, shared, data = self.mine(ctx.task), self.shared(ctx.task), ctx.data["train"]
         model, info = fit(ctx, self.whole(received, state), self.head, data, trainable=mine)
         model, metrics = fit(ctx, model, self.local, data, trainable=shared)

@@ -16,8 +16,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Reply, classifier
 from ..core.tensors import Table, Tensors, add, only, sub, zeros
 from ..fit import Loss, Training, fit
 from .shared.base import Averaging, Model, upload
@@ -28,7 +27,7 @@ def balanced(ctx: ClientContext) -> Loss:
     label = ctx.data["train"]["label"]
 
     def loss(model: nn.Module, batch: Table) -> Tensor:
-        logits = ctx.task.logits(model, batch)
+        logits = classifier(ctx).logits(model, batch)
         often = label.bincount(minlength=logits.shape[1]).to(logits.device) / len(label)
         return F.cross_entropy(logits + often.log(), batch["label"])
 
@@ -37,7 +36,7 @@ def balanced(ctx: ClientContext) -> Loss:
 
 @final
 @dataclass(frozen=True)
-class FedRoD(Averaging):
+class FedRoD(Averaging[Model]):
     """Train a generic model with a balanced loss, and a personal head beside its head."""
 
     head: str = "head."
@@ -45,18 +44,18 @@ class FedRoD(Averaging):
     personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """Training of the personal head in one round."""
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(zeros(only(received.model, self.of_head)))
 
     def of_head(self, name: str) -> bool:
         return name.startswith(self.head)
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"], loss=balanced(ctx))
         both = self.client_model(Model(model), state)
         tuned, info = fit(ctx, both, self.personal, ctx.data["train"], trainable=self.of_head)
         head = sub(only(tuned, self.of_head), only(model, self.of_head))
         return upload(model, Model(head), ctx, {**metrics, "personal_loss": info["loss"]})
 
-    def client_model(self, received: Message, state: State) -> Tensors:
+    def client_model(self, received: Model, state: Model) -> Tensors:
         return {**received.model, **add(only(received.model, self.of_head), state.model)}

@@ -13,8 +13,9 @@ from typing import ClassVar, final
 
 import torch
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
-from ..core.messages import Message, message
+from ..algorithms.shared.synthetic_data import Server
+from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext
+from ..core.messages import message
 from ..core.tensors import rows
 from .shared.synthetic_data import WarmStarted, check_classes, classes_of
 
@@ -28,17 +29,17 @@ class Classes:
 
 @final
 @dataclass(frozen=True)
-class FGL(WarmStarted):
+class FGL(WarmStarted[Classes]):
     """Train a classifier on samples of prompts, then run FedAvg with fine-tuning on a synthetic subset."""
 
     images: ClassVar[bool] = False
     offers: ClassVar[tuple[type, ...]] = (Classes,)
 
-    def adapt(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def adapt(self, received: Empty, state: None, ctx: ClientContext) -> Reply[Classes]:
         return Reply(Classes(classes_of(ctx)), None, float(rows(ctx.data["train"])), {})
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def check_upload(self, reply: Reply[Classes], site: str, ctx: ServerContext) -> None:
         check_classes(reply.message.classes, ctx)  # a site sends class names only
 
-    def collect(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def collect(self, server: Server, replies: Replies[Classes], ctx: ServerContext) -> tuple[Server, Metrics]:
         return replace(server, classes={site: torch.tensor(r.message.classes) for site, r in replies.items()}), {}

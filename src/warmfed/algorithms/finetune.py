@@ -9,22 +9,21 @@ Departures: none.
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Metrics, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Metrics, Reply
 from ..core.tensors import Tensors
 from ..fit import Training, fit
-from .shared.base import Personalized, upload
+from .shared.base import Model, Personalized, upload
 
 
 @final
 @dataclass(frozen=True)
-class FedAvgFineTune(Personalized):
+class FedAvgFineTune(Personalized[Model]):
     """Run FedAvg; then each site fine-tunes the last global model."""
 
     personal: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
     """Fine-tuning after the last round."""
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 

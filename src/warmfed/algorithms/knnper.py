@@ -14,17 +14,16 @@ from typing import final
 
 import torch
 
-from ..core import ClientContext, Metrics, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Metrics, Reply, classifier
 from ..core.tensors import Tensors, add_prefix
 from ..fit import fit
 from ..utils.errors import InputError
-from .shared.base import Personalized, upload
+from .shared.base import Model, Personalized, upload
 
 
 @final
 @dataclass(frozen=True)
-class KNNPer(Personalized):
+class KNNPer(Personalized[Model]):
     """Run FedAvg; then give each site's model a datastore of the features of its images."""
 
     neighbours: int = 10
@@ -40,12 +39,12 @@ class KNNPer(Personalized):
         if not self.shares or not all(0 <= share <= 1 for share in self.shares):
             raise InputError(f"shares must be numbers from 0 to 1, at least one; got {self.shares}")
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 
     def own(self, model: Tensors, ctx: ClientContext) -> tuple[Tensors, Metrics]:
-        features = ctx.task.features(model, ctx.data["train"], device=ctx.device)
+        features = classifier(ctx).features(model, ctx.data["train"], device=ctx.device)
         candidates = [
             {**model, **add_prefix(self.datastore(features, ctx.data["train"]["label"], share), "datastore.")}
             for share in self.shares

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Reply, classifier
 from ..core.tensors import Table
 from ..fit import fit
-from .shared.base import Averaging, Personal, upload
+from .shared.base import Averaging, Model, Personal, upload
 
 
 def contrast(now: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tensor:
@@ -32,7 +31,7 @@ def contrast(now: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tens
 
 @final
 @dataclass(frozen=True)
-class MOON(Averaging):
+class MOON(Averaging[Personal]):
     """Run FedAvg with a contrastive loss between the local, the global and the last local features."""
 
     mu: float = 1.0
@@ -40,13 +39,13 @@ class MOON(Averaging):
     temperature: float = 0.5
     """Temperature τ of the contrastive loss."""
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Personal:
         return Personal(None)
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Personal, ctx: ClientContext) -> Reply[Model]:
         data, loss = ctx.data["train"], None
         if self.mu and state.model is not None:
-            near, far = (ctx.task.features(other, data, device=ctx.device) for other in (received.model, state.model))
+            near, far = (classifier(ctx).features(other, data, device=ctx.device) for other in (received.model, state.model))
             data = {**data, "near": near, "far": far}  # z_glob, z_prev
             loss = partial(self.contrasted, ctx)
         model, metrics = fit(ctx, received.model, self.local, data, loss=loss)
@@ -54,7 +53,7 @@ class MOON(Averaging):
 
     def contrasted(self, ctx: ClientContext, model: nn.Module, batch: Table) -> Tensor:
         """Return cross-entropy + μ·ℓ_con."""
-        features = ctx.task.embed(model, batch)  # z
+        features = classifier(ctx).embed(model, batch)  # z
         logits = model.get_submodule("head")(features)
         far = contrast(features, batch["near"], batch["far"], self.temperature)
         return F.cross_entropy(logits, batch["label"]) + self.mu * far

@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, denoiser
+from ..core.messages import message
 from ..core.rng import fork, spawn
 from ..core.tensors import Tensors, rows
 from ..fit import Training, fit
 from ..utils.errors import InputError
-from .shared.base import DRAWING, Averaging, Personal, expect
+from .shared.base import DRAWING, Combined, Personal, expect
 
 
 @message("pdfed.Board")
@@ -44,7 +44,7 @@ class Submission:
 
 @final
 @dataclass(frozen=True)
-class PDFed(Averaging):
+class PDFed(Combined[Board, Board, Personal, Submission]):
     """Let each site continue from the submitted model that scores best on the site's own images."""
 
     local: Training = DRAWING
@@ -59,21 +59,21 @@ class PDFed(Averaging):
         if self.samples < 2 or self.novelty < 0:
             raise InputError("samples must be at least 2 and novelty at least 0; check [algorithm]")
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Board:
         return Board({}, ctx.task.init(ctx.rng))
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Board, ctx: ClientContext) -> Personal:
         return Personal(None)
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Board, state: Personal, ctx: ClientContext) -> Reply[Submission]:
         scores = self.scores(received, ctx)
         best = min(sorted(scores), key=lambda site: scores[site], default="")
-        start = received.models[best] if best else received.start
+        start = received.models[best] if best else received.start or {}
         model, metrics = fit(ctx, start, self.local, ctx.data["train"])
         chosen = {"score": scores[best], "own": float(best == ctx.site)} if best else {}
         return Reply(Submission(model, best), Personal(model), float(rows(ctx.data["train"])), {**metrics, **chosen})
 
-    def scores(self, received: Message, ctx: ClientContext) -> dict[str, float]:
+    def scores(self, received: Board, ctx: ClientContext) -> dict[str, float]:
         """Return the score of each site's model on the private images; lower is better.
 
         All models are sampled from the same noise.
@@ -81,24 +81,24 @@ class PDFed(Averaging):
         rng, found = fork(ctx.rng, "scores"), {}
         key = rng.get_state()
         for site, model in sorted(received.models.items()):
-            like = ctx.task.fidelity(model, ctx.data, self.samples, spawn(rng.set_state(key)), ctx.device)
+            like = denoiser(ctx).fidelity(model, ctx.data, self.samples, spawn(rng.set_state(key)), ctx.device)
             found[site] = (like["fid"] + self.novelty * like["memorization_rate"]) / 2
         return found
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def check(self, reply: Reply[Submission], site: str, ctx: ServerContext) -> None:
         expect(reply.message.model, ctx)
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Board, replies: Replies[Submission], ctx: ServerContext) -> tuple[Board, Metrics]:
         votes = Counter(reply.message.vote for reply in replies.values() if reply.message.vote in server.models)
         models = {**server.models, **{site: reply.message.model for site, reply in replies.items()}}
         board = replace(server, models=dict(sorted(models.items())))
         return board, {f"votes/{site}": float(n) for site, n in sorted(votes.items())}
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: Board, site: str) -> Board:
         return Board(server.models, None if server.models else server.start)
 
-    def global_model(self, server: ServerState) -> Tensors | None:
+    def global_model(self, server: Board) -> Tensors | None:
         return None
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Board, state: Personal) -> Tensors | None:
         return state.model if state.model is not None else received.start

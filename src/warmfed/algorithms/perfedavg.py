@@ -11,23 +11,22 @@ A site's adaptation is one pass over its images (`personal`); `personal.steps` 1
 """
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from ..core import ClientContext, Metrics, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Metrics, Reply, Task
 from ..core.tensors import Table, Tensors, add, rows, scale, select, sub
 from ..fit import Loss, Training, at, fit
 from ..utils.errors import InputError
-from .shared.base import Personalized, upload
+from .shared.base import Model, Personalized, upload
 
 
 @final
 @dataclass(frozen=True)
-class PerFedAvg(Personalized):
+class PerFedAvg(Personalized[Model]):
     """Average the sites' meta-gradient updates; at the end, each site adapts the last global model by `personal`."""
 
     alpha: float = 0.01
@@ -45,7 +44,7 @@ class PerFedAvg(Personalized):
         if self.variant not in ("exact", "first-order", "hessian-free"):
             raise InputError(f"variant must be exact, first-order or hessian-free; got {self.variant!r}")
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"], loss=self.meta(ctx.task))
         return upload(model, state, ctx, metrics)
 
@@ -53,12 +52,13 @@ class PerFedAvg(Personalized):
         stepped, info = fit(ctx, model, self.personal, ctx.data["train"])
         return stepped, {"personal_loss": info["loss"]}
 
-    def meta(self, task: Any) -> Loss:
+    def meta(self, task: Task) -> Loss:
         """Return a loss whose gradient is the meta-gradient (I - α∇²f(w; D''))·∇f(w - α∇f(w; D); D')."""
 
         def loss(model: nn.Module, batch: Table) -> Tensor:
             def slope(weights: Tensors, part: Table) -> Tensors:
-                return grad(lambda w: task.loss(at(model, w), part))(dict(weights))
+                found: Tensors = grad(lambda w: task.loss(at(model, w), part))(dict(weights))
+                return found
 
             w = dict(model.named_parameters())
             still = {name: value.detach() for name, value in w.items()}

@@ -11,8 +11,7 @@ Departures: local rounds are passes over the data. The mean is weighted by the s
 from dataclasses import dataclass, replace
 from typing import final
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
-from ..core.messages import Message
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
 from ..core.tensors import Tensors, mix
 from ..fit import Training, fit, minibatches, proximal
 from ..utils.errors import InputError
@@ -21,7 +20,7 @@ from .shared.base import Averaging, Model, upload
 
 @final
 @dataclass(frozen=True)
-class PFedMe(Averaging):
+class PFedMe(Averaging[Model]):
     """Average the sites' w; the personal model is θ̃, held near w."""
 
     local: Training = Training(lr=0.05, momentum=0.0, steps=5)
@@ -39,10 +38,10 @@ class PFedMe(Averaging):
         if self.passes < 1:
             raise InputError(f"passes must be at least 1; got {self.passes}")
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(received.model)  # θ̃_i
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model, ctx: ClientContext) -> Reply[Model]:
         w, theta, losses = received.model, received.model, []
         outer = replace(self.local, steps=0, epochs=self.passes)
         for inner, batch in minibatches(ctx, outer, ctx.data["train"]):
@@ -51,8 +50,8 @@ class PFedMe(Averaging):
             losses.append(info["loss"])
         return upload(w, Model(theta), ctx, {"loss": sum(losses) / len(losses), "steps": float(len(losses))})
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Model, replies: Replies[Model], ctx: ServerContext) -> tuple[Model, Metrics]:
         return Model(mix(server.model, self.robust.combine(server.model, replies), self.beta)), {}
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model, state: Model) -> Tensors | None:
         return state.model

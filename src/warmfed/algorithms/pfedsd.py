@@ -10,17 +10,16 @@ Departures: none known. λ and T are `distillation.weight` and `distillation.tem
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Reply, State
-from ..core.messages import Message
+from ..core import ClientContext, Reply
 from ..core.tensors import Tensors
 from ..fit import Training
-from .shared.base import Averaging, Personal, upload
+from .shared.base import Averaging, Model, Personal, upload
 from .shared.distillation import Distillation, distilled
 
 
 @final
 @dataclass(frozen=True)
-class PFedSD(Averaging):
+class PFedSD(Averaging[Personal]):
     """Run FedAvg with local training distilled from the site's model of the previous round."""
 
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
@@ -28,12 +27,12 @@ class PFedSD(Averaging):
     distillation: Distillation = Distillation()
     """Self-distillation."""
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Personal:
         return Personal(None)
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Personal, ctx: ClientContext) -> Reply[Model]:
         model, metrics = distilled(ctx, received.model, self.local, state.model, self.distillation)
         return upload(model, Personal(model), ctx, metrics)
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model, state: Personal) -> Tensors | None:
         return received.model if state.model is None else state.model

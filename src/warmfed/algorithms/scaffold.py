@@ -13,8 +13,8 @@ of the clipped gradients.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, ServerState, State
-from ..core.messages import Message, message, tensors_of
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
+from ..core.messages import message, tensors_of
 from ..core.tensors import Tensors, add, mean, rows, scale, sub, to, zeros
 from ..fit import fit
 from .shared.base import Rounds, expect
@@ -45,7 +45,7 @@ class Change:
 
 @final
 @dataclass(frozen=True)
-class Scaffold(Rounds):
+class Scaffold(Rounds[Server, Server, Control, Change]):
     """Correct local steps by c - c_i, the difference of the server's and the site's control variates."""
 
     server_lr: float = 1.0
@@ -55,14 +55,14 @@ class Scaffold(Rounds):
     def __post_init__(self) -> None:
         self.local.accumulated(1)  # raises unless the steps are a sum of gradients
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Server:
         model = ctx.task.init(ctx.rng)
         return Server(model, zeros(model))
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Server, ctx: ClientContext) -> Control:
         return Control(zeros(received.control))
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Server, state: Control, ctx: ClientContext) -> Reply[Change]:
         data, shift = ctx.data["train"], sub(received.control, state.control)
         there = to(shift, ctx.device)
         model, metrics = fit(ctx, received.model, self.local, data, correct=lambda name, gradient: gradient + there[name])
@@ -71,14 +71,14 @@ class Scaffold(Rounds):
         control = sub(scale(change, -1 / reach), shift)  # c_i⁺ = c_i - c + (x - y_i)/(K·η)
         return Reply(Change(change, sub(control, state.control)), Control(control), float(rows(data)), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def check(self, reply: Reply[Change], site: str, ctx: ServerContext) -> None:
         expect(reply.message.model, ctx)
         expect(reply.message.control, ctx)
 
-    def change(self, message: Message, received: Message) -> Tensors:
+    def change(self, message: Change, received: Server) -> Tensors:
         return tensors_of(message)
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Server, replies: Replies[Change], ctx: ServerContext) -> tuple[Server, Metrics]:
         model = mean((reply.message.model, 1.0) for reply in replies.values())
         control = mean((reply.message.control, 1.0) for reply in replies.values())
         share = len(replies) / len(ctx.sites)  # |S|/N

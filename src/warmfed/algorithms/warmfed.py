@@ -18,10 +18,10 @@ and S_sub grows by samples of that adapter.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import ClassVar, cast, final
 
-from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State
-from ..core.messages import Message, message
+from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage, classifier
+from ..core.messages import message
 from ..core.rng import spawn
 from ..core.tensors import Tensors, join, mix, rows, select
 from ..fit import Training, fit
@@ -196,42 +196,42 @@ class WarmFed:
         one_round = (train, gate) if self.tunes and self.gate else (train,)
         return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Server:
         return Server(ctx.task.init(ctx.rng), tuned=None, subset={}, holders=(), classes={}, adapters={})
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: Server, site: str) -> Down:
         needed = self.warm and self.before == "client" and site not in server.holders
         return Down(server.model, server.subset if needed else None)
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Down, ctx: ClientContext) -> Site:
         return Site(None, None, None, None, 0)
 
-    def global_model(self, server: ServerState) -> Tensors | None:
+    def global_model(self, server: Server) -> Tensors | None:
         return server.model
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Down, state: Site) -> Tensors | None:
         return received.model if state.personal is None else state.personal
 
     # adapt: each site trains its adapter, step 0a
 
-    def adapt(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def adapt(self, received: Empty, state: Site, ctx: ClientContext) -> Reply[Adapter]:
         tensors, metrics = generator_of(ctx).adapt(ctx)
         # No state: the site's state is initialised after the warm start.
         return Reply(Adapter(tensors, classes_of(ctx)), None, float(rows(ctx.data["train"])), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def check(self, reply: Reply[Adapter | Model | LateJoinReply], site: str, ctx: ServerContext) -> None:
         if isinstance(reply.message, Adapter | LateJoinReply):
-            check_adapter(ctx.generator, reply, site, ctx)
+            check_adapter(generator_of(ctx), reply, site, ctx)
         if isinstance(reply.message, Model | LateJoinReply):
             expect(reply.message.model, ctx)
 
-    def collect(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
-        adapters, classes = gather(ctx, ctx.generator, replies)
+    def collect(self, server: Server, replies: Replies[Adapter], ctx: ServerContext) -> tuple[Server, Metrics]:
+        adapters, classes = gather(ctx, generator_of(ctx), replies)
         return replace(server, adapters=adapters, classes=classes), {}
 
     # warm: the server samples, filters and trains, steps 0b and 0c
 
-    def start(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def start(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
         model, subset, metrics = warm_start(ctx, server.adapters, classes, self.synthesis)
         # S_sub has none of its classes; a late site's share is computed from S_sub.
@@ -240,12 +240,12 @@ class WarmFed:
 
     # train: rounds t = 1..R
 
-    def invite(self, server: ServerState, site: str) -> Message:
+    def invite(self, server: Server, site: str) -> Down | LateJoinRequest:
         received = self.broadcast(server, site)
         late = self.warm and (self.tune or self.before == "server") and site not in server.classes
         return LateJoinRequest(received.model, received.subset) if late else received
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Down | LateJoinRequest, state: Site, ctx: ClientContext) -> Reply[Model | LateJoinReply]:
         if received.subset is not None:
             state = replace(state, subset=received.subset)
         start = received.model
@@ -255,17 +255,18 @@ class WarmFed:
         if self.upload == "local":
             model, metrics = fit(ctx, start, self.local, ctx.data["train"])  # θ_n^t
         state, info = self.personal_step(start, state, ctx)  # θ_{p,n}^t
-        reply = upload(state.personal if self.upload == "personal" else model, state, ctx, {**metrics, **info})
+        uploaded = state.personal if self.upload == "personal" and state.personal is not None else model
+        reply = upload(uploaded, state, ctx, {**metrics, **info})
         if isinstance(received, LateJoinRequest):
             adapter, _ = generator_of(ctx).adapt(replace(ctx, rng=spawn(ctx.rng)))
-            return replace(reply, message=LateJoinReply(reply.message.model, adapter, classes_of(ctx)))
+            return Reply(LateJoinReply(uploaded, adapter, classes_of(ctx)), state, reply.weight, reply.metrics)
         return reply
 
-    def personal_step(self, start: Tensors, state: State, ctx: ClientContext) -> tuple[State, dict[str, float]]:
+    def personal_step(self, start: Tensors, state: Site, ctx: ClientContext) -> tuple[Site, dict[str, float]]:
         """Train the personal model for one round from the global model, distilled from the site's last two models."""
         count = self.personal.count(rows(ctx.data["train"]))
         selector = state.selector
-        if self.distill == "dynamic" and state.older is not None:
+        if self.distill == "dynamic" and state.personal is not None and state.older is not None:
             pool = (state.personal, state.older)
             planned = count * max(self.rounds - 1, 1)
             model, selector, info = dynamic(ctx, start, self.personal, pool, selector, self.distillation, state.steps, planned)
@@ -278,11 +279,10 @@ class WarmFed:
         }
         return replace(state, personal=model, older=state.personal, selector=selector), info
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Server, replies: Replies[Model | LateJoinReply], ctx: ServerContext) -> tuple[Server, Metrics]:
         server = replace(server, holders=tuple(sorted({*server.holders, *replies})))
-        late = {
-            s: reply for s, reply in replies.items() if isinstance(reply.message, LateJoinReply) and s not in server.classes
-        }
+        joined = {s: r for s, r in replies.items() if isinstance(r.message, LateJoinReply) and s not in server.classes}
+        late = cast("Replies[LateJoinReply]", joined)
         server, added = self.welcome(server, late, ctx) if late else (server, {})
         if self.before == "server" and self.warm:
             # Reading R1: fine-tune each uploaded model before the average.
@@ -299,19 +299,19 @@ class WarmFed:
             return replace(server, model=merged, tuned=tuned), metrics
         return replace(server, model=tuned), {**metrics, "gate_kept": 1.0, "gate_strength": 1.0}
 
-    def welcome(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def welcome(self, server: Server, replies: Replies[LateJoinReply], ctx: ServerContext) -> tuple[Server, Metrics]:
         """Sample from the late sites' adapters and add the samples to S_sub.
 
         Each class of a late site gets as many samples as the others' classes have in S_sub. Samples that S_sub contradicts are
         not added.
         """
-        adapters, classes = gather(ctx, ctx.generator, replies)
+        adapters, classes = gather(ctx, generator_of(ctx), replies)
         share = round(rows(server.subset) / max(sum(len(held) for held in server.classes.values()), 1))
         samples = draw(ctx, adapters, {site: tuple(held.tolist()) for site, held in classes.items()}, max(share, 1))
         aside, told = late_suspects(samples, tuple(adapters), server.subset, self.synthesis.contradicted)
         samples = without(samples, tuple(adapters), aside)
         # The present global model replaces the two cross-predicting classifiers of the warm start.
-        belief = ctx.task.predict(server.model, samples, device=ctx.device).softmax(-1)
+        belief = classifier(ctx).predict(server.model, samples, device=ctx.device).softmax(-1)
         table = labelled(samples, belief, self.synthesis.soft_label_weight)
         if self.synthesis.filter == "cross":
             table = select(table, likely(belief, samples["label"]) >= self.synthesis.min_class_probability)
@@ -321,21 +321,22 @@ class WarmFed:
 
     # gate: the sites validate the fine-tuning
 
-    def candidates(self, server: ServerState, site: str) -> Message:
+    def candidates(self, server: Server, site: str) -> Candidates:
+        assert server.tuned is not None, "the stage before has tuned it"
         return Candidates(server.model, server.tuned)
 
-    def judge(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def judge(self, received: Candidates, state: Site, ctx: ClientContext) -> Reply[ValidationVote]:
         verdict = _verdict(ctx, received.average, received.tuned)
         return Reply(verdict, state, float(verdict.count), {})
 
-    def judged(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def judged(self, reply: Reply[ValidationVote], site: str, ctx: ServerContext) -> None:
         """Raise `InputError` if a vote lacks a share of the fine-tuning or holds impossible numbers."""
         right, loss, count = reply.message.right, reply.message.loss, reply.message.count
         known = right.keys() == loss.keys() == set(_SHARES) and count == reply.weight
         if not known or not all(0 <= right[s] < count + 0.5 and 0 <= loss[s] < math.inf for s in _SHARES):
             raise InputError(f"expected right answers and losses of {', '.join(_SHARES)}, got {reply.message}")
 
-    def decide(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def decide(self, server: Server, replies: Replies[ValidationVote], ctx: ServerContext) -> tuple[Server, Metrics]:
         """Keep the share of the fine-tuning with the most correct predictions; the lower loss breaks ties."""
         heard = [(r.message, r.weight / r.message.count) for r in replies.values()]  # below 1 if the admission policy cut it
         right = {share: sum(verdict.right[share] * part for verdict, part in heard) for share in _SHARES}
@@ -349,20 +350,21 @@ class WarmFed:
             "validation_after": 100 * right[best] / count,
             "validation_tuned": 100 * right[_SHARES[-1]] / count,
         }
+        assert server.tuned is not None, "the stage train has tuned it"
         return replace(server, model=mix(server.model, server.tuned, float(best)), tuned=None), metrics
 
     # personalize: the sites' last personal step, from the last global model
 
-    def personalize(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def personalize(self, received: Down, state: Site, ctx: ClientContext) -> Reply[Empty]:
         state, info = self.personal_step(received.model, state, ctx)
-        if self.personal_gate:
+        if self.personal_gate and state.personal is not None:
             verdict = _verdict(ctx, received.model, state.personal)
             share = float(_best(verdict.right, verdict.loss))
             state = replace(state, personal=mix(received.model, state.personal, share))
             info = {**info, "personal_strength": share}
         return Reply(Empty(), state, float(rows(ctx.data["train"])), info)
 
-    def done(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def done(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         return server, {}
 
 

@@ -34,8 +34,9 @@ from ..runs.console import (
     run_table,
     shown,
 )
-from ..runs.execute import RunListener, claim_run_folder, execute
+from ..runs.execute import RunListener, execute
 from ..runs.execute import resume as resume_run
+from ..runs.folder import claim_run_folder
 from ..runs.predict import predict as predict_images
 from ..runs.progress import spoken
 from ..runs.synthesize import synthesize as draw

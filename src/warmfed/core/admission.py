@@ -69,7 +69,9 @@ class AdmissionPolicy:
         """How many of the sites that were asked must have answered."""
         return min(self.min_sites, asked) if self.min_sites else asked
 
-    def admit(self, answer: Reply | Failure, site: str, sent: Message, stage: Stage, ctx: ServerContext) -> Reply | Failure:
+    def admit(
+        self, answer: Reply[Message] | Failure, site: str, sent: Message, stage: Stage, ctx: ServerContext
+    ) -> Reply[Message] | Failure:
         """Return the reply, or why it is refused.
 
         Its kind must be one that the stage takes. A reply of the message's own kind has the message's layout: names, shapes and
@@ -80,7 +82,9 @@ class AdmissionPolicy:
             return answer
         return catch_failure(partial(self._admitted, answer, site, sent, stage, ctx))
 
-    def _admitted(self, reply: Reply, site: str, sent_message: Message, stage: Stage, ctx: ServerContext) -> Reply:
+    def _admitted(
+        self, reply: Reply[Message], site: str, sent_message: Message, stage: Stage, ctx: ServerContext
+    ) -> Reply[Message]:
         rows = ctx.rows.get(site, {})
         if self.max_rows and sum(rows.values()) > self.max_rows:
             raise InputError(f"it declares {sum(rows.values())} rows, at most {self.max_rows} are taken")
@@ -111,8 +115,8 @@ class AdmissionPolicy:
         return reply
 
     def exclude_outliers(
-        self, answers: Mapping[str, Reply | Failure], sent: Mapping[str, Message], stage: Stage
-    ) -> tuple[dict[str, Reply], dict[str, str]]:
+        self, answers: Mapping[str, Reply[Message] | Failure], sent: Mapping[str, Message], stage: Stage
+    ) -> tuple[dict[str, Reply[Message]], dict[str, str]]:
         """Return the replies that the stage's server function gets, and why the other sites are left out; both by site.
 
         A reply whose change is far larger than the other sites' is left out, and no weight is more than its share.

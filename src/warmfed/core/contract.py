@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,26 @@ SPLITS = ("train", "validation", "test")
 """The tables of a site, in the order in which digests are given."""
 GeneratorKind = Literal["adapter", "prompts", "concepts"]
 ServerState = Message
-State = Message
+"""What the server keeps between stages: a message of the algorithm's own kind."""
+ClientState = Message | None
+"""What a site keeps between stages; None before its first contact, and if the algorithm keeps nothing."""
+R = TypeVar("R", bound=Message, covariant=True)
+Progress = Callable[[str, int, int], None]
+"""progress(what, done, total)."""
 
 
 class Task(Protocol):
     """How to build a model, its loss and its metrics."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        ...
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        ...
 
     @property
     def measure(self) -> str:
@@ -46,6 +61,56 @@ class Task(Protocol):
     def init(self, rng: torch.Generator) -> Tensors: ...
     def loss(self, model: nn.Module, batch: Table) -> Tensor: ...
     def metrics(self, model: Tensors, data: Table, device: str = "cpu") -> Metrics: ...
+
+
+class ClassifierTask(Task, Protocol):
+    """A task whose model is a classifier with a body and a head."""
+
+    def logits(self, model: nn.Module, batch: Table) -> Tensor:
+        """Return float [n, classes]; gradients flow."""
+        ...
+
+    def embed(self, model: Any, batch: Table) -> Tensor:
+        """Return what the head takes, float [n, width]; gradients flow."""
+        ...
+
+    def predict(self, model: Tensors, data: Table, batch: int = 256, device: str = "cpu") -> Tensor:
+        """Return logits, float [n, classes], without gradients."""
+        ...
+
+    def features(self, model: Tensors, data: Table, batch: int = 256, device: str = "cpu") -> Tensor:
+        """Return what the head takes, float [n, width], without gradients."""
+        ...
+
+
+class GenerativeTask(Task, Protocol):
+    """A task whose model draws images: a denoiser."""
+
+    def part(self, name: str) -> str:
+        """Return where a tensor lies: encoder, bottleneck or decoder."""
+        ...
+
+    def pruned(self, model: Tensors, share: float) -> Tensors:
+        """Return the model without that share of its hidden units."""
+        ...
+
+    def decoded(self, latent: Tensor) -> Tensor:
+        """Return uint8 images [n, 3, h, w] of latents."""
+        ...
+
+    def learned_alone(self, ctx: "ClientContext", training: Any) -> tuple[Tensors, Metrics]:
+        """Train a model on a site's own images from a fresh start."""
+        ...
+
+    def sample_alone(self, model: Tensors, label: Tensor, ctx: "ClientContext | ServerContext") -> Tensor:
+        """Return one latent for each label, drawn by a model that a site has trained alone."""
+        ...
+
+    def fidelity(
+        self, model: Tensors, data: Mapping[str, Table], count: int, rng: torch.Generator, device: str = "cpu"
+    ) -> dict[str, float]:
+        """Return how near samples are to a site's own images: fid, kid and memorization_rate of latents."""
+        ...
 
 
 class Generator(Protocol):
@@ -67,9 +132,7 @@ class Generator(Protocol):
         """Keep a site's adapter as files that other tools open."""
         ...
 
-    def synthesize(
-        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: "ClientContext | ServerContext"
-    ) -> Tensor:
+    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: "AnyContext") -> Tensor:
         """One image for each label, uint8 [n, 3, h, w], drawn from `ctx.rng`; None: from the base alone."""
         ...
 
@@ -123,47 +186,66 @@ def map_serial(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) ->
 class ClientContext:
     """All that a client function may see."""
 
-    task: Any
+    task: Task
     data: Mapping[str, Table]
     """The site's tables: train, validation, test."""
     rng: torch.Generator
     site: str = ""
     prompts: tuple[str, ...] = ()
     """The text of each class, in the order of the labels."""
-    generator: Any = None
+    generator: Generator | None = None
     device: str = "cpu"
     snapshot_path: Path | None = None
     """Where a long training may keep its snapshots; it is removed when the reply is safe. None: they are not kept."""
-    progress: Callable[[str, int, int], None] = no_progress
+    progress: Progress = no_progress
+
+
+@dataclass(frozen=True)
+class SamplingContext:
+    """All that drawing samples needs, if there is no task."""
+
+    rng: torch.Generator
+    device: str = "cpu"
+    progress: Progress = no_progress
 
 
 @dataclass(frozen=True)
 class ServerContext:
     """All that a server function may see."""
 
-    task: Any
+    task: Task
     rng: torch.Generator
     sites: tuple[str, ...] = ()
     """Every site of the federation, sorted by name."""
     rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Rows that each site has declared, by split; a site that is missing has declared none, and may have any number."""
     prompts: tuple[str, ...] = ()
-    generator: Any = None
+    generator: Generator | None = None
     device: str = "cpu"
     folder: Path | None = None
     """Where artefacts go (adapters, the synthetic set); None: they are not kept."""
     map_jobs: Callable[..., list[Any]] = map_serial
     """spread(function, jobs): the results of independent jobs in order, over the worker processes if there are any."""
-    progress: Callable[[str, int, int], None] = no_progress
+    progress: Progress = no_progress
+
+
+def classifier(ctx: ClientContext | ServerContext) -> ClassifierTask:
+    """Return the context's task as that of a classifier; the registry says which algorithms learn one."""
+    return cast(ClassifierTask, ctx.task)
+
+
+def denoiser(ctx: ClientContext | ServerContext) -> GenerativeTask:
+    """Return the context's task as that of a diffusion model; the registry says which algorithms learn one."""
+    return cast(GenerativeTask, ctx.task)
 
 
 @message("core.Reply")
-class Reply:
+class Reply(Generic[R]):
     """What a client function returns."""
 
-    message: Message
+    message: R
     """Crosses the wire."""
-    state: Message
+    state: Message | None
     """Stays with the site."""
     weight: float
     metrics: Mapping[str, float]
@@ -174,8 +256,13 @@ class Empty:
     """A message without content."""
 
 
-Replies = Mapping[str, Reply]
+Replies = Mapping[str, Reply[R]]
 """By site, sorted by name: sums must not depend on who answered first."""
+AnyContext = ClientContext | ServerContext | SamplingContext
+ServerFunction = Callable[[Any, Replies[Any], ServerContext], tuple[ServerState, Metrics]]
+"""server(state, replies, ctx): the server's new state, and what the report shows. A leaf names the types of its messages."""
+ClientFunction = Callable[[Any, Any, ClientContext], Reply[Message]]
+"""client(received, state, ctx)."""
 
 
 @dataclass(frozen=True)
@@ -184,21 +271,21 @@ class Stage:
 
     name: str
     """Also the name of Flower's action: train.<name>."""
-    server: Callable[[ServerState, Replies, ServerContext], tuple[ServerState, Metrics]]
-    client: Callable[[Message, State, ClientContext], Reply] | None = None
+    server: ServerFunction
+    client: ClientFunction | None = None
     """None: only the server works."""
-    broadcast: Callable[[ServerState, str], Message] | None = None
-    """down(server, site), where this stage sends something else than `Algorithm.down`."""
+    broadcast: Callable[[Any, str], Message] | None = None
+    """broadcast(server, site), if this stage sends something else than `Algorithm.broadcast`."""
     client_fraction: float = 1.0
     """Share of the sites that is asked."""
     evaluated: bool = True
     """Whether the models are measured after it; not where it leaves them as they were."""
     replies: tuple[type, ...] = ()
     """Kinds of message that it takes; empty: the kind that was sent, with the layout that was sent."""
-    check: Callable[[Reply, str, ServerContext], None] | None = None
+    check: Callable[[Reply[Any], str, ServerContext], None] | None = None
     """check(reply, site, ctx) raises an error if a reply cannot be used: the site is then left out of the round. It checks the
     layout of what is not of the kind that was sent, and the range of every number."""
-    change: Callable[[Message, Message], Tensors] | None = None
+    change: Callable[[Any, Any], Tensors] | None = None
     """change(reply's message, what was sent): how far the site went, by `field/name`; its size is compared with the other
     sites'. None: the difference of the tensors that both have, or the reply's tensors if there are none."""
     weight_split: str = "train"
@@ -208,7 +295,10 @@ class Stage:
 
 
 class Algorithm(Protocol):
-    """A frozen dataclass of hyper-parameters with pure methods."""
+    """A frozen dataclass of hyper-parameters with pure methods.
+
+    A leaf names the types of its own messages, in place of `Any`: its server's state, what it sends, what a site keeps.
+    """
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:
@@ -216,27 +306,27 @@ class Algorithm(Protocol):
         ...
 
     def init(self, ctx: ServerContext) -> ServerState:
-        """The server's state before anything has happened."""
+        """Return the server's state before anything has happened."""
         ...
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
-        """What this site is sent."""
+    def broadcast(self, server: Any, site: str) -> Message:
+        """Return what this site is sent."""
         ...
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
-        """A site's state at first contact; None: it needs none yet."""
+    def init_client_state(self, received: Any, ctx: ClientContext) -> ClientState:
+        """Return a site's state at first contact; None: it needs none yet."""
         ...
 
     def stages(self) -> tuple[Stage, ...]:
-        """The plan: every exchange of the run, in order. A stage that recurs is a round of training."""
+        """Return the plan: every exchange of the run, in order. A stage that recurs is a round of training."""
         ...
 
-    def global_model(self, server: ServerState) -> Tensors | None:
-        """The model that the server would release; None: there is none."""
+    def global_model(self, server: Any) -> Tensors | None:
+        """Return the model that the server would release; None: there is none."""
         ...
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
-        """What a site would use: all it has is its last message and its state. None: nothing yet."""
+    def client_model(self, received: Any, state: Any) -> Tensors | None:
+        """Return the model that a site would use: all it has is its last message and its state. None: nothing yet."""
         ...
 
 
@@ -271,7 +361,7 @@ class Transport(Protocol):
 
     def send(
         self, step: int, stage: str, number: int, messages: Mapping[str, Message]
-    ) -> Iterator[tuple[str, Reply | Failure, tuple[Exchange, ...]]]:
+    ) -> Iterator[tuple[str, Reply[Message] | Failure, tuple[Exchange, ...]]]:
         """Send each site its message; yield replies as they come, with what crossed the wire."""
         ...
 

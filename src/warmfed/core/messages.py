@@ -12,7 +12,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Protocol, TypeVar, dataclass_transform, overload
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +21,12 @@ from safetensors.torch import load, save
 from ..utils.errors import InputError
 from .tensors import Tensors
 
-Message = Any
-"""An instance of a class declared with `@message`."""
+
+class Message(Protocol):
+    """An instance of a class declared with `@message`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
 
 _NAMES: dict[type, str] = {}
 KINDS: dict[str, type] = {}
@@ -30,6 +34,7 @@ KINDS: dict[str, type] = {}
 
 _HEADER = "warmfed"
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 
 
 @dataclass_transform(frozen_default=True)
@@ -61,7 +66,9 @@ def kind(cls: type) -> str:
 
 @functools.cache
 def _fields(cls: Any) -> dict[str, Any]:
-    return {f.name: t for f, t in zip(dataclasses.fields(cls), typing.get_type_hints(cls).values(), strict=True)}
+    hints = typing.get_type_hints(cls)
+    # a type variable stands for the kind of message that a reply holds
+    return {f.name: Message if isinstance(hints[f.name], TypeVar) else hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def _flatten(obj: Message, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -79,7 +86,7 @@ def _flatten(obj: Message, prefix: str = "") -> tuple[dict[str, torch.Tensor], d
             tensors |= {f"{path}/{_group(g)}/{name}": tensor for g, named in value.items() for name, tensor in named.items()}
         elif _holds(declared, Mapping[str, float]):
             scalars[field] = {name: float(number) for name, number in value.items()}
-        elif declared is Message:
+        elif _holds(declared, Message):
             inner, fields = _flatten(value, f"{path}/")
             tensors |= inner
             scalars[field] = {"kind": kind(type(value)), "fields": fields}
@@ -110,7 +117,8 @@ def encode(obj: Message) -> bytes:
     tensors, scalars = _flatten(obj)
     header = json.dumps({"kind": kind(type(obj)), "fields": scalars}, sort_keys=True)
     seen: set[int] = set()
-    return save({name: _own(tensor, seen) for name, tensor in tensors.items()}, {_HEADER: header})
+    found: bytes = save({name: _own(tensor, seen) for name, tensor in tensors.items()}, {_HEADER: header})
+    return found
 
 
 def _own(tensor: torch.Tensor, seen: set[int]) -> torch.Tensor:
@@ -124,7 +132,8 @@ def _own(tensor: torch.Tensor, seen: set[int]) -> torch.Tensor:
 
 def _header(data: bytes) -> dict[str, Any]:
     size = int.from_bytes(data[:8], "little")
-    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_HEADER])
+    found: dict[str, Any] = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_HEADER])
+    return found
 
 
 def kind_of(data: bytes) -> str:
@@ -135,8 +144,12 @@ def kind_of(data: bytes) -> str:
         return ""
 
 
-def decode(data: bytes, expect: type | None = None, what: str = "message") -> Message:
-    """The message of these bytes.
+@overload
+def decode(data: bytes, expect: None = None, what: str = ...) -> Message: ...
+@overload
+def decode(data: bytes, expect: type[M], what: str = ...) -> M: ...
+def decode(data: bytes, expect: type | None = None, what: str = "message") -> Any:
+    """Return the message of these bytes.
 
     Args:
         expect: the class it must be.
@@ -188,15 +201,16 @@ def _build(header: Any, flat: dict[str, torch.Tensor], prefix: str, what: str) -
             raise InputError(
                 f"{what} of kind {name}: field {field!r} does not hold what is declared ({error}); ask for it again"
             ) from error
-    return cls(**values)
+    found: Message = cls(**values)
+    return found
 
 
 def _read(declared: Any, value: Any, flat: dict[str, torch.Tensor], path: str, what: str) -> Any:
     if value is None:
-        if declared is not Message and not _holds(declared, type(None)):
+        if not _holds(declared, type(None)):
             raise TypeError("it is empty")
         return None
-    if declared is Message:
+    if _holds(declared, Message):
         return _build(value, flat, f"{path}/", what)
     if _holds(declared, Tensors):
         return {name: flat.pop(f"{path}/{name}") for name in value}

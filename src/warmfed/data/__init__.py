@@ -1,8 +1,9 @@
 """Federations: named sites with train, validation and test images, one tuple of class names, and a fingerprint."""
 
+from ..core import SPLITS
 from .build import partition, save_partition
 from .examples import DataError
-from .federation import SPLITS, Federation, FederationInfo, Site, describe_names
+from .federation import Federation, FederationInfo, Site, describe_names
 from .load import load
 from .readers.arrays import arrays, idx, npz
 from .readers.digits4 import digits4

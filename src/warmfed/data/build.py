@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core import SPLITS
 from ..core.rng import random_state
 from ..core.tensors import Table, rows
 from ..utils.errors import InputError, suggest
 from ..utils.files import read_json, write_json
 from .decode import Entry, pictures
 from .examples import WHOLE, Examples, ReaderOptions, digests, names_in_order, refuse, texts
-from .federation import SPLITS, Federation, Site
+from .federation import Federation, Site
 from .image_cache import Cache, Mapped
 from .partition import Partition
 from .splits import DROPPED, PUBLIC, remarks, split

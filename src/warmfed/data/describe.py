@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core import SPLITS
 from ..core.tensors import rows
 from ..utils.errors import InputError
 from ..utils.files import PUBLIC, atomic_write
-from .federation import SPLITS, Federation
+from .federation import Federation
 from .image_cache import Cache, usual
 
 if TYPE_CHECKING:

@@ -257,9 +257,11 @@ def perform(asked: Request, worker: Client, memories: ClientStates) -> tuple[flo
             number = sum(stage.name == asked.stage for stage in plan[: asked.step])
             if asked.number != number:
                 raise InputError(f"step {asked.step} is number {number} of stage {asked.stage!r}, not {asked.number}")
+            if asked.body is None:
+                raise InputError(f"a request to stage {asked.stage!r} without a message")
             memory = memories.answered(site, asked.step)
             if memory is not None:
-                return memory.seconds, replace(memory.reply, state=None)
+                return memory.seconds, replace(memory.answer, state=None)
             began = time.perf_counter()
             reply = worker.work(asked.stage, asked.number, asked.body, memories.state(site))
             seconds = time.perf_counter() - began

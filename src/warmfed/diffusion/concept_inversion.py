@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..core import ClientContext, ServerContext
+from ..core import AnyContext, ClientContext
 from ..core.rng import spawn
 from ..core.tensors import Table, Tensors
 from ..utils.errors import InputError
@@ -110,9 +110,7 @@ class Concepts:
         """One file, `<site>.concepts.safetensors`: the vectors. The latents have served when S is drawn, and tell of images."""
         atomic_write(folder / f"{site}.concepts.safetensors", save({name: adapter[name] for name in ("domain", "concept")}))
 
-    def synthesize(
-        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: ClientContext | ServerContext
-    ) -> Tensor:
+    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: AnyContext) -> Tensor:
         """One image for each label, from the site's latents of its class in turn; without an adapter: from the base alone."""
         if adapter is None:
             return self.diffusion.synthesize(None, prompts, labels, ctx)

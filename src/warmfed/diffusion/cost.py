@@ -61,7 +61,7 @@ class _Alive(TorchDispatchMode):
     """Counts operations, the bytes that they touch, and the most bytes of new storages alive at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls, self.moved, self.alive, self.peak = 0, 0.0, 0, 0
         self._held: dict[int, Any] = {}
 

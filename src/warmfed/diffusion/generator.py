@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import ClientContext, ServerContext
+from ..core import AnyContext, ClientContext
 from ..core.rng import spawn
 from ..core.tensors import Tensors
 from ..utils.errors import InputError, suggest
@@ -71,22 +71,16 @@ class LatentDiffusion(GeneratorSettings):
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
         lora.write(adapter, folder, site)
 
-    def synthesize(
-        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: ClientContext | ServerContext
-    ) -> Tensor:
+    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: AnyContext) -> Tensor:
         """One image for each label, uint8 [n, 3, h, w]; without an adapter: from the base alone, by its own prompts."""
         base = self._parts(ctx.device)
         return torch.cat([base.decode(part, self.batch_size) for part in self._drawn(adapter, prompts, labels, ctx)])
 
-    def drawn_latents(
-        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: ClientContext | ServerContext
-    ) -> Tensor:
+    def drawn_latents(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: AnyContext) -> Tensor:
         """The same images before they are decoded, float [n, c, h, w]."""
         return torch.cat(list(self._drawn(adapter, prompts, labels, ctx)))
 
-    def _drawn(
-        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: ClientContext | ServerContext
-    ) -> Iterator[Tensor]:
+    def _drawn(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: AnyContext) -> Iterator[Tensor]:
         loaded, model = self._parts(ctx.device), self._model(tuple(prompts), ctx.device)
         blank = lora.fresh(model, torch.Generator())
         noise = torch.randn((len(labels), *self.space(loaded)), generator=ctx.rng)

@@ -17,7 +17,7 @@ from ..core.rng import fork, seeded, spawn, stream
 from ..core.tensors import Table, Tensors, rows, select, sha256, to
 from ..core.training_snapshot import Snapshots
 from ..data.image_cache import Cache
-from ..fit import Stop, fit
+from ..fit import Stop, fit, solving
 from ..utils.errors import InputError
 from . import pipeline
 from .losses import denoising_loss, drawn, flow_loss
@@ -106,7 +106,7 @@ def train_adapter(ctx: ClientContext, task: LoraTask, start: Tensors) -> tuple[d
     if ctx.snapshot_path is not None and lora.snapshots:
         keep = Snapshots(ctx.snapshot_path, lora.snapshots, repr((settings, ctx.prompts)))
     with _checkpointing(task.model, lora.gradient_checkpointing):
-        found, info = fit(replace(ctx, task=task), start, training, data, draw=task.draw, stop=stop, snapshots=keep)
+        found, info = fit(solving(ctx, task), start, training, data, draw=task.draw, stop=stop, snapshots=keep)
     return found, (info | {"micro": float(training.micro_batch_size)} if lora.auto_micro_batch else info)
 
 

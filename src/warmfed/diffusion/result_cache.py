@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..core import ClientContext, Metrics, ServerContext
+from ..core import AnyContext, ClientContext, Metrics
 from ..core.tensors import Tensors, add_prefix, sha256, strip_prefix
 from ..utils.files import read_checksummed, write_checksummed
 
@@ -65,16 +65,12 @@ class CachedGenerator:
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
         self.generator.write(adapter, folder, site)
 
-    def synthesize(
-        self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: ClientContext | ServerContext
-    ) -> Tensor:
+    def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: AnyContext) -> Tensor:
         def make() -> Made:
             return {"image": self.generator.synthesize(adapter, prompts, labels, ctx)}, {}
 
         return self._once("samples", ctx, prompts, {**(adapter or {}), "labels": labels}, make)[0]["image"]
 
-    def _once(
-        self, what: str, ctx: ClientContext | ServerContext, prompts: Sequence[str], given: Tensors, make: Callable[[], Made]
-    ) -> Made:
+    def _once(self, what: str, ctx: AnyContext, prompts: Sequence[str], given: Tensors, make: Callable[[], Made]) -> Made:
         made_of = (self.generator, self.generator.fingerprint(), tuple(prompts), ctx.device)
         return cached(self.folder, what, made_of, ctx.rng, given, make)

@@ -19,7 +19,8 @@ from .. import report
 from ..algorithms import ALGORITHMS, entry
 from ..config import Config, nested, read_toml, resolve
 from ..data import Federation
-from ..runs.execute import RunListener, execute, read_summary, resume
+from ..runs.execute import RunListener, execute, resume
+from ..runs.folder import read_summary
 from ..runs.prepare import load_data, prepare
 from ..runs.progress import Clock
 from ..transports.process_pool import ProcessPool, death_told, tell

@@ -31,7 +31,7 @@ from ..diffusion.losses import denoising_loss
 from ..diffusion.networks import LATENT, text_to_image
 from ..diffusion.pipeline import Parts, pixels, save
 from ..diffusion.pipeline_families import ids
-from ..fit import Training, fit
+from ..fit import Problem, Training, fit
 from ..tasks import Classify
 from ..utils.errors import InputError
 from ..utils.files import atomic_write, loads_json, open_regular, read_bytes, read_json
@@ -336,9 +336,7 @@ def _pretrain(
             optimizer="adamw", lr=settings.decoder_lr, steps=settings.decoder_steps, batch_size=settings.decoder_batch_size,
             schedule="cosine", warmup=settings.decoder_steps // 20, max_grad_norm=1.0, ema_decay=0.99,
         )  # fmt: skip
-        ctx = ServerContext(
-            Decoding(parts.vae, settings.decoder_noise), stream("pretrain", settings.seed, "decoder"), device=device
-        )
+        ctx = Problem(Decoding(parts.vae, settings.decoder_noise), stream("pretrain", settings.seed, "decoder"), device=device)
         start = only(parts.vae.state_dict(), lambda name: name.startswith("decoder."))
         data = {"latent": table["latent"], "image": images["image"]}
         return fit(ctx, start, training, data, watch=lambda step, steps, _: progress("decoder", step, steps))
@@ -352,7 +350,7 @@ def _pretrain(
     def text_encoder() -> Phase:
         reader = Reader(parts.text_encoder, settings.text_width, 1 + len(captions)).to(device)
         training = Training(optimizer="adamw", lr=1e-3, steps=settings.text_steps, batch_size=64, warmup=20, max_grad_norm=1.0)
-        ctx = ServerContext(Reading(reader), stream("pretrain", settings.seed, "text"), device=device)
+        ctx = Problem(Reading(reader), stream("pretrain", settings.seed, "text"), device=device)
         tensors, info = fit(ctx, reader.state_dict(), training, {"ids": ids(parts.tokenizer, texts), "label": said})
         return strip_prefix(tensors, "text_encoder."), info
 
@@ -382,7 +380,7 @@ def _pretrain(
         if step in settings.at:
             write(way[step], tensors(), denoiser_steps=step)
 
-    ctx = ServerContext(task, stream("pretrain", settings.seed, "denoiser"), device=device)
+    ctx = Problem(task, stream("pretrain", settings.seed, "denoiser"), device=device)
     unfinished = Snapshots(work / "denoiser.unfinished", settings.snapshot) if work and settings.snapshot else None
     tensors, info = fit(ctx, parts.denoiser.state_dict(), training, table, watch=each, snapshots=unfinished)
     write(out, tensors, denoiser_steps=settings.steps, **info)

@@ -3,7 +3,8 @@
 It reads JSON and PNG files and knows nothing of torch or of how a run came about.
 """
 
-from .comparison import Table, by_rounds, latex, markdown, table, tests, write_comparison
+from .comparison import by_rounds, latex, markdown, table, tests, write_comparison
 from .page import write
+from .parts import Table
 
 __all__ = ["Table", "by_rounds", "latex", "markdown", "table", "tests", "write", "write_comparison"]

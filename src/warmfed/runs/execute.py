@@ -77,7 +77,7 @@ class Checkpoint:
     steps: int
     history: str
     """Digest of the records so far."""
-    server: Message
+    server: Message | None
 
 
 def simulate(
@@ -300,7 +300,7 @@ def proceed(config: Config, folder: Path, watcher: RunListener | None = None, pl
     return resume(folder, watcher, place=place)
 
 
-def _resumed(ready: PreparedRun, folder: Path) -> tuple[list[dict[str, Any]], ServerState]:
+def _resumed(ready: PreparedRun, folder: Path) -> tuple[list[dict[str, Any]], ServerState | None]:
     """The records and the server's state of an unfinished run, checked against each other; writes nothing."""
     path = folder / "checkpoint" / "server.safetensors"
     if not path.exists():
@@ -331,7 +331,7 @@ def _run_rounds(
     folder: Path,
     watcher: RunListener,
     records: list[dict[str, Any]],
-    server: ServerState,
+    server: ServerState | None,
     shared: Path | None,
     place: Backend,
 ) -> dict[str, Any]:
@@ -344,7 +344,7 @@ def _run_rounds(
     generator = CachedGenerator(ready.generator, shared) if shared and ready.generator else ready.generator
     if shared and isinstance(ready.task, Denoise):
         ready = replace(ready, task=replace(ready.task, shared=shared))
-    rounds = place.rounds(ready, folder, (len(records), server) if records else None, generator, watcher)
+    rounds = place.rounds(ready, folder, (len(records), server) if server is not None else None, generator, watcher)
     gauge = GeneratorEvaluator.for_run(
         config.evaluation, ready.task, federation, config.denoising.latent or "digits", config.seed, config.device
     )
@@ -369,10 +369,11 @@ def _run_rounds(
             _save_checkpoint(ready, folder, records, server)
             watcher.round(records[-1])
     watcher.progress("", "report", 0, 1)
+    assert server is not None, "a run has at least one stage"
     return _finish(ready, folder, records, server, place)
 
 
-def _save_checkpoint(ready: PreparedRun, folder: Path, records: list[dict[str, Any]], server: ServerState) -> None:
+def _save_checkpoint(ready: PreparedRun, folder: Path, records: list[dict[str, Any]], server: ServerState | None) -> None:
     state = Checkpoint(__version__, ready.fingerprint, len(records), history_sha256(records), server)
     write_checksummed(folder / "checkpoint" / "server.safetensors", encode(state))
 

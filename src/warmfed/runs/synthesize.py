@@ -9,13 +9,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..config import Config
-from ..core import ServerContext, prompts_of
+from ..core import SamplingContext, prompts_of
 from ..core.rng import stream
 from ..diffusion import lora as lora
 from ..tasks.denoising import Denoise
 from ..utils.errors import InputError, suggest
 from ..utils.files import atomic_write, check_writable
-from .execute import read_config, read_summary
+from .folder import read_config, read_summary
 from .generators import build_generator
 from .predict import described, released
 from .report_images import grid
@@ -59,7 +59,7 @@ def synthesize(
         if path is not None:
             check_writable(path)
     label = torch.tensor(wanted).repeat_interleave(count)
-    ctx = ServerContext(None, stream(seed, "synthesize", site), device=config.device, progress=progress)
+    ctx = SamplingContext(stream(seed, "synthesize", site), config.device, progress)
     if config.task == "denoise":
         task = Denoise(shape, len(classes), config.denoising)
         model = released(folder, summary, site, task)
@@ -91,7 +91,7 @@ def _label(name: str, classes: Sequence[str]) -> int:
     raise InputError(f"there is no class {name!r}{suggest(name, list(classes))}")
 
 
-def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor, site: str, ctx: ServerContext) -> Tensor:
+def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor, site: str, ctx: SamplingContext) -> Tensor:
     files = [path.name.removesuffix(".safetensors") for path in (folder / "adapters").glob("*.safetensors")]
     kinds = (f".{lora.PROMPTS}", f".{lora.TOKENS}")  # which lie beside the layers, or alone where there are none
     sites = sorted({name.removesuffix(kinds[0]).removesuffix(kinds[1]) for name in files if not name.endswith(".concepts")})

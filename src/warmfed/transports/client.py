@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import Algorithm, ClientContext, Exchange, Generator, Metrics, Reply, State, Task, no_progress, prompts_of
+from ..core import Algorithm, ClientContext, ClientState, Exchange, Generator, Metrics, Reply, Task, no_progress, prompts_of
 from ..core.messages import Message, digest, encode, kind, tensors_of
 from ..core.rng import stream
 from ..core.tensors import Table, Tensors
@@ -40,10 +40,10 @@ class Client:
             progress=self.progress,
         )
 
-    def _entered(self, down: Message, state: State) -> State:
+    def _entered(self, down: Message, state: ClientState) -> ClientState:
         return self.algorithm.init_client_state(down, self.local("enter", 0)) if state is None else state
 
-    def work(self, stage: str, number: int, down: Message, state: State) -> Reply:
+    def work(self, stage: str, number: int, down: Message, state: ClientState) -> Reply[Message]:
         client = next((s.client for s in self.algorithm.stages() if s.name == stage), None)
         if client is None:
             raise InputError(
@@ -51,11 +51,11 @@ class Client:
             )
         return client(down, self._entered(down, state), self.local(stage, number))
 
-    def model(self, down: Message, state: State) -> Tensors | None:
+    def model(self, down: Message, state: ClientState) -> Tensors | None:
         """The model that the site would use; None: nothing yet."""
         return self.algorithm.client_model(down, self._entered(down, state))
 
-    def evaluate(self, down: Message, state: State, model: Tensors | None) -> dict[str, Metrics]:
+    def evaluate(self, down: Message, state: ClientState, model: Tensors | None) -> dict[str, Metrics]:
         """The metrics of the global and of the site's own model on the site's validation and test rows."""
         personal = self.model(down, state)
         return {

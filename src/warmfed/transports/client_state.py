@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-from ..core import Reply
+from ..core import ClientState, Reply
 from ..core.messages import Message, decode, encode, message
 from ..utils.errors import InputError
 from ..utils.files import read_checksummed, write_checksummed
@@ -17,6 +18,11 @@ class ClientRecord:
     seconds: float
     reply: Message
 
+    @property
+    def answer(self) -> Reply[Message]:
+        """The reply, as what it is."""
+        return cast("Reply[Message]", self.reply)
+
 
 def snapshot_path(folder: Path, site: str) -> Path:
     """Where in a folder of memories the snapshot of a site's training lies, until the site has answered."""
@@ -29,9 +35,9 @@ class ClientStates:
     is held here; without one only the states are held, and no answer can be repeated."""
 
     folder: Path | None = None
-    _states: dict[str, Message] = field(default_factory=dict, init=False)
+    _states: dict[str, ClientState] = field(default_factory=dict, init=False)
 
-    def save(self, site: str, step: int, seconds: float, reply: Reply) -> None:
+    def save(self, site: str, step: int, seconds: float, reply: Reply[Message]) -> None:
         if self.folder is not None:
             write_checksummed(self._path(site), encode(ClientRecord(step, seconds, reply)))
             snapshot_path(self.folder, site).unlink(missing_ok=True)
@@ -57,10 +63,10 @@ class ClientStates:
             )
         return memory if memory is not None and memory.step == step else None
 
-    def state(self, site: str) -> Message:
+    def state(self, site: str) -> ClientState:
         """The state that a site keeps; None before it has any."""
         memory = self.load(site)
-        return memory.reply.state if memory else self._states.get(site)
+        return memory.answer.state if memory else self._states.get(site)
 
     def _path(self, site: str) -> Path:
         assert self.folder is not None

@@ -60,7 +60,8 @@ def unpack(records: RecordDict) -> bytes:
         raise InputError("the bytes are not those that the seal declares")
     if seal["kind"] not in KINDS or kind_of(data) != seal["kind"]:
         raise InputError(f"a message of kind {seal['kind']!r} is not known here, or the bytes are of another kind")
-    return data
+    found: bytes = data
+    return found
 
 
 def client_app(stages: Iterable[str], answer: Callable[[Mapping[str, Any], bytes], bytes]) -> ClientApp:
@@ -86,7 +87,7 @@ def server_app(serve: Callable[["FlowerChannel", Mapping[str, Any]], None]) -> S
     """The app of the server; serve(post, run configuration) does the run."""
     app = ServerApp()
 
-    @app.main()
+    @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         serve(FlowerChannel(grid), context.run_config)
 
@@ -294,7 +295,7 @@ def simulate(serve: Callable[[Nodes], None], app: ClientApp, nodes: int, workers
     posts: list[Nodes] = []
     server = ServerApp()
 
-    @server.main()
+    @server.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         posts.append(Nodes(grid))
         serve(posts[0])

@@ -85,7 +85,7 @@ def supernode(
         _attribute(node, "http_request_response"),
     )
 
-    class Held(uvicorn.Server):  # type: ignore[name-defined]
+    class Held(uvicorn.Server):  # type: ignore[name-defined,misc]
         def run(self, sockets: list[socket.socket] | None = None) -> None:
             super().run(sockets=[listener])
 

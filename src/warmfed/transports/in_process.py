@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..core import Exchange, Metrics, Reply, no_progress
+from ..core import ClientState, Exchange, Metrics, Reply, no_progress
 from ..core.messages import Message, decode, encode
 from ..core.tensors import Tensors
 from .client import Client, exchange
@@ -74,13 +74,13 @@ class InProcess:
             self.progress("", what, len(results), len(jobs))
         return results
 
-    def state(self, site: str) -> Message:
+    def state(self, site: str) -> ClientState:
         """The state that a site keeps; None before it has any."""
         return self.memories.state(site)
 
     def send(
         self, step: int, stage: str, number: int, down: Mapping[str, Message]
-    ) -> Iterator[tuple[str, Reply, tuple[Exchange, ...]]]:
+    ) -> Iterator[tuple[str, Reply[Message], tuple[Exchange, ...]]]:
         sent = _once(_sent, down)
         answers = self._answers(step, stage, number, {site: (down[site], data) for site, (data, _) in sent.items()})
         for done, (site, reply, seconds) in enumerate(answers, 1):
@@ -90,13 +90,13 @@ class InProcess:
 
     def _answers(
         self, step: int, stage: str, number: int, down: Mapping[str, tuple[Message, bytes]]
-    ) -> Iterator[tuple[str, Reply, float]]:
+    ) -> Iterator[tuple[str, Reply[Message], float]]:
         """(site, reply, seconds of work): first those that are remembered, then the others as they come."""
         todo = {}
         for site, content in down.items():
             memory = self.memories.answered(site, step)
             if memory is not None:
-                yield site, memory.reply, memory.seconds
+                yield site, memory.answer, memory.seconds
             else:
                 todo[site] = content
         for site, reply, seconds in self._work(stage, number, todo):
@@ -110,7 +110,9 @@ class InProcess:
         jobs = [(s, sent[s], _pack(self.state(s)), model) for s in down]
         return dict(zip(down, self.map_jobs(_evaluate, jobs), strict=True))
 
-    def _work(self, stage: str, number: int, down: Mapping[str, tuple[Message, bytes]]) -> Iterator[tuple[str, Reply, float]]:
+    def _work(
+        self, stage: str, number: int, down: Mapping[str, tuple[Message, bytes]]
+    ) -> Iterator[tuple[str, Reply[Message], float]]:
         if self._pool is None:
             for site, (content, _) in down.items():
                 worker = replace(self.workers[site], progress=_named(self.progress, site))
@@ -145,7 +147,7 @@ def _sent(content: Message) -> tuple[bytes, Exchange]:
     return data, exchange("", "down", content, data)
 
 
-def _pack(state: Message) -> bytes | None:
+def _pack(state: ClientState) -> bytes | None:
     return None if state is None else encode(state)
 
 

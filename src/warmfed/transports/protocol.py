@@ -30,7 +30,7 @@ class Request:
     stage: str
     step: int
     number: int
-    body: Message
+    body: Message | None
 
 
 @message("wire.Answer")

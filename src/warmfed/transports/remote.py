@@ -33,7 +33,7 @@ class Remote:
 
     def send(
         self, step: int, stage: str, number: int, down: Mapping[str, Message]
-    ) -> Iterator[tuple[str, Reply | Failure, tuple[Exchange, ...]]]:
+    ) -> Iterator[tuple[str, Reply[Message] | Failure, tuple[Exchange, ...]]]:
         for site, answer in self._ask(
             f"train.{stage}", Request(self.run, "", self.config, stage, step, number, None), down, Reply
         ):

@@ -52,7 +52,8 @@ def votes(learn: Tensor, label: Tensor, guess: Tensor) -> Tensor:
     gram = apart.T @ apart + RIDGE * len(learn) * torch.eye(learn.shape[1], dtype=torch.float64)
     weight = torch.linalg.solve(gram, apart.T @ (target - mean))
     score = (guess - middle) @ weight + mean
-    return score.masked_fill(mean == 0, -torch.inf).argmax(1)
+    found: Tensor = score.masked_fill(mean == 0, -torch.inf).argmax(1)
+    return found
 
 
 def favourites(found: Tensor, label: Tensor, known: Sequence[int]) -> dict[int, int]:

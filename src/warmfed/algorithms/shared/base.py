@@ -3,12 +3,25 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from ...core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, ServerState, Stage, State, Task
+from ...core import (
+    ClientContext,
+    ClientFunction,
+    ClientState,
+    Empty,
+    GeneratorSpec,
+    Metrics,
+    Replies,
+    Reply,
+    ServerContext,
+    ServerFunction,
+    Stage,
+    Task,
+)
 from ...core.messages import Message, message
 from ...core.tensors import Tensors, layout_mismatch, mean, only, rows
 from ...fit import Training, fit
@@ -26,6 +39,13 @@ class Model:
     model: Tensors
 
 
+class HasModel(Message, Protocol):
+    """A message that holds a model or a part of one."""
+
+    @property
+    def model(self) -> Tensors: ...
+
+
 @message("averaging.Personal")
 class Personal:
     """A site's own last model; None before its first round."""
@@ -33,12 +53,22 @@ class Personal:
     model: Tensors | None
 
 
-def upload(model: Tensors, state: State, ctx: ClientContext, metrics: Metrics) -> Reply:
+S = TypeVar("S", bound=Message)
+"""The server's state."""
+M = TypeVar("M", bound=Message)
+"""The message that a site receives."""
+C = TypeVar("C", bound=ClientState)
+"""The state that a site keeps."""
+R = TypeVar("R", bound=Message)
+"""The message that a site replies with."""
+
+
+def upload(model: Tensors, state: ClientState, ctx: ClientContext, metrics: Metrics) -> Reply[Model]:
     """Return a reply with model weights, weighted by the number of training rows."""
     return Reply(Model(model), state, float(rows(ctx.data["train"])), metrics)
 
 
-def average(replies: Replies) -> Tensors:
+def average(replies: Replies[HasModel]) -> Tensors:
     """Return the weighted mean Σ_k n_k/n·w_k of the replies' models."""
     return mean((reply.message.model, reply.weight) for reply in replies.values())
 
@@ -70,11 +100,11 @@ def counted(count: Tensor, weight: float) -> Tensor:
 
 def gathering(
     name: str,
-    server: Callable[[ServerState, Replies, ServerContext], tuple[ServerState, Metrics]],
-    client: Callable[[Message, State, ClientContext], Reply],
+    server: ServerFunction,
+    client: ClientFunction,
     *,
     replies: tuple[type, ...],
-    check: Callable[[Reply, str, ServerContext], None],
+    check: Callable[[Reply[Any], str, ServerContext], None],
     images: bool,
 ) -> Stage:
     """Return a stage before the rounds: it sends the sites no message and leaves the models unchanged."""
@@ -91,7 +121,7 @@ def gathering(
 
 
 @dataclass(frozen=True)
-class Rounds(ABC):
+class Rounds(ABC, Generic[S, M, C, R]):
     """Abstract: rounds of local training; each method aggregates the replies in its own way."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {"sample": "client_fraction"}
@@ -108,23 +138,23 @@ class Rounds(ABC):
     """`Stage.change` of a round."""
 
     @abstractmethod
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply: ...
+    def train(self, received: M, state: C, ctx: ClientContext) -> Reply[R]: ...
 
     @abstractmethod
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]: ...
+    def aggregate(self, server: S, replies: Replies[R], ctx: ServerContext) -> tuple[S, Metrics]: ...
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:
         return None
 
-    def init(self, ctx: ServerContext) -> ServerState:
-        return Model(ctx.task.init(ctx.rng))
+    def init(self, ctx: ServerContext) -> S:
+        return cast(S, Model(ctx.task.init(ctx.rng)))
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
-        return server
+    def broadcast(self, server: S, site: str) -> M:
+        return cast(M, server)
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
-        return None
+    def init_client_state(self, received: M, ctx: ClientContext) -> C:
+        return cast(C, None)
 
     def stages(self) -> tuple[Stage, ...]:
         return (self.round,) * self.rounds
@@ -143,29 +173,34 @@ class Rounds(ABC):
             images=False,
         )
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:  # noqa: B027 - most methods need no further check
+    def check(self, reply: Reply[R], site: str, ctx: ServerContext) -> None:
         """Raise `InputError` if a reply fails a check that the admission policy does not make."""
 
-    def global_model(self, server: ServerState) -> Tensors | None:
-        return server.model
+    def global_model(self, server: S) -> Tensors | None:
+        return cast(HasModel, server).model
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
-        return received.model
+    def client_model(self, received: M, state: C) -> Tensors | None:
+        return cast(HasModel, received).model
 
 
 @dataclass(frozen=True)
-class Averaging(Rounds):
-    """Abstract: rounds of local training and weighted averaging."""
+class Combined(Rounds[S, M, C, R]):
+    """Abstract: rounds whose models a configurable rule aggregates."""
 
     robust: Robust = Robust()
     """Aggregation rule; the default is the weighted mean."""
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+
+@dataclass(frozen=True)
+class Averaging(Combined[Model, Model, C, Model], Generic[C]):
+    """Abstract: rounds of local training and weighted averaging."""
+
+    def aggregate(self, server: Model, replies: Replies[Model], ctx: ServerContext) -> tuple[Model, Metrics]:
         return Model({**server.model, **self.robust.combine(server.model, replies)}), {}
 
 
 @dataclass(frozen=True)
-class PartlyShared(Averaging):
+class PartlyShared(Averaging[Model]):
     """Abstract: some tensors never leave the site; by default, the whole model is trained at once.
 
     The server holds and sends only the shared part. There is no global model, since the server has no private part.
@@ -179,26 +214,26 @@ class PartlyShared(Averaging):
         mine = self.mine(task)
         return lambda name: not mine(name)
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Model:
         return Model(only(ctx.task.init(ctx.rng), self.shared(ctx.task)))
 
-    def init_client_state(self, received: Message, ctx: ClientContext) -> State:
+    def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(only(ctx.task.init(ctx.rng), self.mine(ctx.task)))
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: Model, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, self.whole(received, state), self.local, ctx.data["train"])
         return self.split(model, ctx, metrics)
 
-    def whole(self, received: Message, state: State) -> Tensors:
+    def whole(self, received: Model, state: Model) -> Tensors:
         return {**received.model, **state.model}
 
-    def split(self, model: Tensors, ctx: ClientContext, metrics: Metrics) -> Reply:
+    def split(self, model: Tensors, ctx: ClientContext, metrics: Metrics) -> Reply[Model]:
         return upload(only(model, self.shared(ctx.task)), Model(only(model, self.mine(ctx.task))), ctx, metrics)
 
-    def global_model(self, server: ServerState) -> Tensors | None:
+    def global_model(self, server: Model) -> Tensors | None:
         return None
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model, state: Model) -> Tensors | None:
         return self.whole(received, state)
 
 
@@ -214,7 +249,7 @@ class SplitByName(PartlyShared):
 
 
 @dataclass(frozen=True)
-class Personalized(Averaging):
+class Personalized(Combined[Model, Model, Model | None, R], Generic[R]):
     """Abstract: the rounds of `Averaging`, and a last stage that adapts the last global model to each site."""
 
     @abstractmethod
@@ -225,12 +260,15 @@ class Personalized(Averaging):
         personalize = Stage("personalize", self.done, self.personalize, replies=(Empty,), images=False)
         return (self.round,) * self.rounds + (personalize,)
 
-    def personalize(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def aggregate(self, server: Model, replies: Replies[R], ctx: ServerContext) -> tuple[Model, Metrics]:
+        return Model({**server.model, **self.robust.combine(server.model, replies)}), {}
+
+    def personalize(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Empty]:
         model, info = self.own(received.model, ctx)
         return Reply(Empty(), Model(model), float(rows(ctx.data["train"])), info)
 
-    def done(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def done(self, server: Model, replies: Replies[Empty], ctx: ServerContext) -> tuple[Model, Metrics]:
         return server, {}
 
-    def client_model(self, received: Message, state: State) -> Tensors | None:
+    def client_model(self, received: Model, state: Model | None) -> Tensors | None:
         return received.model if state is None else state.model

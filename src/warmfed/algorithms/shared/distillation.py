@@ -1,17 +1,17 @@
 """Self-distillation from a site's past models: static (pFedSD) and dynamic (WarmFed)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core import ClientContext
+from ...core import ClientContext, classifier
 from ...core.rng import seeded
 from ...core.tensors import Table, Tensors, add_prefix, rows, strip_prefix
-from ...fit import Training, fit
+from ...fit import Training, fit, solving
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def distilled(
         return fit(ctx, start, training, data)
 
     def loss(student: nn.Module, batch: Table) -> Tensor:
-        logits = ctx.task.logits(student, batch)
+        logits = classifier(ctx).logits(student, batch)
         far = divergence(logits, batch["wanted"], settings.temperature)
         return F.cross_entropy(logits, batch["label"]) + settings.weight * far
 
-    return fit(ctx, start, training, {**data, "wanted": ctx.task.predict(teacher, data, device=ctx.device)}, loss=loss)
+    return fit(ctx, start, training, {**data, "wanted": classifier(ctx).predict(teacher, data, device=ctx.device)}, loss=loss)
 
 
 class _Pair(nn.Module):
@@ -100,7 +100,8 @@ class _Selecting:
 
     def tau(self) -> float:
         share = min(1.0, self.done / self.planned)
-        return self.settings.tau_first * (self.settings.tau_last / self.settings.tau_first) ** share  # τ_t
+        found: float = self.settings.tau_first * (self.settings.tau_last / self.settings.tau_first) ** share  # τ_t
+        return found
 
     def loss(self, model: Any, batch: Table) -> Tensor:
         pool = batch["pool"]  # z^(1), z^(2)
@@ -150,12 +151,12 @@ def dynamic(
         The student, the selector, and their metrics.
     """
     data = ctx.data["train"]
-    pool = torch.stack([ctx.task.predict(teacher, data, device=ctx.device) for teacher in teachers], 1)
+    pool = torch.stack([classifier(ctx).predict(teacher, data, device=ctx.device) for teacher in teachers], 1)
     task = _Selecting(ctx.task, len(teachers), settings, done, planned)
     if selector is None:
         with seeded(ctx.rng):
             selector = {name: value.detach().clone() for name, value in task.selector().state_dict().items()}
     pair = add_prefix(start, "student.") | add_prefix(selector, "selector.")
     table = {**data, "pool": pool}
-    tensors, info = fit(replace(ctx, task=task), pair, training, table, watch=task.stepped, draw=task.noised)
+    tensors, info = fit(solving(ctx, task), pair, training, table, watch=task.stepped, draw=task.noised)
     return strip_prefix(tensors, "student."), strip_prefix(tensors, "selector."), info | task.metrics()

@@ -9,6 +9,7 @@ Krum's distances cover all shared tensors together.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class Robust:
                 f"{answers} sites are too few; set robust.faulty or robust.chosen lower"
             )
 
-    def combine(self, start: Tensors, replies: Replies) -> Tensors:
+    def combine(self, start: Tensors, replies: Replies[Any]) -> Tensors:
         """Return the aggregate of the replies' models.
 
         Args:

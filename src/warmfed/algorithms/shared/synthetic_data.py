@@ -6,7 +6,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,17 @@ from torch import Tensor
 
 from ...core import (
     ClientContext,
+    Empty,
     Generator,
     GeneratorSpec,
     Metrics,
     Replies,
     Reply,
+    SamplingContext,
     ServerContext,
-    ServerState,
     Stage,
-    State,
+    Task,
+    classifier,
     prompts_of,
 )
 from ...core.messages import Message, message
@@ -33,7 +35,7 @@ from ...fit import Training, fit
 from ...utils.errors import InputError
 from ...utils.files import atomic_write, write_json
 from .adapter_screening import suspects
-from .base import Averaging, Model, gathering, upload
+from .base import Combined, Model, gathering, upload
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Synthesis:
 def _draw(
     generator: Generator, adapter: Tensors | None, prompts: tuple[str, ...], label: Tensor, seed: int, device: str
 ) -> Tensor:
-    return generator.synthesize(adapter, prompts, label, ServerContext(None, stream("synthesize", seed), device=device))
+    return generator.synthesize(adapter, prompts, label, SamplingContext(stream("synthesize", seed), device))
 
 
 def draw(
@@ -119,10 +121,10 @@ def drawn(ctx: ServerContext, adapters: Mapping[str, Tensors | None], labels: Ma
     }
 
 
-def _recognise(task: object, training: Training, learn: Table, guess: Table, seed: int, device: str) -> Tensor:
+def _recognise(task: Task, training: Training, learn: Table, guess: Table, seed: int, device: str) -> Tensor:
     ctx = ServerContext(task, stream("filter", seed), device=device)
     model, _ = fit(ctx, ctx.task.init(ctx.rng), training, learn)
-    return ctx.task.predict(model, guess, device=device).softmax(-1)
+    return classifier(ctx).predict(model, guess, device=device).softmax(-1)
 
 
 def cross_predict(ctx: ServerContext, samples: Table, training: Training) -> Tensor:
@@ -278,13 +280,13 @@ def check_classes(classes: tuple[int, ...], ctx: ServerContext) -> None:
         raise InputError(f"expected one or more distinct classes from 0 to {len(ctx.prompts) - 1}, got {list(classes)}")
 
 
-def check_adapter(generator: Generator, reply: Reply, site: str, ctx: ServerContext) -> None:
+def check_adapter(generator: Generator, reply: Reply[Any], site: str, ctx: ServerContext) -> None:
     """Raise `InputError` if an adapter cannot be sampled from, or if a declared class is unknown."""
     check_classes(reply.message.classes, ctx)
     generator.check(reply.message.adapter, ctx.prompts, f"the adapter of site {site!r}", reply.message.classes)
 
 
-def gather(ctx: ServerContext, generator: Generator, replies: Replies) -> tuple[dict[str, Tensors], dict[str, Tensor]]:
+def gather(ctx: ServerContext, generator: Generator, replies: Replies[Any]) -> tuple[dict[str, Tensors], dict[str, Tensor]]:
     """Return the sites' adapters, stored as artefacts, and the classes that each site holds."""
     for site, reply in replies.items():
         if ctx.folder is not None:
@@ -311,8 +313,12 @@ class AdapterUpload:
     classes: tuple[int, ...]
 
 
+Offered = TypeVar("Offered", bound=Message)
+"""The message that a site sends before the warm start."""
+
+
 @dataclass(frozen=True)
-class WarmStarted(Averaging):
+class WarmStarted(Combined[Server, Model, None, Model], Generic[Offered]):
     """Abstract: train a classifier on samples of the sites' generators, then run FedAvg with fine-tuning on S_sub."""
 
     images: ClassVar[bool]
@@ -331,40 +337,40 @@ class WarmStarted(Averaging):
     def needs_generator(self) -> GeneratorSpec | None:
         return GeneratorSpec()
 
-    def init(self, ctx: ServerContext) -> ServerState:
+    def init(self, ctx: ServerContext) -> Server:
         return Server(ctx.task.init(ctx.rng), {}, {}, {})
 
-    def broadcast(self, server: ServerState, site: str) -> Message:
+    def broadcast(self, server: Server, site: str) -> Model:
         return Model(server.model)
 
     def stages(self) -> tuple[Stage, ...]:
-        adapt = gathering("adapt", self.collect, self.adapt, replies=self.offers, check=self.check, images=self.images)
+        adapt = gathering("adapt", self.collect, self.adapt, replies=self.offers, check=self.check_upload, images=self.images)
         train = Stage("train", self.aggregate, self.train, client_fraction=self.client_fraction, images=False)
         return (adapt, Stage("warm", self.start)) + (train,) * self.rounds
 
-    def adapt(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def adapt(self, received: Empty, state: None, ctx: ClientContext) -> Reply[Offered]:
         tensors, metrics = generator_of(ctx).adapt(ctx)
-        return Reply(AdapterUpload(tensors, classes_of(ctx)), None, float(rows(ctx.data["train"])), metrics)
+        return Reply(cast(Offered, AdapterUpload(tensors, classes_of(ctx))), None, float(rows(ctx.data["train"])), metrics)
 
-    def check(self, reply: Reply, site: str, ctx: ServerContext) -> None:
+    def check_upload(self, reply: Reply[Offered], site: str, ctx: ServerContext) -> None:
         """Raise `InputError` if a site's upload cannot be sampled from."""
         check_adapter(generator_of(ctx), reply, site, ctx)
 
-    def collect(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def collect(self, server: Server, replies: Replies[Offered], ctx: ServerContext) -> tuple[Server, Metrics]:
         adapters, classes = gather(ctx, generator_of(ctx), replies)
         return replace(server, adapters=adapters, classes=classes), {}
 
-    def start(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def start(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
         adapters = {site: server.adapters.get(site) for site in classes}
         model, subset, metrics = warm_start(ctx, adapters, classes, self.synthesis)
         return replace(server, model=model, subset=subset, adapters={}), metrics
 
-    def train(self, received: Message, state: State, ctx: ClientContext) -> Reply:
+    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
         return upload(model, state, ctx, metrics)
 
-    def aggregate(self, server: ServerState, replies: Replies, ctx: ServerContext) -> tuple[ServerState, Metrics]:
+    def aggregate(self, server: Server, replies: Replies[Model], ctx: ServerContext) -> tuple[Server, Metrics]:
         model, metrics = self.robust.combine(server.model, replies), {}
         if self.tune:
             model, info = fit(ctx, model, self.tune_training, server.subset)

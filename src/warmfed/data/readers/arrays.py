@@ -14,11 +14,12 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
+from ...core import SPLITS
 from ...utils.errors import InputError, suggest
 from ...utils.files import check_size, open_regular
 from ..build import assemble
 from ..examples import WHOLE, Examples, ReaderOptions, Texts, digests, reader_options, refuse, texts
-from ..federation import SPLIT_NAMES, SPLITS, Federation
+from ..federation import SPLIT_NAMES, Federation
 from ..image_cache import Bytes
 from ..image_io import UnreadableError, from_array
 from ..partition import Partition
