@@ -40,7 +40,7 @@ class Model:
 
 
 class HasModel(Message, Protocol):
-    """A message that holds a model, or a part of one."""
+    """A message that holds a model or a part of one."""
 
     @property
     def model(self) -> Tensors: ...
@@ -56,11 +56,11 @@ class Personal:
 S = TypeVar("S", bound=Message)
 """The server's state."""
 M = TypeVar("M", bound=Message)
-"""What a site is sent."""
+"""The message that a site receives."""
 C = TypeVar("C", bound=ClientState)
-"""What a site keeps."""
+"""The state that a site keeps."""
 R = TypeVar("R", bound=Message)
-"""What a site replies with."""
+"""The message that a site replies with."""
 
 
 def upload(model: Tensors, state: ClientState, ctx: ClientContext, metrics: Metrics) -> Reply[Model]:
@@ -185,7 +185,7 @@ class Rounds(ABC, Generic[S, M, C, R]):
 
 @dataclass(frozen=True)
 class Combined(Rounds[S, M, C, R]):
-    """Abstract: rounds whose models are combined by a rule that the user chooses."""
+    """Abstract: rounds whose models a configurable rule aggregates."""
 
     robust: Robust = Robust()
     """Aggregation rule; the default is the weighted mean."""

@@ -314,7 +314,7 @@ class AdapterUpload:
 
 
 Offered = TypeVar("Offered", bound=Message)
-"""What a site offers before the warm start."""
+"""The message that a site sends before the warm start."""
 
 
 @dataclass(frozen=True)
