@@ -5,7 +5,7 @@ improving (`until` validation); then the weights with the best validation result
 """
 
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..core.messages import message
 from ..core.tensors import Table, Tensors, join, layout_mismatch, rows
 from ..fit import Context, Training, fit
 from ..utils.errors import InputError
+from ..utils.settings import check_choices
 from .shared.base import Model, gathering
 
 
@@ -22,7 +23,7 @@ from .shared.base import Model, gathering
 class Budget:
     """Training time of the baselines."""
 
-    until: str = "budget"
+    until: Literal["budget", "validation"] = "budget"
     """Stopping rule: budget (`rounds` times `local`) or validation (accuracy has not risen for `patience` times `local`)."""
     patience: int = 4
     """Trainings without a better validation accuracy before the end; the lower loss breaks ties."""
@@ -30,8 +31,7 @@ class Budget:
     """Maximum number of trainings."""
 
     def __post_init__(self) -> None:
-        if self.until not in ("budget", "validation"):
-            raise InputError(f"until must be budget or validation; got {self.until!r}")
+        check_choices(self)
 
 
 def train_until(

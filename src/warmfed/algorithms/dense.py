@@ -15,7 +15,7 @@ generator steps on 64 images (the paper: 200 of 30 on 128), and 25 local epochs 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from ..core.tensors import Table, Tensors, join
 from ..fit import Loss, Training, fit, solving
 from ..models import initial
 from ..utils.errors import InputError
+from ..utils.settings import check_choices
 from .shared.base import Model, Rounds, average, upload
 from .shared.distillation import divergence
 
@@ -126,12 +127,11 @@ class DENSE(Rounds[Model, Model, None, Model]):
     """Training of the student on the pool in one epoch."""
     temperature: float = 1.0
     """Temperature T of the distillation."""
-    student: str = "average"
+    student: Literal["average", "own"] = "average"
     """Initial student: average (mean of the sites' models) or own (the server's random weights, as in the paper)."""
 
     def __post_init__(self) -> None:
-        if self.student not in ("average", "own"):
-            raise InputError(f"student must be average or own; got {self.student!r}")
+        check_choices(self)
         if min(self.epochs, self.images, self.noise) < 1:
             raise InputError("epochs, images and noise must be at least 1; check [algorithm]")
 

@@ -12,7 +12,7 @@ receives the mean of the known models.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..core.messages import message
 from ..core.tensors import Tensors, mean
 from ..fit import fit, proximal
 from ..utils.errors import InputError
+from ..utils.settings import check_choices
 from .shared.base import Model, Rounds, upload
 
 
@@ -39,7 +40,7 @@ class Server:
 class FedAMP(Rounds[Server, Model, Model, Model]):
     """Train each site's model near its own mixture of all sites' models; no global model."""
 
-    attention: str = "cosine"
+    attention: Literal["distance", "cosine"] = "cosine"
     """Similarity of two models: distance (FedAMP) or cosine (HeurFedAMP)."""
     sigma: float = 10.0
     """Width σ of A(x) = 1 - exp(-x/σ) in the squared distance, or factor of the cosine; above 0."""
@@ -51,8 +52,7 @@ class FedAMP(Rounds[Server, Model, Model, Model]):
     """Weight λ: the local loss adds λ/(2α_k)·||w - u_i||²; with cosine, α_k is 1."""
 
     def __post_init__(self) -> None:
-        if self.attention not in ("distance", "cosine"):
-            raise InputError(f"attention must be distance or cosine; got {self.attention!r}")
+        check_choices(self)
         if not self.sigma > 0 or not self.alpha > 0 or not 0 <= self.itself <= 1:
             raise InputError("sigma and alpha must be above 0, itself at least 0 and at most 1; check [algorithm]")
 

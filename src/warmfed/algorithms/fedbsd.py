@@ -15,7 +15,7 @@ of its teacher, and D is a proximal term on features.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import Literal, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core import ClientContext, Reply, classifier
 from ..core.tensors import Table, only
 from ..fit import Loss, Training, fit
-from ..utils.errors import one_of
+from ..utils.settings import check_choices
 from .shared.base import Model, SplitByName, upload
 from .shared.distillation import divergence
 
@@ -44,9 +44,9 @@ def distance(student: Tensor, teacher: Tensor, kind: str, temperature: float) ->
 class FedBSD(SplitByName):
     """Distil a shared backbone into each site's own, on features; heads never leave the sites."""
 
-    start: str = "own"
+    start: Literal["own", "global"] = "own"
     """Student's initial weights: own (the site's previous backbone) or global (the global backbone)."""
-    distance: str = "kl"
+    distance: Literal["kl", "mse", "cosine"] = "kl"
     """Distance D: kl (of the softmax of the features), mse or cosine."""
     temperature: float = 2.0
     """Temperature T of kl."""
@@ -58,7 +58,7 @@ class FedBSD(SplitByName):
     """Training of the backbone in one round, after the head's."""
 
     def __post_init__(self) -> None:
-        one_of(self, start=("own", "global"), distance=("kl", "mse", "cosine"))
+        check_choices(self)
 
     def train(self, received: Model, state: Model, ctx: ClientContext) -> Reply[Model]:
         mine, shared, data = self.mine(ctx.task), self.shared(ctx.task), ctx.data["train"]

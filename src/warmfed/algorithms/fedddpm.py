@@ -16,7 +16,7 @@ auxiliary set.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import final
+from typing import Literal, final
 
 import torch
 
@@ -25,11 +25,10 @@ from ..core.messages import message
 from ..core.rng import spawn
 from ..core.tensors import Tensors, apportion, flat, rows, select, sub
 from ..fit import Training, fit
-from ..utils.errors import InputError, one_of
+from ..utils.errors import InputError
+from ..utils.settings import check_choices
 from .shared.base import DRAWING, Combined, Model, count_fits, counted, expect, gathering, upload
 from .shared.synthetic_data import keep_samples
-
-SIGNALS = ("progress", "update", "dispersion")
 
 
 @message("fedddpm.Server")
@@ -73,12 +72,12 @@ class FedDDPM(Combined[Server, Model, None, Model]):
     decay: float = 1.0
     """Factor on the learning rate of `server` from one round to the next, above 0 and at most 1. Below 1, the auxiliary set
     dominates the first rounds and the sites' images the last ones."""
-    correct: str = "every"
+    correct: Literal["every", "slow", "never", "only"] = "every"
     """Rounds with a correction: every (FedDDPM), slow (FedDDPM+: only if learning is slow), never, or only. With only, no site
     trains; the server trains on the auxiliary set by `local` in each round."""
     correction: Training = Training(optimizer="adam", lr=2e-4, epochs=5, batch_size=32, max_grad_norm=1.0)
     """Training E_c of the server if learning was slow."""
-    signal: str = "progress"
+    signal: Literal["progress", "update", "dispersion"] = "progress"
     """Signal of slow learning: progress (relative, of the held-out auxiliary loss), update (‖w̄ - w‖/‖w‖) or dispersion (mean
     cosine between the sites' updates and their mean). Learning is slow if the signal is below `slow`."""
     slow: float = 0.005
@@ -91,7 +90,7 @@ class FedDDPM(Combined[Server, Model, None, Model]):
     """Rounds after a correction without another."""
 
     def __post_init__(self) -> None:
-        one_of(self, correct=("every", "slow", "never", "only"), signal=SIGNALS)
+        check_choices(self)
         if not self.share > 0 or not 0 < self.decay <= 1 or self.window < 1 or self.corrections < 0:
             raise InputError(
                 "share must be above 0, decay above 0 and at most 1, window at least 1 and corrections at least 0; "

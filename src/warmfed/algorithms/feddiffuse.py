@@ -12,7 +12,7 @@ its one or two middle blocks take that role.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 
@@ -20,7 +20,7 @@ from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext,
 from ..core.messages import message
 from ..core.tensors import Tensors, only, rows
 from ..fit import Training, fit
-from ..utils.errors import one_of
+from ..utils.settings import check_choices
 from .shared.base import DRAWING, Combined, Model, expect
 
 PARTS = ("encoder", "bottleneck", "decoder")
@@ -59,13 +59,13 @@ class FedDiffuse(Combined[Server, Asked, Model | None, Returned]):
 
     local: Training = DRAWING
     """Local training in one round."""
-    exchange: str = "full"
+    exchange: Literal["full", "usplit", "ulatdec", "udec"] = "full"
     """Exchanged parts: full (the whole network both ways), usplit (the whole network down; of each pair, one site returns the
     decoder and the other the encoder), ulatdec (bottleneck and decoder) or udec (the decoder)."""
     replies: ClassVar[tuple[type, ...]] = (Returned,)
 
     def __post_init__(self) -> None:
-        one_of(self, exchange=tuple(TRAVELS))
+        check_choices(self)
 
     def stages(self) -> tuple[Stage, ...]:
         start = Stage("start", self.started, self.keep, evaluated=False, replies=(Empty,), images=False)

@@ -10,7 +10,7 @@ Departures: the paper tunes the server's learning rate for each data set; the de
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 
@@ -18,7 +18,7 @@ from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
 from ..core.messages import message
 from ..core.tensors import Tensors, add, mix, scale, sub, zeros
 from ..fit import fit
-from ..utils.errors import InputError
+from ..utils.settings import check_choices
 from .shared.base import Combined, Model, upload
 
 
@@ -35,7 +35,7 @@ class Server:
 class ServerOptimizer:
     """The server's update along Δ, the mean change of the sites' models."""
 
-    name: str = "momentum"
+    name: Literal["momentum", "adam", "yogi"] = "momentum"
     """Optimizer: momentum (FedAvgM), adam or yogi."""
     lr: float = 1.0
     """Learning rate η of the server."""
@@ -47,8 +47,7 @@ class ServerOptimizer:
     """Term τ added to the root of the second moment, which starts at τ²; used by adam and yogi."""
 
     def __post_init__(self) -> None:
-        if self.name not in ("momentum", "adam", "yogi"):
-            raise InputError(f"server.name must be momentum, adam or yogi; got {self.name!r}")
+        check_choices(self)
 
     def begin(self, model: Tensors) -> Server:
         second = {} if self.name == "momentum" else {name: torch.full_like(x, self.tau**2) for name, x in model.items()}

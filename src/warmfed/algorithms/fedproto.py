@@ -9,7 +9,7 @@ mean over sites. The distance in the loss is the mean squared difference, as in 
 """
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from ..core.messages import message
 from ..core.tensors import Table, Tensors, layout_mismatch, rows
 from ..fit import Loss, fit
 from ..utils.errors import InputError
+from ..utils.settings import check_choices
 from .shared.base import Model, Rounds, count_fits, counted
 
 
@@ -55,12 +56,11 @@ class FedProto(Rounds[Prototypes, Prototypes, Model, Prototypes]):
 
     lam: float = 1.0
     """Weight λ of the distance to the prototypes; at least 0."""
-    predict: str = "prototype"
+    predict: Literal["prototype", "head"] = "prototype"
     """Prediction of a site's model: prototype (the nearest global prototype, as in the paper) or head (its own head)."""
 
     def __post_init__(self) -> None:
-        if self.predict not in ("prototype", "head"):
-            raise InputError(f"predict must be prototype or head; got {self.predict!r}")
+        check_choices(self)
 
     def init(self, ctx: ServerContext) -> Prototypes:
         return Prototypes({}, {})

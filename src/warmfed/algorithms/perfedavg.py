@@ -11,7 +11,7 @@ A site's adaptation is one pass over its images (`personal`); `personal.steps` 1
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.func import grad
 from ..core import ClientContext, Metrics, Reply, Task
 from ..core.tensors import Table, Tensors, add, rows, scale, select, sub
 from ..fit import Loss, Training, at, fit
-from ..utils.errors import InputError
+from ..utils.settings import check_choices
 from .shared.base import Model, Personalized, upload
 
 
@@ -31,7 +31,7 @@ class PerFedAvg(Personalized[Model]):
 
     alpha: float = 0.01
     """Inner learning rate α."""
-    variant: str = "exact"
+    variant: Literal["exact", "first-order", "hessian-free"] = "exact"
     """Meta-gradient: exact, first-order (FO, without the Hessian) or hessian-free (HF, a difference of gradients)."""
     delta: float = 0.001
     """Step δ of the difference of gradients; used by hessian-free."""
@@ -41,8 +41,7 @@ class PerFedAvg(Personalized[Model]):
     """Training that adapts the last global model to a site."""
 
     def __post_init__(self) -> None:
-        if self.variant not in ("exact", "first-order", "hessian-free"):
-            raise InputError(f"variant must be exact, first-order or hessian-free; got {self.variant!r}")
+        check_choices(self)
 
     def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"], loss=self.meta(ctx.task))

@@ -18,14 +18,15 @@ and S_sub grows by samples of that adapter.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast, final
+from typing import ClassVar, Literal, cast, final
 
 from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage, classifier
 from ..core.messages import message
 from ..core.rng import spawn
 from ..core.tensors import Tensors, join, mix, rows, select
 from ..fit import Training, fit
-from ..utils.errors import InputError, one_of
+from ..utils.errors import InputError
+from ..utils.settings import check_choices
 from .shared.adapter_screening import late_suspects
 from .shared.base import Model, expect, gathering, upload
 from .shared.distillation import Distillation, distilled, dynamic
@@ -136,7 +137,7 @@ class WarmFed:
     """Local training in one round, for the global model."""
     personal: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
     """Local training in one round, for the personal model."""
-    before: str = "none"
+    before: Literal["client", "server", "none"] = "none"
     """Fine-tuning on S_sub before the aggregation: client, server or none."""
     before_training: Training = Training(lr=0.01, epochs=1, max_grad_norm=1.0)
     """Training of the fine-tuning before the aggregation."""
@@ -148,17 +149,17 @@ class WarmFed:
     """Whether the sites' validation sets how much of the fine-tuning is kept: all, half or none."""
     personal_gate: bool = True
     """Whether a site's validation sets how much of its last personal step is kept: all, half or none."""
-    distill: str = "dynamic"
+    distill: Literal["dynamic", "static", "none"] = "dynamic"
     """Teacher of the personal models: dynamic (selected per image from the last two), static (the last one) or none."""
     distillation: Distillation = Distillation()
     """Self-distillation."""
-    upload: str = "local"
+    upload: Literal["local", "personal"] = "local"
     """Model that is averaged: local (trained for it) or personal (reading B: the distilled one)."""
     robust: Robust = Robust()
     """Aggregation rule; the default is the weighted mean."""
 
     def __post_init__(self) -> None:
-        one_of(self, before=("client", "server", "none"), distill=("dynamic", "static", "none"), upload=("local", "personal"))
+        check_choices(self)
 
     @property
     def tunes(self) -> bool:

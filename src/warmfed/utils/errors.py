@@ -8,13 +8,6 @@ class InputError(ValueError):
     """
 
 
-def one_of(settings: object, **known: tuple[str, ...]) -> None:
-    """Raise `InputError` where a setting, by its name, is none of the known ones."""
-    for name, choices in known.items():
-        if (value := getattr(settings, name)) not in choices:
-            raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
 def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """'; did you mean X?' for the nearest of `known`, or the list of what is known."""
     from difflib import get_close_matches

@@ -9,23 +9,22 @@ Krum's distances cover all shared tensors together.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...core import Replies
 from ...core.tensors import Tensors, flat, mean
-from ...utils.errors import InputError, one_of
-
-RULES = ("mean", "median", "trimmed", "krum")
+from ...utils.errors import InputError
+from ...utils.settings import check_choices
 
 
 @dataclass(frozen=True)
 class Robust:
     """Aggregation rule of the sites' models."""
 
-    rule: str = "mean"
+    rule: Literal["mean", "median", "trimmed", "krum"] = "mean"
     """Rule: mean (weighted by images), median, trimmed (trimmed mean) or krum."""
     trim: float = 0.2
     """Share of values cut off at each end, per coordinate, from 0 to below 0.5; rounded down to whole sites; for trimmed."""
@@ -37,7 +36,7 @@ class Robust:
     """Maximum L2 norm of a model's update; longer updates are scaled down to it; 0: no clipping."""
 
     def __post_init__(self) -> None:
-        one_of(self, rule=RULES)
+        check_choices(self)
         if not 0 <= self.trim < 0.5 or self.faulty < 0 or self.chosen < 1 or self.clip < 0:
             raise InputError(
                 "trim must be from 0 to below 0.5, faulty and clip at least 0, chosen at least 1; check [algorithm.robust]"

@@ -6,7 +6,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from ...core.tensors import Table, Tensors, apportion, join, rows, select, sha25
 from ...fit import Training, fit
 from ...utils.errors import InputError
 from ...utils.files import atomic_write, write_json
+from ...utils.settings import check_choices
 from .adapter_screening import suspects
 from .base import Combined, Model, gathering, upload
 
@@ -53,7 +54,7 @@ class Synthesis:
     """Images per site and class; at least 1."""
     contradicted: float = 0.4
     """Minimum share of a site's classes that others contradict to exclude the site, from 0 to 1; 0: no screening."""
-    filter: str = "cross"
+    filter: Literal["cross", "none"] = "cross"
     """Filter: cross (drop samples to whose class a classifier of the other half of S gives a low probability) or none."""
     min_class_probability: float = 0.1
     """Minimum probability of a sample's class, from 0 to below 1. A low value keeps hard samples, which teach most."""
@@ -71,8 +72,7 @@ class Synthesis:
     """Size of S_sub, the subset for fine-tuning, balanced over sites and classes; at least 1."""
 
     def __post_init__(self) -> None:
-        if self.filter not in ("cross", "none"):
-            raise InputError(f"filter must be cross or none; got {self.filter!r}")
+        check_choices(self)
         if self.per_class < 1 or self.subset < 1:
             raise InputError("per_class and subset must be at least 1; check [algorithm.synthesis]")
         if not 0 <= self.contradicted <= 1:
