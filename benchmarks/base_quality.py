@@ -26,10 +26,11 @@ from torch import Tensor
 from warmfed.core import ServerContext
 from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, Tensors
+from warmfed.core.training import Training
 from warmfed.data.readers.digits4 import CLASSES, TEMPLATE
 from warmfed.data.rendered_digits import rendered
 from warmfed.diffusion import pipeline
-from warmfed.fit import Training, fit
+from warmfed.fit import fit
 from warmfed.tasks import Classify
 from warmfed.utils.files import atomic_write, write_json
 

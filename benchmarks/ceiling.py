@@ -18,8 +18,9 @@ from warmfed.algorithms.shared.synthetic_data import Synthesis
 from warmfed.core import ServerContext
 from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, join, select
+from warmfed.core.training import Training
 from warmfed.data.readers.digits4 import digits4
-from warmfed.fit import Training, fit
+from warmfed.fit import fit
 from warmfed.tasks import Classify
 from warmfed.utils.files import write_json
 

@@ -38,11 +38,11 @@ from peft import LoraConfig
 from warmfed.core import ClientContext
 from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import rows
+from warmfed.core.training import Training
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.cost import plan
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.lora_training import latents
-from warmfed.fit import Training
 from warmfed.utils.files import read_json, write_json
 from warmfed.utils.memory import MemoryMonitor, now
 

@@ -21,7 +21,7 @@ from warmfed.algorithms.fedavg import FedAvg
 from warmfed.core import ServerContext
 from warmfed.core.rng import stream
 from warmfed.core.tensors import Table
-from warmfed.fit import Training
+from warmfed.core.training import Training
 from warmfed.run import run
 from warmfed.tasks import Classify
 from warmfed.transports.client import Client

@@ -21,8 +21,9 @@ import torch
 
 from warmfed.core import ServerContext
 from warmfed.core.rng import stream
+from warmfed.core.training import Training
 from warmfed.diffusion.networks import DenoiserSettings, noise_scheduler
-from warmfed.fit import Training, fit
+from warmfed.fit import fit
 from warmfed.tasks.denoising import Denoise
 from warmfed.utils.files import write_json
 

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from warmfed.core import ServerContext
 from warmfed.core.rng import seeded, stream
+from warmfed.core.training import Training
 from warmfed.data.rendered_digits import rendered
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.cost import plan
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.pipeline_families import stacked
-from warmfed.fit import Training, fit
+from warmfed.fit import fit
 from warmfed.pretraining.captions import digits, tokenizer
 from warmfed.tasks import Classify
 

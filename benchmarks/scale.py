@@ -22,7 +22,7 @@ import torch
 from warmfed.algorithms.fedavg import FedAvg
 from warmfed.core import ServerContext
 from warmfed.core.rng import stream
-from warmfed.fit import Training
+from warmfed.core.training import Training
 from warmfed.run import run
 from warmfed.tasks import Classify
 from warmfed.transports.client import Client

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save
 
 from warmfed.core.rng import seeded, stream
+from warmfed.core.training import Training
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.cost import plan, told
@@ -24,7 +25,6 @@ from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.known_pipelines import build, outline
 from warmfed.diffusion.lora_training import LoraTask
 from warmfed.diffusion.settings import Lora
-from warmfed.fit import Training
 from warmfed.utils.memory import MemoryMonitor, now
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -20,7 +20,8 @@ from warmfed.algorithms.shared.base import Model, Personal
 from warmfed.algorithms.shared.distillation import Distillation, dynamic
 from warmfed.core import ClientContext
 from warmfed.core.tensors import only
-from warmfed.fit import Training, fit
+from warmfed.core.training import Training
+from warmfed.fit import fit
 from warmfed.tasks import Classify
 from warmfed.utils.files import write_json
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from warmfed.core import ServerContext
 from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, Tensors
-from warmfed.fit import Training, fit
+from warmfed.core.training import Training
+from warmfed.fit import fit
 
 
 class Net(nn.Module):

@@ -7,7 +7,8 @@ from warmfed import models
 from warmfed.core import ServerContext
 from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import add_prefix, sha256
-from warmfed.fit import Training, fit
+from warmfed.core.training import Training
+from warmfed.fit import fit
 from warmfed.tasks import Classify
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from warmfed.core.rng import stream
 from warmfed.core.tensors import Table
-from warmfed.fit import Training, fit, proximal
+from warmfed.core.training import Training
+from warmfed.fit import fit, proximal
 from warmfed.utils.errors import InputError
 
 

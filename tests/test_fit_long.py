@@ -13,8 +13,9 @@ from small_fit import DATA, SGD, START, Rows, close, ctx, rates, same
 from torch import Tensor, nn
 
 from warmfed.core.tensors import Table, Tensors
+from warmfed.core.training import Training
 from warmfed.core.training_snapshot import Snapshots
-from warmfed.fit import Stop, Training, fit
+from warmfed.fit import Stop, fit
 from warmfed.utils.errors import InputError
 
 ADAM = replace(SGD, optimizer="adamw", epochs=4, schedule="cosine", warmup=2, ema_decay=0.9)

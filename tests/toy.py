@@ -20,8 +20,8 @@ from warmfed.core.admission import DEFAULT_ADMISSION, AdmissionPolicy
 from warmfed.core.messages import Message
 from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, Tensors
+from warmfed.core.training import Training
 from warmfed.diffusion.networks import DenoiserSettings
-from warmfed.fit import Training
 from warmfed.models import Split
 from warmfed.run import run
 from warmfed.tasks import Classify

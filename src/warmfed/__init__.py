@@ -8,9 +8,10 @@ from .utils.version import __version__ as __version__
 if TYPE_CHECKING:
     from .algorithms import ALGORITHMS, WarmFed
     from .config import Config, parse
+    from .core.training import Training
     from .data import Federation, digits4, load
     from .diffusion.generator import LatentDiffusion
-    from .fit import Training, fit
+    from .fit import fit
     from .runs.execute import execute, resume, simulate
     from .tasks import Classify
     from .utils.errors import InputError
@@ -22,7 +23,7 @@ _HOME = {
     "Federation": "data",
     "InputError": "utils.errors",
     "LatentDiffusion": "diffusion.generator",
-    "Training": "fit",
+    "Training": "core.training",
     "WarmFed": "algorithms",
     "digits4": "data",
     "execute": "runs.execute",

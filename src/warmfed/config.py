@@ -11,10 +11,10 @@ import tomli_w
 from .algorithms import ALGORITHMS, Smoothed, WarmFed, entry
 from .core import Algorithm
 from .core.admission import AdmissionPolicy
+from .core.training import Training
 from .diffusion.generator import LatentDiffusion
 from .diffusion.networks import DenoiserSettings
 from .evaluation.generators import Evaluation
-from .fit import Training
 from .utils.errors import InputError, suggest
 from .utils.files import loads_toml, read_bytes
 from .utils.settings import check_choices, construct

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from warmfed.algorithms.fedavg import FedAvg
 from warmfed.algorithms.fedddpm import FedDDPM
-from warmfed.fit import Training
+from warmfed.core.training import Training
 from warmfed.utils.errors import InputError
 
 QUICK: dict[str, Any] = {

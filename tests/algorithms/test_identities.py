@@ -16,7 +16,8 @@ from warmfed.algorithms.warmfed import ValidationVote, WarmFed
 from warmfed.core import ClientContext, Reply
 from warmfed.core.rng import spawn, stream
 from warmfed.core.tensors import mean, mix, rows, select, sub
-from warmfed.fit import Training, fit
+from warmfed.core.training import Training
+from warmfed.fit import fit
 from warmfed.run import run
 from warmfed.tasks import Classify
 from warmfed.transports.in_process import InProcess

@@ -22,7 +22,8 @@ from warmfed.core import ClientContext, Reply
 from warmfed.core.admission import AdmissionPolicy
 from warmfed.core.rng import fork, seeded, stream
 from warmfed.core.tensors import mix, sub
-from warmfed.fit import Training, at, fit, minibatches
+from warmfed.core.training import Training
+from warmfed.fit import at, fit, minibatches
 from warmfed.models import initial
 from warmfed.runs.execute import execute
 from warmfed.runs.predict import predict

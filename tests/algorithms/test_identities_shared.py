@@ -18,7 +18,8 @@ from warmfed.core import ClientContext
 from warmfed.core.messages import tensors_of
 from warmfed.core.rng import stream
 from warmfed.core.tensors import Tensors, mean, only, sub
-from warmfed.fit import Training, fit
+from warmfed.core.training import Training
+from warmfed.fit import fit
 from warmfed.run import run
 from warmfed.transports.in_process import InProcess
 from warmfed.utils.errors import InputError

@@ -10,7 +10,7 @@ from quadratic import Quadratic, site
 from warmfed.algorithms.fedamp import FedAMP
 from warmfed.algorithms.perfedavg import PerFedAvg
 from warmfed.algorithms.pfedme import PFedMe
-from warmfed.fit import Training
+from warmfed.core.training import Training
 
 START = np.array([1.0, -2.0])
 CENTRES = {"a": np.array([3.0, 0.5]), "b": np.array([-1.0, 2.0]), "c": np.array([0.0, 4.0])}

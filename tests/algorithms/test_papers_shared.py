@@ -8,7 +8,7 @@ import toy
 from warmfed.algorithms.fedavg import FedAvg
 from warmfed.algorithms.feddyn import FedDyn
 from warmfed.algorithms.scaffold import Scaffold
-from warmfed.fit import Training
+from warmfed.core.training import Training
 
 CENTRE = {"a": [0.0, 3.0], "b": [1.0, -1.0], "c": [4.0, 0.5], "d": [-2.0, 2.0]}
 CURVATURE = {"a": [1.0, 0.2], "b": [0.5, 1.0], "c": [0.1, 0.6], "d": [2.0, 0.3]}

@@ -15,7 +15,8 @@ from warmfed.algorithms.shared.base import PartlyShared
 from warmfed.core.messages import Message, decode, encode, tensors_of
 from warmfed.core.rng import stream
 from warmfed.core.tensors import join, sha256
-from warmfed.fit import Training, fit
+from warmfed.core.training import Training
+from warmfed.fit import fit
 from warmfed.run import run
 from warmfed.tasks import Classify
 from warmfed.transports.in_process import InProcess

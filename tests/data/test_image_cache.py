@@ -15,10 +15,10 @@ from image_files import pets
 
 from warmfed.algorithms.fedavg import FedAvg
 from warmfed.core.tensors import join
+from warmfed.core.training import Training
 from warmfed.data import Federation, folder
 from warmfed.data import build as assembly
 from warmfed.data.image_cache import Cache, Mapped, usual
-from warmfed.fit import Training
 from warmfed.runs.execute import simulate
 from warmfed.tasks import Classify
 from warmfed.utils.errors import InputError

@@ -8,9 +8,10 @@ import torch
 from warmfed.core import ClientContext, ServerContext
 from warmfed.core.rng import stream
 from warmfed.core.tensors import Tensors
+from warmfed.core.training import Training
 from warmfed.data import digits4
 from warmfed.diffusion.generator import LatentDiffusion
-from warmfed.fit import Training, fit
+from warmfed.fit import fit
 from warmfed.tasks import Classify
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")

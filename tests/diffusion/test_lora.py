@@ -15,11 +15,11 @@ from torch import Tensor
 from warmfed.core import ClientContext, ServerContext
 from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import sha256
+from warmfed.core.training import Training
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.losses import denoising_loss
-from warmfed.fit import Training
 from warmfed.utils.errors import InputError
 
 with warnings.catch_warnings():

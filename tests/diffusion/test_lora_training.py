@@ -20,6 +20,7 @@ from warmfed.core import ClientContext, Empty, ServerContext
 from warmfed.core.messages import Message
 from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import Table, Tensors, sha256
+from warmfed.core.training import Training
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import lora_training as adapting
 from warmfed.diffusion.cost import micro_batch, plan
@@ -27,7 +28,6 @@ from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.lora_training import LoraTask, latents
 from warmfed.diffusion.losses import denoising_loss, drawn
 from warmfed.diffusion.settings import Lora
-from warmfed.fit import Training
 from warmfed.transports.client import Client
 from warmfed.transports.in_process import InProcess
 from warmfed.utils.errors import InputError

@@ -17,13 +17,13 @@ from torch import Tensor
 from warmfed.core import ClientContext, GeneratorSpec, ServerContext
 from warmfed.core.rng import seeded, stream
 from warmfed.core.tensors import sha256
+from warmfed.core.training import Training
 from warmfed.diffusion import lora as lora
 from warmfed.diffusion import pipeline
 from warmfed.diffusion.concept_inversion import Concepts
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.losses import flow_loss
 from warmfed.diffusion.sampler import draw, scheduler
-from warmfed.fit import Training
 from warmfed.runs.generators import build_generator
 from warmfed.utils.errors import InputError
 

@@ -11,11 +11,11 @@ import torch
 from warmfed.core import ClientContext, ServerContext
 from warmfed.core.rng import stream
 from warmfed.core.tensors import sha256
+from warmfed.core.training import Training
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.networks import DenoiserSettings
 from warmfed.diffusion.result_cache import CachedGenerator
 from warmfed.diffusion.settings import Lora
-from warmfed.fit import Training
 from warmfed.tasks.denoising import Denoise
 from warmfed.utils.errors import InputError
 

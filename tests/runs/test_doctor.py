@@ -16,11 +16,11 @@ from warmfed.cli.parser import main
 from warmfed.config import parse
 from warmfed.core import ClientContext
 from warmfed.core.rng import stream
+from warmfed.core.training import Training
 from warmfed.diffusion.cost import Machine, counted, plan, skeleton
 from warmfed.diffusion.generator import LatentDiffusion
 from warmfed.diffusion.known_pipelines import KNOWN
 from warmfed.diffusion.settings import Lora
-from warmfed.fit import Training
 from warmfed.runs.dry_run import dry_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -13,7 +13,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from warmfed import models
 from warmfed.core import ServerContext
 from warmfed.core.rng import stream
-from warmfed.fit import Training, fit
+from warmfed.core.training import Training
+from warmfed.fit import fit
 from warmfed.metrics.classification import measure
 from warmfed.tasks import Classify
 from warmfed.tasks.classification import pixels

@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from warmfed.core.rng import seeded, stream
+from warmfed.core.training import Training
 from warmfed.diffusion.networks import DenoiserSettings
-from warmfed.fit import Training, fit
+from warmfed.fit import fit
 from warmfed.tasks.denoising import Denoise, _autoencoder
 from warmfed.utils.errors import InputError
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage
 from ..core.messages import message
 from ..core.tensors import Table, Tensors, join, layout_mismatch, rows
-from ..fit import Context, Training, fit
+from ..core.training import Training
+from ..fit import Context, fit
 from ..utils.errors import InputError
 from ..utils.settings import check_choices
 from .shared.base import Model, gathering

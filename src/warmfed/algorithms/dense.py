@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, classifier
 from ..core.rng import seeded, spawn
 from ..core.tensors import Table, Tensors, join
-from ..fit import Loss, Training, fit, solving
+from ..core.training import Training
+from ..fit import Loss, fit, solving
 from ..models import initial
 from ..utils.errors import InputError
 from ..utils.settings import check_choices

@@ -10,7 +10,8 @@ from typing import final
 
 from ..core import ClientContext, Reply
 from ..core.tensors import Tensors
-from ..fit import Training, fit, proximal
+from ..core.training import Training
+from ..fit import fit, proximal
 from .shared.base import Averaging, Model, upload
 
 

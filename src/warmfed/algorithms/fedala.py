@@ -20,7 +20,8 @@ from ..core import ClientContext, Reply
 from ..core.messages import message
 from ..core.rng import fork
 from ..core.tensors import Table, Tensors, add_prefix, only, rows, select, strip_prefix, to
-from ..fit import Training, at, fit, minibatches, solving
+from ..core.training import Training
+from ..fit import at, fit, minibatches, solving
 from ..utils.errors import InputError
 from .shared.base import Averaging, Model, upload
 

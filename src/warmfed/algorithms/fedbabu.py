@@ -14,7 +14,8 @@ from typing import ClassVar, final
 from ..core import ClientContext, Metrics, Reply, ServerContext
 from ..core.messages import message
 from ..core.tensors import Tensors, only, rows
-from ..fit import Training, fit
+from ..core.training import Training
+from ..fit import fit
 from .shared.base import Model, Personalized, expect
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ..core import ClientContext, Reply, classifier
 from ..core.tensors import Table, only
-from ..fit import Loss, Training, fit
+from ..core.training import Training
+from ..fit import Loss, fit
 from ..utils.settings import check_choices
 from .shared.base import Model, SplitByName, upload
 from .shared.distillation import divergence

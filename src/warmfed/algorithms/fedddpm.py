@@ -24,7 +24,8 @@ from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext,
 from ..core.messages import message
 from ..core.rng import spawn
 from ..core.tensors import Tensors, apportion, flat, rows, select, sub
-from ..fit import Training, fit
+from ..core.training import Training
+from ..fit import fit
 from ..utils.errors import InputError
 from ..utils.settings import check_choices
 from .shared.base import DRAWING, Combined, Model, count_fits, counted, expect, gathering, upload

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..core import GeneratorSpec
-from ..fit import Training
+from ..core.training import Training
 from .shared.synthetic_data import AdapterUpload, WarmStarted
 
 

@@ -19,7 +19,8 @@ import torch
 from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext, Stage, denoiser
 from ..core.messages import message
 from ..core.tensors import Tensors, only, rows
-from ..fit import Training, fit
+from ..core.training import Training
+from ..fit import fit
 from ..utils.settings import check_choices
 from .shared.base import DRAWING, Combined, Model, expect
 

@@ -20,7 +20,8 @@ from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
 from ..core.messages import kind, message
 from ..core.rng import fork
 from ..core.tensors import Tensors, add, layout_mismatch, rows, sub
-from ..fit import Training, fit
+from ..core.training import Training
+from ..fit import fit
 from ..utils.errors import InputError
 from .shared.base import DRAWING, Combined, Model, upload
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext, Stage, denoiser
 from ..core.messages import message
 from ..core.tensors import Tensors, mean, rows
-from ..fit import Training, fit
+from ..core.training import Training
+from ..fit import fit
 from ..utils.errors import InputError
 from .shared.base import DRAWING, Combined, Model, count_fits, counted, gathering, upload
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import final
 
 from ..core import ClientContext, Reply
-from ..fit import Training, fit
+from ..core.training import Training
+from ..fit import fit
 from .shared.base import Model, SplitByName
 
 

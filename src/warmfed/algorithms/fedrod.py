@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..core import ClientContext, Reply, classifier
 from ..core.tensors import Table, Tensors, add, only, sub, zeros
-from ..fit import Loss, Training, fit
+from ..core.training import Training
+from ..fit import Loss, fit
 from .shared.base import Averaging, Model, upload
 
 

@@ -21,7 +21,8 @@ from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, denois
 from ..core.messages import message
 from ..core.rng import fork, spawn
 from ..core.tensors import Tensors, rows
-from ..fit import Training, fit
+from ..core.training import Training
+from ..fit import fit
 from ..utils.errors import InputError
 from .shared.base import DRAWING, Combined, Personal, expect
 

@@ -19,7 +19,8 @@ from torch.func import grad
 
 from ..core import ClientContext, Metrics, Reply, Task
 from ..core.tensors import Table, Tensors, add, rows, scale, select, sub
-from ..fit import Loss, Training, at, fit
+from ..core.training import Training
+from ..fit import Loss, at, fit
 from ..utils.settings import check_choices
 from .shared.base import Model, Personalized, upload
 

@@ -13,7 +13,8 @@ from typing import final
 
 from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
 from ..core.tensors import Tensors, mix
-from ..fit import Training, fit, minibatches, proximal
+from ..core.training import Training
+from ..fit import fit, minibatches, proximal
 from ..utils.errors import InputError
 from .shared.base import Averaging, Model, upload
 

@@ -12,7 +12,7 @@ from typing import final
 
 from ..core import ClientContext, Reply
 from ..core.tensors import Tensors
-from ..fit import Training
+from ..core.training import Training
 from .shared.base import Averaging, Model, Personal, upload
 from .shared.distillation import Distillation, distilled
 

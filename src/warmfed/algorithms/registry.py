@@ -12,6 +12,7 @@ from .ditto import Ditto
 from .fedala import FedALA
 from .fedamp import FedAMP
 from .fedavg import FedAvg
+from .fedavg_finetune import FedAvgFineTune
 from .fedbabu import FedBABU
 from .fedbip import FedBiP
 from .fedbn import FedBN
@@ -30,9 +31,8 @@ from .fedprox import FedProx
 from .fedrep import FedRep
 from .fedrod import FedRoD
 from .fgl import FGL
-from .finetune import FedAvgFineTune
 from .knnper import KNNPer
-from .lgfedavg import LGFedAvg
+from .lg_fedavg import LGFedAvg
 from .moon import MOON
 from .pdfed import PDFed
 from .perfedavg import PerFedAvg

@@ -24,7 +24,8 @@ from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply,
 from ..core.messages import message
 from ..core.rng import spawn
 from ..core.tensors import Tensors, join, mix, rows, select
-from ..fit import Training, fit
+from ..core.training import Training
+from ..fit import fit
 from ..utils.errors import InputError
 from ..utils.settings import check_choices
 from .shared.adapter_screening import late_suspects

@@ -1,7 +1,7 @@
 """Where federations come from, by name, each option checked before anything is read."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
@@ -12,15 +12,9 @@ from .build import partition as dealt
 from .examples import ReaderOptions
 from .federation import Federation
 from .partition import Partition
-from .readers.arrays import idx, npz
+from .readers import READERS
 from .readers.digits4 import digits4
-from .readers.huggingface import hub, parquet
-from .readers.image_folder import camelyon17, csv, folder
 
-READERS: dict[str, Callable[..., Federation]] = {
-    "digits4": digits4, "folder": folder, "npz": npz, "idx": idx, "csv": csv, "camelyon17": camelyon17,
-    "parquet": parquet, "hub": hub,
-}  # fmt: skip
 _COLUMNS = dict.fromkeys(("image", "label", "site", "group"), str)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.tensors import rows, sha256
-from ..fit import Training, fit
+from ..core.training import Training
+from ..fit import fit
 from ..runs.folder import read_config, read_summary, write_model
 from ..runs.predict import described, released
 from ..tasks import Classify

@@ -17,7 +17,7 @@ from ..algorithms import ALGORITHMS
 from ..config import Config, resolve
 from ..core import Stage
 from ..core.messages import Message, tensors_of
-from ..fit import Training
+from ..core.training import Training
 from ..utils.errors import InputError, suggest
 
 _APART = ("seed", "workers", "server", "holdout", "data", "evaluation")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ..fit import Training
+from ..core.training import Training
 from ..utils.errors import InputError, suggest
 from ..utils.settings import check_choices
 from . import lora as layers

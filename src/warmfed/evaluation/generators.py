@@ -17,9 +17,10 @@ from torch import Tensor
 from ..core import Round, ServerContext
 from ..core.rng import stream
 from ..core.tensors import Table, Tensors, apportion, join, rows
+from ..core.training import Training
 from ..data import Federation
 from ..diffusion import pipeline
-from ..fit import Training, fit
+from ..fit import fit
 from ..metrics.images import distances, diversity, memorization_rate, nearest, neighbourhoods
 from ..tasks.classification import Classify
 from ..tasks.denoising import Denoise

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from ..core import ServerContext
 from ..core.rng import seeded, stream
 from ..core.tensors import Table, Tensors, only, strip_prefix
+from ..core.training import Training
 from ..core.training_snapshot import Snapshots
 from ..data.rendered_digits import SIDE
 from ..diffusion.losses import denoising_loss
 from ..diffusion.networks import LATENT, text_to_image
 from ..diffusion.pipeline import Parts, pixels, save
 from ..diffusion.pipeline_families import ids
-from ..fit import Problem, Training, fit
+from ..fit import Problem, fit
 from ..tasks import Classify
 from ..utils.errors import InputError
 from ..utils.files import atomic_write, loads_json, open_regular, read_bytes, read_json

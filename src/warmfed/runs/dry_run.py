@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..config import Config
+from ..core.training import Training
 from ..data import Federation
 from ..diffusion import pipeline
 from ..diffusion.cost import Cost, Plan, counted, machine
 from ..diffusion.cost import plan as plan_generator
-from ..fit import Training
 from ..tasks import Classify
 from ..tasks.denoising import Denoise
 from .prepare import PreparedRun, prepare

@@ -12,11 +12,12 @@ from .. import models
 from ..core import ClientContext, Metrics, ServerContext
 from ..core.rng import seeded, spawn, stream
 from ..core.tensors import Table, Tensors, add_prefix, apportion, rows, select, to
+from ..core.training import Training
 from ..diffusion import pipeline, pruning
 from ..diffusion.losses import denoising_loss
 from ..diffusion.networks import DENOISERS, DenoiserSettings, noise_scheduler
 from ..diffusion.result_cache import cached
-from ..fit import Training, fit
+from ..fit import fit
 from ..metrics.images import distances, memorization_rate
 from ..utils.errors import InputError
 from .classification import load_model, pixels

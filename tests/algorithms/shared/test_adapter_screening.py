@@ -16,8 +16,8 @@ from warmfed.core import Failure, Reply, Round, ServerContext
 from warmfed.core.admission import AdmissionPolicy
 from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, Tensors, join, select
+from warmfed.core.training import Training
 from warmfed.data.readers.digits4 import digits4
-from warmfed.fit import Training
 from warmfed.report import write
 from warmfed.run import run
 from warmfed.runs.console import line

@@ -14,7 +14,8 @@ from torch import nn
 from warmfed.algorithms.dense import frozen
 from warmfed.algorithms.shared.distillation import Distillation, distilled, divergence, dynamic
 from warmfed.core.tensors import Table, rows
-from warmfed.fit import Training, fit
+from warmfed.core.training import Training
+from warmfed.fit import fit
 from warmfed.run import run
 from warmfed.transports.in_process import InProcess
 

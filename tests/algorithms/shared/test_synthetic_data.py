@@ -13,7 +13,7 @@ from warmfed.algorithms.shared.synthetic_data import Synthesis, draw, labelled, 
 from warmfed.core import ClientContext, prompt, prompts_of
 from warmfed.core.rng import stream
 from warmfed.core.tensors import Table, Tensors
-from warmfed.fit import Training
+from warmfed.core.training import Training
 from warmfed.utils.errors import InputError
 
 SITED = ("{site|a=a|b=a} left bar", "a middle bar", "{site|a=a|b=a} right bar")

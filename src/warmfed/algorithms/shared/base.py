@@ -24,7 +24,8 @@ from ...core import (
 )
 from ...core.messages import Message, message
 from ...core.tensors import Tensors, layout_mismatch, mean, only, rows
-from ...fit import Training, fit
+from ...core.training import Training
+from ...fit import fit
 from ...utils.errors import InputError
 from .robust_aggregation import Robust
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...core import ClientContext, classifier
 from ...core.rng import seeded
 from ...core.tensors import Table, Tensors, add_prefix, rows, strip_prefix
-from ...fit import Training, fit, solving
+from ...core.training import Training
+from ...fit import fit, solving
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from ...core import (
 from ...core.messages import Message, message
 from ...core.rng import spawn, stream, stream_seed
 from ...core.tensors import Table, Tensors, apportion, join, rows, select, sha256
-from ...fit import Training, fit
+from ...core.training import Training
+from ...fit import fit
 from ...utils.errors import InputError
 from ...utils.files import atomic_write, write_json
 from ...utils.settings import check_choices

@@ -11,7 +11,8 @@ from typing import final
 
 from ..core import ClientContext, Metrics, Reply
 from ..core.tensors import Tensors
-from ..fit import Training, fit
+from ..core.training import Training
+from ..fit import fit
 from .shared.base import Model, Personalized, upload
 
 
