@@ -4,13 +4,15 @@ Both train for as many local epochs as the federated methods do over their round
 improving (`until` validation); then the weights with the best validation result are kept.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage
+from ..algorithms.shared.base import at_sites
+from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage, Workload
 from ..core.messages import message
 from ..core.tensors import Table, Tensors, join, layout_mismatch, rows
 from ..core.training import Training
@@ -64,6 +66,16 @@ class LocalOnly:
     """Local training in one round."""
     budget: Budget = Budget()
     """Stopping rule."""
+
+    @property
+    def samples_per_class(self) -> int:
+        return 0
+
+    def check_sites(self, count: int) -> None:
+        """Take any number of sites."""
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (at_sites("local training", self.local, rows, self.rounds),)
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:
@@ -131,6 +143,16 @@ class Centralized:
     """Training of one round, on all images."""
     budget: Budget = Budget()
     """Stopping rule."""
+
+    @property
+    def samples_per_class(self) -> int:
+        return 0
+
+    def check_sites(self, count: int) -> None:
+        """Take any number of sites."""
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (Workload("training", "server", self.rounds * self.local.count(sum(rows.values())), self.local),)
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:

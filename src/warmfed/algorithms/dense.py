@@ -13,7 +13,7 @@ in 8 bits. The generator is kept between epochs; the authors' code re-initialise
 generator steps on 64 images (the paper: 200 of 30 on 128), and 25 local epochs (200).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, classifier
+from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, Workload, classifier
 from ..core.rng import seeded, spawn
 from ..core.tensors import Table, Tensors, join
 from ..core.training import Training
@@ -130,6 +130,17 @@ class DENSE(Rounds[Model, Model, None, Model]):
     """Temperature T of the distillation."""
     student: Literal["average", "own"] = "average"
     """Initial student: average (mean of the sites' models) or own (the server's random weights, as in the paper)."""
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        # the pool of images grows with each turn
+        steps = sum(self.distillation.count(self.images * (turn + 1)) for turn in range(self.epochs))
+        return (
+            *super().workload(rows, pairs),
+            Workload(
+                "images of the ensemble", "server", self.rounds * self.epochs * self.drawing.count(self.images), self.drawing
+            ),
+            Workload("distillation", "server", self.rounds * steps, self.distillation),
+        )
 
     def __post_init__(self) -> None:
         check_choices(self)

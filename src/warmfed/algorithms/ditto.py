@@ -5,10 +5,12 @@ Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", 
 Departures: local steps are counted in epochs. The personal model is trained for as many epochs (`personal`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Reply
+from ..algorithms.shared.base import at_sites
+from ..core import ClientContext, Reply, Workload
 from ..core.tensors import Tensors
 from ..core.training import Training
 from ..fit import fit, proximal
@@ -24,6 +26,9 @@ class Ditto(Averaging[Model]):
     """Weight λ of the proximal term; at least 0."""
     personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """Training of the personal model in one round."""
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (*super().workload(rows, pairs), at_sites("personal models", self.personal, rows, self.rounds))
 
     def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(received.model)  # v_k

@@ -6,10 +6,12 @@ arXiv:2206.02471, show that this baseline is hard to beat.
 Departures: none.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Metrics, Reply
+from ..algorithms.shared.base import at_sites
+from ..core import ClientContext, Metrics, Reply, Workload
 from ..core.tensors import Tensors
 from ..core.training import Training
 from ..fit import fit
@@ -23,6 +25,9 @@ class FedAvgFineTune(Personalized[Model]):
 
     personal: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
     """Fine-tuning after the last round."""
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (*super().workload(rows, pairs), at_sites("personal models", self.personal, rows, 1))
 
     def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])

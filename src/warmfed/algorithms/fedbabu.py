@@ -8,10 +8,12 @@ Fine-tuning trains the whole model, which the paper found best.
 Departures: the server initialises the head and broadcasts it with the body, so that all sites have the same one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..core import ClientContext, Metrics, Reply, ServerContext
+from ..algorithms.shared.base import at_sites
+from ..core import ClientContext, Metrics, Reply, ServerContext, Workload
 from ..core.messages import message
 from ..core.tensors import Tensors, only, rows
 from ..core.training import Training
@@ -36,6 +38,9 @@ class FedBABU(Personalized[Body]):
     personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """Fine-tuning at the end."""
     replies: ClassVar[tuple[type, ...]] = (Body,)
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (*super().workload(rows, pairs), at_sites("personal models", self.personal, rows, 1))
 
     def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Body]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"], trainable=self.body)

@@ -13,6 +13,7 @@ continues from the site's own backbone and D is its only link to the global one.
 of its teacher, and D is a proximal term on features.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, final
@@ -20,7 +21,8 @@ from typing import Literal, final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ClientContext, Reply, classifier
+from ..algorithms.shared.base import at_sites
+from ..core import ClientContext, Reply, Workload, classifier
 from ..core.tensors import Table, only
 from ..core.training import Training
 from ..fit import Loss, fit
@@ -57,6 +59,9 @@ class FedBSD(SplitByName):
     """Training of the head in one round."""
     local: Training = Training(lr=0.02, epochs=4, max_grad_norm=1.0)
     """Training of the backbone in one round, after the head's."""
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (*super().workload(rows, pairs), at_sites("heads", self.head, rows, self.rounds))
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -20,7 +20,8 @@ from typing import Literal, final
 
 import torch
 
-from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext, Stage, denoiser
+from ..algorithms.shared.base import at_sites
+from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext, Stage, Workload, denoiser
 from ..core.messages import message
 from ..core.rng import spawn
 from ..core.tensors import Tensors, apportion, flat, rows, select, sub
@@ -89,6 +90,16 @@ class FedDDPM(Combined[Server, Model, None, Model]):
     """Maximum number of corrections in a run; 0: no limit."""
     wait: int = 5
     """Rounds after a correction without another."""
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        images = round(self.share * sum(rows.values()))
+        rounds = 0 if self.correct == "only" else self.rounds
+        corrections = {"every": self.rounds, "slow": self.corrections, "never": 0, "only": self.rounds}[self.correct]
+        return (
+            at_sites("models of the sites alone", self.first, rows, 1),
+            at_sites("local training", self.local, rows, rounds),
+            Workload("correction", "server", corrections * self.correction.count(images), self.correction),
+        )
 
     def __post_init__(self) -> None:
         check_choices(self)

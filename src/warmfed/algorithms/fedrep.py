@@ -6,10 +6,12 @@ Algorithm 1.
 Departures: steps are counted in epochs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from ..core import ClientContext, Reply
+from ..algorithms.shared.base import at_sites
+from ..core import ClientContext, Reply, Workload
 from ..core.training import Training
 from ..fit import fit
 from .shared.base import Model, SplitByName
@@ -24,6 +26,9 @@ class FedRep(SplitByName):
     """Training of the head in one round."""
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """Training of the body in one round, after the head's."""
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (*super().workload(rows, pairs), at_sites("heads", self.head, rows, self.rounds))
 
     def train(self, received: Model, state: Model, ctx: ClientContext) -> Reply[Model]:
         mine, shared, data = self.mine(ctx.task), self.shared(ctx.task), ctx.data["train"]

@@ -10,13 +10,15 @@ the personal head sends no gradient into the generic model.
 Departures: in each round, the personal head is trained after the generic model, not in the same steps.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ClientContext, Reply, classifier
+from ..algorithms.shared.base import at_sites
+from ..core import ClientContext, Reply, Workload, classifier
 from ..core.tensors import Table, Tensors, add, only, sub, zeros
 from ..core.training import Training
 from ..fit import Loss, fit
@@ -44,6 +46,9 @@ class FedRoD(Averaging[Model]):
     """Prefix of the names of the head's tensors."""
     personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """Training of the personal head in one round."""
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (*super().workload(rows, pairs), at_sites("personal models", self.personal, rows, self.rounds))
 
     def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(zeros(only(received.model, self.of_head)))

@@ -10,6 +10,7 @@ Departures: the batches D, D' and D'' of one step are parts of one batch (`indep
 A site's adaptation is one pass over its images (`personal`); `personal.steps` 1 is the paper's single step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from ..core import ClientContext, Metrics, Reply, Task
+from ..algorithms.shared.base import at_sites
+from ..core import ClientContext, Metrics, Reply, Task, Workload
 from ..core.tensors import Table, Tensors, add, rows, scale, select, sub
 from ..core.training import Training
 from ..fit import Loss, at, fit
@@ -40,6 +42,9 @@ class PerFedAvg(Personalized[Model]):
     """Whether inner step, outer gradient and Hessian use different rows of a batch."""
     personal: Training = Training(lr=0.01, momentum=0.0)
     """Training that adapts the last global model to a site."""
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (*super().workload(rows, pairs), at_sites("personal models", self.personal, rows, 1))
 
     def __post_init__(self) -> None:
         check_choices(self)

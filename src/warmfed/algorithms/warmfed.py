@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast, final
 
-from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage, classifier
+from ..algorithms.shared.base import at_sites
+from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage, Workload, classifier
 from ..core.messages import message
 from ..core.rng import spawn
 from ..core.tensors import Tensors, join, mix, rows, select
@@ -169,6 +170,30 @@ class WarmFed:
     @property
     def needs_generator(self) -> GeneratorSpec | None:
         return GeneratorSpec() if self.warm else None
+
+    @property
+    def samples_per_class(self) -> int:
+        return self.synthesis.per_class if self.warm else 0
+
+    def check_sites(self, count: int) -> None:
+        self.robust.enough(count)
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        tuning = self.rounds * self.tune_training.count(self.synthesis.subset) if self.tunes else 0
+        before = self.rounds * self.before_training.count(self.synthesis.subset) if self.warm else 0
+        personal = self.rounds + 1  # one more step from the last global model
+        return (
+            at_sites("local training", self.local, rows, self.rounds if self.upload == "local" else 0),
+            at_sites("personal models", self.personal, rows, personal),
+            Workload("fine-tuning", "server", tuning, self.tune_training),
+            Workload(
+                "fine-tuning before the aggregation",
+                "server" if self.before == "server" else "sites",
+                before * len(rows) if self.before != "none" else 0,
+                self.before_training,
+            ),
+            *(self.synthesis.workload(pairs) if self.warm else ()),
+        )
 
     def stages(self) -> tuple[Stage, ...]:
         adapt = gathering("adapt", self.collect, self.adapt, replies=(Adapter,), check=self.check, images=False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..utils.errors import printable
 from .messages import Message, message
 from .tensors import Table, Tensors
+from .training import Training
 
 Metrics = Mapping[str, float]
 SPLITS = ("train", "validation", "test")
@@ -144,7 +145,7 @@ class GeneratorSpec:
     kind: GeneratorKind = "adapter"
     """What a site's adapter is: LoRA layers and prompts (`adapter`), learned prompt embeddings of the classes alone
     (`prompts`), or vectors for domain and classes with noised latents to sample from (`concepts`)."""
-    training: Any = None
+    training: Training | None = None
     """A site's `Training` of prompts or concepts; None: that of the generator's settings."""
     signal: float = 0.0
     """Of `concepts`: share of a latent's variance that is image; the rest is noise."""
@@ -294,6 +295,17 @@ class Stage:
     """Whether its replies hold images of the site, raw or encoded; None: not declared, and every site refuses the stage."""
 
 
+@dataclass(frozen=True)
+class Workload:
+    """One kind of training that an algorithm does in a run."""
+
+    what: str
+    where: Literal["sites", "server"]
+    steps: int
+    """Optimizer steps of all of it, over all sites and rounds."""
+    training: Training
+
+
 class Algorithm(Protocol):
     """A frozen dataclass of hyper-parameters with pure methods.
 
@@ -301,8 +313,31 @@ class Algorithm(Protocol):
     """
 
     @property
+    def rounds(self) -> int:
+        """The number of rounds of training."""
+        ...
+
+    @property
     def needs_generator(self) -> GeneratorSpec | None:
         """The form of the run's generator that its contexts hold; None: it uses none."""
+        ...
+
+    @property
+    def samples_per_class(self) -> int:
+        """Images that the generator draws for each class of each site; 0: none."""
+        ...
+
+    def check_sites(self, count: int) -> None:
+        """Raise `InputError` if so many sites are too few."""
+        ...
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        """Return the trainings of a run.
+
+        Args:
+            rows: training rows of each site.
+            pairs: number of pairs of a site and a class that it holds.
+        """
         ...
 
     def init(self, ctx: ServerContext) -> ServerState:

@@ -151,7 +151,7 @@ def _project(settings: Config, asked: Project, data: Federation | None) -> Proje
         raise InputError(f"two or more different classes were expected; got {', '.join(classes)}")
     if not describe_names(prompts):
         raise InputError(f"prompts must hold one {{}} for the class; got {prompts!r}")
-    have, draws = versions(), any(stage.name == "warm" for stage in settings.algorithm.stages())
+    have, draws = versions(), settings.algorithm.needs_generator is not None
     return replace(
         asked,
         python=have["python"],

@@ -108,9 +108,7 @@ def plan(
             config = _config(shared, name, _merged(*own), length, seed)
             settings = {key: _text(value) for key, value in point.items()}
             arm = " ".join([name] * (not settings or len(names) > 1) + _words(settings))
-            found.append(
-                Cell(arm, getattr(config.algorithm, "rounds", 0) if length is None else length, seed, config, settings)
-            )
+            found.append(Cell(arm, config.algorithm.rounds if length is None else length, seed, config, settings))
     return found
 
 

@@ -38,7 +38,7 @@ def examine(config: Config) -> list[File]:
 
 def _base(config: Config) -> Iterator[File]:
     names: dict[str, None] = {}
-    uses = any(stage.name == "warm" for stage in config.algorithm.stages())
+    uses = config.algorithm.needs_generator is not None
     if uses:
         names[config.generator.base] = None
         for site, path in config.generator.adapters.items():

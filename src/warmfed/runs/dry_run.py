@@ -67,7 +67,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     }
     work = list(_trained(ready, rows))
     weights = 0
-    if "warm" in stages:
+    if config.algorithm.needs_generator is not None:
         costs = plan_generator(config.generator, len(ready.federation.classes))
         weights = costs.weights
         work = [*_generated(ready, rows, stages, costs), *work]
@@ -100,29 +100,19 @@ def _generated(ready: PreparedRun, rows: dict[str, int], stages: dict[str, int],
         yield row("latents", "sites", images, "images", costs.encode.times(images))
         yield row("adapters", "sites", steps, f"steps of {generator.training.batch_size}", costs.train.times(steps))
     held = sum(len(classes) for classes in ready.federation.present.values())
-    samples = held * config.algorithm.synthesis.per_class  # type: ignore[attr-defined]
+    samples = held * config.algorithm.samples_per_class
     batches = -(-samples // generator.batch_size)
     drawn = costs.sample.times(batches * generator.steps) + costs.decode.times(batches)
     yield row("samples", "sites", samples, f"images of {generator.steps} steps", drawn)
 
 
 def _trained(ready: PreparedRun, rows: dict[str, int]) -> Iterator[Work]:
-    """What the classifier (or the diffusion model) learns, by the trainings that the algorithm names."""
-    algorithm, rounds = ready.config.algorithm, max(getattr(ready.config.algorithm, "rounds", 1), 0)
-    synthesis = getattr(algorithm, "synthesis", None)
-    for name, about in (("local", "local training"), ("personal", "personal models"), ("tune_training", "fine-tuning")):
-        training = getattr(algorithm, name, None)
-        if isinstance(training, Training) and rounds:
-            where = "server" if name == "tune_training" else "sites"
-            each = training.count(synthesis.subset) if where == "server" else sum(map(training.count, rows.values()))  # type: ignore[union-attr]
-            yield _learned(ready, about, where, rounds * each, training)
+    """Return the work of the trainings that the algorithm names, without those of no step."""
     assert isinstance(ready.federation, Federation)
-    warm = any(stage.name == "warm" for stage in algorithm.stages())
-    if synthesis is not None and warm:
-        held = synthesis.per_class * sum(len(classes) for classes in ready.federation.present.values())
-        halves = 2 * synthesis.filter_training.count(held // 2)
-        yield _learned(ready, "filter", "server", halves, synthesis.filter_training)
-        yield _learned(ready, "warm start", "server", synthesis.training.count(held), synthesis.training)
+    pairs = sum(len(classes) for classes in ready.federation.present.values())
+    for each in ready.config.algorithm.workload(rows, pairs):
+        if each.steps:
+            yield _learned(ready, each.what, each.where, each.steps, each.training)
 
 
 def _learned(ready: PreparedRun, what: str, where: str, steps: int, training: Training) -> Work:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..algorithms import ALGORITHMS, entry
-from ..algorithms.shared.robust_aggregation import Robust
 from ..config import Config, Data
 from ..core import Algorithm, Generator, Task, prompts_of
 from ..data import Federation, FederationInfo, Site, load
@@ -98,9 +97,8 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device is cuda, but torch finds no graphics card; set device to cpu")
     plan = config.algorithm.stages()
-    rounds = getattr(config.algorithm, "rounds", 0)
-    if not plan or rounds < 0:
-        raise InputError(f"{config.name} has nothing to do in {rounds} rounds; set rounds higher")
+    if not plan or config.algorithm.rounds < 0:
+        raise InputError(f"{config.name} has nothing to do in {config.algorithm.rounds} rounds; set rounds higher")
     for stage in plan:
         if not 0 < stage.client_fraction <= 1:
             raise InputError(f"client_fraction must be more than 0 and at most 1; got {stage.client_fraction}")
@@ -136,9 +134,7 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
             f"{config.generator.base} draws images of {side}×{side} pixels, those of {federation.name} have "
             f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side} or generator.size"
         )
-    rule = getattr(config.algorithm, "robust", None)
-    if isinstance(rule, Robust):
-        rule.enough(len(federation.rows))
+    config.algorithm.check_sites(len(federation.rows))
     if generator is not None:
         generator.check_settings()
         _adapters(generator, config, federation, weights)

@@ -57,7 +57,7 @@ def summarize(
         "task": config.task,
         "measure": measure,
         "seed": config.seed,
-        "rounds": getattr(config.algorithm, "rounds", 0),
+        "rounds": config.algorithm.rounds,
         "federation": federation.name,
         "classes": list(federation.classes),
         "prompts": list(federation.prompts),

@@ -21,6 +21,7 @@ from ...core import (
     ServerFunction,
     Stage,
     Task,
+    Workload,
 )
 from ...core.messages import Message, message
 from ...core.tensors import Tensors, layout_mismatch, mean, only, rows
@@ -52,6 +53,11 @@ class Personal:
     """A site's own last model; None before its first round."""
 
     model: Tensors | None
+
+
+def at_sites(what: str, training: Training, rows: Mapping[str, int], times: int) -> Workload:
+    """Return the work of a training that each site does so many times on its training rows."""
+    return Workload(what, "sites", times * sum(map(training.count, rows.values())), training)
 
 
 S = TypeVar("S", bound=Message)
@@ -148,6 +154,16 @@ class Rounds(ABC, Generic[S, M, C, R]):
     def needs_generator(self) -> GeneratorSpec | None:
         return None
 
+    @property
+    def samples_per_class(self) -> int:
+        return 0
+
+    def check_sites(self, count: int) -> None:
+        """Raise `InputError` if so many sites are too few."""
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (at_sites("local training", self.local, rows, self.rounds),)
+
     def init(self, ctx: ServerContext) -> S:
         return cast(S, Model(ctx.task.init(ctx.rng)))
 
@@ -190,6 +206,9 @@ class Combined(Rounds[S, M, C, R]):
 
     robust: Robust = Robust()
     """Aggregation rule; the default is the weighted mean."""
+
+    def check_sites(self, count: int) -> None:
+        self.robust.enough(count)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ Ho et al., NeurIPS 2020, arXiv:2006.11239, release such an average of a diffusio
 average is evaluated and released. Sites train from the last model; personal models are unchanged.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
-from ...core import Algorithm, ClientContext, ClientState, GeneratorSpec, Metrics, Replies, ServerContext, Stage
+from ...core import Algorithm, ClientContext, ClientState, GeneratorSpec, Metrics, Replies, ServerContext, Stage, Workload
 from ...core.messages import Message, message
 from ...core.tensors import Tensors, mix
 from ...utils.errors import InputError
@@ -31,6 +32,20 @@ class Smoothed:
     """An algorithm with a global model from the start."""
     decay: float
     """Decay of the average, from 0 to below 1; after n models at most (1 + n)/(10 + n), so that early models fade."""
+
+    @property
+    def rounds(self) -> int:
+        return self.algorithm.rounds
+
+    @property
+    def samples_per_class(self) -> int:
+        return self.algorithm.samples_per_class
+
+    def check_sites(self, count: int) -> None:
+        self.algorithm.check_sites(count)
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return self.algorithm.workload(rows, pairs)
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:

@@ -25,6 +25,7 @@ from ...core import (
     ServerContext,
     Stage,
     Task,
+    Workload,
     classifier,
     prompts_of,
 )
@@ -71,6 +72,15 @@ class Synthesis:
     """Training of the classifier on S, from random weights."""
     subset: int = 400
     """Size of S_sub, the subset for fine-tuning, balanced over sites and classes; at least 1."""
+
+    def workload(self, pairs: int) -> tuple[Workload, ...]:
+        """Return the trainings before the rounds, for so many pairs of a site and a class."""
+        samples = self.per_class * pairs
+        halves = 2 * self.filter_training.count(samples // 2) if self.filter == "cross" else 0
+        return (
+            Workload("filter", "server", halves, self.filter_training),
+            Workload("warm start", "server", self.training.count(samples), self.training),
+        )
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -337,6 +347,18 @@ class WarmStarted(Combined[Server, Model, None, Model], Generic[Offered]):
     @property
     def needs_generator(self) -> GeneratorSpec | None:
         return GeneratorSpec()
+
+    @property
+    def samples_per_class(self) -> int:
+        return self.synthesis.per_class
+
+    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        tuning = self.rounds * self.tune_training.count(self.synthesis.subset) if self.tune else 0
+        return (
+            *super().workload(rows, pairs),
+            Workload("fine-tuning", "server", tuning, self.tune_training),
+            *self.synthesis.workload(pairs),
+        )
 
     def init(self, ctx: ServerContext) -> Server:
         return Server(ctx.task.init(ctx.rng), {}, {}, {})
