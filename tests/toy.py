@@ -205,12 +205,12 @@ def play(
     artefacts: Path | None = None,
     start: tuple[int, Message] | None = None,
     evaluate: str = "every",
-    border: AdmissionPolicy = DEFAULT_ADMISSION,
+    admission: AdmissionPolicy = DEFAULT_ADMISSION,
 ) -> Outcome:
     """Run an algorithm to its end, one site after another."""
     transport = InProcess(workers(algorithm, seed=seed, task=task, generator=generator, sites=sites), folder=folder)
     server = central(task=task, generator=generator, sites=sites, folder=artefacts)
-    rounds = run(algorithm, server, transport, seed, start=start, evaluate=evaluate, admission=border)
+    rounds = run(algorithm, server, transport, seed, start=start, evaluate=evaluate, admission=admission)
     return Outcome(algorithm, list(rounds), transport)
 
 

@@ -360,5 +360,5 @@ def test_feddyns_first_round_is_fedproxs_and_goes_twice_as_far() -> None:
 def test_settings_that_cannot_be_are_refused(name: str, settings: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         quick(name, **settings)
-    with pytest.raises(InputError, match="momentum, adam or yogi; got 'adagrad'"):
+    with pytest.raises(InputError, match="momentum, adam, yogi; got 'adagrad'"):
         replace(ServerOptimizer(), name="adagrad")

@@ -237,7 +237,7 @@ def test_algorithms(capsys: Any) -> None:
     rows = json.loads(said(capsys, "algorithms", "--json"))
     assert [row["name"] for row in rows] == list(ALGORITHMS)
     scaffold = next(row for row in rows if row["name"] == "scaffold")
-    assert (scaffold["paper"], scaffold["private"]) == ("Karimireddy et al. 2020", "control")
+    assert (scaffold["paper"], scaffold["private"]) == ("Karimireddy et al. 2020", "control variate")
     table = said(capsys, "algorithms")
     assert all(name in table for name in ALGORITHMS)
 
