@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ class Consortium:
         self, tamper: Callable[[int, Message, Message], Message | None] | None = None, out: str = "run"
     ) -> dict[str, Any]:
         grid = Loopback(clientapp.app, self.folders, **({"tamper": tamper} if tamper else {}))
-        post = FlowerChannel(grid, pause=0.01, look=0.02)
-        serverapp.serve(post, {"config": self.config.name, "out": out}, self.folder)
+        connect = partial(FlowerChannel, grid, pause=0.01, look=0.02)
+        serverapp.serve(connect, {"config": self.config.name, "out": out}, self.folder)
         return read_summary(self.folder / out)
 
     def records(self, out: str = "run") -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def consortium(tmp_path: Path, data: Path) -> Consortium:
-    return Consortium(tmp_path, data, deadline=2.0)
+    return Consortium(tmp_path, data, stage_timeout=2.0)
 
 
 def ledger(folder: Path) -> list[dict[str, Any]]:

@@ -297,7 +297,7 @@ def test_a_file_says_what_a_base_is_made_of(tmp_path: Path, capsys: pytest.Captu
     asked = ["pretrain", str(tmp_path / "study.toml"), "--out", str(tmp_path / "base"), "--set", "steps=2"]
     assert main([*asked, f"data.path={tmp_path / 'pets'}"]) == 0
     written = json.loads((tmp_path / "base" / "pretraining.json").read_text())
-    assert (written["settings"]["steps"], written["settings"]["batch"], written["pictures"]["images"]) == (2, 16, 60)
+    assert (written["settings"]["steps"], written["settings"]["batch_size"], written["pictures"]["images"]) == (2, 16, 60)
     again = [
         "pretrain",
         str(tmp_path / "study.toml"),

@@ -152,7 +152,10 @@ FAULTS: dict[str, tuple[Callable[[Message, Message], Message | None], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_leaves_its_site_out_of_one_round(fault: str, tmp_path: Path, data: Path) -> None:
     spoiled, reason = FAULTS[fault]
-    consortium = Consortium(tmp_path, data, least=3, norm=1000.0, bytes=100_000, deadline=0.5 if fault == "none" else 5.0)
+    consortium = Consortium(
+        tmp_path, data, min_sites=3, max_update_norm=1000.0, max_reply_bytes=100_000,
+        stage_timeout=0.5 if fault == "none" else 5.0,
+    )  # fmt: skip
     seen: list[int] = []
 
     def tamper(node: int, message: Message, reply: Message) -> Message | None:

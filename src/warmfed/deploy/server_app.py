@@ -7,7 +7,7 @@ Run configuration: `config`, the configuration's file; `out`, the run folder; bo
 import os
 import secrets
 from collections import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from .site import agree, roster
 class FlowerBackend(Backend):
     """The sites are Flower's nodes."""
 
-    post: flower.FlowerChannel
+    connect: Callable[[flower.Handshake], flower.FlowerChannel]
     folder: Path
     home: Path
     """The server's folder."""
+    _channel: flower.FlowerChannel | None = field(default=None, init=False)
     _run: str = ""
     _sites: tuple[str, ...] = ()
     _cards: dict[str, SiteInfo] = field(default_factory=dict)
@@ -52,18 +53,22 @@ class FlowerBackend(Backend):
         self._rows = {site: rows for site, rows in begun["roster"]["rows"].items() if any(rows.values())} if begun else {}
         asked = Request(self._run, "", config.toml(), HELLO, 0, 0, None)
         names_of = self._registered()
-        self.post.name_of = lambda key: names_of.get(openssh(key))
-        self.post.hello = encode(asked)
-        self.post.introduce = lambda site, data: self._introduced(asked, site, data, config.server.max_rows)
-        self.post.refusal = lambda reason: encode(replace(asked, stage=REFUSED, body=Refusal(reason)))
+        self._channel = self.connect(
+            flower.Handshake(
+                name_of=lambda key: names_of.get(openssh(key)),
+                introduce=lambda site, data: self._introduced(asked, site, data, config.server.max_rows),
+                hello=encode(asked),
+                refusal=lambda reason: encode(replace(asked, stage=REFUSED, body=Refusal(reason))),
+            )
+        )
         names = begun["sites"] if begun else config.server.sites
         needed = config.server.needed(len(names)) if names else config.server.min_sites
-        found = self.post.present(names, needed, config.server.stage_timeout)
+        found = self._channel.present(names, needed, config.server.stage_timeout)
         self._sites = tuple(sorted({*names, *found}))
         try:
             return self._agreed(config, _roster(begun["roster"]) if begun else roster(self._cards, self._sites))
         except InputError as error:
-            self.post.tell(f"the run is not begun: {error}")
+            self._channel.tell(f"the run is not begun: {error}")
             raise
 
     def _registered(self) -> dict[bytes, str]:
@@ -126,7 +131,8 @@ class FlowerBackend(Backend):
         return self._transport(ready.config).finish(down, algorithm.global_model(server)), None
 
     def _transport(self, config: Config) -> Remote:
-        return Remote(self.post, self._sites, self._run, config.toml(), config.server)
+        assert self._channel is not None, "prepare has connected it"
+        return Remote(self._channel, self._sites, self._run, config.toml(), config.server)
 
 
 def _roster(table: Mapping[str, Any]) -> FederationInfo:
@@ -134,7 +140,9 @@ def _roster(table: Mapping[str, Any]) -> FederationInfo:
     return FederationInfo(**{**table, "classes": tuple(table["classes"]), "shape": shape})
 
 
-def serve(post: flower.FlowerChannel, settings: Mapping[str, Any], home: Path | None = None) -> None:
+def serve(
+    connect: Callable[[flower.Handshake], flower.FlowerChannel], settings: Mapping[str, Any], home: Path | None = None
+) -> None:
     """Run a configuration into its folder, or finish the run that the folder holds.
 
     Args:
@@ -145,7 +153,7 @@ def serve(post: flower.FlowerChannel, settings: Mapping[str, Any], home: Path | 
     folder = home / (str(settings.get("out") or "") or f"runs/{config.name}-{config.seed}")
     torch.set_num_threads(1)  # sums depend on how many there are
     with LineReporter() as watcher:
-        proceed(config, folder, watcher, FlowerBackend(post, folder, home))
+        proceed(config, folder, watcher, FlowerBackend(connect, folder, home))
 
 
 app = flower.server_app(serve)

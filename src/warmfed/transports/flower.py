@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from logging import ERROR, INFO, WARNING
 from typing import Any
@@ -83,15 +84,29 @@ def client_app(stages: Iterable[str], answer: Callable[[Mapping[str, Any], bytes
     return app
 
 
-def server_app(serve: Callable[["FlowerChannel", Mapping[str, Any]], None]) -> ServerApp:
-    """The app of the server; serve(post, run configuration) does the run."""
+def server_app(serve: Callable[[Callable[["Handshake"], "FlowerChannel"], Mapping[str, Any]], None]) -> ServerApp:
+    """Return the app of the server; serve(connect, run configuration) does the run over connect(handshake)."""
     app = ServerApp()
 
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
-        serve(FlowerChannel(grid), context.run_config)
+        serve(partial(FlowerChannel, grid), context.run_config)
 
     return app
+
+
+@dataclass(frozen=True)
+class Handshake:
+    """How a server finds out which sites its nodes are, and admits them to a run."""
+
+    name_of: Callable[[bytes], str | None]
+    """name_of(public key in PEM) is the name of the site whose key it is; None: nobody's, and the node is sent nothing."""
+    introduce: Callable[[str, bytes], None]
+    """introduce(site, its answer to hello) raises `InputError` if the site does not take part."""
+    hello: bytes
+    """The request that a new node is sent."""
+    refusal: Callable[[str], bytes]
+    """refusal(reason) is the request that names the reason why a node does not take part."""
 
 
 @dataclass
@@ -99,14 +114,7 @@ class FlowerChannel:
     """A `Channel` over Flower's Grid. Nodes have random numbers; a site's name is that of the key which its node has proved."""
 
     grid: Grid
-    name_of: Callable[[bytes], str | None] = field(default=lambda key: None)
-    """name_of(public key in PEM) is the name of the site whose key it is; None: nobody's, and the node is sent nothing."""
-    introduce: Callable[[str, bytes], None] = field(default=lambda site, data: None)
-    """introduce(site, its answer to hello) raises `InputError` where the site does not take part."""
-    hello: bytes = b""
-    """The letter that asks a node for its name."""
-    refusal: Callable[[str], bytes] = field(default=str.encode)
-    """refusal(reason) is the letter that tells a node why it does not take part."""
+    handshake: Handshake
     pause: float = 0.5
     """Seconds between two looks for answers."""
     look: float = 3.0
@@ -187,7 +195,7 @@ class FlowerChannel:
         """The sites that are there now. A new node whose key is a site's is sent hello; any other is sent nothing."""
         here = {(node.node_id, node.last_activated_at): bytes(node.public_key) for node in self.grid.get_nodes()}
         for node in here.keys() - self._names.keys() - self._proved.keys():
-            name = self.name_of(here[node])
+            name = self.handshake.name_of(here[node])
             if name is None:
                 self._names[node] = None
                 log(WARNING, "node %s is refused: its key is none of the registered sites'", node[0])
@@ -199,7 +207,7 @@ class FlowerChannel:
             if answer is not None:  # else it is sent hello again
                 self._names[node] = self._named(node, answer)
         for node in sorted(here.keys() - self._names.keys() - set(self._asked.values())):
-            asked = self._push(Message(pack(self.hello), node[0], f"query.{HELLO}", ttl=600))
+            asked = self._push(Message(pack(self.handshake.hello), node[0], f"query.{HELLO}", ttl=600))
             if asked is not None:
                 self._asked[asked] = node
         sites: dict[str, Node] = {}
@@ -217,12 +225,12 @@ class FlowerChannel:
         try:
             if isinstance(answer, Failure):
                 raise InputError(answer.reason)
-            self.introduce(proved, answer)
+            self.handshake.introduce(proved, answer)
         except InputError as error:
             log(WARNING, "site %s (node %s) is refused: %s", proved, node[0], error)
             self._why[proved] = f"refused: {error}"
             if not isinstance(answer, Failure):
-                self._push(Message(pack(self.refusal(str(error))), node[0], f"query.{REFUSED}", ttl=600))
+                self._push(Message(pack(self.handshake.refusal(str(error))), node[0], f"query.{REFUSED}", ttl=600))
             return None
         log(INFO, "node %s is site %s", node[0], proved)
         self._why.pop(proved, None)
@@ -230,7 +238,7 @@ class FlowerChannel:
 
     def tell(self, reason: str, seconds: float = 30.0) -> None:
         """Tell all sites that are there why the run is not begun, and wait until they have heard it."""
-        letter, end = self.refusal(reason), time.monotonic() + seconds
+        letter, end = self.handshake.refusal(reason), time.monotonic() + seconds
         nodes = [node for (node, _), name in self._names.items() if name is not None]
         sent = [self._push(Message(pack(letter), node, f"query.{REFUSED}", ttl=600)) for node in nodes]
         pending = dict.fromkeys(filter(None, sent))
