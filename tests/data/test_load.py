@@ -96,7 +96,7 @@ def test_every_fault_of_the_lists_is_told_at_once(tmp_path: Path) -> None:
     refused(
         lambda: folder(tmp_path, image_size=8),
         "clipart_train.txt, line 15: clipart/bee/gone.jpg is not in the folder",
-        "clipart_train.txt, line 16: `path label` was expected, 'clipart/bee' came",
+        "clipart_train.txt, line 16: expected `path label`, got 'clipart/bee'",
         "clipart_train.txt, line 17: clipart/bee/clipart_000_000001.jpg is in the test list as well",
         "the lists give class 'bee' several labels, 0, 7",
     )

@@ -198,7 +198,7 @@ def test_dora_must_be_the_runs_choice_too(dora: bool, base: str, tmp_path: Path)
 
 def test_a_pickle_is_no_adapter(base: str, tmp_path: Path) -> None:
     torch.save(layers(base, 4), tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="damaged or no safetensors file"):
+    with pytest.raises(InputError, match="damaged or not a safetensors file"):
         taken(made(base, tmp_path / "a.safetensors"))
 
 

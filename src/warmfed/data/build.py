@@ -69,7 +69,7 @@ def assemble(
         pool = _only(pool, np.isin(pool.site, list(options.sites)))
     sound = _checked(pool, classes, dealt=deal is not None, faults=faults, notes=notes)
     if not len(pool.label) and not faults:
-        faults.append("at least one site was expected, none came")
+        faults.append("expected at least one site, got none")
     if options.limit:
         pool = _limited(pool, options.limit, options.seed)
     if deal is not None:
@@ -126,7 +126,7 @@ def _checked(pool: Examples, classes: Sequence[str], dealt: bool, faults: list[s
     for site in np.unique(pool.site).tolist():
         found = np.unique(pool.label[pool.site == site]).tolist()
         if found[0] < 0 or found[-1] >= len(classes):
-            faults.append(f"site {site!r}: labels 0 to {len(classes) - 1} were expected, {found[0]} to {found[-1]} came")
+            faults.append(f"site {site!r}: expected labels 0 to {len(classes) - 1}, got {found[0]} to {found[-1]}")
         elif len(found) < 2 and not dealt:
             faults.append(f"site {site!r} has one class only, {classes[found[0]]!r}; at least two are needed to learn from")
         else:

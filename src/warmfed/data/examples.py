@@ -75,11 +75,11 @@ class ReaderOptions:
                 f"{self.validation:g}, {self.test:g} and {self.public:g} came; 0.2, 0.2 and 0 are usual"
             )
         if self.public < 0:
-            raise InputError(f"a public share of 0 (none) or more was expected, {self.public:g} came")
+            raise InputError(f"expected a public share of 0 (none) or more, got {self.public:g}")
         if self.image_size is not None and self.image_size < 1:
-            raise InputError(f"an image_size of 1 pixel or more was expected, {self.image_size} came")
+            raise InputError(f"expected an image_size of 1 pixel or more, got {self.image_size}")
         if self.limit < 0:
-            raise InputError(f"a limit of 0 images (all) or more was expected, {self.limit} came")
+            raise InputError(f"expected a limit of 0 images (all) or more, got {self.limit}")
         if self.channels not in (1, 3):
             raise InputError(f"channels must be 3 (colour) or 1 (grey); got {self.channels}")
 
@@ -133,7 +133,7 @@ def texts(values: Iterable[str]) -> Texts:
     """Return a column of text; raises `InputError` where a name is longer than `LONGEST`."""
     names = list(values)
     if (longest := max(map(len, names), default=0)) > LONGEST:
-        raise InputError(f"names of at most {LONGEST} characters were expected, {longest} came; shorten it in the data")
+        raise InputError(f"expected names of at most {LONGEST} characters, got {longest}; shorten it in the data")
     return np.array(names, dtype=np.str_)
 
 

@@ -154,11 +154,11 @@ def _faults(federation: Federation) -> list[str]:
     faults = []
     count = len(federation.classes)
     if count < 2 or len(set(federation.classes)) != count:
-        faults.append(f"two or more different class names were expected, {federation.classes} came")
+        faults.append(f"expected two or more different class names, got {federation.classes}")
     if not describe_names(federation.template):
         faults.append(f"the template needs one {{}} for the class name, {federation.template!r} came")
     if not federation.sites:
-        faults.append("at least one site was expected, none came")
+        faults.append("expected at least one site, got none")
     faults += [
         f"site {name!r}: a name that a file can have was expected"
         for name in federation.sites if not name or name.startswith(".") or len(name) > 100 or not _PLAIN.fullmatch(name)
@@ -168,22 +168,22 @@ def _faults(federation: Federation) -> list[str]:
         for split, table in site.splits.items():
             where = f"site {name!r}, {split}"
             if set(table) != {"image", "label"}:
-                faults.append(f"{where}: the columns image and label were expected, {sorted(table)} came")
+                faults.append(f"{where}: expected the columns image and label, got {sorted(table)}")
                 continue
             image, label = table["image"], table["label"]
             if image.dtype != torch.uint8 or image.dim() != 4 or image.shape[1] not in (1, 3):
-                faults.append(f"{where}: uint8 images [n, 1 or 3, height, width] were expected, {_kind(image)} came")
+                faults.append(f"{where}: expected uint8 images [n, 1 or 3, height, width], got {_kind(image)}")
                 continue
             shapes.add(tuple(image.shape[1:]))
             if label.dtype != torch.int64 or tuple(label.shape) != (len(image),):
-                faults.append(f"{where}: int64 labels [{len(image)}] were expected, {_kind(label)} came")
+                faults.append(f"{where}: expected int64 labels [{len(image)}], got {_kind(label)}")
             elif len(label) and not 0 <= int(label.min()) <= int(label.max()) < count:
                 span = f"{int(label.min())} to {int(label.max())}"
-                faults.append(f"{where}: labels 0 to {count - 1} were expected, {span} came")
+                faults.append(f"{where}: expected labels 0 to {count - 1}, got {span}")
             if not len(image):
                 faults.append(f"{where}: no images; give the site more images or leave it out")
     if len(shapes) > 1:
-        faults.append(f"images of one size were expected, {sorted(shapes)} came; resize them to one")
+        faults.append(f"expected images of one size, got {sorted(shapes)}; resize them to one")
     return faults
 
 

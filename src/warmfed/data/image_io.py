@@ -96,12 +96,12 @@ def from_array(values: Any, size: int | None, channels: int = 3) -> Pixels:
     if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
         array = array.transpose(0, 2, 3, 1)
     if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:3]:
-        raise UnreadableError(f"images [n, h, w], [n, h, w, 3] or [n, 3, h, w] were expected, {list(np.shape(values))} came")
+        raise UnreadableError(f"expected images [n, h, w], [n, h, w, 3] or [n, 3, h, w], got {list(np.shape(values))}")
     if array.dtype.kind == "f" and (not array.size or (array.min() >= 0 and array.max() <= 1)):
         array = np.rint(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
         span = f", {array.min():g} to {array.max():g}" if array.dtype.kind in "iuf" and array.size else ""
-        raise UnreadableError(f"uint8 images or floats from 0 to 1 were expected, {array.dtype}{span} came")
+        raise UnreadableError(f"expected uint8 images or floats from 0 to 1, got {array.dtype}{span}")
     if channels == 1 and array.shape[3] == 3:
         # Pillow's own luma: (19595 R + 38470 G + 7471 B + 2^15) / 2^16
         array = ((array.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 0x8000) >> 16).astype(np.uint8)[

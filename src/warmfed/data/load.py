@@ -105,7 +105,7 @@ def _checked(options: Mapping[str, Any], known: Mapping[str, Any], what: str) ->
         kinds = _kinds(known[key])
         if not any(_is_a(value, kind) for kind in kinds):
             names = " or ".join("none" if kind is type(None) else kind.__name__.lower() for kind in kinds)
-            raise InputError(f"option {key!r} of {what}: {names} was expected, {value!r} came")
+            raise InputError(f"option {key!r} of {what}: expected {names}, got {value!r}")
 
 
 def _kinds(declared: Any) -> list[type]:

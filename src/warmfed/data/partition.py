@@ -33,7 +33,7 @@ def dirichlet(
     `tries` draws do not bring that about.
     """
     if not 0 < alpha < float("inf"):
-        raise InputError(f"alpha above 0 was expected, {alpha} came; 0.1 is a strong skew, 10 a weak one")
+        raise InputError(f"expected alpha above 0, got {alpha}; 0.1 is a strong skew, 10 a weak one")
     order = _shuffled(labels, sites, key)
     groups = [order[labels[order] == value] for value in np.unique(labels)]
     random = random_state(*key, "dirichlet")
@@ -84,11 +84,11 @@ def quantity(
 ) -> list[Ints]:
     """Size skew: site sizes follow Dirichlet(alpha), each site has at least `smallest` examples, classes stay mixed."""
     if not 0 < alpha < float("inf"):
-        raise InputError(f"alpha above 0 was expected, {alpha} came; 0.5 is a strong skew, 10 a weak one")
+        raise InputError(f"expected alpha above 0, got {alpha}; 0.5 is a strong skew, 10 a weak one")
     order = random_state(*key, "quantity").permutation(_shuffled(labels, sites, key))
     free = len(labels) - sites * min_partition_size
     if free < 0:
-        raise InputError(f"{sites * min_partition_size} examples or more were expected, {len(labels)} came; take fewer sites")
+        raise InputError(f"expected {sites * min_partition_size} examples or more, got {len(labels)}; take fewer sites")
     shares = random_state(*key, "sizes").dirichlet(np.full(sites, float(alpha)))
     cuts = np.rint(np.cumsum(shares)[:-1] * free).astype(np.int64) + min_partition_size * np.arange(1, sites)
     return list(np.split(order, cuts))

@@ -301,4 +301,4 @@ def opened(path: Path, who: str) -> dict[str, Tensor]:
     try:
         return load(read_bytes(path, who))
     except SafetensorError as error:
-        raise InputError(f"{who} at {path} is damaged or no safetensors file ({error}); ask the site for it again") from error
+        raise InputError(f"{who} at {path} is damaged or not a safetensors file ({error}); request it again") from error

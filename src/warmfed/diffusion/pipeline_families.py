@@ -197,7 +197,7 @@ def family(pipeline: str) -> Family:
         if pipeline in each.pipelines:
             return each
     known = ", ".join(name for each in FAMILIES for name in each.pipelines)
-    raise InputError(f"a pipeline of kind {known} was expected, {pipeline!r} came; choose another base")
+    raise InputError(f"expected a pipeline of kind {known}, got {pipeline!r}; choose another base")
 
 
 def chosen(mask: Tensor, yes: Condition, no: Condition) -> Condition:

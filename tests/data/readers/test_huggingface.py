@@ -63,7 +63,7 @@ def test_rows_without_a_label_or_a_picture_are_named(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(table, features=digits(1).features).to_parquet(str(tmp_path / "x.parquet"))
     refused(
         lambda: parquet(tmp_path / "x.parquet", image_size=8),
-        "all/3: a label was expected, None came", "all/4 cannot be read: the row holds no picture", "all/5 does not decode",
+        "all/3: expected a label, got None", "all/4 cannot be read: the row holds no picture", "all/5 does not decode",
     )  # fmt: skip
 
 

@@ -288,13 +288,13 @@ def test_given_splits_lose_the_copies_outside_of_test() -> None:
         ({"a": (IMAGES[:0], LABELS[:0])}, "site 'a' is empty"),
         ({"a": (IMAGES, LABELS[:3])}, "whole-number labels [20] were expected"),
         ({"a": (IMAGES, LABELS / 1)}, "float64 [20] came"),
-        ({"a": (IMAGES, LABELS - 1)}, "labels 0 to 0 were expected, -1 to 0 came"),
-        ({"a": (IMAGES.astype(np.int32), LABELS)}, "uint8 images or floats from 0 to 1 were expected, int32, 0 to 255 came"),
+        ({"a": (IMAGES, LABELS - 1)}, "expected labels 0 to 0, got -1 to 0"),
+        ({"a": (IMAGES.astype(np.int32), LABELS)}, "expected uint8 images or floats from 0 to 1, got int32, 0 to 255"),
         ({"a": (np.full((20, 4, 4), np.nan), LABELS)}, "float64, nan to nan came"),
         ({"a": (IMAGES[:, 0, 0, 0], LABELS)}, "[20] came"),
-        ({"a": IMAGES}, "a pair (images, labels) was expected, ndarray came"),
+        ({"a": IMAGES}, "expected a pair (images, labels), got ndarray"),
         ({"a": {"trian": (IMAGES, LABELS)}}, "did you mean 'train'?"),
-        ({"a": {"test": (IMAGES, LABELS)}}, "a train split was expected, test came"),
+        ({"a": {"test": (IMAGES, LABELS)}}, "expected a train split, got test"),
         ({"a": (IMAGES, LABELS), "b": (IMAGES[:, :5], LABELS)}, "images of one size"),
     ],
 )
@@ -359,9 +359,9 @@ def test_names_and_options_have_neighbours(tmp_path: Path) -> None:
     refused(lambda: load("digit4"), "there is no data 'digit4'", "did you mean 'digits4'?")
     refused(lambda: load("folder:/no/such/place"), "does not exist")
     refused(lambda: load("digits4", aplha=0.3), "no option 'aplha'; did you mean 'alpha'?")
-    refused(lambda: load("digits4", alpha="much"), "float or none was expected, 'much' came")
-    refused(lambda: load("digits4", seed=True), "int was expected, True came")
-    refused(lambda: load(str(pets(tmp_path)), image_size=8.5), "int or none was expected, 8.5 came")
+    refused(lambda: load("digits4", alpha="much"), "expected float or none, got 'much'")
+    refused(lambda: load("digits4", seed=True), "expected int, got True")
+    refused(lambda: load(str(pets(tmp_path)), image_size=8.5), "expected int or none, got 8.5")
     refused(lambda: load(str(tmp_path), image_size=0), "image_size of 1 pixel or more")
 
 

@@ -71,12 +71,12 @@ def arrays(sites: Mapping[str, Any], **options: Any) -> Federation:
             if isinstance(given, Mapping) and key not in SPLITS:
                 faults.append(f"{where}: train, validation or test were expected{suggest(key, list(SPLITS))}")
             elif not isinstance(pair, tuple | list) or len(pair) != 2:
-                faults.append(f"{where}: a pair (images, labels) was expected, {type(pair).__name__} came")
+                faults.append(f"{where}: expected a pair (images, labels), got {type(pair).__name__}")
             else:
                 images = np.asarray(pair[0])
                 blocks.append(Block(site, key, len(images), _whole(images), pair[1], f"{site}/{key}"))
         if isinstance(given, Mapping) and "train" not in given:
-            faults.append(f"site {site!r}: a train split was expected, {', '.join(given) or 'nothing'} came")
+            faults.append(f"site {site!r}: expected a train split, got {', '.join(given) or 'nothing'}")
     return _gathered("arrays", blocks, asked, "", faults)
 
 
@@ -100,7 +100,7 @@ def _gathered(name: str, blocks: Sequence[Block], asked: ReaderOptions, key: str
         try:
             if label.shape != (block.count,) or label.dtype.kind not in "iu":
                 came = f"{label.dtype} {list(label.shape)}"
-                raise UnreadableError(f"whole-number labels [{block.count}] were expected, {came} came")
+                raise UnreadableError(f"expected whole-number labels [{block.count}], got {came}")
             side = from_array(next(block.chunks()), None, asked.channels).shape[1:]
         except UnreadableError as error:
             faults.append(f"{block.where}: {error}")
@@ -111,9 +111,9 @@ def _gathered(name: str, blocks: Sequence[Block], asked: ReaderOptions, key: str
         if not sum(block.count for block in blocks if block.site == site):
             faults.append(f"site {site!r} is empty; give it images or leave it out")
     if len(sides) > 1:
-        faults.append("images of one size were expected, several came; give an image_size")
+        faults.append("expected images of one size, got several; give an image_size")
     if not blocks and not faults:
-        faults.append("at least one site was expected, none came")
+        faults.append("expected at least one site, got none")
     refuse(name, faults)
     shape = (sum(block.count for block in blocks), *sides.pop())
 
@@ -140,7 +140,7 @@ def _gathered(name: str, blocks: Sequence[Block], asked: ReaderOptions, key: str
     label = np.concatenate(labels)
     most, last = max(_LABELS, len(label)), int(label.max(initial=0))
     if not asked.classes and last >= most:
-        refuse(name, [f"labels 0 to {most - 1} were expected, {last} came; number the classes from 0, or name them by classes"])
+        refuse(name, [f"expected labels 0 to {most - 1}, got {last}; number the classes from 0, or name them by classes"])
     classes = asked.classes or [str(value) for value in range(last + 1)]
     pool = Examples(
         images,
@@ -209,7 +209,7 @@ def _grouped(archive: Archive, path: Path) -> list[Block]:
         blocks.append(Block(sites, split, count, chunks, archive[partner], key))
     if not blocks:
         keys = ", ".join(sorted(archive.files)[:20]) or "nothing"
-        raise InputError(f"{path}: keys SITE_x_train, SITE_y_train or train_images, train_labels were expected, {keys} came")
+        raise InputError(f"{path}: expected keys SITE_x_train, SITE_y_train or train_images, train_labels, got {keys}")
     return blocks
 
 

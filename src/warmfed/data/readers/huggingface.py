@@ -118,7 +118,7 @@ def _federation(name: str, tables: Mapping[str, Any], options: Mapping[str, Any]
         order = tuple(names or order)
         for row, label in enumerate(named["label"]):
             if label is None or (names and not 0 <= label < len(names)):
-                faults.append(f"{split}/{row}: a label was expected, {label} came")
+                faults.append(f"{split}/{row}: expected a label, got {label}")
                 continue
             entries.append(
                 Entry(

@@ -141,7 +141,7 @@ def _listed(
                 continue
             file, _, label = line.strip().rpartition(" ")
             if not file or not label.isdecimal() or len(label) > 9:
-                faults.append(f"{path.name}, line {number}: `path label` was expected, {line.strip()[:60]!r} came")
+                faults.append(f"{path.name}, line {number}: expected `path label`, got {line.strip()[:60]!r}")
             elif file not in known:
                 faults.append(f"{path.name}, line {number}: {file} is not in the folder")
             elif given.setdefault(file, split) != split:
@@ -202,7 +202,7 @@ def csv(
         if not name or not value["label"] or (site and not value["site"]):
             faults.append(f"line {number}: an image, a label and a site were expected, a field is empty")
         elif split and value["split"] not in SPLIT_NAMES:
-            faults.append(f"line {number}: split train, validation or test was expected, {value['split']!r} came")
+            faults.append(f"line {number}: expected split train, validation or test, got {value['split']!r}")
         else:
             part = SPLIT_NAMES[value["split"]] if split else WHOLE
             entries.append(Entry(name, base / name, value["label"], value["site"] or file.stem, part, value["group"]))
@@ -242,5 +242,5 @@ def camelyon17(path: str | Path, **options: Any) -> Federation:
         if label:
             entries.append(Entry(name, root / name, label, site, WHOLE, f"slide-{slide}"))
         else:
-            faults.append(f"metadata.csv, line {number}: tumor 0 or 1 was expected, {row['tumor']!r} came")
+            faults.append(f"metadata.csv, line {number}: expected tumor 0 or 1, got {row['tumor']!r}")
     return finished("camelyon17", entries, asked, faults, [])
