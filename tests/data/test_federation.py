@@ -58,12 +58,12 @@ def test_the_fingerprint_knows_every_byte_and_no_more() -> None:
     ("changes", "words"),
     [
         ({"classes": ("cat", "cat")}, "two or more different class names"),
-        ({"template": "a pet"}, "template needs one {}"),
-        ({"template": "a {} {}"}, "template needs one {}"),
-        ({"template": "a {} of {class}"}, "template needs one {}"),
-        ({"template": "a {place} of a {}"}, "template needs one {}"),
+        ({"template": "a pet"}, "expected a template with one {}"),
+        ({"template": "a {} {}"}, "expected a template with one {}"),
+        ({"template": "a {} of {class}"}, "expected a template with one {}"),
+        ({"template": "a {place} of a {}"}, "expected a template with one {}"),
         ({"sites": {}}, "at least one site"),
-        ({"sites": {"a": site(), "../b": site()}}, "site '../b': a name that a file can have was expected"),
+        ({"sites": {"a": site(), "../b": site()}}, "site '../b': expected a name that is valid as a file name"),
         ({"sites": {"a": Site(table([0, 2]), table([1]), table([0]))}}, "expected labels 0 to 1, got 0 to 2"),
         ({"sites": {"a": Site(table([0, 1]), table([]), table([0]))}}, "site 'a', validation: no images"),
         ({"sites": {"a": site(), "b": site(side=8)}}, "images of one size"),
@@ -150,7 +150,7 @@ def test_deals_that_cannot_be_say_so() -> None:
         dirichlet(LABELS, 4, 0, key=(0,))
     with pytest.raises(InputError, match="larger alpha or fewer sites"):
         dirichlet(LABELS, 10, 0.01, key=(0,), min_partition_size=55, tries=20)
-    with pytest.raises(InputError, match="classes per site from 4 to 10"):
+    with pytest.raises(InputError, match="classes_per_site from 4 to 10"):
         shards(LABELS, 3, 2, key=(0,))
     with pytest.raises(InputError, match="1 to 600 sites"):
         iid(LABELS, 0, key=(0,))
@@ -169,10 +169,10 @@ def pool() -> Federation:
 
 @pytest.mark.parametrize("rule", ["iid", "dirichlet", "shards", "quantity"])
 def test_dealt_images_keep_their_split(rule: str) -> None:
-    dealt = partition(pool(), 2, rule, alpha=5.0)
-    assert list(dealt.sites) == ["site-0", "site-1"]
+    partitioned = partition(pool(), 2, rule, alpha=5.0)
+    assert list(partitioned.sites) == ["site-0", "site-1"]
     for split, rows in pool().sites["here"].splits.items():
-        found = torch.cat([site.splits[split]["image"][:, 0, 0, 0] for site in dealt.sites.values()])
+        found = torch.cat([site.splits[split]["image"][:, 0, 0, 0] for site in partitioned.sites.values()])
         assert sorted(found.tolist()) == rows["image"][:, 0, 0, 0].tolist()
 
 

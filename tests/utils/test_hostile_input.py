@@ -151,9 +151,9 @@ def test_a_header_that_promises_more_than_the_file_holds(shape: tuple[int, ...],
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("train_images.npy", header.getvalue() + bytes(64))
         archive.writestr("train_labels.npy", header.getvalue() + bytes(64))
-    with pytest.raises(InputError, match="was declared, 64 bytes came"):
+    with pytest.raises(InputError, match=r"declares shape .* but has 64 bytes"):
         load("npz", str(tmp_path / "x.npz"), cache=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="was declared, 64 bytes came"):
+    with pytest.raises(ValueError, match=r"declares shape .* but has 64 bytes"):
         Archive(tmp_path / "x.npz")["train_images"]
 
 

@@ -1,1 +1,1 @@
-"""One reader for each way in which images are stored."""
+"""Readers: one for each storage format of images."""
