@@ -311,7 +311,8 @@ def test_long_arrays_are_read_piece_by_piece_and_every_piece_is_checked(tmp_path
 
 def test_a_partition_is_saved_and_dealt_again(tmp_path: Path) -> None:
     root = pets(tmp_path / "pets", each=30)
-    partitioned = folder(root, image_size=8, partition={"sites": 3, "rule": "dirichlet", "alpha": 1.0, "min_partition_size": 10})
+    rule = {"sites": 3, "rule": "dirichlet", "alpha": 1.0, "min_partition_size": 10}
+    partitioned = folder(root, image_size=8, partition=rule)
     digest = save_partition(partitioned, tmp_path / "partition.json")
     assert len(digest) == 64
     again = folder(root, image_size=8, partition={"rule": "file", "path": str(tmp_path / "partition.json")})

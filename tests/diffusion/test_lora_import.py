@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Any], 
         {},
         "adapts text_encoder; only adapters of unet can be used",
     ),
-    "no layers": (lambda a: a.clear(), {}, "holds no layers"),
+    "no layers": (lambda a: a.clear(), {}, "has no layers"),
     "half a layer": (lambda a: a.pop(next(iter(a))), {}, "lacks A or B of"),
     "another base": (
         lambda a: a.update({n: torch.cat([t, t], 1) for n, t in a.items() if "lora_A" in n}),

@@ -433,12 +433,12 @@ def kept(work: Path | None, name: str, make: Callable[[], Phase]) -> Phase:
         try:
             open_regular(path).close()
             with safe_open(path, "pt") as file:
-                told = loads_json((file.metadata() or {}).get("figures", "{}"))
-            return load_file(path), told
+                figures = loads_json((file.metadata() or {}).get("figures", "{}"))
+            return load_file(path), figures
         except (SafetensorError, ValueError, OSError) as error:
             raise InputError(f"{path} is damaged ({error}); remove it, and this phase is done again") from error
-    made, told = make()
+    made, figures = make()
     if path:
         tensors = {key: tensor.contiguous() for key, tensor in made.items()}
-        atomic_write(path, save_tensors(tensors, {"figures": json.dumps(told)}))
-    return made, told
+        atomic_write(path, save_tensors(tensors, {"figures": json.dumps(figures)}))
+    return made, figures
