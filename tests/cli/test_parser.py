@@ -140,7 +140,7 @@ def test_resume_of_a_finished_run(folder: Path, capsys: Any) -> None:
         ("run --algorithm fedavg --set data.source=good --out file", "file is there already"),
         ("resume nowhere", "is this a run folder?"),
         ("report nowhere", "is not a folder"),
-        ("report good", "no run folder"),
+        ("report good", "not a run folder"),
         ("verify good", "is this a run folder?"),
         ("predict good x.png", "is this a run folder?"),
         ("compare --algorithms fedavg fedavgg", "did you mean 'fedavg'"),

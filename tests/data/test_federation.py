@@ -58,19 +58,19 @@ def test_the_fingerprint_knows_every_byte_and_no_more() -> None:
     ("changes", "words"),
     [
         ({"classes": ("cat", "cat")}, "two or more different class names"),
-        ({"template": "a pet"}, "template needs one {}"),
-        ({"template": "a {} {}"}, "template needs one {}"),
-        ({"template": "a {} of {class}"}, "template needs one {}"),
-        ({"template": "a {place} of a {}"}, "template needs one {}"),
+        ({"template": "a pet"}, "expected a template with one {}"),
+        ({"template": "a {} {}"}, "expected a template with one {}"),
+        ({"template": "a {} of {class}"}, "expected a template with one {}"),
+        ({"template": "a {place} of a {}"}, "expected a template with one {}"),
         ({"sites": {}}, "at least one site"),
-        ({"sites": {"a": site(), "../b": site()}}, "site '../b': a name that a file can have was expected"),
-        ({"sites": {"a": Site(table([0, 2]), table([1]), table([0]))}}, "labels 0 to 1 were expected, 0 to 2 came"),
+        ({"sites": {"a": site(), "../b": site()}}, "site '../b': expected a name that is valid as a file name"),
+        ({"sites": {"a": Site(table([0, 2]), table([1]), table([0]))}}, "expected labels 0 to 1, got 0 to 2"),
         ({"sites": {"a": Site(table([0, 1]), table([]), table([0]))}}, "site 'a', validation: no images"),
         ({"sites": {"a": site(), "b": site(side=8)}}, "images of one size"),
         ({"sites": {"a": Site({"image": torch.zeros(1, 3, 4, 4)}, table([1]), table([0]))}}, "columns image and label"),
         (
             {"sites": {"a": Site({"image": torch.zeros(1, 3, 4, 4), "label": torch.tensor([0])}, table([1]), table([0]))}},
-            "uint8 images [n, 1 or 3, height, width] were expected, float32 [1, 3, 4, 4] came",
+            "expected uint8 images [n, 1 or 3, height, width], got float32 [1, 3, 4, 4]",
         ),
     ],
 )
@@ -146,15 +146,15 @@ def test_quantity_skews_sizes_only() -> None:
 
 
 def test_deals_that_cannot_be_say_so() -> None:
-    with pytest.raises(InputError, match=r"alpha above 0 was expected, 0 came"):
+    with pytest.raises(InputError, match=r"expected alpha above 0, got 0"):
         dirichlet(LABELS, 4, 0, key=(0,))
     with pytest.raises(InputError, match="larger alpha or fewer sites"):
         dirichlet(LABELS, 10, 0.01, key=(0,), min_partition_size=55, tries=20)
-    with pytest.raises(InputError, match="classes per site from 4 to 10"):
+    with pytest.raises(InputError, match="classes_per_site from 4 to 10"):
         shards(LABELS, 3, 2, key=(0,))
     with pytest.raises(InputError, match="1 to 600 sites"):
         iid(LABELS, 0, key=(0,))
-    with pytest.raises(InputError, match="700 examples or more were expected, 600 came"):
+    with pytest.raises(InputError, match="expected 700 examples or more, got 600"):
         quantity(LABELS, 7, 1, key=(0,), min_partition_size=100)
 
 
@@ -169,10 +169,10 @@ def pool() -> Federation:
 
 @pytest.mark.parametrize("rule", ["iid", "dirichlet", "shards", "quantity"])
 def test_dealt_images_keep_their_split(rule: str) -> None:
-    dealt = partition(pool(), 2, rule, alpha=5.0)
-    assert list(dealt.sites) == ["site-0", "site-1"]
+    partitioned = partition(pool(), 2, rule, alpha=5.0)
+    assert list(partitioned.sites) == ["site-0", "site-1"]
     for split, rows in pool().sites["here"].splits.items():
-        found = torch.cat([site.splits[split]["image"][:, 0, 0, 0] for site in dealt.sites.values()])
+        found = torch.cat([site.splits[split]["image"][:, 0, 0, 0] for site in partitioned.sites.values()])
         assert sorted(found.tolist()) == rows["image"][:, 0, 0, 0].tolist()
 
 

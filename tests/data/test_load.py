@@ -73,8 +73,8 @@ def test_lists_elsewhere_and_images_in_none(tmp_path: Path) -> None:
     write_lists(tmp_path / "splits", files)
     federation = folder(tmp_path / "images", image_size=8, lists=str(tmp_path / "splits"))
     assert sum(sizes(federation)["clipart"]) == 19
-    assert "1 images that are in no list were left out" in federation.notes
-    refused(lambda: folder(tmp_path / "images", lists=str(tmp_path / "nowhere")), "holds no split lists")
+    assert "1 images were left out, since no list has them" in federation.notes
+    refused(lambda: folder(tmp_path / "images", lists=str(tmp_path / "nowhere")), "has no split lists")
 
 
 def test_pacs_with_its_folds(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_every_fault_of_the_lists_is_told_at_once(tmp_path: Path) -> None:
     refused(
         lambda: folder(tmp_path, image_size=8),
         "clipart_train.txt, line 15: clipart/bee/gone.jpg is not in the folder",
-        "clipart_train.txt, line 16: `path label` was expected, 'clipart/bee' came",
+        "clipart_train.txt, line 16: expected `path label`, got 'clipart/bee'",
         "clipart_train.txt, line 17: clipart/bee/clipart_000_000001.jpg is in the test list as well",
         "the lists give class 'bee' several labels, 0, 7",
     )
@@ -106,9 +106,9 @@ def test_a_tree_of_classes_is_one_site(tmp_path: Path) -> None:
     pets(tmp_path / "zoo", ("animals",))
     (tmp_path / "zoo" / "animals").rename(tmp_path / "animals")
     assert sizes(folder(tmp_path / "animals", image_size=8)) == {"animals": (12, 4, 4)}
-    dealt = folder(tmp_path / "animals", image_size=8, partition={"sites": 2})
-    assert sizes(dealt) == {"site-0": (6, 2, 2), "site-1": (6, 2, 2)}
-    assert dealt.name == "animals dealt to 2 by iid"
+    partitioned = folder(tmp_path / "animals", image_size=8, partition={"sites": 2})
+    assert sizes(partitioned) == {"site-0": (6, 2, 2), "site-1": (6, 2, 2)}
+    assert partitioned.name == "animals partitioned into 2 by iid"
 
 
 def test_a_tree_of_splits_is_one_site(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_every_fault_of_a_csv_file_is_told_at_once(tmp_path: Path) -> None:
     refused(
         lambda: csv(table, site="place", split="set", **COLUMNS),
         "line 43: an image, a label and a site", "line 44: an image",
-        "line 45: split train, validation or test was expected, 'sunday'",
+        "line 45: expected split train, validation or test, got 'sunday'",
         "img/I99.png cannot be read: No such file", "img/I7.png does not decode",
     )  # fmt: skip
     refused(lambda: csv(table, **COLUMNS | {"label": "dxx"}), "has no column 'dxx'")
@@ -279,7 +279,7 @@ def test_idx_files_as_mnist_has_them(tmp_path: Path, packed: bool) -> None:
     next(tmp_path.glob("t10k-labels*")).write_bytes(b"\x00\x00")
     next(tmp_path.glob("train-labels*")).unlink()
     refused(lambda: idx(tmp_path), "has no train-labels", "t10k-images", "damaged")
-    refused(lambda: idx(tmp_path / "none"), "holds no idx files")
+    refused(lambda: idx(tmp_path / "none"), "has no idx files")
 
 
 def test_npz_of_keras_and_with_a_domain_of_each_image(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_long_arrays_are_read_piece_by_piece_and_every_piece_is_checked(tmp_path
     assert (got.numpy() == np.rint(images[rows] * 255).astype(np.uint8)).all()
     images[2400] = 7
     np.savez_compressed(tmp_path / "b.npz", x_train=images, y_train=np.arange(2500) % 3)
-    refused(lambda: npz(tmp_path / "b.npz"), "uint8 images or floats from 0 to 1 were expected, float32")
+    refused(lambda: npz(tmp_path / "b.npz"), "expected uint8 images or floats from 0 to 1, got float32")
 
 
 # Partitions
@@ -311,12 +311,13 @@ def test_long_arrays_are_read_piece_by_piece_and_every_piece_is_checked(tmp_path
 
 def test_a_partition_is_saved_and_dealt_again(tmp_path: Path) -> None:
     root = pets(tmp_path / "pets", each=30)
-    dealt = folder(root, image_size=8, partition={"sites": 3, "rule": "dirichlet", "alpha": 1.0, "min_partition_size": 10})
-    digest = save_partition(dealt, tmp_path / "partition.json")
+    rule = {"sites": 3, "rule": "dirichlet", "alpha": 1.0, "min_partition_size": 10}
+    partitioned = folder(root, image_size=8, partition=rule)
+    digest = save_partition(partitioned, tmp_path / "partition.json")
     assert len(digest) == 64
     again = folder(root, image_size=8, partition={"rule": "file", "path": str(tmp_path / "partition.json")})
-    assert again.fingerprint == dealt.fingerprint
-    assert again.origin == dealt.origin
+    assert again.fingerprint == partitioned.fingerprint
+    assert again.origin == partitioned.origin
     (root / "home" / "cat" / "00.png").unlink()
     refused(
         lambda: folder(root, image_size=8, partition={"rule": "file", "path": str(tmp_path / "partition.json")}),
@@ -409,7 +410,7 @@ def test_the_command_names_every_fault_and_ends_with_2(tmp_path: Path, capsys: p
         (["data.source=npz"], "needs a path; set data.path"),
         (["data.source=nzp", "data.path=x"], "did you mean 'npz'?"),
         (["data.pth=x"], "did you mean 'path'?"),
-        (["data.source=idx", "data.path=/no/where"], "holds no idx files"),
+        (["data.source=idx", "data.path=/no/where"], "has no idx files"),
         (["data.source=folder", "data.path=.", "data.options.channels=2"], "channels must be 3 (colour) or 1 (grey)"),
         (["data.source=parquet", "data.path=/no/where"], "Parquet files"),
     ],

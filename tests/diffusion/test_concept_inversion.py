@@ -197,7 +197,7 @@ def test_latents_are_taken_in_turn() -> None:
         (lambda a: a.update(of=a["of"].half()), "must name a class from 0 to 2"),
         (lambda a: a.update(of=torch.tensor(0)), "must name a class from 0 to 2"),
         (lambda a: a.update(domain=a["domain"].float()), "expected torch.float16"),
-        (lambda a: a.update(of=torch.tensor([0, 0, 1])), "holds class 2, but has sent no latent of it"),
+        (lambda a: a.update(of=torch.tensor([0, 0, 1])), "has class 2, but sent no latent of it"),
     ],
 )
 def test_spoiled_concepts_are_refused(spoil: object, words: str, concepts: Concepts) -> None:

@@ -285,7 +285,7 @@ def test_an_adapter_of_another_rank_or_choice_of_layers_is_refused(generator: La
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
-    with pytest.raises(InputError, match="no choice of layers 'atention'; did you mean 'attention'"):
+    with pytest.raises(InputError, match="no target_modules 'atention'; did you mean 'attention'"):
         LatentDiffusion(target_modules="atention")
     with pytest.raises(InputError, match="at least 1"):
         LatentDiffusion(rank=0)

@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Any], 
         {},
         "adapts text_encoder; only adapters of unet can be used",
     ),
-    "no layers": (lambda a: a.clear(), {}, "holds no layers"),
+    "no layers": (lambda a: a.clear(), {}, "has no layers"),
     "half a layer": (lambda a: a.pop(next(iter(a))), {}, "lacks A or B of"),
     "another base": (
         lambda a: a.update({n: torch.cat([t, t], 1) for n, t in a.items() if "lora_A" in n}),
@@ -198,7 +198,7 @@ def test_dora_must_be_the_runs_choice_too(dora: bool, base: str, tmp_path: Path)
 
 def test_a_pickle_is_no_adapter(base: str, tmp_path: Path) -> None:
     torch.save(layers(base, 4), tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="damaged or no safetensors file"):
+    with pytest.raises(InputError, match="damaged or not a safetensors file"):
         taken(made(base, tmp_path / "a.safetensors"))
 
 

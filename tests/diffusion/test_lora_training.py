@@ -377,7 +377,7 @@ def test_an_early_stop_returns_the_best_epochs_adapter(plain: LatentDiffusion) -
 
 def test_an_early_stop_needs_validation_images(plain: LatentDiffusion) -> None:
     alone = ClientContext(None, {"train": TRAIN}, stream("adapt"), "ink", PROMPTS)
-    with pytest.raises(InputError, match="site 'ink' has no validation images to stop early by"):
+    with pytest.raises(InputError, match="site 'ink' has no validation images for early stopping"):
         with_(plain, patience=1).adapt(alone)
 
 

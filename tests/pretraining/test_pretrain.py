@@ -235,7 +235,7 @@ def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: ImageSet, 
     assert tiny.digest(tmp_path) == before
     phase = tmp_path / "work" / "latents.safetensors"
     phase.write_bytes(phase.read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"latents\.safetensors is damaged .*; remove it, and this phase is done again"):
+    with pytest.raises(InputError, match=r"latents\.safetensors is damaged .*; remove it to repeat this phase"):
         pretrain(settings, tmp_path / "other", work=tmp_path / "work", pictures=pets)
 
 
@@ -244,7 +244,7 @@ def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: ImageSet, 
     [
         ({"side": 48}, "side must be 16, 32, 64 or 128"),
         ({"side": 16, "channels": 13}, "has 12 values; set channels"),
-        ({"at": (1, 3)}, "at names steps between 0 and 3"),
+        ({"at": (1, 3)}, "at must have steps above 0 and below 3"),
         ({"characters": "12a"}, "characters must be digits"),
         ({"characters": ""}, "characters must be digits"),
         ({"widths": (20, 32)}, "widths must be multiples of 16"),
@@ -252,7 +252,7 @@ def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: ImageSet, 
         ({"threads": 0}, "threads must be at least 1"),
         ({"channels": 0}, "channels must be at least 1"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"dropout": 2.0}, "dropout lies from 0 to 1"),
+        ({"dropout": 2.0}, "dropout must be from 0 to 1"),
         ({"snapshot": -1}, "snapshot are not negative"),
         ({"lr": -1e-3}, "lr and decoder_lr must be above 0"),
         ({"decoder_noise": float("nan")}, "decoder_noise at least 0"),

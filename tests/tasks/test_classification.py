@@ -47,7 +47,7 @@ def test_a_perfect_and_sure_model() -> None:
 
 
 def test_outputs_that_are_not_finite_are_no_guess() -> None:
-    with pytest.raises(InputError, match="outputs are not finite: its training ran away"):
+    with pytest.raises(InputError, match="outputs are not finite: its training diverged"):
         measure(torch.tensor([[0.0, float("nan")]]), torch.tensor([0]))
 
 
@@ -106,7 +106,7 @@ def test_a_classifier_of_other_classes_lends_its_body(tmp_path: Path) -> None:
             lambda path: save_file({"head.weight": torch.zeros(3, 9), "head.bias": torch.zeros(3)}, path),
             "'head.weight' differs",
         ),
-        (lambda path: path.write_bytes(b"\x80\x04]\x94."), "no safetensors file"),
+        (lambda path: path.write_bytes(b"\x80\x04]\x94."), "not a safetensors file"),
         (lambda path: None, "cannot read"),
     ],
 )

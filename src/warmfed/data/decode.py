@@ -1,4 +1,4 @@
-"""Encoded pictures (files, or rows of a table) become a pool: hashed, decoded once into the cache, every fault told."""
+"""Decode pictures (files, or rows of a table) into examples, once for each content, through the cache."""
 
 import hashlib
 import os
@@ -25,65 +25,72 @@ class Entry:
     """One encoded picture."""
 
     name: str
-    """What its source calls it, for reports and saved partitions."""
+    """Name in the source, for reports and saved partitions."""
     open: Path | Callable[[], bytes]
-    """The file, or what reads the content."""
+    """File, or function that returns its content."""
     label: str
     site: str
     split: str = WHOLE
     group: str = ""
 
     def content(self) -> bytes:
+        """Return the encoded bytes."""
         return read_regular(self.open, MOST) if isinstance(self.open, Path) else self.open()
 
 
 def pictures(entries: Sequence[Entry], classes: Sequence[str], options: ReaderOptions, faults: list[str]) -> Examples:
-    """The pool of these pictures, whose classes are all among `classes`; those that cannot be used are added to `faults`.
+    """Return the examples of these pictures; add those that cannot be used to `faults`.
 
-    The cache knows them by their bytes: files that are moved or renamed are not decoded again, changed ones are.
+    The cache key is the content: moved or renamed files are not decoded again, changed files are.
+
+    Args:
+        entries: the pictures; each label is in `classes`.
+        classes: class names.
+        options: the reader's options.
+        faults: list of faults, extended here.
     """
     size, channels, store = options.image_size or SIZE, options.channels, options.store
-    told: dict[int, str] = {}
+    failed: dict[int, str] = {}
     key = hashlib.sha256(f"{_VERSION} {PIL.__version__} {size} {channels}".encode())
-    for digest in _hashed(entries, told):
+    for digest in _hashed(entries, failed):
         key.update(digest)
     name = key.hexdigest()
     shape, had = (len(entries), channels, size, size), np.zeros((len(entries), 2), "<u4")
 
     def decode(into: Bytes | None) -> None:
         def one(row: int) -> None:
-            if row in told:
+            if row in failed:
                 return
             try:
                 pixels, had[row] = picture(entries[row].content(), size, channels)
                 if into is not None:
                     into[row] = pixels
             except UnreadableError as error:
-                told[row] = str(error)
+                failed[row] = str(error)
             except OSError as error:
-                told[row] = f"cannot be read: {error.strerror or error}; check its permissions"
+                failed[row] = f"cannot be read: {error.strerror or error}; check its permissions"
 
         with quiet():
             _each(one, len(entries))
-        if told:
-            raise _StopError  # nothing is kept of a set that has faults
+        if failed:
+            raise _StopError  # the cache keeps no set with faults
 
     def describe(into: Bytes) -> None:
         digests(images, into[:, :32])
         into[:, 32:] = had.view(np.uint8)
 
     try:
-        if told:
+        if failed:
             decode(None)  # so that one report names every fault
         images = store.array(name, shape, decode)
         if not had.any() and len(entries) and not store.path(f"{name}-facts").is_file():
-            store.path(name).unlink()  # its facts got lost: both are made anew
+            store.path(name).unlink()  # its digests are lost: make both again
             images = store.array(name, shape, decode)
         facts = store.array(f"{name}-facts", (len(entries), 40), describe)
     except _StopError:
-        faults += [f"{entries[row].name} {why}" for row, why in sorted(told.items())]
-        entries = [entry for row, entry in enumerate(entries) if row not in told]
-        facts = np.zeros((len(entries), 40), np.uint8)  # nobody will see the images, but what else is wrong must be found
+        faults += [f"{entries[row].name} {why}" for row, why in sorted(failed.items())]
+        entries = [entry for row, entry in enumerate(entries) if row not in failed]
+        facts = np.zeros((len(entries), 40), np.uint8)  # the images are not used, but later checks must run to find all faults
         facts[:, :8] = np.arange(len(entries), dtype="<u8")[:, None].view(np.uint8)
         images = np.zeros((len(entries), 1, 1, 1), np.uint8)
     sides = sorted(np.ascontiguousarray(facts[:, 32:]).view("<u4").tolist(), key=lambda side: (side[0] * side[1], side))
@@ -102,24 +109,24 @@ def pictures(entries: Sequence[Entry], classes: Sequence[str], options: ReaderOp
 
 
 class _StopError(Exception):
-    """Some pictures cannot be used: nothing is kept."""
+    """Some pictures cannot be used; the cache keeps nothing."""
 
 
-def _hashed(entries: Sequence[Entry], told: dict[int, str]) -> list[bytes]:
+def _hashed(entries: Sequence[Entry], failed: dict[int, str]) -> list[bytes]:
     found = [b""] * len(entries)
 
     def one(row: int) -> None:
         try:
             found[row] = hashlib.sha256(entries[row].content()).digest()
         except OSError as error:
-            told[row] = f"cannot be read: {error.strerror or error}; check the path and its permissions"
+            failed[row] = f"cannot be read: {error.strerror or error}; check the path and its permissions"
 
     _each(one, len(entries))
     return found
 
 
 def _each(function: Callable[[int], None], count: int) -> None:
-    """Call it for each number below `count`, on all processors: Pillow and hashlib work outside of Python's lock."""
+    """Call the function for each number below `count`, in one thread per core: Pillow and hashlib release Python's lock."""
 
     def piece(start: int) -> None:
         for row in range(start, min(start + _EACH, count)):

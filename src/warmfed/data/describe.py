@@ -1,4 +1,4 @@
-"""What there is to know of a federation before anything is trained on it: counts, sizes, duplicates, a plot."""
+"""Describe a federation before training: counts, sizes, notes and a plot."""
 
 import io
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def describe(federation: Federation, cache: str = "") -> dict[str, Any]:
-    """What `warmfed data --json` prints; counts are images by site, split and class."""
+    """Return the output of `warmfed data --json`; counts are images by site, split and class."""
     store = Cache(Path(cache).expanduser() if cache else usual())
     return {
         "name": federation.name,
@@ -40,13 +40,17 @@ def describe(federation: Federation, cache: str = "") -> dict[str, Any]:
 
 
 def counts(label: torch.Tensor, classes: int) -> list[int]:
+    """Return the number of images of each class."""
     return label.bincount(minlength=classes).tolist()
 
 
 def plot(federation: Federation, path: Path) -> None:
-    """A bar for each site: how many images of each class train there, and how many of its images validate and test.
+    """Write a bar chart with one bar per site: training images by class, and images by split.
 
-    Raises InputError where the file cannot be written, or its ending names no format. Others may read it: it holds counts.
+    The file holds only counts, so other users may read it.
+
+    Raises:
+        InputError: if the file cannot be written, or matplotlib has no format for its suffix.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -69,7 +73,7 @@ def plot(federation: Federation, path: Path) -> None:
     try:
         figure.savefig(drawn, format=path.suffix.removeprefix(".").lower())
     except ValueError as error:
-        raise InputError(f"cannot draw to {path}: {error}; choose a file that ends in .png, .svg or .pdf") from error
+        raise InputError(f"cannot draw to {path}: {error}; set a file that ends in .png, .svg or .pdf") from error
     atomic_write(path, drawn.getvalue(), PUBLIC)
 
 

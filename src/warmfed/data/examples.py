@@ -1,4 +1,4 @@
-"""Every image of a source in one list, before it is split and dealt: `Pool`, and how readers tell what is wrong."""
+"""Examples: all images of a source before the split and the partition; the readers' options and errors."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,14 +14,14 @@ from .image_cache import Bytes, Cache, usual
 
 Texts = NDArray[np.str_]
 WHOLE = "all"
-"""Split of images that none has claimed yet, beside "train", "validation" and "test"."""
+"""Split of the images without a split, beside "train", "validation" and "test"."""
 TEMPLATE = "a photo of a {}"
 _DIGITS = 20
-"""From so many on, a number is a name like any other."""
+"""Digits from which a number is sorted as text."""
 
 
 class DataError(InputError):
-    """Data that cannot be used: one line with the first faults; `faults` holds all of them."""
+    """Data that cannot be used. The message has the first faults; `faults` has all of them."""
 
     def __init__(self, name: str, faults: Sequence[str], most: int = 12) -> None:
         self.name, self.faults = name, tuple(faults)
@@ -30,66 +30,67 @@ class DataError(InputError):
 
 
 def refuse(name: str, faults: Sequence[str]) -> None:
-    """DataError where there are faults."""
+    """Raise DataError if there are faults."""
     if faults:
         raise DataError(name, list(dict.fromkeys(faults)))
 
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """What every reader of images takes."""
+    """Options of every reader of images."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {"deal": "partition"}
 
     name: str = ""
-    """What the federation is called in reports; empty: as its file or folder."""
+    """Federation's name in reports; empty: the name of its file or folder."""
     image_size: int | None = None
-    """Pixels that a side of the square images has; none: folders 32, arrays keep their size."""
+    """Side of the square images in pixels; none: 32 for pictures, unchanged for arrays."""
     channels: int = 3
-    """3: colour, 1: grey (ITU-R 601 luma)."""
+    """Channels of the images: 3 (colour) or 1 (grey, ITU-R 601 luma)."""
     validation: float = 0.2
-    """Share that validates, where the data bring no validation split."""
+    """Share of the validation split, above 0, if the data have no such split."""
     test: float = 0.2
-    """Share that tests, where the data bring no test split."""
+    """Share of the test split, above 0, if the data have no such split."""
     public: float = 0.0
-    """Share that no site has, out of what would be for training: public images, on which a base may be pre-trained."""
+    """Share of public images, taken from the training split: no site has them, and a base may be pre-trained on them."""
     template: str = TEMPLATE
-    """The prompt, with one {} for the class name."""
+    """Prompt, with one {} for the class name."""
     classes: Sequence[str] | None = None
-    """Of folders: these classes, in this order. Of arrays: the names of labels 0, 1, …"""
+    """For folders: the classes to use, in this order. For arrays: the names of labels 0, 1, …"""
     sites: Sequence[str] | None = None
-    """These sites only."""
+    """Sites to use; none: all."""
     limit: int = 0
-    """Images of each site, class and split at the most, drawn before any deal; 0: all."""
+    """Maximum number of images of each site, class and split, applied before any partition; 0: all."""
     seed: int = 0
-    """Names the draws of that and of the splits; not the seed of a training."""
+    """Seed of `limit` and of the splits; not the seed of a training."""
     partition: Mapping[str, Any] | None = None
-    """How the images are dealt to other sites (`partition.Partition`); none: they stay where they are."""
+    """Fields of `partition.Partition`, which assigns the images to new sites; none: the sites stay."""
     cache: str | Path | None = None
-    """Folder of the decoded images; none: `cache.usual()`."""
+    """Folder of the decoded images; none: `image_cache.usual()`."""
 
     def __post_init__(self) -> None:
         if not (self.validation > 0 and self.test > 0 and self.validation + self.test + self.public < 1):
             raise InputError(
-                "validation and test shares above 0, together below 1 (with the public share, too), were expected, "
-                f"{self.validation:g}, {self.test:g} and {self.public:g} came; 0.2, 0.2 and 0 are usual"
+                "expected validation and test shares above 0, and a sum with the public share below 1, "
+                f"got {self.validation:g}, {self.test:g} and {self.public:g}; 0.2, 0.2 and 0 are usual"
             )
         if self.public < 0:
-            raise InputError(f"a public share of 0 (none) or more was expected, {self.public:g} came")
+            raise InputError(f"expected a public share of 0 (none) or more, got {self.public:g}")
         if self.image_size is not None and self.image_size < 1:
-            raise InputError(f"an image_size of 1 pixel or more was expected, {self.image_size} came")
+            raise InputError(f"expected an image_size of 1 pixel or more, got {self.image_size}")
         if self.limit < 0:
-            raise InputError(f"a limit of 0 images (all) or more was expected, {self.limit} came")
+            raise InputError(f"expected a limit of 0 images (all) or more, got {self.limit}")
         if self.channels not in (1, 3):
             raise InputError(f"channels must be 3 (colour) or 1 (grey); got {self.channels}")
 
     @property
     def store(self) -> Cache:
+        """Cache of the decoded images."""
         return Cache((Path(self.cache).expanduser() if self.cache else usual()).absolute())
 
 
 def reader_options(options: Mapping[str, Any]) -> ReaderOptions:
-    """`Common` of keyword arguments; InputError for a name that it has not."""
+    """Return the `ReaderOptions` of keyword arguments; raise InputError for an unknown name."""
     known = [f.name for f in fields(ReaderOptions)]
     for key in options:
         if key not in known:
@@ -99,52 +100,52 @@ def reader_options(options: Mapping[str, Any]) -> ReaderOptions:
 
 @dataclass(frozen=True)
 class Examples:
-    """Images in a row, with what is known of each."""
+    """Images of a source, with the label, site, split, name and digest of each."""
 
     images: Bytes
     """uint8 [n, c, h, w], in memory or memory-mapped."""
     label: NDArray[np.int64]
     site: Texts
     split: Texts
-    """train, validation, test, or all where it is open."""
+    """train, validation or test; all (`WHOLE`) if the image has no split."""
     name: Texts
-    """What its source calls it: a path, or train/17 of an array."""
+    """Name in the source: a path, or train/17 for an array."""
     digest: Bytes
     """SHA-256 of each image's pixels, [n, 32]."""
     group: Texts | None = None
-    """Images of one group (a patient, a slide) go to one split together; empty: none."""
+    """Group of each image (a patient, a slide); the images of a group share one split; empty: no group."""
     at: NDArray[np.int64] | None = field(default=None, kw_only=True)
-    """Where the image of each row lies in `images`; none: row by row."""
+    """Index in `images` of each row's image; none: the row itself."""
     key: str = field(default="", kw_only=True)
-    """Names `images` where they are kept in a cache."""
+    """Cache key of `images`; empty: not cached."""
     sides: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
-    """Width and height of the smallest and of the largest picture before they were squeezed, where they were."""
+    """Original width and height of the smallest and of the largest picture; empty if unknown."""
 
     def take(self, rows: NDArray[Any]) -> dict[str, Any]:
-        """The columns (not the images) of these rows."""
+        """Return the columns label, site, split and name of these rows."""
         return {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name in ("label", "site", "split", "name")}
 
 
 LONGEST = 1024
-"""Characters of a name; every row of a column takes the memory of the longest one."""
+"""Maximum length of a name in characters; each row of a column uses the memory of the longest name."""
 
 
 def texts(values: Iterable[str]) -> Texts:
-    """Return a column of text; raises `InputError` where a name is longer than `LONGEST`."""
+    """Return a column of text; raise `InputError` if a name is longer than `LONGEST`."""
     names = list(values)
     if (longest := max(map(len, names), default=0)) > LONGEST:
-        raise InputError(f"names of at most {LONGEST} characters were expected, {longest} came; shorten it in the data")
+        raise InputError(f"expected names of at most {LONGEST} characters, got {longest}; shorten it in the data")
     return np.array(names, dtype=np.str_)
 
 
 def digests(images: Bytes, into: Bytes) -> None:
-    """SHA-256 of each image, [n, 32]."""
+    """Write the SHA-256 of each image into `into`, uint8 [n, 32]."""
     for row, image in enumerate(images):
         into[row] = np.frombuffer(hashlib.sha256(np.ascontiguousarray(image).data).digest(), np.uint8)
 
 
 def names_in_order(found: Iterable[str]) -> tuple[str, ...]:
-    """Sorted; by value where all are numbers, so that class 10 follows 9."""
+    """Return the names sorted; by value if all are numbers, so that class 10 follows 9."""
     names = set(found)
     if all(name.isdecimal() and len(name) < _DIGITS for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))

@@ -1,4 +1,4 @@
-"""The packages of the extra "data", imported when they are needed: Hugging Face `datasets`, flwr-datasets' partitioners."""
+"""Packages of the extra "data", imported on first use: Hugging Face `datasets` and flwr-datasets' partitioners."""
 
 import inspect
 from collections.abc import Mapping
@@ -18,17 +18,21 @@ def hf_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"Parquet files and hub data are read by the package datasets; {_EXTRA}") from error
+        raise InputError(f"Parquet files and hub data need the package datasets; {_EXTRA}") from error
     datasets.disable_progress_bars()
     return datasets
 
 
 def partitioned(name: str, options: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> list[Ints]:
-    """Row numbers of each site, dealt by a partitioner of flwr-datasets, such as "PathologicalPartitioner".
+    """Return the row numbers of each site, from a partitioner of flwr-datasets.
 
     Args:
-        options: its arguments; `partition_by` is "label" where it takes one and none is given.
-        columns: what it may go by.
+        name: class of the partitioner, such as "PathologicalPartitioner".
+        options: its arguments; `partition_by` is "label" by default.
+        columns: columns that the partitioner may use.
+
+    Raises:
+        InputError: if the package or the partitioner is missing, or the partitioner refuses the arguments.
     """
     try:
         from flwr_datasets import partitioner as partitioners
@@ -45,9 +49,9 @@ def partitioned(name: str, options: Mapping[str, Any], columns: Mapping[str, NDA
         {**{key: value.tolist() for key, value in columns.items()}, "row": list(range(count))}
     )
     try:
-        dealer = cls(**options)
-        dealer.dataset = table
-        parts = [np.array(dealer.load_partition(i)["row"], np.int64) for i in range(dealer.num_partitions)]
+        made = cls(**options)
+        made.dataset = table
+        parts = [np.array(made.load_partition(i)["row"], np.int64) for i in range(made.num_partitions)]
     except (TypeError, ValueError) as error:
-        raise InputError(f"{name} does not take {dict(options)} here: {' '.join(str(error).split())}") from error
+        raise InputError(f"{name} does not accept {dict(options)}: {' '.join(str(error).split())}") from error
     return parts

@@ -1,4 +1,4 @@
-"""The federation: named sites, each with train, validation and test columns, and one tuple of class names."""
+"""The federation: named sites, each with train, validation and test tables, and one tuple of class names."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ SPLIT_NAMES = {
     "validation": "validation", "val": "validation", "valid": "validation", "crossval": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""What people call the splits, and what they are called here."""
+"""Common names of the splits, and warmfed's name for each."""
 _PLAIN = re.compile(r'[^/\\:*?"<>|\x00-\x1f]*')
 
 
@@ -32,32 +32,36 @@ class Site:
 
     @property
     def splits(self) -> dict[str, Table]:
-        """The tables by name: "train", "validation", "test"."""
+        """Tables by name: "train", "validation", "test"."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """Sites with the same classes and image size.
+    """Sites with the same classes and image size. No table is empty.
 
-    `classes` is the only place where a label gets its name: label i is `classes[i]`, its prompt `prompts[i]`.
-    `template` holds one `{}` for the class name (or `{class}` for its words), and may hold `{site}` (`core.prompts_of`).
-    `sites` is kept sorted by name. `notes` are remarks of whoever read the data (missing classes, duplicates), `origin`
-    tells what each image is called there, by site and split, `sides` the width and height of the smallest and of the
-    largest picture, `public` the table of images that no site has and a base may be pre-trained on; none of these enters the
-    fingerprint. No table is empty.
+    `name`, `notes`, `origin`, `sides` and `public` do not enter the fingerprint.
 
-    Raises InputError, naming every fault at once, where a table has another shape, type or label than it should.
+    Raises:
+        InputError: with all faults, if a table has another shape, type or label than expected.
     """
 
     name: str
+    """Name in reports."""
     classes: tuple[str, ...]
+    """Class names: label i is `classes[i]`, its prompt `prompts[i]`."""
     template: str
+    """Prompt with one `{}` for the class name (or `{class}` for its words); may have `{site}` (`core.prompts_of`)."""
     sites: Mapping[str, Site] = field(repr=False)
+    """Sites, sorted by name."""
     notes: tuple[str, ...] = ()
+    """Remarks of the reader, such as missing classes and duplicates."""
     origin: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict, repr=False)
+    """Name of each image in the source, by site and split."""
     sides: tuple[tuple[int, int], ...] = ()
+    """Original width and height of the smallest and of the largest picture."""
     public: Table | None = field(default=None, repr=False)
+    """Public images: no site has them, and a base may be pre-trained on them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
@@ -73,30 +77,30 @@ class Federation:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of every image; 3 channels are colour, 1 is grey."""
+        """(channels, height, width) of an image; 3 channels are colour, 1 is grey."""
         first = next(iter(self.sites.values())).train["image"]
         return (int(first.shape[1]), int(first.shape[2]), int(first.shape[3]))
 
     @property
     def present(self) -> dict[str, tuple[str, ...]]:
-        """The classes that occur in each site's training table."""
+        """Classes in each site's training table."""
         return {
             name: tuple(self.classes[label] for label in site.train["label"].unique().tolist())
             for name, site in self.sites.items()
         }
 
     def without(self, name: str) -> "Federation":
-        """The federation that is left where this site takes no part; raises `InputError`."""
+        """Return the federation without this site; raise `InputError` if it is unknown or the only one."""
         if name not in self.sites or len(self.sites) < 2:
             raise InputError(
-                f"{self.name} has the sites {', '.join(self.sites)}: {name!r} cannot be left out of them"
+                f"{self.name} has the sites {', '.join(self.sites)}: {name!r} cannot be left out"
                 f"{suggest(name, list(self.sites)) if name not in self.sites else '; more than one is needed'}"
             )
         return replace(self, sites={key: site for key, site in self.sites.items() if key != name})
 
     @property
     def rows(self) -> dict[str, dict[str, int]]:
-        """How many rows each table of each site has."""
+        """Number of rows of each table of each site."""
         return {name: {split: rows(table) for split, table in site.splits.items()} for name, site in self.sites.items()}
 
     @property
@@ -106,16 +110,16 @@ class Federation:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex sha256 over site names, classes, template and every byte of every table.
+        """Hexadecimal SHA-256 of the site names, the classes, the template and every byte of every table.
 
-        The federation's own name and its notes stay out: the same data read from another folder are the same data.
+        It excludes the federation's name and notes, so the same data in another folder have the same fingerprint.
         """
         return _fingerprint(self.classes, self.template, self.digests)
 
 
 @dataclass(frozen=True)
 class FederationInfo:
-    """A federation as a server knows it that holds no image: for each site its tables' rows and digests."""
+    """Description of a federation without its images, as a server has it: rows and digests of each site's tables."""
 
     name: str
     classes: tuple[str, ...]
@@ -126,6 +130,7 @@ class FederationInfo:
 
     @property
     def sites(self) -> tuple[str, ...]:
+        """Names of the sites, sorted."""
         return tuple(sorted(self.rows))
 
     @property
@@ -135,12 +140,12 @@ class FederationInfo:
 
     @cached_property
     def fingerprint(self) -> str:
-        """That of the federation which has these tables."""
+        """Fingerprint of the federation with these tables (`Federation.fingerprint`)."""
         return _fingerprint(self.classes, self.template, self.digests)
 
 
 def describe_names(template: str) -> bool:
-    """Whether a template names the class once, and nothing that is unknown."""
+    """Return whether a template has exactly one placeholder for the class and no unknown one."""
     rest = prompts_of("", [prompt(template, "")])[0]
     return template.replace("{class}", "{}").count("{}") == 1 and not {"{", "}"} & set(rest)
 
@@ -154,13 +159,13 @@ def _faults(federation: Federation) -> list[str]:
     faults = []
     count = len(federation.classes)
     if count < 2 or len(set(federation.classes)) != count:
-        faults.append(f"two or more different class names were expected, {federation.classes} came")
+        faults.append(f"expected two or more different class names, got {federation.classes}")
     if not describe_names(federation.template):
-        faults.append(f"the template needs one {{}} for the class name, {federation.template!r} came")
+        faults.append(f"expected a template with one {{}} for the class name, got {federation.template!r}")
     if not federation.sites:
-        faults.append("at least one site was expected, none came")
+        faults.append("expected at least one site, got none")
     faults += [
-        f"site {name!r}: a name that a file can have was expected"
+        f"site {name!r}: expected a name that is valid as a file name"
         for name in federation.sites if not name or name.startswith(".") or len(name) > 100 or not _PLAIN.fullmatch(name)
     ]  # fmt: skip
     shapes = set()
@@ -168,22 +173,22 @@ def _faults(federation: Federation) -> list[str]:
         for split, table in site.splits.items():
             where = f"site {name!r}, {split}"
             if set(table) != {"image", "label"}:
-                faults.append(f"{where}: the columns image and label were expected, {sorted(table)} came")
+                faults.append(f"{where}: expected the columns image and label, got {sorted(table)}")
                 continue
             image, label = table["image"], table["label"]
             if image.dtype != torch.uint8 or image.dim() != 4 or image.shape[1] not in (1, 3):
-                faults.append(f"{where}: uint8 images [n, 1 or 3, height, width] were expected, {_kind(image)} came")
+                faults.append(f"{where}: expected uint8 images [n, 1 or 3, height, width], got {_kind(image)}")
                 continue
             shapes.add(tuple(image.shape[1:]))
             if label.dtype != torch.int64 or tuple(label.shape) != (len(image),):
-                faults.append(f"{where}: int64 labels [{len(image)}] were expected, {_kind(label)} came")
+                faults.append(f"{where}: expected int64 labels [{len(image)}], got {_kind(label)}")
             elif len(label) and not 0 <= int(label.min()) <= int(label.max()) < count:
                 span = f"{int(label.min())} to {int(label.max())}"
-                faults.append(f"{where}: labels 0 to {count - 1} were expected, {span} came")
+                faults.append(f"{where}: expected labels 0 to {count - 1}, got {span}")
             if not len(image):
                 faults.append(f"{where}: no images; give the site more images or leave it out")
     if len(shapes) > 1:
-        faults.append(f"images of one size were expected, {sorted(shapes)} came; resize them to one")
+        faults.append(f"expected images of one size, got {sorted(shapes)}; resize them to one")
     return faults
 
 

@@ -1,4 +1,4 @@
-"""Decoded images on disk, memory-mapped: made once, under a name that says what they were made from."""
+"""Cache of decoded images on disk, memory-mapped; the name of a file is the hash of its sources."""
 
 import errno
 import math
@@ -26,7 +26,7 @@ _DAY = 86_400.0
 
 
 def usual() -> Path:
-    """Where decoded images are kept: $WARMFED_CACHE, or `warmfed` in the user's cache folder."""
+    """Return the default cache folder: $WARMFED_CACHE, or `warmfed` in the user's cache folder."""
     if named := os.environ.get("WARMFED_CACHE"):
         return Path(named).expanduser()
     match sys.platform:
@@ -41,19 +41,26 @@ def usual() -> Path:
 
 @dataclass(frozen=True)
 class Cache:
-    """Arrays of bytes in files. What lies under a name never changes, so any number of processes may use one folder.
+    """Arrays of bytes in files. The content of a name never changes, so several processes may share a folder.
 
-    Folder and files are private: they hold a site's images.
+    Folder and files are private, since they hold a site's images.
     """
 
     folder: Path = field(default_factory=usual)
 
     def array(self, name: str, shape: tuple[int, ...], make: Callable[[Bytes], None]) -> Bytes:
-        """The array of this name, mapped into memory; where there is none, `make` fills one, which then is moved into place.
+        """Return an array, memory-mapped; if it does not exist, `make` fills it and it is moved into place.
 
-        Two processes that make the same one both make it, and the later one replaces the file by an equal one. Writing to
-        what is returned changes this process's copy only. Where `make` raises, nothing is kept.
-        Raises InputError where the disk is full or the folder cannot be written.
+        Two processes may make the same array; the later one replaces the file with an equal one. Writes to the result
+        change only this process's copy. If `make` raises, the cache keeps nothing.
+
+        Args:
+            name: name of the array.
+            shape: its shape, in bytes.
+            make: fills the array that it receives.
+
+        Raises:
+            InputError: if the disk is full or the folder cannot be written.
         """
         size, path = math.prod(shape), self.path(name)
         if not size:
@@ -64,20 +71,21 @@ class Cache:
             except OSError as error:
                 raise InputError(
                     f"cannot keep {size / 1e6:.0f} MB of decoded images in {self.folder}: {error.strerror or error}; "
-                    "free some space, or name another place by data.cache or WARMFED_CACHE"
+                    "free some space, or set data.cache or WARMFED_CACHE to another folder"
                 ) from error
         return np.memmap(path, np.uint8, "c", shape=shape)
 
     def path(self, name: str) -> Path:
+        """Return the file of an array."""
         return self.folder / f"{name}.u8"
 
     def size(self) -> int:
-        """Bytes of all that the folder holds."""
+        """Return the bytes of all arrays in the folder."""
         return sum(path.stat().st_size for path in self.folder.glob("*.u8")) if self.folder.is_dir() else 0
 
     def _make(self, path: Path, shape: tuple[int, ...], make: Callable[[Bytes], None]) -> None:
         make_folder(self.folder)
-        for left in self.folder.glob(f".*{_PARTIAL}"):  # of a process that was killed; a living one writes to its own
+        for left in self.folder.glob(f".*{_PARTIAL}"):  # of a killed process; a running one writes to its own file
             if time.time() - left.stat().st_mtime > _DAY:
                 left.unlink(missing_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{path.stem[:12]}.", suffix=_PARTIAL)
@@ -94,13 +102,13 @@ class Cache:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Take the space now: writing to a map on a full disk would end the process by a signal."""
+    """Reserve the disk space: a write to a memory map on a full disk ends the process with a signal."""
     try:
         os.posix_fallocate(descriptor, 0, size)
-    except AttributeError:  # not on this system
+    except AttributeError:  # not available on this system
         os.truncate(descriptor, size)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not on this kind of disk
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not supported by this file system
             raise
         os.truncate(descriptor, size)
 
@@ -114,7 +122,7 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 class Mapped(Mapping[str, Tensor]):
-    """A table whose images are rows `start` to `stop` of a file. It goes to other processes by the file's name."""
+    """A table whose images are rows `start` to `stop` of a file. Its pickle holds the file's name, not the images."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], start: int, stop: int, label: Tensor) -> None:
         self._recipe = (path, shape, start, stop, label)

@@ -1,4 +1,4 @@
-"""Pictures and arrays of any kind become uint8 [channels, height, width]; what cannot is told in one sentence."""
+"""Convert pictures and arrays to uint8 [channels, height, width]; errors are one sentence each."""
 
 import io
 import struct
@@ -17,22 +17,24 @@ from ..utils.files import read_regular
 Pixels = NDArray[np.uint8]
 
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "GIF", "WEBP", "TIFF", "DIB", "MPO", "JPEG2000", "ICO", "PCX", "SGI", "TGA", "AVIF")
-"""What Pillow decodes by itself, the usual first; PostScript, which runs another program, is not one of them."""
+"""Formats that Pillow decodes itself, the common ones first; not PostScript, which runs another program."""
 MOST = 2**30
-"""Bytes of an encoded picture."""
+"""Maximum size of an encoded picture in bytes."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 
 
 class UnreadableError(ValueError):
-    """Why one picture or array cannot be used; callers collect these and report all of them at once."""
+    """One picture or array cannot be used; callers collect these errors and report them together."""
 
 
 def decode(path: Path, size: int, channels: int = 3) -> Pixels:
-    """The picture at `path`, squeezed to a square: uint8 [channels, size, size].
+    """Return the picture at `path`, resized to a square: uint8 [channels, size, size].
 
-    Turned upright as its EXIF data say; transparency is laid on white; 16-bit grey keeps its upper 8 bits.
-    Raises UnreadableError where the file cannot be read, is not a regular file, holds no whole picture, or more than some 89
-    million pixels (Pillow's bound).
+    The EXIF orientation is applied; transparent pixels become white; 16-bit grey keeps its upper 8 bits.
+
+    Raises:
+        UnreadableError: if the file cannot be read, is not a regular file, has no complete picture, or has more than about
+            89 million pixels (Pillow's limit).
     """
     try:
         data = read_regular(path, MOST)
@@ -44,7 +46,7 @@ def decode(path: Path, size: int, channels: int = 3) -> Pixels:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Refuse pictures of too many pixels, and silence Pillow's other warnings. Not for threads of their own."""
+    """Raise for pictures with too many pixels, and silence Pillow's other warnings. Use it outside of threads."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -52,7 +54,7 @@ def quiet() -> Iterator[None]:
 
 
 def picture(source: bytes, size: int, channels: int) -> tuple[Pixels, tuple[int, int]]:
-    """As `decode`, of a file's content, and the width and height that it had; to be called within `quiet`."""
+    """Return the decoded picture, as `decode` does, and its original width and height; call it within `quiet`."""
     try:
         with Image.open(io.BytesIO(source), formats=FORMATS) as opened:
             had = opened.size
@@ -86,9 +88,15 @@ def _square(picture: Image.Image, size: int) -> Pixels:
 
 
 def from_array(values: Any, size: int | None, channels: int = 3) -> Pixels:
-    """Images [n, h, w], [n, h, w, 1 or 3] or [n, 1 or 3, h, w] as uint8 [n, channels, h, w], squeezed to `size` where given.
+    """Return images as uint8 [n, channels, h, w].
 
-    Takes uint8 from 0 to 255, or floats from 0 to 1. Raises UnreadableError for anything else.
+    Args:
+        values: [n, h, w], [n, h, w, 1 or 3] or [n, 1 or 3, h, w]; uint8 from 0 to 255, or floats from 0 to 1.
+        size: side of the resized square images; None keeps the size.
+        channels: 3 (colour) or 1 (grey).
+
+    Raises:
+        UnreadableError: if the values have another shape, type or range.
     """
     array = np.asarray(values)
     if array.ndim == 3:
@@ -96,12 +104,12 @@ def from_array(values: Any, size: int | None, channels: int = 3) -> Pixels:
     if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
         array = array.transpose(0, 2, 3, 1)
     if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:3]:
-        raise UnreadableError(f"images [n, h, w], [n, h, w, 3] or [n, 3, h, w] were expected, {list(np.shape(values))} came")
+        raise UnreadableError(f"expected images [n, h, w], [n, h, w, 3] or [n, 3, h, w], got {list(np.shape(values))}")
     if array.dtype.kind == "f" and (not array.size or (array.min() >= 0 and array.max() <= 1)):
         array = np.rint(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
         span = f", {array.min():g} to {array.max():g}" if array.dtype.kind in "iuf" and array.size else ""
-        raise UnreadableError(f"uint8 images or floats from 0 to 1 were expected, {array.dtype}{span} came")
+        raise UnreadableError(f"expected uint8 images or floats from 0 to 1, got {array.dtype}{span}")
     if channels == 1 and array.shape[3] == 3:
         # Pillow's own luma: (19595 R + 38470 G + 7471 B + 2^15) / 2^16
         array = ((array.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 0x8000) >> 16).astype(np.uint8)[

@@ -1,4 +1,4 @@
-"""Where federations come from, by name, each option checked before anything is read."""
+"""Load federations by name; all options are checked before any data are read."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..utils.errors import InputError, suggest
-from .build import partition as dealt
+from .build import partition
 from .examples import ReaderOptions
 from .federation import Federation
 from .partition import Partition
@@ -19,11 +19,15 @@ _COLUMNS = dict.fromkeys(("image", "label", "site", "group"), str)
 
 
 def load(name: str, /, path: str = "", **options: Any) -> Federation:
-    """The federation of this name: "digits4", or a reader ("folder", "npz", "idx", "csv", "camelyon17", "parquet", "hub")
-    and the path of what it reads. "READER:PATH", and a path alone, are taken too.
+    """Return a federation.
 
-    `options` are those of the reader. Raises InputError for an unknown name or option (with the nearest known one), and
-    for data that cannot be used.
+    Args:
+        name: "digits4"; a reader ("folder", "npz", "idx", "csv", "camelyon17", "parquet", "hub"); "READER:PATH"; or a path.
+        path: the file, folder or data set that the reader reads.
+        options: options of the reader.
+
+    Raises:
+        InputError: if the name or an option is unknown (with the nearest known one), or the data cannot be used.
     """
     reader, found = _found(name, path)
     what = f"data {name!r}"
@@ -38,19 +42,19 @@ def load(name: str, /, path: str = "", **options: Any) -> Federation:
         )
     if reader != "digits4":
         return READERS[reader](found, **options)
-    deal = options.pop("partition", None)
+    partitioning = options.pop("partition", None)
     federation = digits4(**{key: value for key, value in options.items() if key != "cache"})
-    return federation if deal is None else dealt(federation, **deal)
+    return federation if partitioning is None else partition(federation, **partitioning)
 
 
 def _found(name: str, path: str) -> tuple[str, str]:
-    """The reader and the path that are meant."""
+    """Return the reader and the path of a data source."""
     head, colon, tail = name.partition(":")
     if path or (colon and head in READERS):
         reader, place = (name, path) if path else (head, tail)
         if reader not in READERS or reader == "digits4":
             readers = [each for each in READERS if each != "digits4"]
-            raise InputError(f"data source {reader!r} takes no path; a reader was expected{suggest(reader, readers)}")
+            raise InputError(f"data source {reader!r} takes no path; expected a reader{suggest(reader, readers)}")
         return reader, place
     where = Path(name).expanduser()
     if name == "digits4":
@@ -62,12 +66,12 @@ def _found(name: str, path: str) -> tuple[str, str]:
             return kind, name
     if where.is_dir():
         return _kind(where), name
-    expected = "digits4, a reader with a path, a folder or an .npz file was expected"
+    expected = "expected digits4, a reader with a path, a folder or an .npz file"
     raise InputError(f"there is no data {name!r}: {expected}{suggest(name, list(READERS))}")
 
 
 def _kind(where: Path) -> str:
-    """What a folder holds."""
+    """Return the reader for a folder."""
     if (where / "metadata.csv").is_file() and (where / "patches").is_dir():
         return "camelyon17"
     if (where / "dataset_info.json").is_file() or (where / "dataset_dict.json").is_file() or any(where.glob("*.parquet")):
@@ -76,7 +80,7 @@ def _kind(where: Path) -> str:
 
 
 def _known(reader: str) -> dict[str, Any]:
-    """Options of a reader and their types."""
+    """Return the options of a reader and their types."""
     function = READERS[reader]
     own = {
         name: get_type_hints(function)[name]
@@ -90,7 +94,7 @@ def _known(reader: str) -> dict[str, Any]:
 
 
 def _checked(options: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
-    """InputError where an option is not known or not of its type."""
+    """Raise InputError if an option is unknown or has the wrong type."""
     for key, value in options.items():
         if new := {**ReaderOptions.RENAMED, **Partition.RENAMED}.get(key):
             raise InputError(f"option {key!r} of {what} is now called {new}; rename it")
@@ -99,11 +103,11 @@ def _checked(options: Mapping[str, Any], known: Mapping[str, Any], what: str) ->
         kinds = _kinds(known[key])
         if not any(_is_a(value, kind) for kind in kinds):
             names = " or ".join("none" if kind is type(None) else kind.__name__.lower() for kind in kinds)
-            raise InputError(f"option {key!r} of {what}: {names} was expected, {value!r} came")
+            raise InputError(f"option {key!r} of {what}: expected {names}, got {value!r}")
 
 
 def _kinds(declared: Any) -> list[type]:
-    """The plain types of a declared one: float | None is float and none."""
+    """Return the plain types of a declared type: float and None for `float | None`."""
     parts = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
     return [str if get_origin(part) is Literal else get_origin(part) or part for part in parts]
 

@@ -1,7 +1,7 @@
-"""Dealing one table of examples to sites: every rule returns disjoint index arrays that together name each example once.
+"""Partition one table of examples into sites. Each rule returns disjoint index arrays that together cover all examples.
 
-Randomness is named: `key` is any tuple of plain values (seed, purpose); the same key deals the same cards on every
-machine and NumPy version.
+`key` names the random stream: any tuple of plain values (seed, purpose). One key gives one partition, on every machine and
+NumPy version.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 
 
 def iid(labels: NDArray[Any], sites: int, *, key: Sequence[object]) -> list[Ints]:
-    """Equal shares, stratified by class: sizes and class counts differ by one at most."""
+    """Return equal shares, stratified by class: sizes and class counts differ by one at most."""
     order = _shuffled(labels, sites, key)
     return [order[start::sites] for start in range(sites)]
 
@@ -27,13 +27,26 @@ def iid(labels: NDArray[Any], sites: int, *, key: Sequence[object]) -> list[Ints
 def dirichlet(
     labels: NDArray[Any], sites: int, alpha: float, *, key: Sequence[object], min_partition_size: int = 20, tries: int = 1000
 ) -> list[Ints]:
-    """Label skew (Hsu et al. 2019, arXiv 1909.06335): each class goes to the sites by shares drawn from Dirichlet(alpha).
+    """Return a partition with label skew: each class is split by shares from Dirichlet(alpha).
 
-    The draw is repeated until every site has at least `smallest` examples of two or more classes; InputError where
-    `tries` draws do not bring that about.
+    The draw repeats until every site has at least `min_partition_size` examples of two or more classes.
+
+    Args:
+        labels: int [n].
+        sites: number of sites.
+        alpha: concentration; 0.1 is a strong skew, 10 a weak one.
+        key: name of the random stream.
+        min_partition_size: minimum number of examples of a site.
+        tries: maximum number of draws.
+
+    Raises:
+        InputError: if alpha is not above 0, or no draw meets the condition.
+
+    References:
+        Hsu et al., 2019, arXiv:1909.06335.
     """
     if not 0 < alpha < float("inf"):
-        raise InputError(f"alpha above 0 was expected, {alpha} came; 0.1 is a strong skew, 10 a weak one")
+        raise InputError(f"expected alpha above 0, got {alpha}; 0.1 is a strong skew, 10 a weak one")
     order = _shuffled(labels, sites, key)
     groups = [order[labels[order] == value] for value in np.unique(labels)]
     random = random_state(*key, "dirichlet")
@@ -44,27 +57,32 @@ def dirichlet(
             cuts = np.rint(np.cumsum(shares)[:-1] * len(group)).astype(np.int64)
             for part, piece in zip(parts, np.split(group, cuts), strict=True):
                 part.append(piece)
-        dealt = [np.concatenate(part) for part in parts]
-        if all(len(part) >= min_partition_size and len(np.unique(labels[part])) >= 2 for part in dealt):
-            return dealt
+        merged = [np.concatenate(part) for part in parts]
+        if all(len(part) >= min_partition_size and len(np.unique(labels[part])) >= 2 for part in merged):
+            return merged
     raise InputError(
-        f"{sites} sites with at least {min_partition_size} of {len(labels)} examples and two classes each were expected, "
-        f"{tries} draws with alpha {alpha:g} brought none; take a larger alpha or fewer sites"
+        f"{tries} draws with alpha {alpha:g} gave no partition of {len(labels)} examples into {sites} sites with at least "
+        f"{min_partition_size} examples and two classes each; set a larger alpha or fewer sites"
     )
 
 
 def shards(labels: NDArray[Any], sites: int, classes_per_site: int, *, key: Sequence[object]) -> list[Ints]:
-    """Each site holds `classes_per_site` classes (after McMahan et al. 2017, arXiv 1602.05629), in equal shares of each.
+    """Return a partition in which each site has `classes_per_site` classes, in equal shares of each.
 
-    Classes are dealt like cards from a shuffled deck that is laid again and again, so that each is held by as many
-    sites as any other, or by one more. Departure from the paper: shards follow class borders, so the number of
-    classes is exact. InputError where there are too few sites to place every class or too few examples.
+    The sites take classes in turn from a repeated random order, so the numbers of sites per class differ by one at most.
+    Departure from the paper: shards follow class boundaries, so the number of classes is exact.
+
+    Raises:
+        InputError: if the sites cannot hold every class, or there are fewer examples than sites.
+
+    References:
+        McMahan et al., 2017, arXiv:1602.05629.
     """
     values = np.unique(labels)
     if not 1 <= classes_per_site <= len(values) or sites * classes_per_site < len(values):
         raise InputError(
-            f"classes per site from {max(1, -(-len(values) // max(1, sites)))} to {len(values)} were expected "
-            f"({len(values)} classes, {sites} sites), {classes_per_site} came"
+            f"expected classes_per_site from {max(1, -(-len(values) // max(1, sites)))} to {len(values)} "
+            f"({len(values)} classes, {sites} sites), got {classes_per_site}"
         )
     order = _shuffled(labels, sites, key)
     deck = random_state(*key, "deck").permutation(values)
@@ -82,13 +100,17 @@ def shards(labels: NDArray[Any], sites: int, classes_per_site: int, *, key: Sequ
 def quantity(
     labels: NDArray[Any], sites: int, alpha: float, *, key: Sequence[object], min_partition_size: int = 20
 ) -> list[Ints]:
-    """Size skew: site sizes follow Dirichlet(alpha), each site has at least `smallest` examples, classes stay mixed."""
+    """Return a partition with size skew: sizes follow Dirichlet(alpha), and the classes stay mixed.
+
+    Raises:
+        InputError: if alpha is not above 0, or there are too few examples for `min_partition_size` per site.
+    """
     if not 0 < alpha < float("inf"):
-        raise InputError(f"alpha above 0 was expected, {alpha} came; 0.5 is a strong skew, 10 a weak one")
+        raise InputError(f"expected alpha above 0, got {alpha}; 0.5 is a strong skew, 10 a weak one")
     order = random_state(*key, "quantity").permutation(_shuffled(labels, sites, key))
     free = len(labels) - sites * min_partition_size
     if free < 0:
-        raise InputError(f"{sites * min_partition_size} examples or more were expected, {len(labels)} came; take fewer sites")
+        raise InputError(f"expected {sites * min_partition_size} examples or more, got {len(labels)}; set fewer sites")
     shares = random_state(*key, "sizes").dirichlet(np.full(sites, float(alpha)))
     cuts = np.rint(np.cumsum(shares)[:-1] * free).astype(np.int64) + min_partition_size * np.arange(1, sites)
     return list(np.split(order, cuts))
@@ -99,40 +121,45 @@ Rule = Literal["iid", "dirichlet", "shards", "quantity", "flwr", "file"]
 
 @dataclass(frozen=True)
 class Partition:
-    """How all images of a source are pooled and dealt to other sites; each keeps its split where it has one."""
+    """Partition of all images of a source into new sites; an image with a split keeps it."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {"smallest": "min_partition_size"}
 
     sites: int = 0
-    """How many new sites ("file" and "flwr" know by themselves)."""
+    """Number of new sites; "file" and "flwr" do not use it."""
     rule: Rule = "iid"
-    """iid, dirichlet, shards, quantity; flwr: a partitioner of flwr-datasets; file: as `warmfed data --save` wrote it."""
+    """Rule: iid, dirichlet, shards or quantity; flwr: a partitioner of flwr-datasets; file: a file of `warmfed data --save`."""
     alpha: float = 0.5
-    """Concentration of "dirichlet" and "quantity"."""
+    """Concentration of "dirichlet" and "quantity", above 0."""
     classes_per_site: int = 2
-    """Of "shards"."""
+    """Number of classes at each site, for "shards"."""
     min_partition_size: int = 20
-    """Images of each site at least, of "dirichlet" and "quantity"."""
+    """Minimum number of images at each site, for "dirichlet" and "quantity"."""
     seed: int = 0
-    """Names the draw."""
+    """Seed of the partition."""
     partitioner: str = "DirichletPartitioner"
-    """Of "flwr": a class of `flwr_datasets.partitioner`."""
+    """Class of `flwr_datasets.partitioner`, for "flwr"."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of "flwr": its arguments, such as {"num_partitions": 10, "partition_by": "label"}."""
+    """Arguments of the partitioner, for "flwr", such as {"num_partitions": 10, "partition_by": "label"}."""
     path: str = ""
-    """Of "file"."""
+    """File of `warmfed data --save`, for "file"."""
 
     def __post_init__(self) -> None:
         rules = get_args(Rule)
         if self.rule not in rules:
-            raise InputError(f"there is no rule {self.rule!r} to deal by{suggest(self.rule, rules)}")
+            raise InputError(f"there is no partition rule {self.rule!r}{suggest(self.rule, rules)}")
         if not self.sites and self.rule not in ("flwr", "file"):
-            raise InputError("data.options.partition needs sites: how many there shall be")
+            raise InputError("data.options.partition needs sites; set the number of sites")
         if self.rule == "file" and not self.path:
-            raise InputError("data.options.partition needs path: the file that `warmfed data --save` wrote")
+            raise InputError("data.options.partition needs path; set the file that `warmfed data --save` wrote")
 
     def parts(self, labels: NDArray[Any], columns: Mapping[str, NDArray[Any]] | None = None) -> list[Ints]:
-        """Row numbers of each new site. `columns`: what a partitioner of flwr-datasets may go by, beside "label"."""
+        """Return the row numbers of each new site.
+
+        Args:
+            labels: int [n].
+            columns: columns that a partitioner of flwr-datasets may use, beside "label".
+        """
         key = ("deal", self.rule, self.seed)
         match self.rule:
             case "iid":
@@ -144,15 +171,15 @@ class Partition:
             case "quantity":
                 return quantity(labels, self.sites, self.alpha, key=key, min_partition_size=self.min_partition_size)
             case _:
-                # shuffled: some partitioners cut a class into pieces as it comes, and sources come split by split
+                # shuffled, since some partitioners cut a class in its order, and sources are ordered by split
                 order = random_state(*key, "order").permutation(len(labels))
                 shown = {name: column[order] for name, column in {**(columns or {}), "label": labels}.items()}
                 return [order[part] for part in partitioned(self.partitioner, self.options, shown)]
 
 
 def _shuffled(labels: NDArray[Any], sites: int, key: Sequence[object]) -> Ints:
-    """All indices sorted by class, shuffled within each."""
+    """Return all indices sorted by class, shuffled within each class."""
     if not 1 <= sites <= len(labels):
-        raise InputError(f"1 to {len(labels)} sites were expected for {len(labels)} examples, {sites} came")
+        raise InputError(f"expected 1 to {len(labels)} sites for {len(labels)} examples, got {sites}")
     order = random_state(*key, "order").permutation(len(labels))
     return order[np.argsort(labels[order], kind="stable")]

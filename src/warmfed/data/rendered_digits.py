@@ -1,10 +1,10 @@
 """Rendered digits: the public data behind the embedded base and the public classifier.
 
-Nobody's handwriting is in here. Every character is a glyph of a font that ships with matplotlib, turned, sheared, bent, and
-with strokes made thinner or thicker by a smooth field, so that handwriting is not far. It is then put before a flat, shaded
-or textured ground in any colours, blurred and made noisy.
+The images contain no person's handwriting. Each character is a glyph of a font that matplotlib ships. It is rotated, sheared
+and bent, and a smooth field changes the width of its strokes, so that it resembles handwriting. The ground is flat, shaded
+or textured, in random colours; the image is blurred and noisy.
 
-All draws come from the generator that is passed in, so (count, generator, classes) names the images bit for bit.
+All random numbers come from the generator that is passed in, so (count, generator, classes) determines every byte.
 """
 
 import math
@@ -27,11 +27,11 @@ FONTS = (
     "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta",
     "cmb10", "cmr10", "cmss10", "cmti10", "cmtt10",
 )  # fmt: skip
-"""Fonts of matplotlib that have all ten digits in the usual shape (cmmi10's are old-style, cmex10 has none)."""
+"""Fonts of matplotlib with all ten digits in the usual shape (cmmi10 has old-style digits, cmex10 has none)."""
 
 
 class Glyphs(NamedTuple):
-    """Signed distances (positive inside), in units of the character's height, on a square of two heights."""
+    """Signed distances (positive inside) in units of the character's height, on a square of two heights."""
 
     distance: Tensor  # [fonts, digits, side, side]
     stem: Tensor  # [fonts, digits]: half the width of a typical stroke
@@ -39,7 +39,7 @@ class Glyphs(NamedTuple):
 
 @cache
 def glyphs(side: int = 96) -> Glyphs:
-    """Distance fields of all `FONTS`; drawn by Pillow, about three seconds, kept for the process."""
+    """Return the distance fields of all `FONTS`. Pillow draws them in about three seconds, once per process."""
     from pathlib import Path
 
     import matplotlib
@@ -48,7 +48,7 @@ def glyphs(side: int = 96) -> Glyphs:
     from scipy.ndimage import distance_transform_edt, maximum_filter
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    height = 4 * side // 2  # drawn four times larger than kept
+    height = 4 * side // 2  # rendered at four times the final resolution
     distance = np.zeros((len(FONTS), 10, side, side), np.float32)
     stem = np.zeros((len(FONTS), 10), np.float32)
     for row, name in enumerate(FONTS):
@@ -74,7 +74,7 @@ def glyphs(side: int = 96) -> Glyphs:
 
 
 def spline(count: int, at: float) -> Tensor:
-    """Weights of `count` control points at position `at` (0 to count - 1) of their Catmull-Rom spline."""
+    """Return the weights of `count` control points at position `at` (0 to count - 1) of their Catmull-Rom spline."""
     left = min(int(at), count - 2)
     t = at - left
     cubic = (-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, -(t**2) + t**3)
@@ -86,7 +86,7 @@ def spline(count: int, at: float) -> Tensor:
 
 @cache
 def enlarging(cells: int) -> Tensor:
-    """Weights [SIDE, cells + 3] of a smooth curve through `cells` cells and what lies around them."""
+    """Return the weights [SIDE, cells + 3] of a smooth curve through `cells` cells and their neighbours."""
     positions = 1 + (torch.arange(SIDE) + 0.5) * cells / SIDE
     return torch.stack([spline(cells + 3, float(position)) for position in positions])
 
@@ -110,16 +110,16 @@ class Draw:
         return (torch.rand(self.count, generator=self.rng) * high).long()
 
     def smooth(self, cells: int, channels: int = 1) -> Tensor:
-        """Smooth noise of unit variance at the cells: [n, channels, SIDE, SIDE]."""
+        """Return smooth noise with unit variance at the cells, [n, channels, SIDE, SIDE]."""
         up = enlarging(cells)
         return up @ self.normal(channels, cells + 3, cells + 3) @ up.T
 
 
 def characters(label: Tensor, rng: Generator) -> Tensor:
-    """Ink of one character per label, [n, 1, SIDE, SIDE] in [0, 1]."""
+    """Return the ink of one character per label, [n, 1, SIDE, SIDE] in [0, 1]."""
     draw = Draw(len(label), rng)
     # forward map from the unit character to pixels around the centre
-    # mostly centred and upright: a small denoiser learns what a class looks like only where its shapes lie on each other
+    # mostly centred and upright: a small denoiser learns the shape of a class only if its images overlap
     height = SIDE * draw.uniform(0.76, 0.98)
     wide = draw.uniform(0.7, 1.15)
     turn, shear = 0.1 * draw.normal(), 0.15 * draw.normal()
@@ -141,7 +141,7 @@ def characters(label: Tensor, rng: Generator) -> Tensor:
 
 
 def font_shapes(label: Tensor, forward: Tensor, grid: Tensor, draw: Draw) -> Tensor:
-    """Glyphs whose strokes are thinned or thickened by a smooth field: [n, SIDE, SIDE]."""
+    """Return glyphs with strokes thinned or thickened by a smooth field, [n, SIDE, SIDE]."""
     bank = glyphs()
     font = draw.integers(len(FONTS))
     inverse = torch.linalg.inv(forward)
@@ -157,7 +157,7 @@ def font_shapes(label: Tensor, forward: Tensor, grid: Tensor, draw: Draw) -> Ten
 
 
 def resolution(ink: Tensor, draw: Draw) -> Tensor:
-    """Half of the characters lose their detail: scaled down to 8 to 16 pixels and up again; then back to full strength."""
+    """Return the ink with less detail in half of the characters: scaled to 8 to 16 pixels and back, at full strength."""
     kind = draw.integers(10)
     for index, (cells, mode) in enumerate(
         ((8, "bilinear"), (8, "bicubic"), (8, "bilinear"), (11, "bicubic"), (16, "bilinear"))
@@ -172,7 +172,7 @@ def resolution(ink: Tensor, draw: Draw) -> Tensor:
 
 
 def noise(draw: Draw) -> Tensor:
-    """Multi-octave noise with a random spectrum, mostly grey or tinted: [n, 3, SIDE, SIDE], about unit range."""
+    """Return multi-octave noise with a random spectrum, mostly grey or tinted, [n, 3, SIDE, SIDE] of about unit range."""
     slope = draw.uniform(0.2, 1.1, 1, 1, 1)
     colour = draw.uniform(0, 0.8, 1, 1, 1)
     total = torch.zeros(draw.count, 3, SIDE, SIDE)
@@ -182,7 +182,7 @@ def noise(draw: Draw) -> Tensor:
 
 
 def pattern(draw: Draw) -> Tensor:
-    """Stripes, checks or spots, in [-1, 1]: [n, 1, SIDE, SIDE]."""
+    """Return stripes, checks or spots, [n, 1, SIDE, SIDE] in [-1, 1]."""
     ticks = torch.linspace(-1, 1, SIDE)
     y, x = ticks[:, None], ticks[None, :]
     angle, tempo = draw.uniform(0, math.pi, 1, 1), draw.uniform(2, 14, 1, 1)
@@ -198,8 +198,10 @@ def pattern(draw: Draw) -> Tensor:
 
 
 def textures(draw: Draw) -> Tensor:
-    """Grounds with the statistics of photographs: coloured regions that cover each other, with noise and patterns on
-    them and shading over all; [n, 3, SIDE, SIDE] around [0, 1]."""
+    """Return grounds with statistics similar to photographs, [n, 3, SIDE, SIDE] of about [0, 1].
+
+    They are overlapping coloured regions with noise, patterns and shading.
+    """
     ground = draw.uniform(0, 1, 3, 1, 1) + draw.uniform(0.0, 0.25, 1, 1, 1) * noise(draw)
     for cells in (1, 2, 3):
         edge = torch.sigmoid(draw.uniform(3, 40, 1, 1, 1) * (draw.smooth(cells) - draw.uniform(-0.3, 1.3, 1, 1, 1)))
@@ -214,14 +216,14 @@ def textures(draw: Draw) -> Tensor:
 
 
 def shading(draw: Draw) -> Tensor:
-    """A smooth change of brightness across the image, about [-1, 1]: [n, 1, SIDE, SIDE]."""
+    """Return a smooth change of brightness across the image, [n, 1, SIDE, SIDE] of about [-1, 1]."""
     ticks = torch.linspace(-1, 1, SIDE)
     angle = draw.uniform(0, 2 * math.pi, 1, 1, 1)
     return ticks[None, :] * angle.cos() + ticks[:, None] * angle.sin() + 0.5 * draw.smooth(1)
 
 
 def blurred(image: Tensor, amount: Tensor) -> Tensor:
-    """Each image blurred by its own `amount` of pixels ([n, 1], standard deviation of a Gaussian, up to 2)."""
+    """Return each image blurred by its own `amount`, [n, 1]: standard deviation of a Gaussian in pixels, up to 2."""
     n, channels = image.shape[:2]
     taps = torch.arange(-4, 5).float()
     kernel = torch.exp(-0.5 * (taps / amount.clamp_min(0.05)) ** 2)
@@ -232,7 +234,7 @@ def blurred(image: Tensor, amount: Tensor) -> Tensor:
 
 
 def looks(ink: Tensor, rng: Generator) -> Tensor:
-    """Images [n, 3, SIDE, SIDE] in [0, 1] of the characters whose ink is given."""
+    """Return images [n, 3, SIDE, SIDE] in [0, 1] of the characters with this ink."""
     draw = Draw(len(ink), rng)
     kind = draw.uniform(0, 1, 1, 1, 1)
     plain, textured = kind < 0.4, kind > 0.72  # in between: coloured, shaded, blurred, noisy
@@ -272,13 +274,13 @@ def looks(ink: Tensor, rng: Generator) -> Tensor:
 
 
 def rendered(count: int, rng: Generator, classes: Sequence[int] = DIGITS, batch: int = 64) -> dict[str, Tensor]:
-    """A table of `count` rendered digits in random order, as equally many of each class as `count` allows.
+    """Return a table of `count` rendered digits in random order; class counts differ by one at most.
 
     Args:
-        count: images to render; about 2,000 a second on one core.
-        rng: names the images: the same state gives the same bytes.
-        classes: the digits to draw; an image's label is the digit itself.
-        batch: images rendered at once; another value gives other images.
+        count: number of images; one core renders about 2,000 per second.
+        rng: source of all random numbers; the same state gives the same bytes.
+        classes: the digits to render; an image's label is the digit itself.
+        batch: number of images rendered together; another value gives other images.
 
     Returns:
         `{"image": uint8 [count, 3, 32, 32], "label": int64 [count]}`.

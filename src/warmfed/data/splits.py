@@ -1,4 +1,4 @@
-"""Who trains, who validates, who tests: one rule for all sources, under which equal images never straddle a split."""
+"""Split examples into train, validation, test and public images; equal images always share one split."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,23 +14,28 @@ PUBLIC = "public"
 Ints = NDArray[np.int64]
 
 
-def split(pool: Examples, shares: Mapping[str, float], seed: int) -> Texts:
-    """The split of each image of the pool: train, validation, test, public, or "" where it is dropped.
+def split(examples: Examples, shares: Mapping[str, float], seed: int) -> Texts:
+    """Return the split of each image: train, validation, test, public, or "" if the image is dropped.
 
-    Images that no split has claimed are split by `shares` (of "test", "validation" and "public", drawn in their order),
-    class by class. Where a site has "train" but no "validation" or no "test", its share comes out of "train", as the public
-    one always does. Images with equal pixels, or of one group, are one thing, wherever they lie: unclaimed, they go to one
-    split together; where given splits overlap, the copies outside of "test" (then "validation") are dropped.
+    Images without a split are split by `shares`, class by class. If a site has "train" but no "validation" or no "test",
+    that share is taken from "train"; the public share always is. Images with equal pixels, or of one group, form one unit at
+    all sites. A unit without a split goes to one split. If given splits overlap, only the copies in "test" (else in
+    "validation") remain.
+
+    Args:
+        examples: the images.
+        shares: shares of "test", "validation" and "public", drawn in their order.
+        seed: seed of the split.
     """
-    unit = units(pool)
+    unit = units(examples)
     role: dict[int, str] = {}
-    for given in ("validation", "test"):  # the later one wins
-        role.update(dict.fromkeys(unit[pool.split == given].tolist(), given))
+    for given in ("validation", "test"):  # "test" overrides "validation"
+        role.update(dict.fromkeys(unit[examples.split == given].tolist(), given))
     result = np.full(len(unit), DROPPED, dtype="<U10")
-    for site in np.unique(pool.site).tolist():
-        mine = np.flatnonzero(pool.site == site)
-        mine = mine[np.argsort(pool.split[mine], kind="stable")]
-        had, label = pool.split[mine], pool.label[mine]
+    for site in np.unique(examples.site).tolist():
+        mine = np.flatnonzero(examples.site == site)
+        mine = mine[np.argsort(examples.split[mine], kind="stable")]
+        had, label = examples.split[mine], examples.label[mine]
         wanted = {each: share for each, share in shares.items() if each not in had}
         free = (had == WHOLE) | (had == "train")
         for value in np.unique(label).tolist():
@@ -41,26 +46,26 @@ def split(pool: Examples, shares: Mapping[str, float], seed: int) -> Texts:
     return result
 
 
-def units(pool: Examples) -> Ints:
-    """A number for each image [n]; those that must not be parted (equal pixels, one group) have the same."""
-    if not len(pool.label):
+def units(examples: Examples) -> Ints:
+    """Return the unit of each image, int64 [n]; images with equal pixels, or of one group, have the same unit."""
+    if not len(examples.label):
         return np.zeros(0, np.int64)
-    _, same = np.unique(np.ascontiguousarray(pool.digest).view("V32").ravel(), return_inverse=True)
-    if pool.group is None:
+    _, same = np.unique(np.ascontiguousarray(examples.digest).view("V32").ravel(), return_inverse=True)
+    if examples.group is None:
         return same.astype(np.int64)
-    # a quarter of a light import of this package, and only groups need it
+    # imported here: it takes a quarter of this package's import time, and only groups need it
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    names, group = np.unique(pool.group, return_inverse=True)
-    held = pool.group != ""
+    names, group = np.unique(examples.group, return_inverse=True)
+    held = examples.group != ""
     size = int(same.max()) + 1
     links = coo_array((np.ones(held.sum(), np.int8), (same[held], size + group[held])), shape=(size + len(names),) * 2)
     return connected_components(links, directed=False)[1][same].astype(np.int64)
 
 
 def _claim(free: list[int], role: dict[int, str], wanted: Mapping[str, float], random: np.random.RandomState) -> None:
-    """Give each unit of `free` that has none a role, so that the splits come as near to their wanted shares as units allow."""
+    """Assign a split to each unit of `free` without one, as near to the wanted shares as the units allow."""
     target: dict[str, int] = {split: round(part * len(free)) for split, part in wanted.items()}
     for unit in free:
         if role.get(unit) in target:
@@ -74,11 +79,12 @@ def _claim(free: list[int], role: dict[int, str], wanted: Mapping[str, float], r
             target[split] -= copies
 
 
-def remarks(pool: Examples, splits: Texts) -> list[str]:
-    """What there is to say of repeated and dropped images."""
-    _, same, count = np.unique(np.ascontiguousarray(pool.digest).view("V32").ravel(), return_inverse=True, return_counts=True)
+def remarks(examples: Examples, splits: Texts) -> list[str]:
+    """Return notes on repeated and dropped images."""
+    digest = np.ascontiguousarray(examples.digest).view("V32").ravel()
+    _, same, count = np.unique(digest, return_inverse=True, return_counts=True)
     held: dict[int, set[int]] = {}
-    for unit, label in zip(same.tolist(), pool.label.tolist(), strict=True):
+    for unit, label in zip(same.tolist(), examples.label.tolist(), strict=True):
         if count[unit] > 1:
             held.setdefault(unit, set()).add(label)
     surplus, dropped = int((count - 1).sum()), int((splits == DROPPED).sum())

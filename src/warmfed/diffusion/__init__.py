@@ -1,1 +1,1 @@
-"""The generator: latent diffusion pipelines, LoRA adapters, synthesis. Heavy libraries are imported here only, when used."""
+"""The generator: latent diffusion pipelines, LoRA adapters and sampling. Heavy libraries are imported only here, on use."""

@@ -1,4 +1,4 @@
-"""Bi-level personalisation of a frozen pipeline (FedBiP): learned concept vectors, and noised latents to begin from."""
+"""Bi-level personalisation of a frozen pipeline (FedBiP): learned concept vectors and noised latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .sampler import flows, timed
 
 
 class Conceived(nn.Module):
-    """A frozen denoiser whose prompts are the classes' texts plus a vector for the domain and one for the class."""
+    """A frozen denoiser. Its prompts are the classes' texts plus one vector for the domain and one for the class."""
 
     def __init__(self, base: Parts, prompts: Sequence[str]) -> None:
         super().__init__()
@@ -34,43 +34,47 @@ class Conceived(nn.Module):
         self.concept = nn.Parameter(torch.zeros(len(prompts), width))  # V
 
     def condition(self, labels: Tensor) -> Condition:
-        """What the denoiser is told of these classes, n rows."""
-        told = {name: table[labels] for name, table in self.text.items()}
-        return {**told, "prompt": told["prompt"] + self.domain + self.concept[labels][:, None]}
+        """Return the conditioning of these classes, n rows."""
+        condition = {name: table[labels] for name, table in self.text.items()}
+        return {**condition, "prompt": condition["prompt"] + self.domain + self.concept[labels][:, None]}
 
     def forward(self, noisy: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's prediction for latents [n, c, h, w] under n prompts."""
+        """Return the denoiser's prediction for latents [n, c, h, w] with n prompts."""
         return self.base.family.ask(self.denoiser, noisy, time, condition, self.base.scale, self.base.dtype)
 
 
 @dataclass(frozen=True)
 class Concepts:
-    """A `Generator` whose adapters are concept vectors and noised latents, in 16 bits:
+    """A `Generator` whose adapters are concept vectors and noised latents.
 
-    domain [width], concept [classes, width], latent [n, c, h, w], one for each training image, and of, int64 [n], its class.
+    Shapes:
+        In 16 bits: domain [width], concept [classes, width], and latent [n, c, h, w], one per training image. of: int64 [n],
+        the class of each latent.
     """
 
     diffusion: LatentDiffusion
+    """Pipeline that samples."""
     signal: float
-    """ᾱ of the latents: the share of their variance that is image."""
+    """ᾱ of the latents: the image's share of their variance."""
     variation: float
-    """Standard deviation of what is added to the domain's vector of each sample."""
+    """Standard deviation of the noise on the domain vector of each sample."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of the base's files."""
+        """Return the SHA-256 of the base's files."""
         return self.diffusion.fingerprint()
 
     def check_settings(self) -> None:
-        """Raise `InputError` where latents under so much noise cannot be drawn from with these settings and this base."""
+        """Raise `InputError` if these settings and this base cannot sample from latents with this noise."""
         self.diffusion.check_settings()
         if self.diffusion.adapters:
-            raise InputError("FedBiP's sites send latents, not adapters; take generator.adapters out of the configuration")
+            raise InputError("FedBiP's sites send latents, not adapters; remove generator.adapters from the configuration")
         noise = self.diffusion.noise()
         if flows({"_class_name": type(noise).__name__, **noise.config}):
-            raise InputError(f"FedBiP needs a diffusion process, and {self.diffusion.base} is a flow; choose another base")
+            raise InputError(f"FedBiP needs a diffusion process, but {self.diffusion.base} is a flow; set another base")
         timed(noise, self.diffusion.sampler, self.diffusion.steps, self.diffusion.spacing, self.begin(noise.alphas_cumprod))
 
     def adapt(self, ctx: ClientContext) -> tuple[Tensors, dict[str, float]]:
+        """Return the site's adapter and the metrics of its training."""
         model = self._model(ctx.prompts, ctx.device)
         task = LoraTask(model, micro_batch(self.diffusion, len(ctx.prompts), ctx.device), self._parts(ctx.device))
         start = {"domain": torch.zeros_like(model.domain).cpu(), "concept": torch.zeros_like(model.concept).cpu()}
@@ -80,7 +84,7 @@ class Concepts:
         return {**tensors, "of": ctx.data["train"]["label"].clone()}, info
 
     def noised(self, table: Table, device: str, rng: torch.Generator) -> Tensor:
-        """√ᾱ·z + √(1 - ᾱ)·ε for each image, z a mixture of its latent and that of an image of its class."""
+        """Return √ᾱ·z + √(1 - ᾱ)·ε for each image; z mixes its latent with that of an image of the same class."""
         mean, deviation = (part.cpu() for part in self._parts(device).encode(table["image"]))
         partner = torch.empty(len(mean), dtype=torch.int64)
         for label in table["label"].unique():
@@ -92,6 +96,7 @@ class Concepts:
         return self.signal**0.5 * mixed + (1 - self.signal) ** 0.5 * noise
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
+        """Raise `InputError` if an adapter does not fit this base and these prompts, or has no latent of a class."""
         base, of = self._parts("cpu"), adapter.get("of", torch.empty(0))
         if of.ndim != 1 or of.dtype != torch.int64 or not len(of) or of.min() < 0 or of.max() >= len(prompts):
             raise InputError(f"{who}: 'of' must name a class from 0 to {len(prompts) - 1} for each latent; adapt again")
@@ -104,14 +109,20 @@ class Concepts:
         }
         lora.check(adapter, like, who)
         if missing := set(classes) - set(of.tolist()):
-            raise InputError(f"{who}: the site holds class {min(missing)}, but has sent no latent of it; adapt again")
+            raise InputError(f"{who}: the site has class {min(missing)}, but sent no latent of it; adapt again")
 
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
-        """One file, `<site>.concepts.safetensors`: the vectors. The latents have served when S is drawn, and tell of images."""
+        """Write the vectors to `<site>.concepts.safetensors`.
+
+        The latents are not written: they reveal images, and nothing needs them after the sampling of S.
+        """
         atomic_write(folder / f"{site}.concepts.safetensors", save({name: adapter[name] for name in ("domain", "concept")}))
 
     def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: AnyContext) -> Tensor:
-        """One image for each label, from the site's latents of its class in turn; without an adapter: from the base alone."""
+        """Return one image per label, uint8 [n, 3, h, w], from the site's latents of its class in turn.
+
+        Without an adapter, the base samples from noise.
+        """
         if adapter is None:
             return self.diffusion.synthesize(None, prompts, labels, ctx)
         loaded, model = self._parts(ctx.device), self._model(tuple(prompts), ctx.device).eval()
@@ -130,19 +141,23 @@ class Concepts:
         return torch.cat(images)
 
     def begin(self, alphas: Tensor) -> int:
-        """The first time at which no more than `signal` of a latent is image."""
+        """Return the first time with ᾱ of at most `signal`."""
         there = (alphas <= self.signal).nonzero()
         return int(there[0]) if len(there) else len(alphas) - 1
 
     @staticmethod
     def turns(of: Tensor, labels: Tensor) -> Tensor:
-        """For each label the row of a latent of its class: the first one, the second one, … and from the front again."""
+        """Return for each label the row of a latent of its class; the rows of a class are used in turn.
+
+        Raises:
+            InputError: if a class has no latent.
+        """
         rows = torch.empty(len(labels), dtype=torch.int64)
         for label in labels.unique():
-            held, asked = (of == label).nonzero()[:, 0], labels == label
+            held, wanted = (of == label).nonzero()[:, 0], labels == label
             if not len(held):
-                raise InputError(f"the site has sent no latent of class {int(label)}, but holds it; adapt again")
-            rows[asked] = held[torch.arange(int(asked.sum())) % len(held)]
+                raise InputError(f"the site has class {int(label)}, but sent no latent of it; adapt again")
+            rows[wanted] = held[torch.arange(int(wanted.sum())) % len(held)]
         return rows
 
     def _model(self, prompts: Sequence[str], device: str) -> Conceived:

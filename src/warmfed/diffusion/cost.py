@@ -1,7 +1,7 @@
-"""What a generator will cost, by count: its network runs on torch's meta device, which knows shapes and holds no numbers.
+"""Estimate the cost of a generator: count the operations of its network on torch's meta device, which has no values.
 
-Memory is the most that is alive at once of what the work makes, from the storages of its tensors; time is a roofline over
-three speeds of this machine (matrix products, copies, calls), so it is right to about a factor of two.
+Memory is the peak of the bytes that the work allocates, from the storages of its tensors. Time is a roofline over three
+speeds of this machine (matrix products, copies, calls) and is accurate to about a factor of two.
 """
 
 import functools
@@ -32,18 +32,19 @@ from .settings import GeneratorSettings
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one piece of work."""
+    """Cost of a computation."""
 
     flops: float = 0.0
+    """Floating-point operations."""
     moved: float = 0.0
-    """Bytes that operations read and write."""
+    """Bytes that the operations read and write."""
     calls: float = 0.0
-    """Operations."""
+    """Number of operations."""
     peak: float = 0.0
-    """Bytes that are alive at once, of what the work itself makes."""
+    """Peak of the bytes that the computation allocates."""
 
     def times(self, count: float) -> "Cost":
-        """This work again and again."""
+        """Return the cost of `count` repetitions."""
         return Cost(self.flops * count, self.moved * count, self.calls * count, self.peak)
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -54,11 +55,11 @@ class Cost:
 
 T = TypeVar("T", bound=GeneratorSettings)
 _EVERY = 20
-"""Operations after which cycles of dead objects are looked for."""
+"""Operations between two collections of cyclic garbage."""
 
 
 class _Alive(TorchDispatchMode):
-    """Counts operations, the bytes that they touch, and the most bytes of new storages alive at once."""
+    """Count operations, the bytes that they read and write, and the peak bytes of new storages."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -93,9 +94,9 @@ class _Alive(TorchDispatchMode):
 
 @contextmanager
 def _fused() -> Iterator[None]:
-    """Inside, attention is what the fused kernels of a processor or graphics card compute: its square is never whole.
+    """Replace attention by a fused kernel inside the context, as on a CPU or GPU; it never stores the whole matrix.
 
-    The meta device would take the plain formula. A mode would not reach what checkpoints compute again.
+    The meta device would use the plain formula. A dispatch mode would not reach the recomputation of checkpoints.
     """
     functions: Any = F
     plain = functions.scaled_dot_product_attention
@@ -115,10 +116,10 @@ def _fused() -> Iterator[None]:
 
 
 def counted(work: Callable[[], object]) -> Cost:
-    """What a piece of work costs; its tensors should be on the meta device."""
+    """Return the cost of `work`, whose tensors should be on the meta device."""
     flops, alive, automatic = FlopCounterMode(display=False), _Alive(), gc.isenabled()
     gc.collect()
-    gc.disable()  # checkpoints hold tensors in cycles: they are to go at the same places in every count
+    gc.disable()  # checkpoints hold tensors in cycles; collections at fixed places make the counts reproducible
     try:
         with _fused(), flops, alive:
             work()
@@ -133,20 +134,20 @@ class Machine:
     """Three speeds of a device."""
 
     flops: float
-    """Of matrix products, each second."""
+    """Floating-point operations of matrix products per second."""
     bytes: float
-    """Read and written by copies, each second."""
+    """Bytes that copies read and write per second."""
     call: float
-    """Seconds of an operation on next to nothing."""
+    """Seconds of one operation on a tiny tensor."""
 
     def seconds(self, cost: Cost) -> float:
-        """How long some work takes if it does one after the other."""
+        """Return the seconds of a computation, as a sum of the three parts."""
         return cost.flops / self.flops + cost.moved / self.bytes + cost.calls * self.call
 
 
 @functools.cache
 def machine(device: str, dtype: str) -> Machine:
-    """This machine, measured in a fraction of a second."""
+    """Return the speeds of this machine, measured in a fraction of a second."""
     kind = pipeline.DTYPES[dtype]
     square, long, one = (torch.ones(shape, dtype=kind, device=device) for shape in ((512, 512), (2**23,), (8,)))
     products, copies, calls = (
@@ -158,7 +159,7 @@ def machine(device: str, dtype: str) -> Machine:
 
 
 def _rate(work: Callable[[], object], device: str) -> float:
-    """How often a second."""
+    """Return the calls of `work` per second."""
 
     def wait() -> float:
         if device != "cpu":
@@ -174,7 +175,7 @@ def _rate(work: Callable[[], object], device: str) -> float:
 
 
 def skeleton(base: str, dtype: str = "fp32") -> pipeline.Parts:
-    """A base's parts on the meta device: shapes without numbers. Its prompts are empty tables of the right shape."""
+    """Return a base's parts on the meta device, without values. Its prompts are empty tensors of the right shape."""
     kind, made = outline(base)
     loaded: dict[str, Any] = dict.fromkeys(kind.parts)
     for part in kind.models:
@@ -191,32 +192,36 @@ def skeleton(base: str, dtype: str = "fp32") -> pipeline.Parts:
 
 
 def told(kind: Family, made: Outline) -> dict[str, tuple[int, ...]]:
-    """Shape of what the denoiser is told of one prompt."""
+    """Return the shapes of the conditioning of one prompt."""
     return kind.shapes({name: config for name, (_, _, config) in made.items()})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A generator's costs."""
+    """Costs of a generator."""
 
     weights: int
     """Bytes of the base."""
     adapter: int
-    """Bytes that a site sends."""
+    """Bytes of an adapter."""
     learned: int
-    """Numbers in it."""
+    """Number of trained parameters."""
     encode: Cost
-    """Of the latents of one image."""
+    """Cost of encoding one image."""
     train: Cost
-    """Of one batch of adaptation: `peak` is all that it needs beside the base, with the optimizer's state."""
+    """Cost of one training batch; `peak` includes the optimizer's state, but not the base."""
     sample: Cost
-    """Of one step of the sampler with one batch."""
+    """Cost of one sampler step with one batch."""
     decode: Cost
-    """Of one batch of latents."""
+    """Cost of decoding one batch of latents."""
 
 
 def plan(generator: GeneratorSettings, classes: int) -> Plan:
-    """Count what a generator costs; touches no weights. Raises `InputError` where the base is not known."""
+    """Return the costs of a generator, without its weights.
+
+    Raises:
+        InputError: if the base is unknown.
+    """
     parts = skeleton(generator.base, generator.dtype)
     generator = replace(generator, size=generator.size or side(generator.base))
     weights = sum(_bytes(parts.part(name)) for name in parts.family.models)
@@ -229,8 +234,8 @@ def plan(generator: GeneratorSettings, classes: int) -> Plan:
     ]
     words = classes * model.prompts.shape[-1] if generator.lora.textual_inversion else 0
     learned = sum(value.numel() for value in live) + words
-    wide = sum(value.numel() for value in model.magnitudes.values())  # DoRA's travel in 32 bits
-    live += [model.prompts] if words else []  # through which a token learns
+    wide = sum(value.numel() for value in model.magnitudes.values())  # DoRA's magnitudes are sent in 32 bits
+    live += [model.prompts] if words else []  # the gradient of a token goes through the prompts
     for value in live:
         value.requires_grad_(True)
     if generator.lora.gradient_checkpointing:
@@ -271,9 +276,12 @@ def plan(generator: GeneratorSettings, classes: int) -> Plan:
 
 
 def micro_batch(settings: T, classes: int, device: str) -> T:
-    """Return the settings with a `training.micro_batch_size` whose forward and backward pass fits into half of the free memory.
+    """Return the settings with a `training.micro_batch_size` whose training step fits into half of the free memory.
 
-    They are returned as they are if `lora.auto_micro_batch` is not set. Raises `InputError` if not even one image fits.
+    Without `lora.auto_micro_batch`, return the settings unchanged.
+
+    Raises:
+        InputError: if not even one image fits.
     """
     if not settings.lora.auto_micro_batch:
         return settings
@@ -289,7 +297,7 @@ def micro_batch(settings: T, classes: int, device: str) -> T:
         return replace(settings, training=replace(settings.training, micro_batch_size=0))
     if room < 1:
         raise InputError(
-            f"one image of a batch needs {(fixed + each) / 1e6:.0f} MB, half of what is free is {free(device) / 2e6:.0f} MB; "
+            f"one image of a batch needs {(fixed + each) / 1e6:.0f} MB, but only {free(device) / 2e6:.0f} MB may be used; "
             "set generator.lora.gradient_checkpointing, or free some memory"
         )
     in_equal_parts = -(-batch // -(-batch // room))
@@ -301,12 +309,12 @@ def _bytes(model: Any) -> int:
 
 
 def _read(encoder: Any, count: int, prompts: Tensor) -> None:
-    """A pass of the text encoder over so many prompts with a learned word in each, and back to the words."""
+    """Run the text encoder forward and backward over `count` prompts with one learned word each."""
     _, tokens, width = prompts.shape
     words = torch.empty(count, 1, width, device="meta", requires_grad=True)
     hook = encoder.get_input_embeddings().register_forward_hook(lambda module, given, found: found + words.to(found.dtype))
     try:
-        said = encoder(torch.zeros(count, tokens, dtype=torch.int64, device="meta"))[0]
-        torch.autograd.grad(said.float().sum(), words)
+        embedded = encoder(torch.zeros(count, tokens, dtype=torch.int64, device="meta"))[0]
+        torch.autograd.grad(embedded.float().sum(), words)
     finally:
         hook.remove()

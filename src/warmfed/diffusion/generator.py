@@ -1,4 +1,4 @@
-"""A latent diffusion pipeline as a `Generator`: one code path for the embedded base and for pipelines of any family."""
+"""A latent diffusion pipeline as a `Generator`, with one code path for all families and the embedded base."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,8 @@ from ..core import AnyContext, ClientContext
 from ..core.rng import spawn
 from ..core.tensors import Tensors
 from ..utils.errors import InputError, suggest
-from . import known_pipelines as outlines
+from . import known_pipelines, pipeline
 from . import lora as lora
-from . import pipeline
 from .cost import micro_batch
 from .lora import Adapted
 from .lora_import import digest, imported
@@ -27,25 +26,26 @@ from .settings import GeneratorSettings
 
 @dataclass(frozen=True)
 class LatentDiffusion(GeneratorSettings):
-    """Adapts by LoRA on cached latents and samples with a few steps of DPM-Solver++ (a `Generator`)."""
+    """Adapt a pipeline with LoRA on cached latents, and sample from it (a `Generator`)."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of the base's files, and of the adapters that come from elsewhere."""
+        """Return the SHA-256 of the base's files and of the imported adapters."""
         base = pipeline.fingerprint(self.base)
         return digest(base, self.adapters) if self.adapters else base
 
     def check_settings(self) -> None:
-        """Raise `InputError` where these settings cannot draw with this base, whose weights need not be there."""
+        """Raise `InputError` if these settings cannot sample from this base; its weights need not exist."""
         timed(self.noise(), self.sampler, self.steps, self.spacing)
         if self.compile and self.compile not in torch._dynamo.list_backends(()):
             known = torch._dynamo.list_backends(())
             raise InputError(f"torch.compile has no backend {self.compile!r}{suggest(self.compile, known)}")
 
     def noise(self) -> Any:
-        """The base's own scheduler."""
-        return outlines.build(*outlines.outline(self.base)[1]["scheduler"])
+        """Return the base's own scheduler."""
+        return known_pipelines.build(*known_pipelines.outline(self.base)[1]["scheduler"])
 
     def adapt(self, ctx: ClientContext) -> tuple[Tensors, dict[str, float]]:
+        """Return the site's adapter and the metrics of its training; an imported adapter is not trained."""
         if ctx.site in self.adapters:
             return self.imported(ctx.site, ctx.prompts), {"imported": 1.0}
         model, base = self._model(ctx.prompts, ctx.device), self._parts(ctx.device)
@@ -62,22 +62,24 @@ class LatentDiffusion(GeneratorSettings):
         return lora.to_diffusers(tensors, self.lora.scale(self.rank)), info
 
     def imported(self, site: str, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """A site's adapter from the file that `adapters` names; raises `InputError` where it does not fit."""
+        """Return a site's adapter from its file in `adapters`; raise `InputError` if it does not fit."""
         return imported(Path(self.adapters[site]), self._like(prompts), self._parts("cpu"), self, site)
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
+        """Raise `InputError` if an adapter does not fit this base and these settings."""
         lora.check(adapter, lora.to_diffusers(self._like(prompts)), who)
 
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
+        """Write a site's adapter to a folder, as `lora.write` does."""
         lora.write(adapter, folder, site)
 
     def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: AnyContext) -> Tensor:
-        """One image for each label, uint8 [n, 3, h, w]; without an adapter: from the base alone, by its own prompts."""
+        """Return one image per label, uint8 [n, 3, h, w]; without an adapter, from the base with its own prompts."""
         base = self._parts(ctx.device)
         return torch.cat([base.decode(part, self.batch_size) for part in self._drawn(adapter, prompts, labels, ctx)])
 
     def drawn_latents(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: AnyContext) -> Tensor:
-        """The same images before they are decoded, float [n, c, h, w]."""
+        """Return the latents of the same images, float [n, c, h, w]."""
         return torch.cat(list(self._drawn(adapter, prompts, labels, ctx)))
 
     def _drawn(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: AnyContext) -> Iterator[Tensor]:
@@ -102,16 +104,21 @@ class LatentDiffusion(GeneratorSettings):
         rng: torch.Generator,
         begin: int | None = None,
     ) -> Tensor:
-        """Clean latents of noise [n, c, h, w].
+        """Return the clean latents of noise [n, c, h, w].
 
         Args:
-            rng: for samplers that draw noise at each step.
-            begin: the time that the noise is of; none: the last one.
+            model: the adapted denoiser.
+            base: the parts of the pipeline.
+            latents: the noise.
+            condition: conditioning of the samples, n rows.
+            empty: conditioning of the empty prompt, one row.
+            rng: source of the noise of samplers that add noise at each step.
+            begin: time of the noise; None: the last one.
         """
         solver = timed(base.scheduler, self.sampler, self.steps, self.spacing, begin, latents.device)
         against = base.embed([self.negative_prompt]) if self.negative_prompt else empty
-        asked = _compiled(model, self.compile) if self.compile else model
-        return draw(asked, solver, latents, condition, against, self.guidance, self.guidance_interval, rng)
+        denoiser = _compiled(model, self.compile) if self.compile else model
+        return draw(denoiser, solver, latents, condition, against, self.guidance, self.guidance_interval, rng)
 
     def _model(self, prompts: Sequence[str], device: str) -> Adapted:
         kind = (self.base, tuple(prompts), self.rank, self.target_modules, device, self.dtype)
@@ -124,7 +131,7 @@ class LatentDiffusion(GeneratorSettings):
         return self._learned(lora.fresh(self._model(prompts, "cpu"), torch.Generator()))
 
     def _learned(self, adapter: Tensors) -> dict[str, Tensor]:
-        """What of a fresh adapter is learned and travels."""
+        """Return the trained tensors of a fresh adapter."""
         return {name: tensor for name, tensor in adapter.items() if self.prompts or name != lora.PROMPTS}
 
 

@@ -1,6 +1,7 @@
-"""What known pipelines of the hub are made of, so that a run can be planned before gigabytes are fetched.
+"""Configurations of known pipelines of the hub, so that a dry run needs no download.
 
-Only what differs from the defaults of diffusers' and transformers' classes; a folder's own files count where there are any.
+They hold only the differences from the defaults of diffusers' and transformers' classes. If the files of a pipeline exist,
+they are used instead.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ _VAE = {
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 Outline = dict[str, tuple[str, str, dict[str, Any]]]
-"""By folder: library, class and configuration."""
+"""Library, class and configuration of each part, by folder."""
 
 
 def _stable(unet: dict[str, Any], text: dict[str, Any], prediction: str) -> dict[str, Any]:
@@ -85,14 +86,14 @@ KNOWN: dict[str, dict[str, Any]] = {
         }),
     },
 }  # fmt: skip
-"""By repository."""
+"""Configurations by repository."""
 
 
 def outline(base: str) -> tuple[Family, Outline]:
-    """The family of a base, and what it is made of; weights need not be there.
+    """Return the family of a base and the configuration of its parts; the weights need not exist.
 
     Raises:
-        InputError: the base is neither there nor known.
+        InputError: if the base neither exists nor is known.
     """
     try:
         folder = pipeline.find(base, weights=False)
@@ -110,7 +111,7 @@ def outline(base: str) -> tuple[Family, Outline]:
 
 
 def build(library: str, name: str, config: dict[str, Any]) -> nn.Module:
-    """A part of random weights; under `torch.device("meta")` of none."""
+    """Return a part with random weights; under `torch.device("meta")` it has no values."""
     import diffusers
     import transformers
 
@@ -122,6 +123,6 @@ def build(library: str, name: str, config: dict[str, Any]) -> nn.Module:
 
 
 def side(base: str) -> int:
-    """`pipeline.side`, also of a known base that is not there."""
+    """Return the image size in pixels, as `pipeline.side` does, also for a known base without files."""
     kind, made = outline(base)
     return int(made[kind.denoiser][2]["sample_size"]) * pipeline.scale_of(made["vae"][2])

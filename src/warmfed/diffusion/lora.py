@@ -1,8 +1,8 @@
-"""LoRA adapters (Hu et al., ICLR 2022, arXiv:2106.09685) of a pipeline's denoiser, with learned class prompts beside them.
+"""LoRA adapters (Hu et al., ICLR 2022, arXiv:2106.09685) of a pipeline's denoiser, with optional learned class prompts.
 
-The layers are peft's. On the wire and on disk an adapter has diffusers' names (`unet.….lora_A.weight`, 16 bits), so that
-`pipeline.load_lora_weights` takes it. alpha equals the rank, which every tool assumes where no alpha is given: another
-scale is multiplied into B before an adapter leaves. DoRA's magnitudes (Liu et al., ICML 2024, arXiv:2402.09353) keep 32 bits.
+The layers are peft's. On the wire and on disk an adapter has diffusers' names (`unet.….lora_A.weight`, 16 bits), so
+`load_lora_weights` reads it. alpha equals the rank, the default of every tool; another scale is multiplied into B before an
+adapter is sent. DoRA's magnitudes (Liu et al., ICML 2024, arXiv:2402.09353) keep 32 bits.
 """
 
 import copy
@@ -32,7 +32,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
         *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out"),
     ),
 }
-"""Which layers of the denoiser get an adapter."""
+"""Layers of the denoiser with an adapter, by the setting `target_modules`."""
 
 PROMPTS = "prompts"
 TOKENS = "tokens"
@@ -40,26 +40,29 @@ _MAGNITUDE = ".lora_magnitude_vector"
 
 
 class Words:
-    """A learned word for each class in the place of its prompt's last one (textual inversion, Gal et al., ICLR 2023,
-    arXiv:2208.01618): the text encoder stays as it is, and reads the prompts anew at each step."""
+    """Textual inversion (Gal et al., ICLR 2023, arXiv:2208.01618): a learned word replaces the last word of each prompt.
+
+    The text encoder is frozen and encodes the prompts at each step.
+    """
 
     def __init__(self, base: pipeline.Parts) -> None:
         if base.family is not STABLE:
             raise InputError(
-                f"generator.lora.textual_inversion is for one CLIP text encoder, {base.family.name} has others; use prompts"
+                f"generator.lora.textual_inversion needs one CLIP text encoder, {base.family.name} has others; "
+                "set generator.prompts instead"
             )
         self.base = base
         self.ids = self.last = torch.empty(0, dtype=torch.int64)
 
     def take(self, prompts: Sequence[str]) -> Tensor:
-        """Take these prompts, and return the embeddings of their last words, float [classes, width]."""
+        """Set the prompts and return the embeddings of their last words, float [classes, width]."""
         self.ids = ids(self.base.tokenizer, prompts).to(self.base.device)
         self.last = (self.ids == self.base.tokenizer.eos_token_id).int().argmax(1) - 1
         rows = torch.arange(len(prompts), device=self.ids.device)
         return self.base.text_encoder.get_input_embeddings().weight.detach()[self.ids[rows, self.last]].float()
 
     def read(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The prompts of these classes with their learned words, float [n, tokens, width]."""
+        """Return the embedded prompts of these classes with their learned words, float [n, tokens, width]."""
         present, place = labels.unique(return_inverse=True)
         rows = torch.arange(len(present), device=present.device)
 
@@ -74,9 +77,9 @@ class Words:
 
 
 class Adapted(nn.Module):
-    """A frozen denoiser with LoRA layers, and the classes' prompts as parameters.
+    """A frozen denoiser with LoRA layers; the classes' prompts are parameters.
 
-    Its state outside of the adapter never changes, so one instance serves all sites: an adapter is loaded before each use.
+    Only the adapter changes, so all sites share one instance; each use loads an adapter first.
     """
 
     tokens: nn.Parameter | None
@@ -85,34 +88,35 @@ class Adapted(nn.Module):
         super().__init__()
         self.words = Words(base) if words else None
         self.family, self.scale, self.dtype = base.family, base.scale, base.dtype
-        self.add_module(self.family.denoiser, denoiser)  # under its folder's name, which the names in an adapter begin with
+        self.add_module(self.family.denoiser, denoiser)  # under its folder's name, the prefix of the names in an adapter
         self.empty = base.embed([""])
-        self.told: Condition = {}
+        self.conditioning: Condition = {}
         self.prompts = nn.Parameter(self.tell(base, prompts).clone())
         self.tokens = nn.Parameter(self.words.take(prompts)) if self.words else None
         self.magnitudes = {name: p.detach().clone() for name, p in self.named_parameters() if ".lora_magnitude" in name}
 
     def tell(self, base: pipeline.Parts, prompts: Sequence[str]) -> Tensor:
-        """Take what belongs to these classes, and return their prompts' embeddings, float [classes, tokens, width]."""
-        self.told = base.embed(prompts)
-        return self.told.pop("prompt").float()
+        """Set the conditioning of these classes and return their embedded prompts, float [classes, tokens, width]."""
+        self.conditioning = base.embed(prompts)
+        return self.conditioning.pop("prompt").float()
 
     @property
     def denoiser(self) -> nn.Module:
+        """Denoiser with the LoRA layers."""
         return self.get_submodule(self.family.denoiser)
 
     def condition(self, labels: Tensor) -> Condition:
-        """What the denoiser is told of these classes, n rows."""
+        """Return the conditioning of these classes, n rows."""
         prompt = self.words.read(self.tokens, labels) if self.words and self.tokens is not None else self.prompts[labels]
-        return {"prompt": prompt, **{name: table[labels] for name, table in self.told.items()}}
+        return {"prompt": prompt, **{name: table[labels] for name, table in self.conditioning.items()}}
 
     def forward(self, noisy: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's prediction for latents [n, c, h, w] under n prompts."""
+        """Return the denoiser's prediction for latents [n, c, h, w] with n prompts."""
         return self.family.ask(self.denoiser, noisy, time, condition, self.scale, self.dtype)
 
 
 def parts(base: str, device: str, dtype: str = "fp32") -> pipeline.Parts:
-    """A base's parts, loaded once per process."""
+    """Return a base's parts, loaded once per process."""
     return _loaded(base, device, dtype)
 
 
@@ -122,14 +126,14 @@ _loaded = functools.cache(pipeline.load)
 @functools.cache
 def _injected(base: str, classes: int, rank: int, targets: str, device: str, dtype: str, dora: bool, words: bool) -> Adapted:
     loaded = parts(base, device, dtype)
-    # the copy has modules of its own and the base's weights: a base lies in memory once
+    # the copy has its own modules and shares the base's weights, so a base is in memory once
     shared = {id(tensor): tensor for tensor in (*loaded.denoiser.parameters(), *loaded.denoiser.buffers())}
     denoiser = inject(copy.deepcopy(loaded.denoiser, shared), rank, targets, dora)
     return Adapted(loaded, denoiser, [""] * classes, words).requires_grad_(False).to(device)
 
 
 def inject(denoiser: Any, rank: int, targets: str, dora: bool = False) -> Any:
-    """The denoiser with LoRA layers, in 32 bits, beside those that `targets` names."""
+    """Return the denoiser with LoRA layers, in 32 bits, on the layers of `TARGETS[targets]`."""
     from peft import LoraConfig, inject_adapter_in_model
 
     if not TARGETS[targets]:
@@ -152,11 +156,17 @@ def adapted(
     dora: bool = False,
     words: bool = False,
 ) -> Adapted:
-    """The base with LoRA layers and these prompts. The model is made once per process and shared; load an adapter into it.
+    """Return the base with LoRA layers and these prompts, built once per process and shared; load an adapter before use.
 
     Args:
-        dora: with a magnitude for each output, beside A and B.
-        words: whether the prompts are read with a learned word each.
+        base: name or folder of the base.
+        prompts: one prompt per class.
+        rank: rank of A and B.
+        targets: a key of `TARGETS`.
+        device: device of the model.
+        dtype: type of the base's weights.
+        dora: whether each output has a learned magnitude beside A and B.
+        words: whether each prompt has a learned word.
     """
     model = _injected(base, len(prompts), rank, targets, device, dtype, dora, words)
     model.prompts.data.copy_(model.tell(parts(base, device, dtype), prompts))
@@ -167,7 +177,7 @@ def adapted(
 
 @contextmanager
 def scaled(model: Adapted, scale: float) -> Iterator[None]:
-    """Inside, what the LoRA layers add counts `scale` times."""
+    """Scale the updates of the LoRA layers by `scale` inside the context."""
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -181,7 +191,7 @@ def scaled(model: Adapted, scale: float) -> Iterator[None]:
 
 
 def fresh(model: Adapted, rng: torch.Generator) -> dict[str, Tensor]:
-    """An adapter that changes nothing yet: A uniform in ±1/√inputs (peft's choice), B zero, the rest as the base has it."""
+    """Return an adapter with no effect: A is uniform in ±1/√inputs (as in peft), B zero, the rest is the base's."""
     start: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
@@ -199,7 +209,7 @@ _OUT = {".lora_A.default.": ".lora_A.", ".lora_B.default.": ".lora_B.", ".lora_m
 
 
 def to_diffusers(adapter: Tensors, scale: float = 1.0) -> dict[str, Tensor]:
-    """An adapter as it travels: diffusers' names, 16 bits; `scale` is that of the layers that it was learned in."""
+    """Return an adapter with diffusers' names, in 16 bits; B is multiplied by `scale`, the scale of its training."""
     out: dict[str, Tensor] = {}
     for name, tensor in adapter.items():
         outer = _renamed(name, _OUT)
@@ -209,7 +219,7 @@ def to_diffusers(adapter: Tensors, scale: float = 1.0) -> dict[str, Tensor]:
 
 
 def to_peft(adapter: Tensors) -> dict[str, Tensor]:
-    """The names and the type that the model has, of an adapter that has travelled."""
+    """Return an adapter of diffusers' names with peft's names, in 32 bits."""
     return {_renamed(name, {outer: inner for inner, outer in _OUT.items()}): t.float() for name, t in adapter.items()}
 
 
@@ -218,7 +228,7 @@ def _renamed(name: str, words: dict[str, str]) -> str:
 
 
 def check(adapter: Tensors, like: Tensors, who: str) -> None:
-    """Raise `InputError` where an adapter's names, shapes or types are not those of `like` or a value is not finite."""
+    """Raise `InputError` if an adapter's names, shapes or types are not those of `like`, or a value is not finite."""
     for name in sorted(adapter.keys() | like.keys()):
         if name not in adapter or name not in like:
             where = "lacks" if name not in adapter else "has the unknown"
@@ -241,11 +251,13 @@ def check(adapter: Tensors, like: Tensors, who: str) -> None:
 
 @contextmanager
 def applied(model: Adapted, adapter: Tensors, *, fused: bool = True) -> Iterator[Adapted]:
-    """The model with an adapter, inside.
+    """Load an adapter into the model inside the context.
 
     Args:
-        fused: the adapter is folded into the weights, so that sampling costs what the base alone costs; afterwards the
-            layers that it changes have their own weights again, bit for bit. Otherwise its layers stay beside the weights.
+        model: the base with LoRA layers.
+        adapter: tensors with peft's names.
+        fused: whether to merge the adapter into the weights, so that sampling costs as much as with the base alone; the
+            original weights are restored afterwards, bit for bit. Otherwise the LoRA layers stay separate.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -266,10 +278,13 @@ def applied(model: Adapted, adapter: Tensors, *, fused: bool = True) -> Iterator
 
 
 def write(adapter: Tensors, folder: Path, site: str) -> None:
-    """`<site>.safetensors`, which `load_lora_weights` takes; and `<site>.prompts.safetensors`, or `<site>.tokens.safetensors`
-    with a token `<site-0>`, `<site-1>`, … for each class, each of which `load_textual_inversion` takes."""
+    """Write an adapter to a folder.
+
+    diffusers' `load_lora_weights` reads `<site>.safetensors`. Learned prompts are in `<site>.prompts.safetensors`. Tokens
+    `<site-0>`, `<site-1>`, …, one per class, are in `<site>.tokens.safetensors`; `load_textual_inversion` reads each.
+    """
     if layers := only(adapter, lambda name: name not in (PROMPTS, TOKENS)):
-        atomic_write(folder / f"{site}.safetensors", save(layers, {"format": "pt"}))  # byte for byte what diffusers writes
+        atomic_write(folder / f"{site}.safetensors", save(layers, {"format": "pt"}))  # the same bytes as diffusers writes
     if PROMPTS in adapter:
         atomic_write(folder / f"{site}.prompts.safetensors", save({PROMPTS: adapter[PROMPTS].contiguous()}))
     if TOKENS in adapter:
@@ -278,14 +293,14 @@ def write(adapter: Tensors, folder: Path, site: str) -> None:
 
 
 def read(folder: Path, site: str) -> dict[str, Tensor]:
-    """An adapter that `write` wrote; raises `InputError`."""
+    """Return an adapter that `write` wrote; raise `InputError` if a file is missing or damaged."""
     path, who = folder / f"{site}.safetensors", f"the adapter of site {site!r}"
     words = beside(path, who, PROMPTS, TOKENS)
     return opened(path, who) | words if path.exists() or not words else words
 
 
 def beside(path: Path, who: str, *kinds: str) -> dict[str, Tensor]:
-    """The learned prompts or tokens in the files beside that of an adapter's layers, where there are any."""
+    """Return the learned prompts or tokens in the files beside that of an adapter's layers, if there are any."""
     found: dict[str, Tensor] = {}
     for kind in kinds:
         other = path.with_name(f"{path.name.removesuffix('.safetensors')}.{kind}.safetensors")
@@ -297,8 +312,8 @@ def beside(path: Path, who: str, *kinds: str) -> dict[str, Tensor]:
 
 
 def opened(path: Path, who: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises `InputError` where it is missing or damaged."""
+    """Return the tensors of a safetensors file; raise `InputError` if it is missing or damaged."""
     try:
         return load(read_bytes(path, who))
     except SafetensorError as error:
-        raise InputError(f"{who} at {path} is damaged or no safetensors file ({error}); ask the site for it again") from error
+        raise InputError(f"{who} at {path} is damaged or not a safetensors file ({error}); request it again") from error

@@ -1,4 +1,4 @@
-"""How a site learns its adapter: the options that trainers of LoRA adapters have, and the loss; the loop is `fit`."""
+"""Training of an adapter at a site: its loss, its data and the usual options of LoRA trainers; the loop is `fit`."""
 
 import hashlib
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import ClientContext
 from ..core.rng import fork, seeded, spawn, stream
-from ..core.tensors import Table, Tensors, rows, select, sha256, to
+from ..core.tensors import Table, Tensors, rows, select, sha256, strip_prefix, to
 from ..core.training_snapshot import Snapshots
 from ..data.image_cache import Cache
 from ..fit import Stop, fit, solving
@@ -27,20 +27,26 @@ from .settings import GeneratorSettings
 
 
 class LoraTask:
-    """The task of an adapter: the denoising loss under the class's prompt, `model.condition(labels)`."""
+    """The task of an adapter: the denoising loss with the class's prompt, `model.condition(labels)`."""
 
     def __init__(self, model: nn.Module, settings: GeneratorSettings, base: pipeline.Parts, prior: Table | None = None) -> None:
-        """Args:
-        prior: latents of the base's own samples, {"latent": float [m, c, h, w], "label": int64 [m]}, and "told/…": what the
-            base is told of each class.
+        """Create the task.
+
+        Args:
+            model: the base with LoRA layers.
+            settings: the generator's settings.
+            base: the parts of the base.
+            prior: latents of the base's own samples, {"latent": float [m, c, h, w], "label": int64 [m]}, and "condition/…",
+                the base's conditioning of each class.
         """
         self.model, self.settings, self.base, self.prior = model, settings, base, prior
 
     def build(self) -> nn.Module:
+        """Return the model."""
         return self.model
 
     def draw(self, batch: Table) -> dict[str, Tensor]:
-        """Choose each row's view, and draw what its loss needs of random numbers."""
+        """Return the batch of one view per row, with all random numbers of its loss."""
         n, device = len(batch["label"]), batch["label"].device
         view = torch.randint(batch["latent"].shape[1], (n,)).to(device)
         latent = batch["latent"][torch.arange(n, device=device), view]
@@ -55,14 +61,15 @@ class LoraTask:
         return found
 
     def loss(self, model: Any, batch: Table) -> Tensor:
-        """Of a batch that `draw` has made: a mean over its rows."""
+        """Return the mean loss over the rows of a batch from `draw`."""
         condition = chosen(batch["empty"], model.empty, model.condition(batch["label"]))
         total = self._error(model, batch, "", condition)
         if self.prior is None:
             return total
         label = batch["prior/label"]
-        told = {name.removeprefix("told/"): self.prior[name].to(label.device)[label] for name in self.prior if "told/" in name}
-        return total + self.settings.lora.prior_loss_weight * self._error(model, batch, "prior/", told)
+        tables = strip_prefix(self.prior, "condition/")
+        condition = {name: table.to(label.device)[label] for name, table in tables.items()}
+        return total + self.settings.lora.prior_loss_weight * self._error(model, batch, "prior/", condition)
 
     def _error(self, model: Any, batch: Table, of: str, condition: Condition) -> Tensor:
         latent, at = batch[f"{of}latent"], (batch[f"{of}place"], batch[f"{of}noise"])
@@ -78,7 +85,7 @@ class LoraTask:
         )
 
     def judge(self, held: Table, device: str) -> Callable[[nn.Module], float]:
-        """The loss on held-out latents, with the same noise in every call."""
+        """Return a function that computes the loss on held-out latents, with the same noise in every call."""
         plain, held = LoraTask(self.model, replace(self.settings, dropout=0.0), self.base), to(held, device)
 
         def measure(model: nn.Module) -> float:
@@ -92,7 +99,19 @@ class LoraTask:
 
 
 def train_adapter(ctx: ClientContext, task: LoraTask, start: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Train what `start` names on the site's training images, as the settings say. Raises `InputError` as `fit` does."""
+    """Train the tensors of `start` on the site's training images.
+
+    Args:
+        ctx: the site's context.
+        task: the task, with the settings.
+        start: initial tensors.
+
+    Returns:
+        The trained tensors and the metrics of the training.
+
+    Raises:
+        InputError: as `fit` does, or if early stopping has no validation images.
+    """
     settings, base = task.settings, task.base
     lora, training = settings.lora, settings.training
     data = latents(ctx, "train", settings, base)
@@ -100,7 +119,7 @@ def train_adapter(ctx: ClientContext, task: LoraTask, start: Tensors) -> tuple[d
     if lora.patience:
         held = ctx.data.get("validation", {})
         if not held or not rows(held):
-            raise InputError(f"site {ctx.site!r} has no validation images to stop early by; set generator.lora.patience to 0")
+            raise InputError(f"site {ctx.site!r} has no validation images for early stopping; set generator.lora.patience to 0")
         stop = Stop(task.judge(latents(ctx, "validation", settings, base), ctx.device), lora.patience)
     keep = None
     if ctx.snapshot_path is not None and lora.snapshots:
@@ -123,9 +142,9 @@ def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
 
 
 def latents(ctx: ClientContext, split: str, settings: GeneratorSettings, base: pipeline.Parts) -> dict[str, Tensor]:
-    """The latents of images and of their copies, {"latent": float [n, views, c, h, w], "label"}: the encoder leaves the loop.
+    """Return the cached latents of the images and their copies, {"latent": float [n, views, c, h, w], "label"}.
 
-    Training images have shifted copies, and mirrored ones if so asked; validation images are as they are.
+    Training images have shifted copies (`views`) and mirrored ones (`lora.flip`); validation images have none.
     """
     table = ctx.data[split]
     images = [table["image"]]
@@ -142,9 +161,9 @@ def latents(ctx: ClientContext, split: str, settings: GeneratorSettings, base: p
 
 
 def _on_disk(images: Tensor, name: str, base: pipeline.Parts) -> Tensor:
-    """The latents of images, mapped from a file that is made once; those of a few images at a time are in memory.
+    """Return the latents of images, memory-mapped from a file that is written once.
 
-    In the autoencoder's own batches, so that no bit depends on where latents are kept.
+    The batches are those of `Parts.encode`, so the bits are the same as those of latents in memory.
     """
     batch = pipeline.chunk(images.shape[-1])
     _, height, width = images.shape[1:]
@@ -164,7 +183,7 @@ def _on_disk(images: Tensor, name: str, base: pipeline.Parts) -> Tensor:
 
 
 def _shifted(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Each image moved by up to two pixels each way, its edge repeated."""
+    """Return each image shifted by up to two pixels along each axis, with its edge repeated."""
     n, _, height, width = images.shape
     padded = F.pad(images.float(), (2, 2, 2, 2), mode="replicate").to(images.dtype)
     down, right = torch.randint(5, (2, n), generator=rng).tolist()
@@ -174,8 +193,8 @@ def _shifted(images: Tensor, rng: torch.Generator) -> Tensor:
 def prior_samples(
     ctx: ClientContext, settings: GeneratorSettings, base: pipeline.Parts, draw: Callable[..., Tensor]
 ) -> dict[str, Tensor]:
-    """Return latents of the site's classes as `draw` makes them by the base alone; `ctx.rng` stays where it is."""
+    """Return latents of the site's classes that `draw` samples from the base; `ctx.rng` does not advance."""
     label = ctx.data["train"]["label"].unique().repeat_interleave(settings.lora.prior_images)
     latent = draw(None, ctx.prompts, label, replace(ctx, rng=fork(ctx.rng, "prior")))
-    told = {f"told/{name}": table.cpu() for name, table in base.embed(ctx.prompts).items()}
-    return {"latent": latent.cpu(), "label": label, **told}
+    condition = {f"condition/{name}": table.cpu() for name, table in base.embed(ctx.prompts).items()}
+    return {"latent": latent.cpu(), "label": label, **condition}

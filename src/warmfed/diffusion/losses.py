@@ -1,4 +1,4 @@
-"""The loss of a denoiser: what pre-training and adaptation share."""
+"""Losses of a denoiser, for pre-training and adaptation."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,18 @@ from ..utils.errors import InputError
 
 
 def drawn(latent: Tensor, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """What a loss draws from torch's global stream for latents [n, c, h, w]: places of the times in [0, 1), and the noise.
+    """Return the random numbers of a loss for latents [n, c, h, w], from torch's global stream.
 
-    The places are stratified: the i-th row's is uniform in the i-th part of the range, which leaves the expectation as it is
-    and lowers its variance.
+    The times are stratified: the i-th row's is uniform in the i-th part of the range. This lowers the variance and keeps the
+    expectation.
 
     Args:
-        offset: standard deviation of what is added to the noise of each channel as a whole ("offset noise": a model learns
-            to move an image's mean, which it needs for pictures that are dark or bright all over).
+        latent: clean latents.
+        offset: standard deviation of the offset noise, one value per channel. With it a model learns to change an image's
+            mean, as very dark or bright pictures need.
+
+    Returns:
+        Times as float [n] in [0, 1), and the noise [n, c, h, w].
     """
     n = len(latent)
     place = (torch.arange(n) + torch.rand(n)) / n
@@ -34,20 +38,25 @@ def denoising_loss(
     gamma: float | None,
     at: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Mean squared error of a denoiser at random times, its weight on a clean image held between 1 and γ.
+    """Return the mean squared error of a denoiser at random times, with capped weights.
 
-    In terms of the error of the clean image, a loss on noise weighs a time by its signal-to-noise ratio, a loss on v by that
-    ratio plus one (Salimans and Ho, ICLR 2022, arXiv:2202.00512). Min-SNR-γ (Hang et al., ICCV 2023, arXiv:2303.09556) caps
-    this weight at γ, where there is little noise. We cap it too, but keep v's "plus one" where there is much: colours and
-    the coarse shape, which tell the class, are decided there, and a small model that hardly learns them draws grey.
+    In terms of the error of the clean image, a loss on noise has the signal-to-noise ratio (SNR) as weight, and a loss on v
+    has SNR + 1. Min-SNR-γ caps this weight at γ, which matters at low noise. This loss has the same cap, but keeps the
+    "+ 1" of v at high noise: those times decide the colours and the coarse shape, and a small model needs them.
 
     Args:
-        predict: predict(noisy, time), float [n, c, h, w] and int64 [n]; the model's output.
+        predict: predict(noisy, time), float [n, c, h, w] and int64 [n]; returns the model's output.
         latent: clean latents, float [n, c, h, w].
         alphas: ᾱ_t, float [T].
-        prediction: what the model predicts, "epsilon" or "v_prediction".
-        gamma: the largest weight; 0: no cap; none: a time weighs ᾱ_t.
-        at: what `drawn` has drawn; none: it is drawn here.
+        prediction: the model's target, "epsilon" or "v_prediction".
+        gamma: the largest weight; 0: no cap; None: the weight of a time is ᾱ_t.
+        at: the result of `drawn`; None: drawn here.
+
+    Raises:
+        InputError: if `prediction` is not supported.
+
+    References:
+        v: Salimans and Ho, ICLR 2022, arXiv:2202.00512. Min-SNR-γ: Hang et al., ICCV 2023, arXiv:2303.09556.
     """
     place, noise = at or drawn(latent)
     time = (place * len(alphas)).long().clamp_max(len(alphas) - 1)
@@ -61,7 +70,7 @@ def denoising_loss(
         case "v_prediction":
             target, weight = signal.sqrt() * noise - (1 - signal).sqrt() * latent, (ratio + 1).clamp_max(cap) / (ratio + 1)
         case _:
-            raise InputError(f"the scheduler predicts {prediction!r}; epsilon and v_prediction are supported")
+            raise InputError(f"expected a prediction of epsilon or v_prediction, got {prediction!r}; set another base")
     error = (predict(noisy, time) - target).square()
     if gamma is None:
         return (signal * error).mean()
@@ -75,15 +84,19 @@ def flow_loss(
     times: int,
     at: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Mean squared error of a rectified flow's velocity (Liu et al., ICLR 2023, arXiv:2209.03003) at random noise levels.
+    """Return the mean squared error of a rectified flow's velocity at random noise levels.
 
-    Levels σ are uniform, then shifted as the base's sampler does:
-    σ' = shift·σ / (1 + (shift - 1)·σ) (Esser et al., ICML 2024, arXiv:2403.03206).
+    Levels σ are uniform, then shifted as in the base's sampler: σ' = shift·σ / (1 + (shift - 1)·σ).
 
     Args:
-        predict: predict(noisy, time), float [n, c, h, w] and float [n], time = σ·`times`; the model's output, ε - z.
+        predict: predict(noisy, time), float [n, c, h, w] and float [n], time = σ'·`times`; returns the output, ε - z.
         latent: clean latents z, float [n, c, h, w].
-        at: what `drawn` has drawn; none: it is drawn here.
+        shift: shift of the noise levels.
+        times: number of times of the base's scheduler.
+        at: the result of `drawn`; None: drawn here.
+
+    References:
+        Rectified flow: Liu et al., ICLR 2023, arXiv:2209.03003. Shift: Esser et al., ICML 2024, arXiv:2403.03206.
     """
     level, noise = at or drawn(latent)
     level = (shift * level / (1 + (shift - 1) * level)).to(latent)

@@ -1,4 +1,4 @@
-"""Diffusion networks and noise schedules of our own settings, built from diffusers' parts."""
+"""Diffusion networks and noise schedules, built from diffusers' classes."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from ..utils.settings import check_choices
 from .pipeline import Parts
 
 LATENT = 8
-"""Side of the latents of `text_to_image`, whatever that of the images."""
+"""Side of the latents of `text_to_image`, for every image size."""
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "exponential": ""}
 
 
@@ -25,61 +25,61 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 @dataclass(frozen=True)
 class DenoiserSettings:
-    """What a denoiser is, how it learns and how it draws."""
+    """Settings of a denoiser: network, training and sampling."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {"gamma": "min_snr_gamma", "batch": "batch_size"}
 
     denoiser: Literal["unet", "dit"] = "dit"
-    """unet (Ho et al., NeurIPS 2020) or dit (Peebles and Xie, ICCV 2023)."""
+    """Network: unet (Ho et al., NeurIPS 2020) or dit (Peebles and Xie, ICCV 2023)."""
     width: int = 128
-    """Channels of the widest level of the U-Net (its first has half of them), or width of the transformer."""
+    """Channels of the widest U-Net level (the first has half), or width of the transformer; a multiple of 32."""
     depth: int = 6
-    """Blocks of the transformer, or residual blocks of a level of the U-Net."""
+    """Number of blocks of the transformer, or of residual blocks per level of the U-Net; at least 1."""
     patch: int = 2
-    """Side of the transformer's patches."""
+    """Side of the transformer's patches; at least 1."""
     latent: str = "digits"
-    """The base whose frozen autoencoder makes the latents; empty: pixels."""
+    """Base whose frozen autoencoder makes the latents; empty: pixels."""
     conditional: bool = True
-    """Whether it is told the class of an image."""
+    """Conditioning on the class of an image."""
     dropout: float = 0.1
-    """Share of training images shown without their class, for guidance."""
+    """Share of training images without their class, for guidance; 0 to 1."""
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
-    """What it predicts: epsilon or v_prediction."""
+    """Target of the prediction: epsilon or v_prediction."""
     schedule: Literal["linear", "cosine", "exponential"] = "cosine"
-    """Noise over the times: linear (Ho et al.), cosine (Nichol and Dhariwal, ICML 2021), or exponential, with a log-SNR of
+    """Noise schedule: linear (Ho et al.), cosine (Nichol and Dhariwal, ICML 2021), or exponential, with a log-SNR of
     -log(expm1(1e-4 + 10·t²)) for t from 0 to 1 (Tun et al., 2023)."""
     times: int = 1000
-    """T, the times of the forward process."""
+    """Number of times T of the forward process; at least 1."""
     min_snr_gamma: float = 5.0
-    """Largest weight of a time (min-SNR-γ); 0: none."""
+    """Largest weight of a time (min-SNR-γ); 0: no cap."""
     weighting: Literal["min-snr", "signal"] = "min-snr"
-    """min-snr, or signal: a time weighs SNR/(SNR + 1), and `min_snr_gamma` does not count (Tun et al.)."""
+    """Weight of a time: min-snr, or signal for SNR/(SNR + 1) without `min_snr_gamma` (Tun et al.)."""
     sampler: Literal["ddpm", "ddim", "dpm++"] = "dpm++"
-    """ddpm, ddim or dpm++."""
+    """Sampler: ddpm, ddim or dpm++."""
     steps: int = 20
-    """Sampler steps."""
+    """Number of sampler steps; at least 1."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1: none."""
     batch_size: int = 250
-    """Images of one sampler batch."""
+    """Images per sampler batch; at least 1."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         if min(self.width, self.depth, self.patch, self.times, self.steps, self.batch_size) < 1 or self.width % 32:
             raise InputError("width must be a multiple of 32, and depth, patch, times, steps and batch_size at least 1")
         if not self.conditional and self.guidance != 1:
-            raise InputError(f"guidance needs a conditional denoiser; got guidance {self.guidance} of an unconditional one")
+            raise InputError(f"guidance needs a conditional denoiser, got guidance {self.guidance}; set conditional=true")
 
 
 class Denoiser(nn.Module):
-    """A network of diffusers under one signature; class `classes` is "no class"."""
+    """A network of diffusers with one signature; the label `classes` means "no class"."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, noisy: Tensor, time: Tensor, label: Tensor) -> Tensor:
-        """The prediction for float [n, c, h, w] at times int64 [n], given classes int64 [n]."""
+        """Return the prediction for float [n, c, h, w] at times int64 [n] with classes int64 [n]."""
         return self.net(noisy, timestep=time, class_labels=label).sample
 
 
@@ -108,7 +108,7 @@ def _dit(settings: DenoiserSettings, channels: int, side: int, classes: int) -> 
     from diffusers.models.embeddings import LabelEmbedding
 
     if side % settings.patch:
-        raise InputError(f"patches of {settings.patch} do not fit into {side}×{side}; choose a divisor")
+        raise InputError(f"patches of {settings.patch} do not divide {side}×{side}; set patch to a divisor of {side}")
     net = DiTTransformer2DModel(
         num_attention_heads=settings.width // 32,
         attention_head_dim=32,
@@ -121,7 +121,7 @@ def _dit(settings: DenoiserSettings, channels: int, side: int, classes: int) -> 
     )
     for module in net.modules():
         if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0  # each block would forget the class by a coin of its own; the task does it for all
+            module.dropout_prob = 0.0  # the task drops the class once for all blocks
     return Denoiser(net)
 
 
@@ -130,7 +130,7 @@ DENOISERS: Mapping[str, Callable[..., Denoiser]] = {"unet": _unet, "dit": _dit}
 
 @functools.cache
 def noise_scheduler(settings: DenoiserSettings) -> Any:
-    """Return diffusers' scheduler of these settings."""
+    """Return the diffusers scheduler of these settings."""
     import diffusers
 
     options: dict[str, Any] = {"num_train_timesteps": settings.times}
@@ -153,10 +153,13 @@ def text_to_image(
     """Return a small text-to-image pipeline with random weights, drawn from torch's global stream.
 
     Args:
-        words: its tokenizer, with at most `model_max_length` tokens a prompt.
-        side: pixels of a side of the images; latents have 8×8 places, each of which stands for a patch.
+        words: the tokenizer, with at most `model_max_length` tokens per prompt.
+        side: side of the images in pixels; latents have 8×8 positions, one per patch.
         channels: channels of the latents.
-        widths: channels of the denoiser at 8 and 4 places.
+        decoder_width: channels of the autoencoder's decoder.
+        widths: channels of the denoiser at 8×8 and 4×4 positions.
+        text_width: width of the text encoder.
+        text_layers: layers of the text encoder.
     """
     from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -175,8 +178,8 @@ def text_to_image(
             pad_token_id=words.pad_token_id,
         )
     )  # fmt: skip
-    # Attention costs half of the speed at 8×8 and little at 4×4, where it is enough: the pooled prompt is added to the
-    # time embedding of all layers as well.
+    # Attention at 8×8 would halve the speed; at 4×4 it is cheap and sufficient, since the pooled prompt is also added to
+    # the time embedding of all layers.
     unet = UNet2DConditionModel(
         sample_size=LATENT, in_channels=channels, out_channels=channels, layers_per_block=1,
         block_out_channels=widths, norm_num_groups=16, attention_head_dim=4,

@@ -1,9 +1,9 @@
 """Text-conditioned latent diffusion pipelines: folders in the layout of diffusers.
 
 A folder holds `model_index.json` and a subfolder for each part: tokenizer, text encoder, denoiser, autoencoder, scheduler.
-The embedded base is such a folder inside the package, so `StableDiffusionPipeline.from_pretrained` and every other tool
-opens it. Nothing here uses the network (the name of a repository means its copy in the hub's cache), and weights are read
-from safetensors only.
+The embedded base is such a folder inside the package, so `StableDiffusionPipeline.from_pretrained` and other tools open it.
+This module does not use the network: the name of a repository means its copy in the hub's cache. Weights are read from
+safetensors files only.
 """
 
 import copy
@@ -29,17 +29,17 @@ from .pipeline_families import AUTOENCODERS, STABLE, Condition, Family, family, 
 BASES = Path(__file__).parent.parent / "bases"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
-"""How each library calls its weights."""
+"""Name of the weights of each library."""
 _MOST = 2**28
-"""Bytes that a JSON file of a pipeline may have: Gemma's tokenizer has 2^25."""
+"""Maximum bytes of a JSON file of a pipeline; Gemma's tokenizer has 2^25."""
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 _STRANGE = {"quantization_config", "attn_implementation"}
-"""Settings that make a library load other code or read the weights in another way."""
+"""Settings with which a library loads other code or reads the weights differently."""
 _WANTED = "--include '*.json' --include '*/*.txt' --include '*/*.model' --include '*/*.safetensors' --exclude '*.fp16.*'"
 _SMALL = 2**28
-"""Bytes of a network up to which its convolutions get the layout that they like best."""
+"""Maximum bytes of a network on the CPU whose convolutions are converted to channels-last."""
 _READ = 2**26
-"""Bytes of a mapped file that are looked at before it is mapped anew."""
+"""Bytes that are read from a mapped file before it is mapped again."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
@@ -48,49 +48,54 @@ class Parts:
     """The parts of a pipeline, loaded, frozen and in evaluation mode."""
 
     tokenizer: Any
-    """A tokenizer of transformers."""
+    """Tokenizer of transformers."""
     text_encoder: Any
-    """A text model of transformers."""
+    """Text model of transformers."""
     denoiser: Any
-    """A U-Net or transformer of diffusers."""
+    """U-Net or transformer of diffusers."""
     vae: Any
-    """diffusers.AutoencoderKL, AutoencoderTiny or AutoencoderDC."""
+    """Autoencoder: diffusers' AutoencoderKL, AutoencoderTiny or AutoencoderDC."""
     scheduler: Any
-    """A diffusers scheduler; its config names the noise schedule and what the denoiser predicts."""
+    """Scheduler of diffusers; its configuration has the noise schedule and the target of the prediction."""
     more: Mapping[str, Any] = field(default_factory=dict)
-    """What else the family has, by folder: the second text encoder of SDXL."""
+    """Other parts of the family by folder, such as the second text encoder of SDXL."""
     family: Family = STABLE
+    """Family of the pipeline."""
     index: Mapping[str, Any] = field(default_factory=dict)
-    """model_index.json."""
+    """Content of model_index.json."""
 
     @property
     def device(self) -> torch.device:
+        """Device of the denoiser."""
         return next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the denoiser works in."""
+        """Type of the denoiser's weights."""
         return next(self.denoiser.parameters()).dtype
 
     @property
     def scale(self) -> int:
-        """Pixels of the side of a latent."""
+        """Pixels per latent position along each axis."""
         return scale_of(self.vae.config)
 
     def part(self, folder: str) -> Any:
-        """A part by its folder's name."""
+        """Return a part by its folder's name."""
         if folder in self.more:
             return self.more[folder]
         return getattr(self, "denoiser" if folder == self.family.denoiser else folder)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Condition:
-        """What the denoiser is told of these prompts, a row for each; the empty prompt is the unconditional one."""
+        """Return the conditioning of these prompts, one row each; the empty prompt is the unconditional one."""
         return self.family.embed(self, prompts)
 
     @torch.no_grad()
     def encode(self, images: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (0 if it has none) of the scaled latents of uint8 images [n, 3, h, w]."""
+        """Return the mean and the standard deviation of the scaled latents of uint8 images [n, 3, h, w].
+
+        The standard deviation is 0 if the autoencoder has none.
+        """
         means, deviations = [], []
         for part in images.split(chunk(images.shape[-1], batch)):
             output = self.vae.encode(pixels(part.to(self.device)).to(self.vae.dtype))
@@ -102,13 +107,13 @@ class Parts:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
-        """uint8 images [n, 3, h, w] of scaled latents."""
+        """Return the uint8 images [n, 3, h, w] of scaled latents."""
         scale, shift = self._range
         decoded = [
             self.vae.decode((part.to(self.device) / scale + shift).to(self.vae.dtype)).sample.float()
             for part in latents.split(chunk(latents.shape[-1] * self.scale, batch))
         ]
-        # in the layout that images have when they have been written and read, or sums over them differ in last bits
+        # contiguous, as images from a file are: the layout changes the last bits of sums
         return torch.cat(decoded).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu().contiguous()
 
     @property
@@ -121,27 +126,27 @@ _LATENTS: Mapping[str, Any] = {
     "AutoencoderTiny": lambda output: (output.latents, torch.zeros_like(output.latents)),
     "AutoencoderDC": lambda output: (output.latent, torch.zeros_like(output.latent)),
 }
-"""Mean and deviation of what each autoencoder's `encode` returns."""
+"""Mean and standard deviation from the result of each autoencoder's `encode`."""
 
 
 def scale_of(config: Mapping[str, Any]) -> int:
-    """Pixels of the side of a latent, of an autoencoder's configuration."""
-    # each level of an autoencoder but the last one halves the image
+    """Return the pixels per latent position along each axis, from an autoencoder's configuration."""
+    # each level of an autoencoder except the last halves the image
     return int(2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1))
 
 
 def chunk(side: int, batch: int = 64) -> int:
-    """How many images the autoencoder takes at once: `batch` of 32×32 pixels, fewer of larger ones."""
+    """Return the autoencoder's batch size: `batch` for 32×32 pixels, less for larger images."""
     return max(1, min(batch, batch * 32**2 // side**2))
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 images as float in [-1, 1], in the memory layout that convolutions like best."""
+    """Return uint8 images as float in [-1, 1], in channels-last layout, the fastest for convolutions."""
     return images.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
 def _named(base: str | Path) -> tuple[Path, str]:
-    """The folder that a base's name means, there or not; and how to fetch it, where it is a repository of the hub."""
+    """Return the folder of a base, whether or not it exists, and the download command of a repository of the hub."""
     if str(base) in embedded():
         return BASES / base, ""
     if Path(base).is_dir() or not _REPOSITORY.fullmatch(str(base)):
@@ -151,35 +156,36 @@ def _named(base: str | Path) -> tuple[Path, str]:
     name, _, revision = str(base).partition("@")
     cache = Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     reference = cache / "refs" / (revision or "main")
-    told = read_bytes(reference, "the hub cache's reference", 1024).decode(errors="replace") if reference.is_file() else ""
-    commit = told.strip() or revision or "main"
+    saved = read_bytes(reference, "the hub cache's reference", 1024).decode(errors="replace") if reference.is_file() else ""
+    commit = saved.strip() or revision or "main"
     return cache / "snapshots" / commit, f"hf download {name}{f' --revision {revision}' if revision else ''} {_WANTED}"
 
 
 def folder_of(base: str | Path) -> Path:
-    """The folder that a base's name means, whether it is there or not."""
+    """Return the folder of a base, whether or not it exists."""
     return _named(base)[0]
 
 
 def advice(base: str | Path) -> str:
-    """What to do where a file of a base is absent."""
+    """Return the advice for a missing file of a base: how to download it."""
     folder, fetch = _named(base)
     own = f"hf download ORGANISATION/NAME --local-dir {folder} {_WANTED}"
-    return f"on a machine with a network `{fetch or own}` fetches it"
+    return f"on a machine with a network, `{fetch or own}` downloads it"
 
 
 def find(base: str | Path, *, weights: bool = True) -> Path:
-    """The folder of a base: an embedded one by name ("digits"), a pipeline's folder, or a repository in the hub's cache.
+    """Return the folder of a base.
 
     Args:
-        weights: whether its weights must be there too.
+        base: an embedded base ("digits"), a pipeline's folder, or a repository in the hub's cache.
+        weights: whether the weights must exist.
 
     Raises:
-        InputError: none of these, or a file of the pipeline is missing or no JSON.
+        InputError: if there is no such base, or a file of the pipeline is missing, not JSON or not supported.
     """
     folder, fetch = _named(base)
     if not folder.is_dir():
-        sought = f"the hub's cache has no {folder}" if fetch else "it is no folder"
+        sought = f"the hub's cache has no {folder}" if fetch else "it is not a folder"
         raise InputError(
             f"expected a pipeline folder or an embedded base ({', '.join(embedded())}); {base} is neither, and {sought}; "
             + (advice(base) if fetch else "check the path")
@@ -189,22 +195,22 @@ def find(base: str | Path, *, weights: bool = True) -> Path:
             continue
         if not path.is_file():
             kind = " (other formats of weights are not read)" if path.suffix == ".safetensors" else ""
-            raise InputError(f"{folder} is no whole diffusers pipeline: {name} is missing{kind}; {advice(base)}")
+            raise InputError(f"{folder} is not a complete diffusers pipeline: {name} is missing{kind}; {advice(base)}")
         if path.suffix == ".json":
-            told = json_of(path)
-            if not name.startswith("tokenizer") and not isinstance(told, dict):
-                raise InputError(f"{path} is damaged: an object was expected; save or download the pipeline again")
-            if why := _foreign(name, told if isinstance(told, dict) else {}):
-                raise InputError(f"{folder}: {name} {why}, which would be drawn wrongly here; choose another base")
+            metadata = json_of(path)
+            if not name.startswith("tokenizer") and not isinstance(metadata, dict):
+                raise InputError(f"{path} is damaged: expected a JSON object; save or download the pipeline again")
+            if why := _foreign(name, metadata if isinstance(metadata, dict) else {}):
+                raise InputError(f"{folder}: {name} {why}, which is not supported; set another base")
     _enclosed(base, folder)
     return folder
 
 
 def _enclosed(base: str | Path, folder: Path) -> None:
-    """Raise `InputError` where a part of a base holds what is no regular file, or a link that leads out of the base.
+    """Raise `InputError` if a part of a base holds a path that is not a regular file, or a link to a path outside the base.
 
-    The libraries choose what they read from a part's folder, so that every file in it counts. A link may lead to any place
-    below the base, or, in the hub's cache, below the repository's folder there.
+    The check covers every file, since the libraries choose which files of a part they read. A link may lead to a path in
+    the base, or, in the hub's cache, in the repository's folder.
     """
     if str(base) in embedded():
         return
@@ -216,7 +222,7 @@ def _enclosed(base: str | Path, folder: Path) -> None:
             raise InputError(f"{folder / part} leads out of {root}; copy the folder into the base")
         for path in (folder / part).iterdir():
             if path.name == "adapter_config.json":
-                raise InputError(f"{path} replaces the base by another; remove it, or name the adapter by generator.adapters")
+                raise InputError(f"{path} replaces the base by another; remove it, or set generator.adapters")
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise InputError(f"{path} leads out of {root}; copy the file into the base")
             if path.exists() and not (path.is_file() or path.is_dir()):
@@ -224,9 +230,9 @@ def _enclosed(base: str | Path, folder: Path) -> None:
 
 
 def _foreign(name: str, config: Mapping[str, Any]) -> str:
-    """What in a part's configuration is not done here: diffusers would draw other images by it."""
+    """Return the unsupported setting of a part's configuration, with which diffusers would sample other images; else ""."""
     if "auto_map" in config:
-        return "names code of its own (auto_map), which is never run"
+        return "names its own code (auto_map)"
     if name.endswith("/config.json") and config.keys() & _STRANGE:
         return f"has the setting {min(config.keys() & _STRANGE)}"
     if name.endswith("/config.json") and config.get("time_cond_proj_dim"):
@@ -241,7 +247,7 @@ def _foreign(name: str, config: Mapping[str, Any]) -> str:
 
 
 def json_of(path: Path) -> Any:
-    """Return the value of a pipeline's JSON file; raises `InputError`."""
+    """Return the value of a pipeline's JSON file; raise `InputError` if it is missing or damaged."""
     try:
         return loads_json(read_regular(path, _MOST))
     except (OSError, ValueError) as error:
@@ -252,7 +258,7 @@ def index_of(folder: Path) -> tuple[Family, dict[str, Any]]:
     """Return the family of a pipeline's folder, and model_index.json.
 
     Raises:
-        InputError: model_index.json is damaged, of an unknown kind of pipeline, or names a class that its family has not.
+        InputError: if model_index.json is damaged, names an unknown kind of pipeline, or a class outside its family.
     """
     path = folder / "model_index.json"
     index = json_of(path)
@@ -261,15 +267,15 @@ def index_of(folder: Path) -> tuple[Family, dict[str, Any]]:
         wanted = [[library(part), name] for name in known]
         if part in index and index[part] not in wanted:
             expected = " or ".join(f"{library(part)}.{name}" for name in known)
-            raise InputError(f"{path} names {str(index[part])[:80]} for {part}, {expected} was expected; choose another base")
+            raise InputError(f"{path}: expected {expected} for {part}, got {str(index[part])[:80]}; set another base")
     return kind, index
 
 
 def files(base: str | Path) -> dict[str, Path]:
-    """Every file of a base that is read, by its name in the folder, whether it is there or not.
+    """Return all files of a base that are read, by their names in the folder, whether or not they exist.
 
     Raises:
-        InputError: model_index.json is damaged or of an unknown kind of pipeline.
+        InputError: if model_index.json is damaged or names an unknown kind of pipeline.
     """
     folder, _ = _named(base)
     found = {"model_index.json": folder / "model_index.json"}
@@ -289,16 +295,16 @@ def files(base: str | Path) -> dict[str, Path]:
 
 
 def _weights(folder: Path, stem: str) -> Iterator[str]:
-    """The names of a part's weights: in full precision where they are there, else of the variant in 16 bits."""
+    """Yield the names of a part's weights: in full precision if they exist, else the 16-bit variant."""
     for variant in ("", ".fp16"):
         whole, shards = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
         if (folder / shards).is_file():
             yield shards
-            told = json_of(folder / shards)
-            held = told.get("weight_map") if isinstance(told, dict) else None
+            metadata = json_of(folder / shards)
+            held = metadata.get("weight_map") if isinstance(metadata, dict) else None
             names = {str(name) for name in held.values()} if isinstance(held, dict) else {""}
             if not all(_SHARD.fullmatch(name) for name in names):
-                raise InputError(f"{folder / shards} names files that are no safetensors beside it; save the pipeline again")
+                raise InputError(f"{folder / shards} names files that are not safetensors beside it; save the pipeline again")
             yield from sorted(names)
             return
         if (folder / whole).is_file():
@@ -308,7 +314,7 @@ def _weights(folder: Path, stem: str) -> Iterator[str]:
 
 
 def configuration(base: str | Path, part: str) -> dict[str, Any]:
-    """config.json of a part; "denoiser" is that of the family. Raises `InputError` as `find`."""
+    """Return config.json of a part; "denoiser" means the family's denoiser. Raises `InputError` as `find` does."""
     folder = find(base, weights=False)
     if part == "denoiser":
         part = index_of(folder)[0].denoiser
@@ -316,27 +322,28 @@ def configuration(base: str | Path, part: str) -> dict[str, Any]:
 
 
 def side(base: str | Path) -> int:
-    """Height and width in pixels of the images that a base draws by itself; raises `InputError` as `find`."""
+    """Return the height and width of a base's images in pixels; raise `InputError` as `find` does."""
     try:
         return int(configuration(base, "denoiser")["sample_size"]) * scale_of(configuration(base, "vae"))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{base} does not say the size of its images ({error}); save the pipeline again") from error
+        raise InputError(f"{base} has no size of its images ({error}); save the pipeline again") from error
 
 
 def embedded() -> tuple[str, ...]:
-    """The names of the bases inside the package."""
+    """Return the names of the bases in the package."""
     return tuple(sorted(path.parent.name for path in BASES.glob("*/model_index.json")))
 
 
 def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
-    """A pipeline's parts, frozen.
+    """Return a pipeline's parts, frozen.
 
     Args:
-        base: as `find` takes it.
-        dtype: fp32, bf16 or fp16, the type of the weights. An autoencoder that overflows in fp16 stays in fp32.
+        base: as in `find`.
+        device: the device of the parts.
+        dtype: type of the weights: fp32, bf16 or fp16. An autoencoder that overflows in fp16 stays in fp32.
 
     Raises:
-        InputError: there is no such base, or a part of it does not load.
+        InputError: if there is no such base, a part does not load, or a weight is not finite.
     """
     folder = find(base)
     import diffusers
@@ -347,7 +354,7 @@ def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
     (kind, index), held = index_of(folder), files(base)
     loaded: dict[str, Any] = {}
     size = {part: sum(path.stat().st_size for name, path in held.items() if name.startswith(f"{part}/")) for part in kind.parts}
-    # the largest first: where another type is asked for, the file's is in memory until all of it has been turned
+    # the largest first: for another type, the file's own type stays in memory until the whole part is converted
     for part in sorted(kind.parts, key=lambda part: -size[part]):
         name = (index.get(part) or ("", ""))[1]
         options: dict[str, Any] = {"local_files_only": True}
@@ -360,9 +367,9 @@ def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
                 options["variant"] = "fp16"
         try:
             source = {"diffusers": diffusers, "transformers": transformers}[library(part)]
-            with torch.device("cpu"):  # whoever asks for shapes alone still needs a base that can be read
+            with torch.device("cpu"):  # a caller on the meta device still needs a readable base
                 loaded[part] = getattr(source, name).from_pretrained(folder / part, **options)
-        except Exception as error:  # each library has its own; all mean that the folder is damaged or of another kind
+        except Exception as error:  # each library raises its own errors; all mean that the folder is damaged or of another kind
             reason = str(error).strip().split("\n")[0]
             raise InputError(
                 f"cannot load {part} of {folder}: expected a {name or 'part named in model_index.json'}; {reason}; "
@@ -376,17 +383,17 @@ def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
         if path.suffix == ".safetensors":
             _check_finite(path, DTYPES[dtype])
     for part in (kind.denoiser, "vae"):
-        # a second copy of every convolution beside the mapped file: on a processor a large one gains nothing by it
+        # the conversion copies every convolution of the mapped file; for a large network on a CPU it gains nothing
         if device != "cpu" or sum(weight.nbytes for weight in loaded[part].parameters()) < _SMALL:
             loaded[part].to(memory_format=torch.channels_last)
     return assemble(kind, loaded, index)
 
 
 def _check_finite(path: Path, dtype: torch.dtype) -> None:
-    """Raise `InputError` where a weight is not finite in this type.
+    """Raise `InputError` if a weight is not finite in this type.
 
-    The file is read apart from the network that maps it, or else the halves of an autoencoder that nobody needs would stay in
-    memory; and mapped anew after every `_READ` bytes, or else all that was read would stay there until the end.
+    The file is read apart from the network that maps it, since unused parts of an autoencoder would stay in memory. It is
+    mapped again after every `_READ` bytes, since all bytes read would stay in memory until the end.
     """
     with safe_open(path, "pt") as weights:
         left = sorted(weights.keys(), reverse=True)
@@ -401,7 +408,7 @@ def _check_finite(path: Path, dtype: torch.dtype) -> None:
 
 
 def assemble(kind: Family, loaded: Mapping[str, Any], index: Mapping[str, Any]) -> Parts:
-    """Parts of a family by their folders' names."""
+    """Return the `Parts` of a family from its parts by folder."""
     main = {"tokenizer", "text_encoder", "vae", "scheduler"}
     return Parts(
         **{name: loaded[name] for name in main},
@@ -413,7 +420,7 @@ def assemble(kind: Family, loaded: Mapping[str, Any], index: Mapping[str, Any]) 
 
 
 def quiet() -> None:
-    """No progress bars for files that take milliseconds, and no warning of a key that diffusers writes but does not read."""
+    """Disable the libraries' progress bars, and diffusers' warning of a key that it writes but does not read."""
     import diffusers
     import transformers
 
@@ -423,10 +430,15 @@ def quiet() -> None:
 
 
 def save(parts: Parts, folder: Path, extra: dict[str, str] | None = None) -> None:
-    """Write a pipeline folder; `extra` adds text files by name. It is moved to its place when it is whole.
+    """Write a pipeline folder, atomically.
 
-    Denoiser and autoencoder are written in 16 bits (diffusers reads them in 32 again), the text encoder in 32, since
-    transformers keeps the type that it reads and the parts must agree.
+    The denoiser and the autoencoder are written in 16 bits, and diffusers reads them in 32. The text encoder is written in
+    32 bits, since transformers keeps the type of the file and the parts must agree.
+
+    Args:
+        parts: the pipeline.
+        folder: the folder to write or replace.
+        extra: text files to add, by name.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -454,9 +466,9 @@ def save(parts: Parts, folder: Path, extra: dict[str, str] | None = None) -> Non
 
 
 def fingerprint(base: str | Path) -> str:
-    """SHA-256 over the names and bytes of a base's weights, configurations and tokenizer."""
+    """Return the SHA-256 over the names and bytes of a base's weights, configurations and tokenizer."""
     folder, total = find(base), hashlib.sha256()
-    # model_index.json names classes, and stays out but for what one family reads in it
+    # model_index.json names classes and is left out, except for the setting that one family reads
     if not index_of(folder)[1].get("force_zeros_for_empty_prompt", True):
         total.update(b"the empty prompt is read as any other")
     for path in sorted(path for name, path in files(base).items() if "/" in name):

@@ -1,13 +1,13 @@
-"""The families of pipelines that can be a base: how each reads prompts and asks its denoiser. All else is one code path.
+"""Families of pipelines that can be a base: how each embeds prompts and calls its denoiser. All other code is shared.
 
 | family | pipelines of diffusers | denoiser | text |
 |---|---|---|---|
 | Stable Diffusion | 1.x, 2.x, and the embedded base | U-Net | CLIP |
-| Stable Diffusion XL | SDXL | U-Net, also told the pooled prompt and the picture's size | two CLIPs |
+| Stable Diffusion XL | SDXL | U-Net, also conditioned on the pooled prompt and the image size | two CLIPs |
 | Sana | Sana (Xie et al., ICLR 2025, arXiv:2410.10629) | linear transformer, rectified flow | Gemma 2, with a mask |
 
-Of the transformers Sana fits best: `load_lora_weights` takes its adapters (PixArt-Σ's pipeline has no such thing), one text
-encoder instead of SD3's three, DPM-Solver++ as its own sampler, and latents of 16×16 at 512 pixels.
+Sana is the supported transformer: `load_lora_weights` reads its adapters (PixArt-Σ's pipeline lacks that function), it has
+one text encoder instead of SD3's three, its own sampler is DPM-Solver++, and its latents have 16×16 positions at 512 pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,50 +20,51 @@ from torch import Tensor, nn
 from ..utils.errors import InputError
 
 Condition = dict[str, Tensor]
-"""What a denoiser is told, a row for each image: "prompt" float [n, tokens, width], and beside it what its family needs."""
+"""Conditioning of a denoiser, one row per image: "prompt", float [n, tokens, width], and further tensors of the family."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one kind of pipeline from another."""
+    """The differences of one kind of pipeline from another."""
 
     name: str
+    """Name in messages."""
     pipelines: tuple[str, ...]
-    """`_class_name` in model_index.json."""
+    """Values of `_class_name` in model_index.json."""
     denoiser: str
-    """The denoiser's folder, and the prefix of its tensors in an adapter's file."""
+    """Folder of the denoiser, and prefix of its tensors in an adapter's file."""
     readers: tuple[tuple[str, str], ...]
     """Folders of each tokenizer and its text encoder."""
     embed: Callable[[Any, Sequence[str]], Condition]
-    """embed(parts, prompts): what the denoiser is told of these texts; "" is the unconditional one."""
+    """embed(parts, prompts) returns the conditioning of these texts; "" is the unconditional one."""
     predict: Callable[[nn.Module, Tensor, Tensor, Condition, int], Tensor]
-    """predict(denoiser, noisy, time, condition, pixels of a latent's side): its prediction for latents [n, c, h, w]."""
+    """predict(denoiser, noisy, time, condition, pixels per position) returns the prediction for latents [n, c, h, w]."""
     shapes: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]]
-    """shapes(configurations by folder): the shape of a row of what `embed` returns."""
+    """shapes(configurations by folder) returns the shapes of one row of the result of `embed`."""
 
     def ask(
         self, denoiser: nn.Module, noisy: Tensor, time: Tensor, condition: Condition, scale: int, dtype: torch.dtype
     ) -> Tensor:
-        """`predict` in the type that the denoiser works in; the answer is in 32 bits."""
-        told = {name: table.to(dtype) for name, table in condition.items()}
-        return self.predict(denoiser, noisy.to(dtype), time, told, scale).float()
+        """Return the prediction of `predict`, computed in `dtype`, in 32 bits."""
+        condition = {name: table.to(dtype) for name, table in condition.items()}
+        return self.predict(denoiser, noisy.to(dtype), time, condition, scale).float()
 
     classes: Mapping[str, tuple[str, ...]]
-    """By folder, the classes of transformers and diffusers that a part may be of; no other is ever created."""
+    """Allowed classes of transformers and diffusers for each part, by folder."""
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The folders that hold weights."""
+        """Folders with weights."""
         return (*(encoder for _, encoder in self.readers), self.denoiser, "vae")
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Every folder that is read."""
+        """All folders that are read."""
         return (*(tokenizer for tokenizer, _ in self.readers), *self.models, "scheduler")
 
 
 def ids(tokenizer: Any, prompts: Sequence[str], most: int = 2**31) -> Tensor:
-    """Token numbers of texts, int64 [n, the tokenizer's length or `most`], padded and cut."""
+    """Return token numbers of texts, int64 [n, length], padded and cut to the tokenizer's length or `most`."""
     length = min(tokenizer.model_max_length, most)
     return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt", max_length=length).input_ids
 
@@ -73,7 +74,7 @@ def _embed_stable(parts: Any, prompts: Sequence[str]) -> Condition:
 
 
 def _read(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Tensor:
-    """`ids`, no longer than CLIP can read: some tokenizers do not say how long that is."""
+    """Return `ids` of at most CLIP's maximum length, which some tokenizers do not define."""
     return ids(tokenizer, prompts, encoder.config.max_position_embeddings)
 
 
@@ -89,14 +90,14 @@ def _embed_xl(parts: Any, prompts: Sequence[str]) -> Condition:
     ):
         found = encoder(_read(tokenizer, encoder, prompts).to(parts.device), output_hidden_states=True)
         hidden.append(found.hidden_states[-2])
-        pooled = found[0]  # of the last one: the projected text
-    told = {"prompt": torch.cat(hidden, -1), "pooled": pooled}
+        pooled = found[0]  # the projected text of the last encoder
+    condition = {"prompt": torch.cat(hidden, -1), "pooled": pooled}
     if parts.index.get("force_zeros_for_empty_prompt", True):
         for row, prompt in enumerate(prompts):
             if not prompt:
-                for table in told.values():
+                for table in condition.values():
                     table[row] = 0
-    return told
+    return condition
 
 
 def _predict_xl(net: nn.Module, noisy: Tensor, time: Tensor, condition: Condition, scale: int) -> Tensor:
@@ -107,11 +108,11 @@ def _predict_xl(net: nn.Module, noisy: Tensor, time: Tensor, condition: Conditio
 
 
 SANA_TOKENS = 77
-"""Tokens of a prompt. diffusers takes 300, which the mask makes equal for shorter texts; the name of a class is short."""
+"""Tokens per prompt. diffusers uses 300; with the mask, both give equal results for short texts such as class names."""
 
 
 def _embed_sana(parts: Any, prompts: Sequence[str]) -> Condition:
-    # padded on the right as the pipeline does: the first token counts most
+    # padded on the right, as in the pipeline
     words = parts.tokenizer(
         [text.lower().strip() for text in prompts],
         padding="max_length", truncation=True, return_tensors="pt", max_length=SANA_TOKENS, padding_side="right",
@@ -141,7 +142,7 @@ LIBRARIES = ("diffusers", "transformers")
 
 
 def library(part: str) -> str:
-    """The library that a folder's class is of."""
+    """Return the library of a folder's class."""
     return LIBRARIES[part.startswith(("tokenizer", "text_encoder"))]
 
 
@@ -192,19 +193,19 @@ FAMILIES = (STABLE, XL, SANA)
 
 
 def family(pipeline: str) -> Family:
-    """The family of a pipeline's class; raises `InputError`."""
+    """Return the family of a pipeline's class; raise `InputError` if there is none."""
     for each in FAMILIES:
         if pipeline in each.pipelines:
             return each
     known = ", ".join(name for each in FAMILIES for name in each.pipelines)
-    raise InputError(f"a pipeline of kind {known} was expected, {pipeline!r} came; choose another base")
+    raise InputError(f"expected a pipeline of kind {known}, got {pipeline!r}; set another base")
 
 
 def chosen(mask: Tensor, yes: Condition, no: Condition) -> Condition:
-    """The rows of `yes` where `mask` (bool [n]) holds, of `no` elsewhere."""
+    """Return the rows of `yes` if `mask` (bool [n]) is true, else those of `no`."""
     return {name: torch.where(mask.view(-1, *[1] * (table.dim() - 1)), yes[name], table) for name, table in no.items()}
 
 
 def stacked(first: Condition, second: Condition) -> Condition:
-    """The rows of both, one after the other; one row of `first` stands for as many as `second` has."""
+    """Return the rows of both, one after the other; one row of `first` is expanded to the rows of `second`."""
     return {name: torch.cat([first[name].expand_as(table), table]) for name, table in second.items()}

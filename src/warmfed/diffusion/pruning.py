@@ -1,9 +1,11 @@
-"""Structured pruning of a denoiser: the hidden units of its blocks, by the norm of all weights that belong to each.
+"""Structured pruning of a denoiser: remove the hidden units of its blocks with the smallest norms.
 
-A hidden unit lies between two layers of one block: a channel between the convolutions of a residual block, or a unit of a
-transformer's feed-forward layer. Without it the block's input and output stay as wide as they were, so blocks are pruned one by
-one, and a pruned network is a smaller dense one. What importance is: group norms, as in Li et al., ICLR 2017,
-arXiv:1608.08710, over the whole group of dependent weights (Fang et al., CVPR 2023, arXiv:2301.12900).
+A hidden unit is between two layers of one block: a channel between the convolutions of a residual block, or a unit of a
+transformer's feed-forward layer. Its removal keeps the widths of the block's input and output, so each block is pruned
+alone, and the pruned network is a smaller dense one. The importance of a unit is the norm of all weights that depend on it.
+
+References:
+    Norms: Li et al., ICLR 2017, arXiv:1608.08710. Groups of weights: Fang et al., CVPR 2023, arXiv:2301.12900.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,11 +20,11 @@ from ..core.tensors import Tensors
 RESIDUAL = {"conv1.weight": 0, "conv1.bias": 0, "time_emb_proj.weight": 0, "time_emb_proj.bias": 0, "norm2.weight": 0,
             "norm2.bias": 0, "conv2.weight": 1}  # fmt: skip
 FEED = {"net.0.proj.weight": 0, "net.0.proj.bias": 0, "net.2.weight": 1}
-"""The tensors of a block that have a dimension of hidden units, and which."""
+"""Tensors of a block with a dimension of hidden units, and that dimension."""
 
 
 def blocks(names: Iterable[str]) -> dict[str, Mapping[str, int]]:
-    """The blocks that have hidden units, by the prefix of their tensors' names."""
+    """Return the blocks with hidden units, by the prefix of their tensors' names."""
     found: dict[str, Mapping[str, int]] = {}
     for name in sorted(names):
         for mark, kind in ((".conv1.weight", RESIDUAL), (".net.0.proj.weight", FEED)):
@@ -32,24 +34,25 @@ def blocks(names: Iterable[str]) -> dict[str, Mapping[str, int]]:
 
 
 def widths(model: Tensors) -> tuple[tuple[str, int], ...]:
-    """How many hidden units each block has, by its prefix."""
+    """Return the number of hidden units of each block, as (prefix, units)."""
     firsts = {prefix: model[f"{prefix}.{next(iter(kind))}"] for prefix, kind in blocks(model).items()}
     return tuple((prefix, first.shape[0]) for prefix, first in firsts.items() if first.dim())
 
 
 def norms(model: Mapping[str, Tensor], prefix: str) -> Tensor:
-    """The L2 norm of all weights of each hidden unit of a block, float [units]."""
+    """Return the L2 norm of all weights of each hidden unit of a block, float [units]."""
     kind = blocks(model)[prefix]
     parts = [model[f"{prefix}.{name}"].movedim(axis, 0) for name, axis in kind.items()]
     return torch.cat([part.reshape(len(part), -1) for part in parts], 1).square().sum(1).sqrt()
 
 
 def prune(model: Tensors, share: float, groups: int = 8) -> dict[str, Tensor]:
-    """The model without that share of each block's hidden units, those of the smallest norm.
+    """Return the model without the given share of each block's hidden units, those with the smallest norms.
 
     Args:
-        share: from 0 to below 1.
-        groups: of the normalisation between a residual block's convolutions; each keeps as many channels as the others.
+        model: weights of a denoiser.
+        share: share of the units to remove, from 0 to below 1.
+        groups: groups of the normalisation in a residual block; all groups keep equally many channels.
     """
     pruned = dict(model)
     for prefix, kind in blocks(model).items():
@@ -63,8 +66,8 @@ def prune(model: Tensors, share: float, groups: int = 8) -> dict[str, Tensor]:
 
 
 def narrow(net: nn.Module, sizes: Mapping[str, int]) -> None:
-    """Give the blocks of a network so many hidden units, with fresh weights where they had another number."""
-    with seeded(stream("narrow")):  # what is drawn after this does not depend on the widths
+    """Set the number of hidden units of blocks, in place; blocks that change get new random weights."""
+    with seeded(stream("narrow")):  # later random numbers do not depend on the widths
         for prefix, units in sizes.items():
             _narrow(net, prefix, units)
 

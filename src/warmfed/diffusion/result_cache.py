@@ -1,4 +1,4 @@
-"""Equal work is done once: the cells of a comparison share adapters, samples, and diffusion models of sites alone."""
+"""Cache of results that the cells of a comparison share: adapters, samples and diffusion models of single sites."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -20,24 +20,27 @@ Made = tuple[Tensors, Metrics]
 def cached(
     folder: Path | None, what: str, made_of: object, rng: torch.Generator, given: Tensors, make: Callable[[], Made]
 ) -> Made:
-    """What `make` returns; in `folder` it is kept under a digest of all it was made of, and found there the next time.
+    """Return the result of `make`, from the cache if it is there.
 
-    So what is found is what would have been made, bit for bit, and leaves the same random numbers for what follows. Only
-    the seconds of a run that finds something are shorter.
+    The key is a digest of all inputs. A cached result equals a new one bit for bit and leaves the same state of `rng`.
 
     Args:
-        folder: none: it is made in any case.
-        made_of: settings, whose `repr` says all of them; given: tensors; rng: random numbers that `make` draws from.
+        folder: the cache; None: no cache.
+        what: kind of the result, the prefix of its file.
+        made_of: settings with a complete `repr`.
+        rng: random stream of `make`.
+        given: tensors that `make` uses.
+        make: computes the result.
 
     Raises:
-        InputError: what lies there is damaged.
+        InputError: if the cached file is damaged.
     """
     if folder is None:
         return make()
     text = repr((made_of, sha256({**given, "rng": rng.get_state()})))
     path = folder / f"{what}-{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
     if path.exists():
-        found = load(read_checksummed(path, "what another run of the comparison has made"))
+        found = load(read_checksummed(path, "a cached result of the comparison"))
         rng.set_state(found["rng"])
         return strip_prefix(found, "made/"), {name: value.item() for name, value in strip_prefix(found, "metric/").items()}
     made, metrics = make()
@@ -49,23 +52,32 @@ def cached(
 
 @dataclass(frozen=True)
 class CachedGenerator:
-    """Adapts and samples as `generator` does, each thing `once`: settings, base, images or adapter, prompts, labels tell it."""
+    """Adapt and sample as `generator` does, through the cache.
+
+    The key covers the settings, the base, the images or the adapter, the prompts and the labels.
+    """
 
     generator: Any
-    """A `LatentDiffusion` or `Concepts`."""
+    """`LatentDiffusion` or `Concepts`."""
     folder: Path
+    """Folder of the cache."""
 
     def adapt(self, ctx: ClientContext) -> Made:
+        """Return the site's adapter and its metrics, from the cache if it is there."""
         given = add_prefix(ctx.data["train"], "train/") | add_prefix(ctx.data.get("validation", {}), "validation/")
         return self._once("adapt", ctx, ctx.prompts, given, lambda: self.generator.adapt(ctx))
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
+        """Check an adapter, as the generator does."""
         self.generator.check(adapter, prompts, who, classes)
 
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
+        """Write an adapter, as the generator does."""
         self.generator.write(adapter, folder, site)
 
     def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: AnyContext) -> Tensor:
+        """Return one image per label, uint8 [n, 3, h, w], from the cache if they are there."""
+
         def make() -> Made:
             return {"image": self.generator.synthesize(adapter, prompts, labels, ctx)}, {}
 

@@ -1,4 +1,4 @@
-"""Drawing latents: diffusers' schedulers under one loop, with classifier-free guidance in one batch."""
+"""Sampling of latents: one loop for diffusers' schedulers, with classifier-free guidance in one batch."""
 
 import inspect
 from collections.abc import Mapping
@@ -12,28 +12,33 @@ from .pipeline_families import Condition, stacked
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "ddim": ("DPMSolverMultistepScheduler", {"solver_order": 1}),  # of first order DPM-Solver++ is DDIM, for flows Euler
+    "ddim": ("DPMSolverMultistepScheduler", {"solver_order": 1}),  # first order: DDIM, for flows Euler
     "unipc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {}),
 }
-"""diffusers' class for each sampler: DPM-Solver++ (Lu et al., 2022, arXiv:2211.01095), DDIM (Song et al., ICLR 2021), UniPC
-(Zhao et al., NeurIPS 2023, arXiv:2302.04867), and LCM (arXiv:2310.04378) for bases that were distilled for a few steps."""
+"""Class of diffusers for each sampler: DPM-Solver++ (Lu et al., 2022, arXiv:2211.01095), DDIM (Song et al., ICLR 2021), UniPC
+(Zhao et al., NeurIPS 2023, arXiv:2302.04867), and LCM (arXiv:2310.04378) for bases that are distilled for few steps."""
 
 SPACINGS = ("", "leading", "linspace", "trailing")
 
 
 def flows(config: Mapping[str, Any]) -> float:
-    """The shift of a rectified flow's noise levels, of a scheduler's config; 0: it is a diffusion process."""
+    """Return the shift of a rectified flow's noise levels from a scheduler's configuration; 0 for a diffusion process."""
     if config.get("prediction_type") == "flow_prediction":
         return float(config.get("flow_shift") or 1.0)
     return float(config.get("shift") or 1.0) if "FlowMatch" in str(config.get("_class_name", "")) else 0.0
 
 
 def scheduler(base: Any, sampler: str, spacing: str = "") -> Any:
-    """A sampler for the noise schedule of a base's own scheduler.
+    """Return a sampler for the noise schedule of a base's own scheduler.
 
     Args:
-        spacing: where its steps lie: leading, linspace or trailing; empty: where the base's own are.
+        base: the base's scheduler.
+        sampler: a key of `SAMPLERS`.
+        spacing: spacing of the steps: leading, linspace or trailing; empty: that of the base.
+
+    Raises:
+        InputError: if the sampler does not support a flow.
     """
     import diffusers
 
@@ -41,7 +46,7 @@ def scheduler(base: Any, sampler: str, spacing: str = "") -> Any:
     config = {"_class_name": type(base).__name__, **base.config}
     if shift := flows(config):
         if sampler == "lcm":
-            raise InputError("the sampler lcm is for diffusion processes, and this base is a flow; choose dpm++, ddim or unipc")
+            raise InputError("the sampler lcm needs a diffusion process, but this base is a flow; set dpm++, ddim or unipc")
         options = {**options, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     if spacing:
         options = {**options, "timestep_spacing": spacing}
@@ -49,24 +54,24 @@ def scheduler(base: Any, sampler: str, spacing: str = "") -> Any:
 
 
 def timed(base: Any, sampler: str, steps: int, spacing: str = "", begin: int | None = None, device: Any = "cpu") -> Any:
-    """The same sampler, its times set: all from the last one on, or `steps` of them from `begin` on.
+    """Return the sampler of `scheduler` with its times set: `steps` times from `begin`, or from the last one.
 
     Raises:
-        InputError: the sampler cannot take so many steps, or from there, with this noise schedule.
+        InputError: if the sampler does not support these steps with this noise schedule.
     """
     solver = scheduler(base, sampler, spacing)
     try:
         if begin is None:
             solver.set_timesteps(steps, device=device)
         elif begin + 1 < steps:
-            raise ValueError(f"only {begin + 1} times are left from where the noise begins")
+            raise ValueError(f"only {begin + 1} times are left from the start of the noise")
         else:
             times = (torch.linspace(begin + 1, 0, steps + 1)[:-1].round() - 1).int().tolist()
             solver.set_timesteps(timesteps=times, device=device)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"the sampler {sampler} cannot take {steps} steps {'' if begin is None else f'from time {begin} on '}with this "
-            f"base ({error}); set generator.sampler or generator.steps to others"
+            f"the sampler {sampler} cannot take {steps} steps {'' if begin is None else f'from time {begin} '}with this "
+            f"base ({error}); set another generator.sampler or generator.steps"
         ) from error
     return solver
 
@@ -82,17 +87,20 @@ def draw(
     interval: tuple[float, ...] = (0.0, 1.0),
     rng: torch.Generator | None = None,
 ) -> Tensor:
-    """Clean latents of noise [n, c, h, w].
+    """Return the clean latents of noise [n, c, h, w].
 
     Args:
-        model: model(noisy, time, condition) predicts what the base does.
-        solver: a scheduler whose times are set.
-        condition: what is drawn, n rows.
-        against: what guidance leads away from, one row.
+        model: model(noisy, time, condition) returns the denoiser's prediction.
+        solver: a scheduler with its times set.
+        latents: the noise.
+        condition: conditioning of the samples, n rows.
+        against: negative conditioning of the guidance, one row.
         guidance: scale of classifier-free guidance; 1: none.
-        interval: the part of the times, in shares of the last one, in which there is guidance: elsewhere a step costs half
-            (Kynkäänniemi et al., NeurIPS 2024, arXiv:2404.07724).
-        rng: for samplers that draw noise at each step.
+        interval: range of the times with guidance, as shares of the last time; a step outside of it costs half.
+        rng: source of the noise of samplers that add noise at each step.
+
+    References:
+        Guidance interval: Kynkäänniemi et al., NeurIPS 2024, arXiv:2404.07724.
     """
     last = solver.config.num_train_timesteps
     both = stacked(against, condition) if guidance != 1 else condition

@@ -1,4 +1,4 @@
-"""The settings of a latent diffusion generator, and what can be checked of them before a base is loaded."""
+"""Settings of a latent diffusion generator, checked before a base is loaded."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from . import pipeline
 
 @dataclass(frozen=True)
 class Lora:
-    """How an adapter is made and learned, beyond rank, targets and training; see docs/lora.md for what each costs."""
+    """Further settings of an adapter and its training; docs/lora.md gives the cost of each."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "tokens": "textual_inversion",
@@ -25,31 +25,31 @@ class Lora:
     }
 
     alpha: float = 0.0
-    """What the layers add counts alpha/rank times; 0: once."""
+    """Scale of LoRA updates: alpha/rank; 0: a scale of 1."""
     rslora: bool = False
-    """Whether it counts alpha/√rank times instead (Kalajdzievski, 2023, arXiv:2312.03732)."""
+    """Scale of alpha/√rank instead (Kalajdzievski, 2023, arXiv:2312.03732)."""
     dora: bool = False
-    """Whether each output has a learned magnitude beside A and B (DoRA)."""
+    """Learned magnitude of each output, beside A and B (DoRA)."""
     textual_inversion: bool = False
-    """Whether each class learns a word in the place of its prompt's last one (textual inversion), instead of `prompts`."""
+    """Learned word per class in place of its prompt's last word (textual inversion), instead of `prompts`."""
     prior_loss_weight: float = 0.0
     """Weight of the loss on the base's own samples of the classes (Ruiz et al., CVPR 2023, arXiv:2208.12242); 0: none."""
     prior_images: int = 20
-    """Such samples of each class."""
+    """Number of these samples per class; at least 1."""
     noise_offset: float = 0.0
-    """Standard deviation of the noise that an image's channels share (offset noise); 0: none."""
+    """Standard deviation of the offset noise, one value per channel of an image; 0: none."""
     flip: bool = False
-    """Whether each image has its mirror image beside it. Not for digits, letters, or sides of a body."""
+    """Mirrored copy of each image; not for digits, letters or sides of a body."""
     gradient_checkpointing: bool = False
-    """Whether the denoiser computes its inner values anew instead of keeping them: much less memory, 1.4 × the time."""
+    """Recomputation of activations in the backward pass: much less memory, 1.4 × the time."""
     auto_micro_batch: bool = False
-    """Whether `training.micro_batch_size` is set so that it fits into half of the free memory. Last bits depend on it."""
+    """Choice of `training.micro_batch_size` to fit half of the free memory; the last bits of results depend on it."""
     patience: int = 0
-    """Epochs without a lower loss on the validation images after which learning ends; 0: all epochs."""
+    """Epochs without a lower validation loss until early stopping; 0: all epochs."""
     cache: Literal["memory", "disk"] = "memory"
-    """Where the latents are: memory, or disk (under a digest of what they are made of, for the next run too)."""
+    """Storage of the latents: memory or disk; later runs reuse latents on disk."""
     snapshots: int = 100
-    """Steps after which unfinished training is kept on disk, for a process that is killed; 0: never."""
+    """Steps between two snapshots of unfinished training on disk; 0: none."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -63,13 +63,13 @@ class Lora:
             )
 
     def scale(self, rank: int) -> float:
-        """How often what the layers add counts."""
+        """Return the scale of the LoRA updates."""
         return (self.alpha or rank) / (math.sqrt(rank) if self.rslora else rank)
 
 
 @dataclass(frozen=True)
 class GeneratorSettings:
-    """How a generator adapts to a site and samples: the table `[generator]` of a configuration."""
+    """Settings of a generator's adaptation and sampling: the table `[generator]` of a configuration."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "targets": "target_modules",
@@ -81,54 +81,54 @@ class GeneratorSettings:
     }
 
     base: str = "digits"
-    """An embedded base, a folder in diffusers' layout, or a repository of the hub that lies in its cache."""
+    """Base: an embedded one, a folder in diffusers' layout, or a repository in the hub's cache."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of the base's weights: fp32, bf16 or fp16; an adapter learns in fp32 in any case."""
+    """Type of the base's weights: fp32, bf16 or fp16; adapters are always trained in fp32."""
     size: int = 0
-    """Height and width in pixels of its images; 0: what the base was made for."""
+    """Height and width of the images in pixels; 0: the base's own size."""
     rank: int = 6
-    """Rank of the adapter."""
+    """Rank of the adapter; at least 1."""
     target_modules: Literal["attention", "transformer", "all", "none"] = "all"
-    """Which layers of the denoiser get an adapter: attention, transformer, all or none (then only prompts are learned)."""
+    """Layers of the denoiser with an adapter: attention, transformer, all, or none (only prompts are learned)."""
     prompts: bool = True
-    """Whether the classes' prompt embeddings are learned too and travel beside the adapter."""
+    """Learned prompt embeddings of the classes, sent with the adapter."""
     training: Training = Training(
         optimizer="adamw", lr=1e-2, epochs=12, batch_size=32, schedule="cosine", warmup=5, max_grad_norm=1.0
     )
-    """A site's training of its adapter."""
+    """Training of an adapter at a site."""
     views: int = 2
-    """Shifted copies of each image whose latents are cached; 1: only the image itself."""
+    """Number of cached views of each image: itself and shifted copies; 1: only the image."""
     lora: Lora = Lora()
-    """What else there is to set about the adapter and its training."""
+    """Further settings of the adapter and its training."""
     adapters: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Adapters from elsewhere, {site = "file.safetensors"}: such a site learns none."""
+    """Imported adapters, {site = "file.safetensors"}; these sites train none."""
     dropout: float = 0.1
-    """Share of training images shown without a prompt, for guidance."""
+    """Share of training images without a prompt, for guidance; 0 to 1."""
     min_snr_gamma: float = 5.0
-    """Largest weight of a time in the loss, as an error of the clean image; 0: no cap."""
+    """Largest weight of a time in the loss, in terms of the error of the clean image; 0: no cap."""
     sampler: Literal["dpm++", "ddim", "unipc", "lcm"] = "dpm++"
-    """dpm++ (DPM-Solver++), ddim, unipc, or lcm for a base that was distilled for a few steps."""
+    """Sampler: dpm++ (DPM-Solver++), ddim, unipc, or lcm for a base that is distilled for few steps."""
     steps: int = 8
-    """Sampler steps."""
+    """Number of sampler steps; at least 1."""
     spacing: Literal["", "leading", "linspace", "trailing"] = ""
-    """Where the steps lie: leading, linspace or trailing; empty: where the base's own scheduler has them."""
+    """Spacing of the steps: leading, linspace or trailing; empty: that of the base's scheduler."""
     guidance: float = 1.5
-    """Scale of classifier-free guidance; 1: none. More of it draws clearer classes that are more alike, which teach less."""
+    """Scale of classifier-free guidance; 1: none. A larger scale gives clearer, but less diverse samples of a class."""
     negative_prompt: str = ""
-    """The text that guidance leads away from."""
+    """Negative prompt of the guidance; empty: the empty prompt."""
     guidance_interval: tuple[float, ...] = (0.0, 1.0)
-    """The part of the times with guidance, from clean (0) to noise (1); a step outside of it costs half."""
+    """Range of the times with guidance, from clean (0) to noise (1); a step outside of it costs half."""
     batch_size: int = 100
-    """Images of one sampler batch; any classes together."""
+    """Images per sampler batch, of any classes; at least 1."""
     fuse_lora: bool = True
-    """Whether an adapter is folded into the weights to sample; otherwise it stays beside them: slower, but a few MB less."""
+    """Merge of an adapter into the weights for sampling; without it sampling is slower and needs a few MB less."""
     compile: str = ""
-    """Backend of torch.compile for sampling, as inductor; empty: not compiled. It pays for thousands of samples."""
+    """Backend of torch.compile for sampling, such as inductor; empty: none. Useful from thousands of samples."""
 
     def __post_init__(self) -> None:
         if self.target_modules not in layers.TARGETS:
             raise InputError(
-                f"there is no choice of layers {self.target_modules!r}{suggest(self.target_modules, list(layers.TARGETS))}"
+                f"there are no target_modules {self.target_modules!r}{suggest(self.target_modules, list(layers.TARGETS))}"
             )
         check_choices(self)
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
@@ -138,11 +138,11 @@ class GeneratorSettings:
         if min(self.rank, self.views, self.steps, self.batch_size) < 1:
             raise InputError("rank, views, steps and batch_size of the generator must be at least 1; check [generator]")
         if self.size < 0:
-            raise InputError(f"generator.size is a number of pixels, or 0 for what the base was made for; got {self.size}")
+            raise InputError(f"expected generator.size in pixels, or 0 for the base's own size, got {self.size}")
         if self.min_snr_gamma < 0 or not 0 <= self.dropout <= 1:
             raise InputError("generator.min_snr_gamma must be at least 0 and generator.dropout from 0 to 1; check [generator]")
         if self.sampler == "lcm" and self.spacing:
-            raise InputError("the sampler lcm has its steps where its base was distilled for them; take generator.spacing out")
+            raise InputError("the sampler lcm has the spacing of its base's distillation; remove generator.spacing")
         if self.target_modules == "none" and not (self.prompts or self.lora.textual_inversion):
             raise InputError("the generator has nothing to learn: set generator.target_modules or generator.prompts")
         if self.prompts and self.lora.textual_inversion:
@@ -150,16 +150,16 @@ class GeneratorSettings:
                 "textual inversion replaces learned prompts; set generator.prompts=false beside lora.textual_inversion"
             )
         if not all(isinstance(path, str) for path in self.adapters.values()):
-            raise InputError('generator.adapters names a file for each site, as {ink = "ink.safetensors"}')
+            raise InputError('expected a file for each site in generator.adapters, as {ink = "ink.safetensors"}')
 
     @property
     def side(self) -> int:
-        """Height and width in pixels of its images; raises `InputError` where there is no such base."""
+        """Height and width of the images in pixels; raises `InputError` if the base is not found."""
         return self.size or pipeline.side(self.base)
 
     def space(self, base: pipeline.Parts) -> tuple[int, int, int]:
-        """(channels, height, width) of a latent."""
+        """Return (channels, height, width) of a latent; raise `InputError` if the size is not a multiple of the scale."""
         side, rest = divmod(self.side, base.scale)
         if rest or not side:
-            raise InputError(f"images of {self.side} pixels are no multiple of {base.scale}; set generator.size to one")
+            raise InputError(f"images of {self.side} pixels are not a multiple of {base.scale}; set generator.size to one")
         return base.denoiser.config.in_channels, side, side

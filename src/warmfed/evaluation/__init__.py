@@ -1,1 +1,1 @@
-"""How good a generator's samples are."""
+"""Evaluation of generators: feature extractors and metrics of their samples."""

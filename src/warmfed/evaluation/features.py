@@ -1,6 +1,6 @@
-"""Feature extractors for scores of images, by what the setting `features` names.
+"""Feature extractors for metrics of images, selected by the setting `features`.
 
-Inception's weights are a download, so the features are the user's choice, and a score is given with their fingerprint.
+Inception's weights need a download, so the user selects the features. The results name the extractor by its fingerprint.
 """
 
 import hashlib
@@ -19,11 +19,23 @@ from ..utils.errors import InputError
 from ..utils.files import read_bytes
 
 Extractor = Callable[[Tensor], Tensor]
-"""uint8 images [n, 3, h, w] to features, float [n, width]."""
+"""Function from uint8 images [n, 3, h, w] to features, float [n, width]."""
 
 
 def extractor(features: str, base: str, shape: tuple[int, int, int]) -> tuple[Extractor, str]:
-    """What looks at images, and its fingerprint; raises `InputError` where there is no such thing."""
+    """Return a feature extractor and its fingerprint.
+
+    Args:
+        features: "public", a .safetensors or .npz file, or a folder (`Evaluation.features`).
+        base: the base whose public classifier "public" selects.
+        shape: (channels, height, width) of an image.
+
+    Returns:
+        The extractor, and the SHA-256 of its file or the name of its folder.
+
+    Raises:
+        InputError: if the file or folder is missing, damaged, or holds no supported network.
+    """
     path = pipeline.find(base) / "classifier.safetensors" if features == "public" else Path(features)
     if path.is_dir():
         return _hugging(path), f"{path.name}"
@@ -35,27 +47,27 @@ def extractor(features: str, base: str, shape: tuple[int, int, int]) -> tuple[Ex
     return lambda image: _batched(lambda part: task.features(model, {"image": part}), image), digest
 
 
-def _batched(look: Extractor, image: Tensor, batch: int = 256) -> Tensor:
+def _batched(extract: Extractor, image: Tensor, batch: int = 256) -> Tensor:
     with torch.inference_mode():
-        return torch.cat([look(part) for part in image.split(batch)]).clone()
+        return torch.cat([extract(part) for part in image.split(batch)]).clone()
 
 
 def _arrays(path: Path) -> Extractor:
-    """A network of `warmfed.models` that its weights' names tell, from .npz."""
+    """Return the network of `models.FEATURE_EXTRACTORS` that the names in an .npz file identify."""
     try:
         held = Archive(path)
         weights = {name: torch.from_numpy(held[name]) for name in held.files}
     except DAMAGE as error:
-        raise InputError(f"{path} is damaged or no .npz of arrays ({error}); restore it") from error
-    for eyes in models.FEATURE_EXTRACTORS.values():
-        net = eyes()
+        raise InputError(f"{path} is damaged or not an .npz file of arrays ({error}); restore it") from error
+    for build in models.FEATURE_EXTRACTORS.values():
+        net = build()
         if {key for key in net.state_dict() if not key.endswith("num_batches_tracked")} == weights.keys():
             net.load_state_dict(weights, strict=False)
             net.eval().requires_grad_(False)
             return lambda image: _batched(net, image)
     raise InputError(
         f"{path} holds none of the networks {', '.join(models.FEATURE_EXTRACTORS)}; "
-        f"its tensors are {', '.join(sorted(weights)[:4])}, …"
+        f"its tensors are {', '.join(sorted(weights)[:4])}, …; set evaluation.features to another file"
     )
 
 
@@ -65,12 +77,12 @@ def _hugging(folder: Path) -> Extractor:
     own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         net = AutoModel.from_pretrained(folder, use_safetensors=True, **own).eval().requires_grad_(False)
-        look = AutoImageProcessor.from_pretrained(folder, **own)
-    except Exception as error:  # each model has its own; all mean that the folder is not what it should be
+        processor = AutoImageProcessor.from_pretrained(folder, **own)
+    except Exception as error:  # each model raises its own errors; all of them mean that the folder is not usable
         raise InputError(f"cannot load a vision model from {folder} ({str(error).splitlines()[0]}); save it again") from error
 
     def features(part: Tensor) -> Tensor:
-        inputs = look(images=list(part), return_tensors="pt")
+        inputs = processor(images=list(part), return_tensors="pt")
         found = net(**inputs)
         pooled = getattr(found, "pooler_output", None)
         return pooled if pooled is not None else found.last_hidden_state.mean(1)

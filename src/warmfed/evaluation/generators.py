@@ -1,7 +1,7 @@
-"""How good samples are: Fréchet and kernel distance, precision, recall, density, coverage, and copies of training images.
+"""Evaluation of a generator's samples: FID, KID, precision, recall, density, coverage, memorization rate and CAS.
 
-Statistics are torchmetrics'; features are the user's choice, since Inception's weights are a download: scores compare only
-within one choice of features and one number of samples, which are told with them, as is real against real as the floor.
+Scores are comparable only for one feature extractor and one number of samples; the results give both. The distance between
+test and training images is reported as the lower bound.
 """
 
 import functools
@@ -31,33 +31,41 @@ from .features import Extractor, extractor
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a generator is measured."""
+    """Settings of the evaluation of a generator."""
 
     samples: int = 1000
-    """Samples drawn for a measurement, classes as frequent as in the data; 0: none is made."""
+    """Number of samples of an evaluation, with the class frequencies of the data; at least 2, or 0 for no evaluation."""
     when: Literal["every", "last"] = "last"
-    """every (stage that may change the model) or last."""
+    """Stages that are evaluated: every stage that may change the model, or the last."""
     features: str = "public"
-    """What looks at images: public (the body of the base's public classifier), a warmfed classifier's .safetensors, a LeNet's
-    or ResNet-20's .npz, or a folder of a Hugging Face vision model; for adapters also global (the run's own classifier)."""
+    """Feature extractor: public (backbone of the base's public classifier), a warmfed classifier's .safetensors, a LeNet's
+    or ResNet-20's .npz, or the folder of a Hugging Face vision model; for adapters also global (the run's own classifier)."""
     neighbours: int = 5
-    """k of precision, recall, density and coverage."""
+    """k of precision, recall, density and coverage; at least 1."""
     adapters: bool = False
-    """Whether the samples of each site's adapter are measured too, against that site's images, at the end of a run."""
+    """Evaluation of each site's adapter against that site's images, at the end of a run."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         if self.samples < 0 or self.samples == 1 or self.neighbours < 1:
-            raise InputError("samples must be 0 (none) or at least 2, and neighbours at least 1; check [evaluation]")
+            raise InputError(
+                "[evaluation]: expected samples of 0 (none) or at least 2 and neighbours of at least 1, "
+                f"got {self.samples} and {self.neighbours}"
+            )
 
 
 def check(settings: Evaluation, base: str, federation: Federation, *, drawn: bool, weights: bool = True) -> None:
-    """Raise `InputError` where what a run is to measure cannot be: before it begins.
+    """Check before a run that its evaluation is possible.
 
     Args:
-        base: whose public classifier `features` may mean.
-        drawn: whether the run learns a diffusion model, which is measured; otherwise its adapters may be.
-        weights: whether the base's weights must be there.
+        settings: the evaluation.
+        base: the base whose public classifier the features "public" select.
+        federation: the run's data.
+        drawn: whether the run trains a diffusion model; otherwise only its adapters can be evaluated.
+        weights: whether the base's weights must exist.
+
+    Raises:
+        InputError: if the feature extractor is missing or unusable, or there are fewer than two real images.
     """
     if not (settings.samples if drawn else settings.adapters) or (settings.features == "global" and not drawn):
         return
@@ -66,51 +74,57 @@ def check(settings: Evaluation, base: str, federation: Federation, *, drawn: boo
         path = pipeline.find(base, weights=weights) / "classifier.safetensors"
     if not path.exists():
         other = "a file" if drawn else "global, or to a file"
-        raise InputError(f"what looks at samples (evaluation.features): {path} is not there; set features to {other}")
+        raise InputError(f"the feature extractor (evaluation.features) {path} is not there; set features to {other}")
     if weights:
         extractor(settings.features, base, federation.shape)
     if drawn and min(sum(rows(site.splits[part]) for site in federation.sites.values()) for part in ("train", "test")) < 2:
         raise InputError(
-            "a generator is measured against at least two training and two test images; set evaluation.samples to 0"
+            "the evaluation of a generator needs at least two training and two test images; set evaluation.samples to 0"
         )
 
 
 def adapter_scores(
-    look: Extractor, federation: Federation, samples: Mapping[str, Table], neighbours: int
+    extract: Extractor, federation: Federation, samples: Mapping[str, Table], neighbours: int
 ) -> dict[str, dict[str, float]]:
-    """By site, how good the samples of its adapter are, against its own images: all that `distances`, `neighbourhoods`,
-    `memorization_rate`, `diversity` and `nearest` say, and the floor of the distances, which is test against training images.
+    """Return the scores of each site's adapter against that site's images.
 
     Args:
-        samples: {"image", "label", "kept"} by site, as a run keeps them; those that were dropped count too.
+        extract: the feature extractor.
+        federation: the run's data.
+        samples: {"image", "label", "kept"} by site, as a run keeps them; samples that the filters dropped count too.
+        neighbours: k of `neighbourhoods`.
+
+    Returns:
+        By site, the finite values of `distances`, `neighbourhoods`, `memorization_rate`, `diversity` and `nearest`; the share
+        kept in percent; the number of samples; and `floor_fid` and `floor_kid` of the test against the training images.
     """
     found: dict[str, dict[str, float]] = {}
     for name, mine in samples.items():
         site = federation.sites[name]
         if rows(mine) < 2:
             continue
-        fake, seen, unseen = look(mine["image"]), look(site.train["image"]), look(site.test["image"])
-        scores = distances(seen, fake) if len(seen) > 1 else {}
-        scores |= neighbourhoods(seen, fake, neighbours) | memorization_rate(seen, unseen, fake)
+        fake, train, test = extract(mine["image"]), extract(site.train["image"]), extract(site.test["image"])
+        scores = distances(train, fake) if len(train) > 1 else {}
+        scores |= neighbourhoods(train, fake, neighbours) | memorization_rate(train, test, fake)
         scores |= {
-            "diversity": diversity(seen, site.train["label"], fake, mine["label"]),
-            "nearest": nearest(seen, unseen, fake),
+            "diversity": diversity(train, site.train["label"], fake, mine["label"]),
+            "nearest": nearest(train, test, fake),
             "kept": 100 * mine["kept"].double().mean().item(),
             "samples": float(rows(mine)),
         }
-        if min(len(seen), len(unseen)) > 1:
-            scores |= {f"floor_{key}": value for key, value in distances(seen, unseen).items()}
+        if min(len(train), len(test)) > 1:
+            scores |= {f"floor_{key}": value for key, value in distances(train, test).items()}
         found[name] = {key: value for key, value in scores.items() if math.isfinite(value)}
     return found
 
 
-SCHOOL = Training(lr=0.02, epochs=15, batch_size=64, schedule="cosine", weight_decay=5e-4, max_grad_norm=1.0)
-"""Training of the classifier that learns from samples alone."""
+CAS_TRAINING = Training(lr=0.02, epochs=15, batch_size=64, schedule="cosine", weight_decay=5e-4, max_grad_norm=1.0)
+"""Training of the CAS classifier, on samples only."""
 
 
 @dataclass(frozen=True, eq=False)
 class GeneratorEvaluator:
-    """Measures the generator of a run on this machine; in a deployment nobody sees all sites' images, and nobody can."""
+    """Evaluate the generator of a local run; a deployment has no machine with the images of all sites."""
 
     settings: Evaluation
     task: Denoise
@@ -118,30 +132,30 @@ class GeneratorEvaluator:
     base: str
     seed: int
     device: str = "cpu"
-    """Where samples are drawn and learned from; what looks at them is on the processor."""
+    """Device of the sampling and of the CAS classifier; the feature extractor runs on the CPU."""
 
     @classmethod
     def for_run(
         cls, settings: Evaluation, task: object, federation: object, base: str, seed: int, device: str = "cpu"
     ) -> "GeneratorEvaluator | None":
-        """The gauge of a run; None where nothing can be measured."""
+        """Return the evaluator of a run, or None if the run has nothing to evaluate."""
         if isinstance(task, Denoise) and isinstance(federation, Federation) and settings.samples:
             return cls(settings, task, federation, base, seed, device)
         return None
 
     def due(self, done: Round, *, last: bool) -> bool:
-        """Whether the model is measured after this stage."""
+        """Return whether the model is evaluated after this stage."""
         return last or (self.settings.when == "every" and bool(done.evaluation))
 
     @functools.cached_property
     def _real(self) -> tuple[Extractor, str, Table, Table, Tensor, Tensor]:
         sites = self.federation.sites.values()
         train, test = join(site.train for site in sites), join(site.test for site in sites)
-        look, digest = extractor(self.settings.features, self.base, self.federation.shape)
-        return look, digest, train, test, look(train["image"]), look(test["image"])
+        extract, digest = extractor(self.settings.features, self.base, self.federation.shape)
+        return extract, digest, train, test, extract(train["image"]), extract(test["image"])
 
     def _drawing(self, model: Any, train: Table, classes: int) -> list[tuple[Tensors, Tensor, tuple[str, ...]]]:
-        """Which model draws which labels, and what names its noise."""
+        """Return (model, labels that it samples, extra key of its noise stream) for each model."""
         if not isinstance(next(iter(model.values())), Mapping):
             return [(model, apportion(train["label"].bincount(minlength=classes), self.settings.samples), ())]
         sizes = torch.tensor([len(site.train["label"]) for site in self.federation.sites.values()])
@@ -153,17 +167,22 @@ class GeneratorEvaluator:
         ]  # fmt: skip
 
     def measure(self, model: Tensors | Mapping[str, Tensors], step: int) -> dict[str, Any]:
-        """Samples against training images; `floor_…` is test against training images, the best that can be hoped for.
+        """Return the scores of a model's samples against the training images.
 
         Args:
-            model: the global one; or by site each one's own: then each draws its site's share, classes as frequent as there.
+            model: the global model; or one model per site, each of which draws its site's share of the samples, with the
+                class frequencies of that site.
+            step: the stage, part of the key of the noise stream.
 
         Returns:
-            fid, kid, precision, recall, density, coverage, memorization_rate (in percent); of conditional models `cas`, the
-            accuracy on real test images of a classifier trained on samples alone (Ravuri and Vinyals, NeurIPS 2019); the number
-            of samples, and the SHA-256 of what looked at them.
+            fid and kid; precision, recall, density, coverage and memorization_rate in percent; floor_fid and floor_kid of the
+            test against the training images, the lower bound; cas in percent, for conditional models; the numbers of samples
+            and models; features, the fingerprint of the feature extractor.
+
+        References:
+            CAS: Ravuri and Vinyals, NeurIPS 2019.
         """
-        look, digest, train, test, seen, unseen = self._real
+        extract, digest, train, test, real_train, real_test = self._real
         classes = len(self.federation.classes)
         drawing = self._drawing(model, train, classes)
         label = torch.cat([each for _, each, _ in drawing])
@@ -172,11 +191,12 @@ class GeneratorEvaluator:
         ]
         fake = self.task.decoded(torch.cat(drawn_by))
         found: dict[str, Any] = {"features": digest, "samples": len(fake), "models": len(drawing)}
-        drawn, k = look(fake), self.settings.neighbours
-        found |= distances(seen, drawn) | neighbourhoods(seen, drawn, k) | memorization_rate(seen, unseen, drawn)
-        found |= {f"floor_{name}": value for name, value in distances(seen, unseen).items()}
+        drawn, k = extract(fake), self.settings.neighbours
+        found |= distances(real_train, drawn) | neighbourhoods(real_train, drawn, k)
+        found |= memorization_rate(real_train, real_test, drawn)
+        found |= {f"floor_{name}": value for name, value in distances(real_train, real_test).items()}
         if self.task.settings.conditional:
-            school = ServerContext(Classify(self.federation.shape, classes), stream(self.seed, "school"), device=self.device)
-            pupil, _ = fit(school, school.task.init(school.rng), SCHOOL, {"image": fake, "label": label})
-            found["cas"] = school.task.metrics(pupil, test, self.device)["accuracy"]
+            ctx = ServerContext(Classify(self.federation.shape, classes), stream(self.seed, "school"), device=self.device)
+            classifier, _ = fit(ctx, ctx.task.init(ctx.rng), CAS_TRAINING, {"image": fake, "label": label})
+            found["cas"] = ctx.task.metrics(classifier, test, self.device)["accuracy"]
         return found

@@ -1,1 +1,1 @@
-"""Measures of predictions and of images: pure functions of tensors."""
+"""Metrics of predictions and of images: pure functions of tensors."""

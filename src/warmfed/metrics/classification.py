@@ -1,4 +1,4 @@
-"""Figures of a classifier, from its logits."""
+"""Metrics of a classifier, from its logits."""
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +8,22 @@ from ..utils.errors import InputError
 
 
 def measure(logits: Tensor, label: Tensor) -> dict[str, float]:
-    """Accuracy, balanced accuracy, macro-F1 and expected calibration error (15 bins), in percent; loss; count.
+    """Return the metrics of a classifier.
 
-    Balanced accuracy and macro-F1 are means over the classes that occur (scikit-learn's definitions, for labels that occur).
+    Args:
+        logits: float [n, classes].
+        label: int64 [n].
+
+    Returns:
+        accuracy, balanced_accuracy, macro_f1 and ece (expected calibration error, 15 bins) in percent; loss; count.
+        Balanced accuracy is a mean over the classes in `label`, macro-F1 over those in `label` or among the predictions,
+        as in scikit-learn.
+
+    Raises:
+        InputError: if a logit is not finite.
     """
     if not logits.isfinite().all():
-        raise InputError("the model's outputs are not finite: its training ran away; set a lower learning rate")
+        raise InputError("the model's outputs are not finite: its training diverged; set a lower learning rate")
     probability, guess = logits.double().softmax(-1).max(-1)
     right = (guess == label).double()
     classes = logits.shape[-1]

@@ -1,7 +1,7 @@
-"""How near drawn images are to real ones: Fréchet and kernel distance, precision, recall, density, coverage, and copies.
+"""Metrics of generated images: FID, KID, precision, recall, density, coverage, memorization rate and diversity.
 
-Statistics are torchmetrics'. All take features of images, float [n, width]; scores compare only within one choice of features
-and one number of samples.
+FID and KID are torchmetrics' statistics. All functions take features of images, float [n, width]. Scores are comparable
+only for one feature extractor and one number of samples.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from ..utils.errors import InputError
 
 
 class _Features(nn.Module):
-    """Features are computed once and given to torchmetrics as they are."""
+    """Identity network: torchmetrics gets features that are already computed."""
 
     num_features: int
 
@@ -27,18 +27,25 @@ class _Features(nn.Module):
 
 
 def distances(real: Tensor, fake: Tensor) -> dict[str, float]:
-    """Fréchet (Heusel et al., NeurIPS 2017) and kernel distance (Bińkowski et al., ICLR 2018) of features [n, width].
+    """Return the Fréchet distance ("fid") and the kernel distance ("kid") of two sets of features.
 
-    Raises `InputError` where a side has but one image, which has no covariance.
+    Shapes:
+        real: [n, width]; fake: [m, width].
+
+    Raises:
+        InputError: if a set has fewer than two images, since one image has no covariance.
+
+    References:
+        FID: Heusel et al., NeurIPS 2017. KID: Bińkowski et al., ICLR 2018.
     """
     if min(len(real), len(fake)) < 2:
-        raise InputError(f"distances need two images on each side, {len(real)} and {len(fake)} are there; give more images")
+        raise InputError(f"distances need at least 2 images in each set, got {len(real)} and {len(fake)}; add images")
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import poly_mmd
 
     width, size = real.shape[1], min(len(real), len(fake))
-    eyes: Any = {"feature": _Features(width), "input_img_size": (width,)}
-    frechet: Any = FrechetInceptionDistance(**eyes).set_dtype(torch.float64)
+    options: Any = {"feature": _Features(width), "input_img_size": (width,)}
+    frechet: Any = FrechetInceptionDistance(**options).set_dtype(torch.float64)
     frechet.update(real.double(), real=True)
     frechet.update(fake.double(), real=False)
     one, other = (evenly_spaced({"features": table}, size)["features"].double() for table in (real, fake))
@@ -46,7 +53,14 @@ def distances(real: Tensor, fake: Tensor) -> dict[str, float]:
 
 
 def neighbourhoods(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
-    """In percent: precision and recall (Kynkäänniemi et al., NeurIPS 2019), density and coverage (Naeem et al., ICML 2020)."""
+    """Return precision, recall, density and coverage, in percent, from the k nearest neighbours.
+
+    Shapes:
+        real: [n, width]; fake: [m, width].
+
+    References:
+        Precision and recall: Kynkäänniemi et al., NeurIPS 2019. Density and coverage: Naeem et al., ICML 2020.
+    """
 
     def radius(points: Tensor) -> Tensor:
         return torch.cdist(points, points).kthvalue(min(k + 1, len(points))).values
@@ -62,13 +76,22 @@ def neighbourhoods(real: Tensor, fake: Tensor, k: int) -> dict[str, float]:
 
 
 def memorization_rate(train: Tensor, test: Tensor, fake: Tensor) -> dict[str, float]:
-    """Percent of samples nearer to a training image than 95 % of the test images are: about 5 where nothing is copied."""
+    """Return the percentage of samples nearer to a training image than 95 % of the test images are.
+
+    It is about 5 if the model copies nothing.
+    """
     nearest = torch.cdist(test, train).min(1).values.quantile(0.05)
     return {"memorization_rate": 100 * (torch.cdist(fake, train).min(1).values < nearest).double().mean().item()}
 
 
 def diversity(real: Tensor, real_label: Tensor, fake: Tensor, fake_label: Tensor) -> float:
-    """How far samples of a class lie from each other, in percent of how far its real images do; a mean over the classes."""
+    """Return the mean distance between samples of one class, in percent of that between its real images.
+
+    The value is a mean over the classes with at least two samples and two real images; nan if there are none.
+
+    Shapes:
+        real: [n, width]; real_label: int64 [n]; fake: [m, width]; fake_label: int64 [m].
+    """
 
     def apart(features: Tensor) -> float:
         return torch.pdist(features).mean().item()
@@ -82,6 +105,9 @@ def diversity(real: Tensor, real_label: Tensor, fake: Tensor, fake_label: Tensor
 
 
 def nearest(train: Tensor, test: Tensor, fake: Tensor) -> float:
-    """Distance of the sample nearest to a training image, in percent of what test images have in the median; 0: a copy."""
+    """Return the smallest distance of a sample to a training image, in percent of the test images' median distance.
+
+    0 means that a sample is a copy.
+    """
     usual = torch.cdist(test, train).min(1).values.median()
     return 100 * (torch.cdist(fake, train).min() / usual).item()

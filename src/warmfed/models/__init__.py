@@ -1,4 +1,4 @@
-"""The networks: classifiers by name, and feature extractors for scores of images."""
+"""Networks: classifiers by name, and feature extractors for FID-style metrics."""
 
 from .classifiers import (
     DATASTORE,

@@ -1,4 +1,7 @@
-"""Small networks by name. GroupNorm everywhere: its statistics do not depend on the batch, and averaging has no buffers."""
+"""Classifiers by name.
+
+They use GroupNorm: its statistics do not depend on the batch, and it has no buffers to average.
+"""
 
 from collections.abc import Callable
 
@@ -11,7 +14,7 @@ from ..utils.errors import InputError, suggest
 
 
 class Split(nn.Module):
-    """A backbone and a linear head: what personalised methods share and keep apart is told by these two names."""
+    """A backbone `body` and a linear `head`; personalised methods select tensors by these two names."""
 
     def __init__(self, body: nn.Module, width: int, classes: int) -> None:
         super().__init__()
@@ -19,11 +22,11 @@ class Split(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Float [n, width], from images float [n, c, h, w] in [-1, 1]."""
+        """Return features, float [n, width], of images float [n, c, h, w] in [-1, 1]."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, float [n, classes]."""
+        """Return logits, float [n, classes]."""
         return self.head(self.features(x))
 
 
@@ -32,7 +35,7 @@ def _block(inside: int, outside: int) -> list[nn.Module]:
 
 
 def cnn(shape: tuple[int, int, int], classes: int, width: int = 16) -> Split:
-    """Three convolutions with GroupNorm and pooling, then a hidden layer of 128: 0.16 M parameters at 32×32."""
+    """Return three convolutions with GroupNorm and pooling, and a hidden layer of 128 units: 0.16 M parameters at 32×32."""
     channels, height, w = shape
     body = nn.Sequential(
         *_block(channels, width),
@@ -46,12 +49,12 @@ def cnn(shape: tuple[int, int, int], classes: int, width: int = 16) -> Split:
 
 
 def linear(shape: tuple[int, int, int], classes: int) -> Split:
-    """Logistic regression on the pixels."""
+    """Return logistic regression on the pixels."""
     return Split(nn.Flatten(), shape[0] * shape[1] * shape[2], classes)
 
 
 def pfllib_cnn(shape: tuple[int, int, int], classes: int) -> Split:
-    """The four-layer CNN of McMahan et al. as PFLlib builds it for MNIST: 582,026 parameters at 1×28×28."""
+    """Return PFLlib's four-layer CNN of McMahan et al. for MNIST: 582,026 parameters at 1×28×28."""
     channels, height, width = shape
     body = nn.Sequential(
         nn.Conv2d(channels, 32, 5),
@@ -72,7 +75,7 @@ def _convolution(inside: int, outside: int, size: int, stride: int) -> list[nn.M
 
 
 class _Residual(nn.Module):
-    """Two convolutions beside a shortcut, which is a convolution too where the shape changes."""
+    """Two convolutions and a shortcut; the shortcut is a 1×1 convolution if the shape changes."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ class _Residual(nn.Module):
 
 
 def resnet18(shape: tuple[int, int, int], classes: int) -> Split:
-    """ResNet-18 (He et al., CVPR 2016) with GroupNorm: 11.2 M parameters. For images of 64 pixels or more."""
+    """Return ResNet-18 (He et al., CVPR 2016) with GroupNorm: 11.2 M parameters, for images of 64 pixels or more."""
     levels = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
     blocks = [block for i, o, stride in levels for block in (_Residual(i, o, stride), _Residual(o, o, 1))]
     first = [*_convolution(shape[0], 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
@@ -93,14 +96,15 @@ def resnet18(shape: tuple[int, int, int], classes: int) -> Split:
 
 
 DATASTORE = "datastore."
-"""How the names of the tensors begin that a model remembers beside its weights."""
+"""Prefix of the names of a model's datastore tensors."""
 
 
 class Remembering(nn.Module):
-    """A `Split` network with a datastore: its answer is mixed with that of the k nearest rows it remembers (kNN-Per).
+    """A `Split` network with a datastore: the k nearest rows of the datastore vote on its prediction (kNN-Per).
 
-    Its tensors, after "datastore.": features, float [n, width]; labels, int64 [n]; and neighbours (k), scale (σ) and share
-    (λ), one number each.
+    Shapes:
+        Its tensors, after "datastore.": features, float [n, width]; labels, int64 [n]; and the scalars neighbours (k),
+        scale (σ) and share (λ).
     """
 
     def __init__(self, net: Split, datastore: Tensors) -> None:
@@ -110,17 +114,18 @@ class Remembering(nn.Module):
             self.datastore.register_buffer(name, tensor)
 
     def features(self, x: Tensor) -> Tensor:
+        """Return the network's features, float [n, width]."""
         return self.net.features(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """log(λ·p_knn + (1 - λ)·p_net), float [n, classes]; p_knn weighs a neighbour at distance d by exp(-d/σ)."""
+        """Return log(λ·p_knn + (1 - λ)·p_net), float [n, classes]; p_knn weights a neighbour at distance d by exp(-d/σ)."""
         store, features = dict(self.datastore.named_buffers()), self.net.features(x)
         probability = self.net.head(features).softmax(-1)
         count = min(int(store["neighbours"]), len(store["labels"]))
         near = torch.cdist(features, store["features"], compute_mode="donot_use_mm_for_euclid_dist").topk(count, largest=False)
         weight = (-near.values / store["scale"]).softmax(-1)
         named = F.one_hot(store["labels"][near.indices], probability.shape[1])
-        votes = (weight.unsqueeze(-1) * named).sum(1)  # a scatter_add's last bits change from run to run on a graphics card
+        votes = (weight.unsqueeze(-1) * named).sum(1)  # on a GPU, the last bits of a scatter_add differ between runs
         return torch.lerp(probability, votes, store["share"]).log().clamp_min(-80)
 
 
@@ -130,28 +135,39 @@ MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
 
 
 def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """The network of this name for images of this shape; its weights come from torch's global stream."""
+    """Return a network by name; its weights come from torch's global random stream.
+
+    Args:
+        name: a key of `MODELS`.
+        shape: (channels, height, width) of an image.
+        classes: number of classes.
+
+    Raises:
+        InputError: if `name` is not in `MODELS`.
+    """
     if name not in MODELS:
         raise InputError(f"there is no model {name!r}{suggest(name, list(MODELS))}")
     return MODELS[name](shape, classes)
 
 
 def named_by(tensors: Tensors) -> str | None:
-    """The name of the network whose tensors have these names; None: it is none of `MODELS`."""
+    """Return the name of the network with these tensor names, or None if it is not in `MODELS`."""
     with torch.device("meta"):
         return next((name for name in MODELS if initial(build(name, (3, 64, 64), 2)).keys() == tensors.keys()), None)
 
 
 def holding(net: nn.Module, tensors: Tensors) -> nn.Module:
-    """The network with these tensors loaded, ready to be asked; those of a datastore make it a `Remembering` one."""
+    """Return the network in evaluation mode with these tensors, as a `Remembering` one if they include a datastore."""
     net.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(DATASTORE)})
     store = strip_prefix(tensors, DATASTORE)
     return (Remembering(net, store) if store else net).eval()  # type: ignore[arg-type]
 
 
 def parameters(model: nn.Module) -> int:
+    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def initial(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the network's tensors, by name."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}

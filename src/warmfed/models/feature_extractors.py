@@ -1,6 +1,7 @@
-"""Networks that look at images for a score: their public weights come as .npz, and what they see before their head counts.
+"""Feature extractors for FID-style metrics; their public weights are .npz files.
 
-Each takes uint8 images [n, 3, h, w], normalised as its weights expect, and gives features, float [n, width].
+Each network takes uint8 images [n, 3, h, w], normalises them for its weights, and returns the features before its head,
+float [n, width].
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 
 class LeNet(nn.Module):
-    """LeNet-5 with ReLU and max pooling on grey images of 32×32 in [0, 1]; the 84 units before the head."""
+    """LeNet-5 with ReLU and max pooling, on grey 32×32 images in [0, 1]; returns the 84 units before the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ def _blocks(inside: int, outside: int) -> nn.Sequential:
 
 
 class ResNet20(nn.Module):
-    """ResNet-20 of CIFAR-10 (He et al., CVPR 2016) on images normalised by ImageNet's mean and spread; 64 pooled channels."""
+    """ResNet-20 for CIFAR-10 (He et al., CVPR 2016), on images with ImageNet's normalisation; returns 64 pooled channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,4 +65,4 @@ class ResNet20(nn.Module):
 
 
 FEATURE_EXTRACTORS: dict[str, Callable[[], nn.Module]] = {"lenet": LeNet, "resnet20": ResNet20}
-"""By name; each is recognised by the names of its weights."""
+"""Feature extractors by name; the names of the weights in a file identify the network."""

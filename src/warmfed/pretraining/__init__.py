@@ -1,1 +1,1 @@
-"""Training a generator's base on public images."""
+"""Pre-training of a generator's base on public images."""

@@ -1,4 +1,4 @@
-"""What a base is pre-trained on: public images, and what each of their classes may be called."""
+"""Data of the pre-training: public images, and the captions of each class."""
 
 import re
 import string
@@ -22,36 +22,38 @@ TEMPLATES = (
     "an image of the number {word}", "the digit {word}", "{word}", "a photo of the digit {numeral}",
     "a picture of a {numeral}", "a handwritten {numeral}", "a drawing of the number {word}", "{numeral}",
 )  # fmt: skip
-"""What a digit may be called; the first one is twice as frequent."""
+"""Captions of a digit; the first one is twice as frequent."""
 TOKENS = 16
-"""Of a text; what is longer is cut."""
+"""Maximum number of tokens of a text; longer texts are cut."""
 
 Captions = tuple[tuple[str, ...], ...]
-"""All captions of each class, equally many of each."""
+"""Captions of each class, equally many for each."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of a user's own, instead of rendered digits."""
+    """A user's own images, instead of rendered digits."""
 
     table: Table
-    """{"image": uint8 [n, 3, h, w], "label": int64 [n]}"""
+    """Images and labels: {"image": uint8 [n, 3, h, w], "label": int64 [n]}."""
     classes: tuple[str, ...]
+    """Class names."""
     captions: Captions
+    """Captions of each class."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What `pretraining.json` says of them."""
+        """Description of the images in `pretraining.json`."""
         return {"images": len(self.table["label"]), "classes": list(self.classes), "sha256": sha256(self.table)}
 
 
 def digits(characters: str) -> Captions:
-    """The captions of digits."""
+    """Return the captions of digits."""
     return tuple(tuple(template.format(word=WORDS[int(c)], numeral=c) for template in TEMPLATES) for c in characters)
 
 
 def drawn(characters: str, count: int, rng: torch.Generator) -> dict[str, Tensor]:
-    """Rendered digits and, as labels, positions in `characters`."""
+    """Return a table of rendered digits; the labels are positions in `characters`."""
     numbers = [int(character) for character in characters]
     table = rendered(count, rng, numbers)
     place = torch.zeros(10, dtype=torch.int64)
@@ -60,17 +62,17 @@ def drawn(characters: str, count: int, rng: torch.Generator) -> dict[str, Tensor
 
 
 def pictures(federation: Federation, side: int) -> ImageSet:
-    """The public images of a federation; where it has set none aside, all its images are taken for public.
+    """Return the public images of a federation; if it has none, all its images are public.
 
-    They come in a drawn order, since folders come class by class. A class may be called by its prompt (twice as often), its
+    The order is random, since folders are ordered by class. The captions of a class are its prompt (twice as often), its
     name, and the name in three common phrases.
 
     Raises:
-        InputError: the images are grey, or not of `side` pixels.
+        InputError: if the images are grey, or their side is not `side` pixels.
     """
     if federation.shape != (3, side, side):
         raise InputError(
-            f"colour images of {side}×{side} pixels were expected, those of {federation.name} are {federation.shape}; "
+            f"expected colour images of {side}×{side} pixels, got {federation.shape} from {federation.name}; "
             f"set data.options.image_size={side} (or `side`) and channels=3"
         )
     tables: list[Tensors] = [each.splits[part] for each in federation.sites.values() for part in SPLITS]
@@ -85,12 +87,12 @@ def pictures(federation: Federation, side: int) -> ImageSet:
 
 
 def mirrored(table: Tensors) -> dict[str, Tensor]:
-    """The images and their mirror images."""
+    """Return the images and their mirror images."""
     return {"image": torch.cat([table["image"], table["image"].flip(-1)]), "label": table["label"].repeat(2)}
 
 
 def tokenizer(captions: Captions) -> Any:
-    """A `CLIPTokenizer` whose vocabulary is the captions' words and all single characters, so it reads any text."""
+    """Return a `CLIPTokenizer` with the captions' words and all single characters, so it can encode any text."""
     from transformers import CLIPTokenizer
 
     words = _words(text for texts in captions for text in texts)
@@ -110,5 +112,5 @@ def tokenizer(captions: Captions) -> Any:
 
 
 def _words(texts: Iterable[str]) -> list[str]:
-    """The words that the tokenizer finds in texts: letters in a row; a numeral is one by itself."""
+    """Return the words that the tokenizer finds in texts: runs of letters, and single numerals."""
     return sorted({word for text in texts for word in re.findall(r"[a-z]+|[0-9]", text.lower())})

@@ -1,8 +1,8 @@
-"""Pre-training of a small text-conditioned latent diffusion pipeline on public images: rendered digits, or a user's own.
+"""Pre-training of a small text-conditioned latent diffusion pipeline on public images: rendered digits or a user's own.
 
 Four phases: an autoencoder (`AutoencoderTiny`, 32×32 pixels to 8×8×8 latents; its encoder in closed form), the text
 encoder on captions, the denoiser on cached latents and embeddings, and the public classifier. The denoiser predicts v
-(T. Salimans, J. Ho, ICLR 2022, arXiv:2202.00512) under the cosine schedule; a share of the captions is empty, for
+(Salimans and Ho, ICLR 2022, arXiv:2202.00512) with the cosine schedule. A share of the captions is empty, for
 classifier-free guidance.
 """
 
@@ -39,12 +39,12 @@ from ..utils.files import atomic_write, loads_json, open_regular, read_bytes, re
 from .captions import Captions, ImageSet, digits, drawn, mirrored, tokenizer
 
 Phase = tuple[Mapping[str, Tensor], Mapping[str, float]]
-"""What a phase makes, and its figures for `pretraining.json`."""
+"""Tensors of a phase, and its figures for `pretraining.json`."""
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How a base is made; the defaults made the embedded one."""
+    """Settings of a pre-training; the defaults are those of the embedded base."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "gamma": "min_snr_gamma",
@@ -54,15 +54,15 @@ class Pretraining:
     }
 
     characters: str = "0123456789"
-    """Digits to draw and to name, where no images are given."""
+    """Digits to render, if no images are given."""
     images: int = 100_000
-    """How many of them are drawn."""
+    """Number of rendered images."""
     side: int = 32
-    """Pixels of a side of the images: 16, 32, 64 or 128. Each value of a latent stands for a patch of side/8 pixels."""
+    """Side of the images in pixels: 16, 32, 64 or 128; a latent position covers side/8 pixels along each axis."""
     flip: bool = False
-    """Whether each image is also shown mirrored: for photographs, not for digits."""
+    """Mirrored copy of each image: for photographs, not for digits."""
     channels: int = 8
-    """Channels of the latents."""
+    """Channels of the latents; at most the values of a patch."""
     decoder_width: int = 32
     """Channels of the autoencoder's decoder."""
     decoder_steps: int = 1600
@@ -72,7 +72,7 @@ class Pretraining:
     decoder_lr: float = 1e-3
     """Peak learning rate of the decoder."""
     decoder_noise: float = 0.05
-    """Deviation of the noise on the latents that the decoder learns to bear."""
+    """Standard deviation of the noise on the latents in the decoder's training."""
     widths: tuple[int, ...] = (64, 128)
     """Channels of the denoiser at 8 and 4 pixels; multiples of 16."""
     text_width: int = 96
@@ -84,29 +84,29 @@ class Pretraining:
     steps: int = 18_000
     """Optimizer steps of the denoiser."""
     batch_size: int = 64
-    """Latents per step."""
+    """Latents per optimizer step of the denoiser."""
     lr: float = 1e-3
-    """Peak learning rate; it rises over the first `warmup` steps and falls to zero as a cosine."""
+    """Peak learning rate of the denoiser, after `warmup` steps; it falls to zero as a cosine."""
     warmup: int = 300
     """Steps over which the learning rate rises."""
     ema_decay: float = 0.999
-    """Decay of the moving average of the weights, which is what is kept."""
+    """Decay of the moving average of the weights; the average is the result."""
     dropout: float = 0.12
-    """Share of empty captions."""
+    """Share of empty captions; 0 to 1."""
     min_snr_gamma: float = 5.0
-    """Largest weight of a time in the loss, as an error of the clean image; 0: no cap."""
+    """Largest weight of a time in the loss, in terms of the error of the clean image; 0: no cap."""
     classifier: str = "cnn"
-    """The public classifier, a network of `warmfed.models`."""
+    """Public classifier: a network of `warmfed.models`."""
     classifier_epochs: int = 5
-    """Passes of the public classifier over the images; it is what FedAvg is given where WarmFed is given the base."""
+    """Epochs of the public classifier, the initial model of FedAvg in comparisons with WarmFed."""
     at: tuple[int, ...] = ()
-    """Steps of the denoiser after which the base as it is then is written to a folder of its own, OUT-STEP."""
+    """Steps of the denoiser after which the base is also written to the folder OUT-STEP."""
     threads: int = 1
-    """Threads of torch; more of them change the last bits."""
+    """Threads of torch; another number changes the last bits."""
     snapshot: int = 500
-    """Steps of the denoiser after which its unfinished training is written to the work folder, if there is one."""
+    """Steps between two snapshots of the denoiser's training in the work folder; 0: none."""
     seed: int = 0
-    """Names all random numbers."""
+    """Seed of all random numbers."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -124,36 +124,38 @@ class Pretraining:
             raise InputError(f"text_width must be a multiple of 4; got {self.text_width}")
         if not (0 <= self.dropout <= 1 and 0 <= self.ema_decay < 1) or min(self.min_snr_gamma, self.warmup, self.snapshot) < 0:
             raise InputError(
-                "dropout lies from 0 to 1, ema_decay from 0 to below 1, and min_snr_gamma, warmup and snapshot are not negative"
+                "dropout must be from 0 to 1, ema_decay from 0 to below 1, and min_snr_gamma, warmup and snapshot at least 0"
             )
         if not all(0 < rate < math.inf for rate in (self.lr, self.decoder_lr)) or not 0 <= self.decoder_noise < math.inf:
             raise InputError("lr and decoder_lr must be above 0, decoder_noise at least 0, and all finite")
         if self.side not in (16, 32, 64, 128):
             raise InputError(f"side must be 16, 32, 64 or 128 pixels; got {self.side}")
         if self.channels > self.patch:
-            raise InputError(f"a patch of {self.side} pixels' images has {self.patch} values; set channels to as many at most")
+            raise InputError(f"a patch of {self.side}-pixel images has {self.patch} values; set channels to at most that")
         if not all(0 < step < self.steps for step in self.at):
-            raise InputError(f"at names steps between 0 and {self.steps}, the last one; got {list(self.at)}")
+            raise InputError(f"at must have steps above 0 and below {self.steps}; got {list(self.at)}")
 
     @property
     def levels(self) -> int:
-        """How often the autoencoder halves an image."""
+        """Number of halvings of an image in the autoencoder."""
         return (self.side // LATENT).bit_length() - 1
 
     @property
     def patch(self) -> int:
-        """Values of the pixels that one place of a latent stands for."""
+        """Number of values of the patch of one latent position."""
         return 3 * (self.side // LATENT) ** 2
 
 
 def silent(phase: str, step: int, steps: int) -> None:
-    """Says nothing."""
+    """Report no progress."""
 
 
 def build(settings: Pretraining, captions: Captions = ()) -> Parts:
-    """Return the parts of the pipeline with random weights (drawn from torch's global stream), whose words are the captions'.
+    """Return the parts of the pipeline with random weights from torch's global stream.
 
-    Without captions they are those of digits.
+    Args:
+        settings: the pre-training.
+        captions: source of the tokenizer's vocabulary; empty: the captions of digits.
     """
     return text_to_image(
         tokenizer(captions or digits(settings.characters)),
@@ -164,12 +166,12 @@ def build(settings: Pretraining, captions: Captions = ()) -> Parts:
 
 @torch.no_grad()
 def principal_patches(encoder: Any, images: Tensor) -> None:
-    """Make the encoder the projection of patches (4×4 pixels of 32×32) on their first principal components, in closed form.
+    """Set the encoder to the projection of patches (4×4 pixels of 32×32) on their principal components, in closed form.
 
-    A learned encoder needs far more steps than a small budget has before it tells all colours apart; the components of the
-    rendered images are there at once and leave an error of 0.01 of a variance of 0.38. The first convolutions only sort a
-    patch's values into channels, the last one projects. A component's deviation is its own to the power ½ (between the
-    image's spectrum and white), and 1 on average: the coarse shape stays the largest signal, and the last to drown in noise.
+    A trained encoder needs many more steps until it separates all colours. The components of the rendered images leave an
+    error of 0.01 of a variance of 0.38. The first convolutions move a patch's values into channels, the last one projects.
+    The standard deviation of a component is the square root of its own, which is between the image's spectrum and white
+    noise; the mean is 1. So the coarse shape remains the largest signal and is the last that noise hides.
     """
     pick, *sort, project = encoder.layers
     for layer in encoder.layers:
@@ -185,7 +187,7 @@ def principal_patches(encoder: Any, images: Tensor) -> None:
     patches = patches.permute(0, 2, 3, 1).reshape(-1, project.in_channels)
     mean = patches.mean(0)
     variance, basis = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-    # the sign of an eigenvector is the library's whim
+    # the sign of an eigenvector depends on the library
     basis = basis.flip(1)[:, : project.out_channels]
     basis = basis * basis.abs().amax(0, keepdim=True).eq(basis.abs()).mul(basis).sum(0).sign()
     deviation = variance.flip(0)[: project.out_channels].sqrt()
@@ -195,7 +197,7 @@ def principal_patches(encoder: Any, images: Tensor) -> None:
 
 
 class Decoding:
-    """The task of the decoder: absolute and squared error of the pixels, with a little noise on the latents."""
+    """Task of the decoder: absolute plus squared error of the pixels, with noise on the latents."""
 
     def __init__(self, vae: nn.Module, noise: float) -> None:
         self.vae, self.noise = vae, noise
@@ -210,22 +212,22 @@ class Decoding:
 
 
 class Reader(nn.Module):
-    """Text encoder with a linear head that tells what a caption says."""
+    """Text encoder with a linear head that classifies captions."""
 
-    def __init__(self, text_encoder: nn.Module, width: int, sayings: int) -> None:
+    def __init__(self, text_encoder: nn.Module, width: int, outputs: int) -> None:
         super().__init__()
         self.text_encoder = text_encoder
-        self.head = nn.Linear(width, sayings)
+        self.head = nn.Linear(width, outputs)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.text_encoder(ids)[0].mean(1))
 
 
 class Reading:
-    """The task of the text encoder: which digit a caption names, or none.
+    """Task of the text encoder: the class of a caption, or none.
 
-    Stable Diffusion's text encoder comes trained and stays frozen. Trained with the denoiser instead, ours first drew all
-    digits together: to a young denoiser the class is noise, and captions that are alike are not learned.
+    As in Stable Diffusion, the text encoder is trained first and then frozen. In joint training the denoiser mixed the
+    digits: an untrained denoiser gives no useful gradient for similar captions.
     """
 
     def __init__(self, model: Reader) -> None:
@@ -239,12 +241,12 @@ class Reading:
 
 
 class Denoising:
-    """The task of the denoiser: v of noisy latents, given a caption drawn from its class's captions."""
+    """Task of the denoiser: v of noisy latents, with a random caption of the class."""
 
     def __init__(self, unet: nn.Module, embedded: Tensor, signal: Tensor, settings: Pretraining, per_class: int) -> None:
         self.unet, self.signal, self.settings, self.per_class = unet, signal, settings, per_class
         self.embedded = embedded
-        """[1 + classes·captions, tokens, width]: the empty caption first."""
+        """Embedded captions, [1 + classes·captions, tokens, width]; the empty caption is the first."""
 
     def build(self) -> nn.Module:
         return self.unet
@@ -271,22 +273,25 @@ def pretrain(
     device: str = "cpu",
     pictures: ImageSet | None = None,
 ) -> Mapping[str, Any]:
-    """Make a base and write it to the folder `out`; returns what `pretraining.json` says.
+    """Pre-train a base, write it to the folder `out`, and return the content of `pretraining.json`.
 
     Args:
-        progress: progress(phase, done, total), after each step.
-        work: folder where finished phases (images, autoencoder, latents) and the denoiser's unfinished training are kept; a
-            later call with the same settings and images goes on from there, and ends with the same bytes.
-        pictures: public images; none: digits are rendered.
+        settings: the pre-training.
+        out: folder of the base.
+        progress: progress(phase, done, total), called after each step.
+        work: folder of finished phases and of the denoiser's snapshot; a later call with the same settings and images
+            resumes from it and gives the same bytes.
+        device: device of the training.
+        pictures: public images; None: rendered digits.
 
     Raises:
-        InputError: the work folder is of other settings or images, or digits are asked for in another size than theirs.
+        InputError: if the work folder is of other settings or images, or the side is not that of rendered digits.
     """
     if pictures is None and settings.side != SIDE:
-        raise InputError(f"digits are drawn in {SIDE} pixels; set side to {SIDE}, or give images of your own")
+        raise InputError(f"digits are rendered with {SIDE} pixels; set side to {SIDE}, or set your own images")
     _claim(work, {"settings": asdict(settings), "pictures": pictures and pictures.metadata})
     torch.set_num_threads(settings.threads)
-    torch.set_flush_denormal(True)  # numbers next to zero are slow, and a young denoiser has many
+    torch.set_flush_denormal(True)  # denormal numbers are slow, and frequent early in the training
     try:
         return _pretrain(settings, out, progress, work, device, pictures)
     finally:
@@ -346,13 +351,13 @@ def _pretrain(
     record["seconds_before_denoiser"] = round(time.time() - begun, 1)
 
     texts = ["", *(text for row in captions for text in row)]
-    said = torch.tensor([0, *(1 + i for i, row in enumerate(captions) for _ in row)])
+    meaning = torch.tensor([0, *(1 + i for i, row in enumerate(captions) for _ in row)])
 
     def text_encoder() -> Phase:
         reader = Reader(parts.text_encoder, settings.text_width, 1 + len(captions)).to(device)
         training = Training(optimizer="adamw", lr=1e-3, steps=settings.text_steps, batch_size=64, warmup=20, max_grad_norm=1.0)
         ctx = Problem(Reading(reader), stream("pretrain", settings.seed, "text"), device=device)
-        tensors, info = fit(ctx, reader.state_dict(), training, {"ids": ids(parts.tokenizer, texts), "label": said})
+        tensors, info = fit(ctx, reader.state_dict(), training, {"ids": ids(parts.tokenizer, texts), "label": meaning})
         return strip_prefix(tensors, "text_encoder."), info
 
     with seeded(stream("pretrain", settings.seed, "head")):
@@ -368,7 +373,7 @@ def _pretrain(
     way = {step: out.with_name(f"{out.name}-{step}") for step in settings.at}
 
     def write(folder: Path, tensors: Tensors, **more: Any) -> None:
-        """A folder of these weights; the models in training are left as they are."""
+        """Write a folder with these weights, without a change of the models in training."""
         with seeded(stream("pretrain", settings.seed, "copy")):
             copy = replace(parts, denoiser=build(settings, captions).denoiser)
         copy.denoiser.load_state_dict(dict(tensors))
@@ -386,7 +391,7 @@ def _pretrain(
     tensors, info = fit(ctx, parts.denoiser.state_dict(), training, table, watch=each, snapshots=unfinished)
     write(out, tensors, denoiser_steps=settings.steps, **info)
     classifier = phase("classifier", lambda: public_classifier(settings, images, len(captions), progress, device))
-    for folder in (*way.values(), out):  # `out` last: with its classifier the base is finished
+    for folder in (*way.values(), out):  # `out` last: its classifier marks the base as finished
         atomic_write(folder / "classifier.safetensors", save_tensors(dict(classifier)))
     return record
 
@@ -394,7 +399,7 @@ def _pretrain(
 def public_classifier(
     settings: Pretraining, images: Table, classes: int, progress: Callable[[str, int, int], None] = silent, device: str = "cpu"
 ) -> Phase:
-    """A classifier trained on the public images."""
+    """Return a classifier trained on the public images, and its figures."""
     task = Classify((3, settings.side, settings.side), classes, settings.classifier)
     training = Training(
         lr=0.05, epochs=settings.classifier_epochs, batch_size=64, schedule="cosine", weight_decay=5e-4, max_grad_norm=1.0
@@ -405,41 +410,42 @@ def public_classifier(
 
 
 def resumable(out: Path, settings: Pretraining) -> bool:
-    """Whether a folder holds a base of these settings without its public classifier, which is written last."""
+    """Return whether a folder has a base of these settings without its public classifier, which is written last."""
     path = out / "pretraining.json"
     if not path.is_file() or (out / "classifier.safetensors").exists():
         return False
-    found = read_json(path, "what a base says of its pre-training")
+    found = read_json(path, "the record of the pre-training")
     return bool(found.get("settings") == json.loads(json.dumps(asdict(settings))))
 
 
 def _claim(work: Path | None, made_of: Mapping[str, Any]) -> None:
-    """Note in a new work folder what its phases are made of; raises `InputError` where one was made of something else."""
+    """Record the inputs of the phases in a new work folder; raise `InputError` if the folder has other inputs."""
     if work is None:
         return
     note = work / "made_of.json"
     text = json.dumps(made_of, indent=2, sort_keys=True) + "\n"
-    if note.exists() and read_bytes(note, "what the phases are made of").decode(errors="replace") != text:
-        raise InputError(f"{work} holds phases of other settings or images; choose another --work, or remove it")
+    if note.exists() and read_bytes(note, "the inputs of the phases").decode(errors="replace") != text:
+        raise InputError(f"{work} has phases of other settings or images; set another --work, or remove the folder")
     atomic_write(note, text.encode())
 
 
 def kept(work: Path | None, name: str, make: Callable[[], Phase]) -> Phase:
-    """What `make` returns, tensors and figures, read from the work folder where an earlier call left it.
+    """Return the result of `make`, tensors and figures, from the work folder if an earlier call wrote it there.
 
-    Raises `InputError` where what it left is damaged.
+    Raises:
+        InputError: if the file is damaged.
     """
     path = work and work / f"{name}.safetensors"
     if path and path.exists():
         try:
             open_regular(path).close()
             with safe_open(path, "pt") as file:
-                told = loads_json((file.metadata() or {}).get("figures", "{}"))
-            return load_file(path), told
+                figures = loads_json((file.metadata() or {}).get("figures", "{}"))
+            return load_file(path), figures
         except (SafetensorError, ValueError, OSError) as error:
-            raise InputError(f"{path} is damaged ({error}); remove it, and this phase is done again") from error
-    made, told = make()
+            raise InputError(f"{path} is damaged ({error}); remove it to repeat this phase") from error
+    made, figures = make()
     if path:
         tensors = {key: tensor.contiguous() for key, tensor in made.items()}
-        atomic_write(path, save_tensors(tensors, {"figures": json.dumps(told)}))
-    return made, told
+        atomic_write(path, save_tensors(tensors, {"figures": json.dumps(figures)}))
+    return made, figures

@@ -1,6 +1,6 @@
-"""The report: one HTML file that opens offline, made from a run folder or a comparison alone.
+"""The report: one HTML file that opens offline, made from a run folder or a comparison.
 
-It reads JSON and PNG files and knows nothing of torch or of how a run came about.
+It reads only JSON and PNG files, and does not import torch.
 """
 
 from .comparison import by_rounds, latex, markdown, table, tests, write_comparison

@@ -1,4 +1,4 @@
-"""The sections on accuracy: the headline, by round and by site, and the table of final numbers."""
+"""Sections on accuracy: the headline, accuracy by round and by site, and the table of final numbers."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -10,16 +10,16 @@ from .record import Run
 
 Record = Mapping[str, Any]
 OF_A_ROUND = ("train", "gate")  # stages that make up a round
-NAMES = {"personalize": "end"}  # of stages, where they are too long for an axis
+NAMES = {"personalize": "end"}  # short names of stages, for an axis
 MEANINGS = {"warm": "the warm start, before any round", "end": "after every site’s last step on its own model"}
-MOST_ROWS = 24  # of the plot by site
+MOST_ROWS = 24  # maximum rows of the plot by site
 
 
 def milestones(rounds: Sequence[Record]) -> dict[str, Record]:
-    """Label -> the last record of that label that was evaluated.
+    """Return the last evaluated record of each label.
 
-    The stages of a round go by its number, so that the gate's value replaces the one before it; a stage before or after
-    the rounds goes by its name ("warm", or "end" for the last personal step).
+    The label of a round's stages is its number, so the gate's value replaces the one before it. The label of a stage before
+    or after the rounds is its name ("warm", or "end" for the last personal step).
     """
 
     def label(record: Record) -> str:
@@ -30,12 +30,12 @@ def milestones(rounds: Sequence[Record]) -> dict[str, Record]:
 
 
 def last(rounds: Sequence[Record], kind: str) -> Record:
-    """The last evaluation of `kind` ("global" or "personal"): {site: {split: measures}}, empty where there is none."""
+    """Return the last evaluation of `kind` ("global" or "personal"), {site: {split: metrics}}; empty if there is none."""
     return next((record[kind] for record in reversed(rounds) if record.get(kind)), {})
 
 
 def by_round(records: Mapping[str, Record], sites: Sequence[str], kind: str) -> dict[str, list[float | None]]:
-    """Site -> its test accuracy at each of `records`, None where it was not evaluated."""
+    """Return each site's test accuracy at each of `records`; None if it was not evaluated."""
 
     def at(record: Record, site: str) -> float | None:
         evaluation = (record.get(kind) or {}).get(site)
@@ -45,12 +45,13 @@ def by_round(records: Mapping[str, Record], sites: Sequence[str], kind: str) -> 
 
 
 def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the known values, or None if there are none."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
 def headline(records: Mapping[str, Record], sites: Sequence[str], kind: str) -> list[float | None]:
-    """The line that sums up `kind` by round: accuracy on all test sets joined where known, or the mean over sites."""
+    """Return the main accuracy of `kind` by round: on the union of the test sets if known, else the mean over sites."""
     if kind == "global":
         unions = [(record.get("union") or {}).get("global") for record in records.values()]
         if any(unions):
@@ -59,7 +60,7 @@ def headline(records: Mapping[str, Record], sites: Sequence[str], kind: str) -> 
 
 
 def progress(run: Run) -> Section | None:
-    """Accuracy by round and by site, of the global and the personal models."""
+    """Return the section on accuracy by round and by site, of the global and the personal models."""
     records = milestones(run.rounds)
     figures = []
     tables = []
@@ -134,7 +135,7 @@ MEASURES = (
 
 
 def final(run: Run) -> Section | None:
-    """Every site's numbers at the last round, global beside personal."""
+    """Return the section with each site's numbers at the last round, for the global and the personal models."""
     found = {kind: last(run.rounds, kind) for kind in ("global", "personal")}
     kinds = [kind for kind, evaluation in found.items() if evaluation]
     if not kinds:
@@ -161,7 +162,7 @@ def final(run: Run) -> Section | None:
 
 
 def tiles(run: Run) -> list[dict[str, Any]]:
-    """The two leading numbers: {"kind", "title", "what", "value", "facts"}; none for a model that the algorithm lacks."""
+    """Return the main numbers, {"kind", "title", "what", "value", "facts"}, for each kind of model of the algorithm."""
     once = run.summary.get("one_shot") or {}
     shown = []
     for kind, title, key, what in (

@@ -1,4 +1,4 @@
-"""Several algorithms, several seeds, one table: for the page, for Markdown and for the console."""
+"""Comparison of algorithms over seeds: its page, and its tables in Markdown, in LaTeX and on the console."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,7 @@ from .sections import LOSSLESS, embed
 Row = Mapping[str, Any]
 Column = tuple[str, str, str | None, Callable[..., Any], Callable[[float | None], str]]
 COLUMNS: tuple[Column, ...] = (
-    # header, key, key of its spread, which value wins, how it is written
+    # header, key, key of its standard deviation, function that selects the best value, formatter
     ("global, %", "global_mean", "global_std", max, number),
     ("global, worst site", "global_worst_mean", None, max, number),
     ("personal, %", "personal_mean", "personal_std", max, number),
@@ -34,7 +34,7 @@ EVEN: tuple[Column, ...] = tuple(
     for model in ("global", "personal")
     for key, title in (("balanced_accuracy", "balanced"), ("macro_f1", "macro-F1"))
 )
-"""The columns that weigh every class alike."""
+"""Columns with equal weights of all classes."""
 DRAWING: tuple[Column, ...] = (
     ("Fréchet distance", "fid_mean", "fid_std", min, lambda value: number(value, 2)),
     ("CAS, %", "cas_mean", "cas_std", max, number),
@@ -42,7 +42,7 @@ DRAWING: tuple[Column, ...] = (
     ("loss", "global_mean", "global_std", min, lambda value: number(value, 4)),
     *(column for column in COLUMNS if column[1] in ("bytes_up", "seconds")),
 )
-"""The columns of diffusion models."""
+"""Columns of diffusion models."""
 KINDS = {
     "accuracy": (("global", "Global model", "test accuracy, %"), ("personal", "Personal models", "test accuracy, %")),
     "loss": (
@@ -50,26 +50,26 @@ KINDS = {
         ("cas", "Classification accuracy score (CAS)", "test accuracy, %"),
     ),
 }
-"""What is plotted, by what sums up the task's models."""
+"""Plots, by the task's main metric: (key, title, axis)."""
 CHOSEN = (("validation, %", "validation_mean"), ("validation of personal models, %", "validation_personal_mean"))
-"""What a sweep chooses by: the first that its rows have."""
-AFTER = ("end",)  # labels of what comes after the rounds
-MOST_SITES = 12  # in a grid of accuracies by site
-CERTAIN = 0.05  # p below which a difference is called significant
-REFERENCES = ("local", "centralized")  # how their names begin
-UNEVEN = 1.0  # points between accuracy and balanced accuracy from which on both are shown
+"""Columns that select a sweep's best settings; the first one in its rows is used."""
+AFTER = ("end",)  # labels of stages after the rounds
+MOST_SITES = 12  # maximum sites of a grid of accuracies
+CERTAIN = 0.05  # significance level
+REFERENCES = ("local", "centralized")  # prefixes of the baselines' names
+UNEVEN = 1.0  # percentage points between accuracy and balanced accuracy above which both are shown
 CALL = f"at {CERTAIN:g}"
 
 
 def table(compare: Mapping[str, Any], columns: tuple[Column, ...] = ()) -> Table:
-    """The comparison's table; `Cell.best` marks the winner of every column, or several where they are equal.
+    """Return the comparison's table; `Cell.best` marks the best value of each column, or several equal ones.
 
-    Local and centralized training, which share nothing and everything, are references: they come last and win nothing.
-    Columns that no algorithm has a value for are left out; one algorithm alone wins nothing. A sweep has one winner: the
-    settings with the best accuracy on validation, whatever the test sets say.
+    Local and centralized training are baselines: they come last and are never marked. A single algorithm is not marked
+    either. Columns without any value are omitted. In a sweep only the settings with the best validation accuracy are marked.
 
     Args:
-        columns: none: those of the task.
+        compare: content of compare.json.
+        columns: the columns; None: those of the task.
     """
     rivals, references = _sides(compare)
     rows = [*rivals, *references]
@@ -107,7 +107,7 @@ def table(compare: Mapping[str, Any], columns: tuple[Column, ...] = ()) -> Table
 
 
 def even(compare: Mapping[str, Any]) -> Table | None:
-    """Balanced accuracy and macro-F1, means over the sites; None where the classes are so even that they tell nothing more."""
+    """Return the table of balanced accuracy and macro-F1, means over the sites; None if they are close to the accuracy."""
     pairs = [
         (row.get(f"{model}_balanced_accuracy_mean"), row.get(mean_of))
         for row in compare["rows"]
@@ -120,14 +120,14 @@ def even(compare: Mapping[str, Any]) -> Table | None:
 
 
 def _chosen(compare: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Title and key of the column that a sweep chooses by; None: this is no sweep."""
+    """Return the title and key of the column that selects a sweep's best settings, or None if this is not a sweep."""
     if not compare.get("swept"):
         return None
     return next((each for each in CHOSEN if any(_known(row.get(each[1])) for row in compare["rows"])), None)
 
 
 def by_rounds(compare: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The comparison taken apart by numbers of rounds, most rounds first: only rows of equal length compete."""
+    """Return one comparison per number of rounds, largest number first: only rows of equal length are compared."""
     lengths = sorted({row.get("rounds", compare["rounds"]) for row in compare["rows"]}, reverse=True)
 
     def of(length: int, key: str) -> list[Row]:
@@ -142,7 +142,7 @@ def _length(compare: Mapping[str, Any]) -> str:
 
 
 def _sides(compare: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
-    """The algorithms that compete, and the references; references alone compete with one another."""
+    """Return the algorithms and the baselines; without algorithms, the baselines are compared with each other."""
     swept = compare.get("swept")
     references = [] if swept else [row for row in compare["rows"] if row["algorithm"].startswith(REFERENCES)]
     rivals = [row for row in compare["rows"] if row not in references]
@@ -159,7 +159,7 @@ def _seeds(compare: Mapping[str, Any]) -> str:
 
 
 def tests(compare: Mapping[str, Any]) -> Table | None:
-    """The paired tests, or None where there are none."""
+    """Return the table of the paired tests, or None if there are none."""
     rows = tuple(
         cells(
             test["metric"],
@@ -181,14 +181,14 @@ def _chance(p: float | None) -> str:
 
 
 def markdown(compare: Mapping[str, Any]) -> str:
-    """The table, and the paired tests where there are some, as Markdown; winners in bold."""
+    """Return the tables and any paired tests as Markdown; the best values are bold."""
     parts = by_rounds(compare)
     titled = len(parts) > 1 or any(even(part) for part in parts)
     return "\n".join(f"## {escaped(each.title)}\n\n" * titled + _markdown(each) for each in _tables(compare))
 
 
 def latex(compare: Mapping[str, Any]) -> str:
-    """The same tables for LaTeX (package booktabs); winners in bold."""
+    """Return the same tables for LaTeX (package booktabs); the best values are bold."""
     return "\n".join(map(_latex, _tables(compare)))
 
 
@@ -230,10 +230,12 @@ def _markdown(each: Table) -> str:
 
 
 def write_comparison(folder: Path) -> Path:
-    """Write `folder`/report.html from `folder`/compare.json, whole or not at all; gives its path.
+    """Write `folder`/report.html from `folder`/compare.json, atomically, and return its path.
 
-    Accuracy by round is shown where the cells name their run folders ("folder", relative to `folder`).
-    Raises `InputError` where a file is missing or damaged.
+    The page shows the accuracy by round if the cells name their run folders ("folder", relative to `folder`).
+
+    Raises:
+        InputError: if a file is missing or damaged.
     """
     compare = read_comparison(folder)
     longest = by_rounds(compare)[0]
@@ -299,7 +301,7 @@ def _results(compare: Mapping[str, Any]) -> Section:
 
 
 def _drawn(compare: Mapping[str, Any], folder: Path) -> Section | None:
-    """What the models draw, a grid for each algorithm: of its first run whose folder is known."""
+    """Return the section with a grid of samples for each algorithm, from its first run with a known folder."""
     grids: dict[str, bytes] = {}
     classes: tuple[str, ...] = ()
     for row in compare["rows"]:
@@ -324,7 +326,7 @@ EFFECTS = {"validation": "validation_mean", "global, test": "global_mean", "pers
 
 
 def _effects(compare: Mapping[str, Any]) -> Section | None:
-    """What each setting of a sweep does, the others averaged over."""
+    """Return the section on the effect of each setting of a sweep, averaged over the other settings."""
     figures = []
     for key in compare.get("swept") or ():
         groups: dict[str, list[Row]] = {}
@@ -347,7 +349,7 @@ def _effects(compare: Mapping[str, Any]) -> Section | None:
 
 
 def _sites(compare: Mapping[str, Any]) -> Section | None:
-    """Accuracy by site, a row for each algorithm."""
+    """Return the section on accuracy by site, with one row per algorithm."""
     figures = []
     for kind, title in (("global", "Global model"), ("personal", "Personal models")):
         grids = {row["algorithm"]: _by_site(row, kind) for row in compare["rows"]}
@@ -419,7 +421,7 @@ def _rounds(compare: Mapping[str, Any], folder: Path) -> Section | None:
 
 
 def _curve(row: Row, folder: Path, kind: str) -> dict[str, float | None]:
-    """Label of the round -> accuracy, mean over the cells whose run folder is known."""
+    """Return the accuracy by label of the round, a mean over the cells with a known run folder."""
     lines: list[dict[str, float | None]] = []
     for cell in row["cells"]:
         if cell.get("folder") is None:
@@ -433,7 +435,7 @@ def _curve(row: Row, folder: Path, kind: str) -> dict[str, float | None]:
 
 
 def _in_order(lines: Iterable[Iterable[str]]) -> list[str]:
-    """All labels of `lines`: the rounds by number, other stages before them or, as in `AFTER`, behind them."""
+    """Return all labels of `lines`: rounds by number, other stages before them, or after them if in `AFTER`."""
 
     def place(label: str) -> tuple[int, int]:
         return (1, int(label)) if label.isdecimal() else (2 if label in AFTER else 0, 0)

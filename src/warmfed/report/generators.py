@@ -1,4 +1,4 @@
-"""The sections on a diffusion model: how good its samples are, by round and by megabyte, and when it was corrected."""
+"""Sections on a diffusion model: quality of its samples by round and by megabyte, and the server's corrections."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +30,7 @@ def _samples(quality: Mapping[str, Any]) -> str:
 
 
 def quality_table(quality: Mapping[str, Any]) -> Table:
-    """Every score with what it means."""
+    """Return the table of all scores with their meanings."""
     rows = [cells(name, number(quality[key], digits), what) for key, name, digits, what in SCORES if key in quality]
     if "floor_fid" in quality:
         rows.insert(1, cells("floor of it", number(quality["floor_fid"], 2), "test against training images"))
@@ -39,7 +39,7 @@ def quality_table(quality: Mapping[str, Any]) -> Table:
 
 
 def tiles(run: Run) -> list[dict[str, Any]]:
-    """The leading numbers, as `accuracy.tiles`."""
+    """Return the main numbers, as `accuracy.tiles` does."""
     quality = run.summary.get("quality")
     if not quality:
         return []
@@ -71,7 +71,7 @@ def tiles(run: Run) -> list[dict[str, Any]]:
 
 
 def sections(run: Run) -> tuple[Section | None, ...]:
-    """What takes the place of the sections on accuracy."""
+    """Return the sections that replace those on accuracy."""
     return _quality(run), _loss(run), _corrections(run)
 
 
@@ -124,7 +124,7 @@ def _label(record: Mapping[str, Any]) -> str:
 
 
 def adapters(run: Run) -> Section | None:
-    """How good the samples of each site's adapter are."""
+    """Return the section on the samples of each site's adapter."""
     if run.report_images is None or not run.report_images.adapters:
         return None
     keys = (
@@ -172,7 +172,7 @@ def _loss(run: Run) -> Section | None:
 
 
 def _corrections(run: Run) -> Section | None:
-    """Slow learning, and what the server did about it."""
+    """Return the section on slow training and the server's corrections."""
     shown = [record for record in run.rounds if "auxiliary_loss" in record["aggregate"]]
     if not shown:
         return None

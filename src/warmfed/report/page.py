@@ -1,4 +1,4 @@
-"""Pages: sections put into one self-contained HTML file."""
+"""Pages: sections in one self-contained HTML file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +12,16 @@ from .record import Run, read_run
 
 
 def write(folder: Path, summary: Mapping[str, Any] | None = None) -> Path:
-    """Write `folder`/report.html from the files of the run in `folder`, whole or not at all; gives its path.
+    """Write `folder`/report.html from the files of the run in `folder`, atomically, and return its path.
 
-    `summary`: what summary.json will say, where it is not written yet. Raises `InputError` where a file is missing or
-    damaged; a run without synthetic images, adapters, a selector or a gate has no section on them.
+    A run without synthetic images, adapters, a selector or a gate has no section on them.
+
+    Args:
+        folder: the run folder.
+        summary: content of summary.json, if the file is not written yet.
+
+    Raises:
+        InputError: if a file is missing or damaged.
     """
     run = read_run(folder, summary)
     drawing = run.summary.get("task") == "denoise"
@@ -66,7 +72,7 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _marks(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, short form, full form) of what says exactly which run this is."""
+    """Return (name, short form, full form) of each hash that identifies the run."""
     named = [("data", "data_sha256"), ("base", "base_sha256"), ("history", "history_sha256")]
     marks = [(name, summary[key][:12], summary[key]) for name, key in named if summary.get(key)]
     return [("warmfed", summary["warmfed"], summary["warmfed"]), *marks]
@@ -82,7 +88,7 @@ def publish(
     facts: Sequence[tuple[str, str]] = (),
     marks: Sequence[tuple[str, str, str]] = (),
 ) -> Path:
-    """Render the page and write it whole to `path`. Every value is escaped; only the plots are inserted as they are."""
+    """Render the page and write it to `path`, atomically. All values are escaped, except the plots' SVG."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("warmfed.report")

@@ -1,4 +1,4 @@
-"""What a page is made of (sections, figures, tables), and how numbers are written for people."""
+"""Elements of a page (sections, figures, tables), and formats of numbers."""
 
 import math
 import re
@@ -21,23 +21,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`header` and `rows` are equally long; the first column names the row. `folded`: shown on demand.
-
-    `groups`: (title, how many columns) for a line above the header, which together cover all columns.
-    `words`: the columns that hold words, not numbers.
-    """
+    """A table; each row is as long as the header, and the first column names the row."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     folded: bool = False
+    """Whether the table is collapsed at first."""
     groups: tuple[tuple[str, int], ...] = ()
+    """(title, number of columns) for a line above the header; together they cover all columns."""
     words: tuple[str, ...] = ()
+    """Columns with text instead of numbers."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot: `svg` goes into the page as it is, `alt` says in words what it shows."""
+    """A plot: the page contains `svg` unescaped; `alt` describes it in words."""
 
     title: str
     svg: str
@@ -47,7 +46,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Picture:
-    """Grids of images of a site or an algorithm, a row per class: (caption, data URI, images in a row), from left to right."""
+    """Grids of images of a site or an algorithm with one row per class: (caption, data URI, images per row)."""
 
     title: str
     columns: tuple[tuple[str, str, int], ...]
@@ -55,7 +54,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """`how`: one or two plain sentences that say how to read what follows."""
+    """A section of the page; `how` explains it in one or two sentences."""
 
     key: str
     title: str
@@ -64,12 +63,12 @@ class Section:
     pictures: Sequence[Picture] = ()
     classes: Sequence[str] = ()  # row names of the pictures
     tables: Sequence[Table] = ()
-    small: bool = False  # four plots beside one another, not three
-    text: str = ""  # preformatted, shown on demand
+    small: bool = False  # four plots per row instead of three
+    text: str = ""  # preformatted, collapsed at first
 
     @property
     def names_fit(self) -> bool:
-        """Whether the class names fit beside the rows of the pictures; otherwise their numbers do."""
+        """Whether the class names fit beside the rows of the pictures; otherwise the rows have numbers."""
         return max((len(name) for name in self.classes), default=0) <= 8
 
 
@@ -87,12 +86,12 @@ def signed(value: float | None, digits: int = 1) -> str:
 
 
 def percent(value: float | None) -> str:
-    """`value` is in percent already."""
+    """Return a value, already in percent, as text."""
     return number(value) + (" %" if value is not None and math.isfinite(value) else "")
 
 
 def size(count: float | None) -> str:
-    """Bytes in decimal units, as networks count."""
+    """Return bytes as text, in decimal units."""
     if count is None or not math.isfinite(count):
         return number(count)
     for unit, scale, digits in (("GB", 1e9, 2), ("MB", 1e6, 2), ("kB", 1e3, 1)):
@@ -117,7 +116,7 @@ def memory(megabytes: float | None) -> str:
 
 
 def without_gaps(title: str, header: tuple[str, ...], rows: Sequence[tuple[Cell, ...]], words: tuple[str, ...] = ()) -> Table:
-    """A table without the columns in which every row lacks a value."""
+    """Return a table without the columns that have no value."""
     kept = [place for place in range(len(header)) if any(row[place].text != MISSING for row in rows)]
     return Table(
         title,
@@ -131,7 +130,7 @@ _TAG = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|[\\`|\[\]*~]")
 
 
 def markdown(text: str) -> str:
-    """Return text as one line of Markdown that renders as itself: no HTML, link, code or table cell can begin in it."""
+    """Return text as one line of Markdown that renders unchanged: HTML, links, code and table cells are escaped."""
     return _TAG.sub(lambda found: f"\\{found[0]}", printable(text, 1000))
 
 

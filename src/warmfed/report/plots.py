@@ -1,6 +1,6 @@
-"""The report's plots, by matplotlib. Each function takes plain numbers and gives an `<svg>` element.
+"""The report's plots, made with matplotlib. Each function takes plain numbers and returns an `<svg>` element.
 
-Series are told apart by marker and by a label beside the data as well as by colour. A value None is a gap.
+Series differ in marker, colour and a label beside the data. A value None is a gap.
 """
 
 import math
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Values = Sequence[float | None]
-LONGEST = 16  # letters of a name in a plot; tables have it in full
+LONGEST = 16  # maximum letters of a name in a plot; tables show the full name
 LINE = 14  # height of a label
 ROW = 26  # height of a row of a plot by name
 
 
 def short(name: str) -> str:
-    """`name`, its middle left out where it is long: names often differ at their ends."""
+    """Return `name` without its middle if it is long: names often differ at their ends."""
     return name if len(name) <= LONGEST else f"{name[: LONGEST // 2 - 1]}…{name[-LONGEST // 2 :]}"
 
 
 def _plain(values: Values) -> list[float]:
-    """Gaps and values that are not finite become NaN, which matplotlib leaves out."""
+    """Return the values with NaN, which matplotlib omits, for gaps and values that are not finite."""
     return [math.nan if value is None or not math.isfinite(value) else float(value) for value in values]
 
 
 def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """`heights` moved as little as is needed to lie `gap` apart and between `low` and `high`."""
+    """Return `heights`, moved as little as possible so that they are `gap` apart and between `low` and `high`."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     placed = [0.0] * len(heights)
     floor = low
@@ -54,10 +54,10 @@ def lines(
     xlabel: str = "round",
     order: Sequence[str] = (),
 ) -> str:
-    """A line for every name of `series` over `ticks`; `bold` is the one that sums them up, where there is one.
+    """Draw one line per name of `series` over `ticks`; `bold` is the name of the summary, if there is one.
 
-    With more names than colours the lines turn grey where there is a bold one, and only it and the lowest are named;
-    otherwise colours come again with broken lines. `order`: all names, by which colours are given, where plots share them.
+    With more names than colours and a bold line, the other lines are grey, and only the bold and the lowest line have
+    labels. Without a bold line, colours repeat with broken lines. `order` has all names, so that plots share the colours.
     """
     order = list(order or series)
     crowd = len(series) > SERIES and bold is not None
@@ -108,7 +108,7 @@ def _rounds(ax: "Axes", ticks: Sequence[str], xlabel: str) -> None:
 
 
 def _margins(ax: "Axes") -> None:
-    """Room above and below, and at least one unit between the ends, so that noise does not look like a trend."""
+    """Set margins above and below, and a range of at least one unit, so that noise does not resemble a trend."""
     low, high = ax.dataLim.intervaly
     if not (math.isfinite(low) and math.isfinite(high)):
         low, high = 0.0, 1.0
@@ -134,7 +134,7 @@ def _name_ends(ax: "Axes", ends: list[tuple[float, str, str]], place: float, gap
 
 
 def pairs(key: str, alt: str, names: Sequence[str], first: Values, second: Values, *, unit: str) -> str:
-    """A row for every name: a hollow mark at `first`, a filled one at `second`, joined by a line."""
+    """Draw one row per name: a hollow marker at `first` and a filled one at `second`, joined by a line."""
     with axes(64 + ROW * len(names)) as ax:
         rows = range(len(names))
         for row, start, end in zip(rows, _plain(first), _plain(second), strict=True):
@@ -151,7 +151,7 @@ def pairs(key: str, alt: str, names: Sequence[str], first: Values, second: Value
 
 def bars(key: str, alt: str, names: Sequence[str], parts: Mapping[str, Sequence[float]], labels: Sequence[str], *,
          unit: str) -> str:  # fmt: skip
-    """A row for every name, with `labels` at its end: one part, filled, or two, filled and hollow."""
+    """Draw one bar per name with `labels` at its end: one filled part, or a filled and a hollow part."""
     with axes(64 + ROW * len(names)) as ax:
         starts = [0.0] * len(names)
         for values, fill in zip(parts.values(), (ACCENT, CARD), strict=False):
@@ -175,7 +175,7 @@ def _rows(ax: "Axes", names: Sequence[str]) -> None:
 
 
 def heat(key: str, alt: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Values]) -> str:
-    """A grid of numbers, the deeper in colour the higher; gaps stay empty."""
+    """Draw a grid of numbers with darker colours for higher values; gaps are empty."""
     known = [value for line in map(_plain, values) for value in line if not math.isnan(value)]
     low, span = min(known, default=0.0), (max(known, default=1.0) - min(known, default=0.0)) or 1.0
     with axes(44 + ROW * len(rows)) as ax:
@@ -195,7 +195,7 @@ def heat(key: str, alt: str, rows: Sequence[str], columns: Sequence[str], values
 
 
 def decisions(key: str, alt: str, ticks: Sequence[str], before: Values, after: Values, kept: Sequence[bool]) -> str:
-    """An arrow a round from `before` to `after`: solid where the step was kept, dashed and hollow where it was not."""
+    """Draw one arrow per round from `before` to `after`: solid if the step was kept, else dashed and hollow."""
     with axes() as ax:
         for place, (start, end, keep) in enumerate(zip(_plain(before), _plain(after), kept, strict=True)):
             tint = colour(2) if keep else colour(1)
@@ -218,9 +218,9 @@ def features(
     names: Mapping[str, tuple[float, float]],
     index: int,
 ) -> str:
-    """One site's points in the map of all sites: filled for real, crosses for synthetic, the rest as a grey ground.
+    """Draw one site's points in the map of all sites: filled for real, crosses for synthetic, grey for other sites.
 
-    `names` are written at their places (the classes, say); `index` is the number of the site's colour.
+    `names` are labels at their positions, such as the classes; `index` is the number of the site's colour.
     """
     with axes(270, width=270) as ax:
         for points, style in (
@@ -242,7 +242,7 @@ def features(
 
 
 def _name_places(ax: "Axes", names: Mapping[str, tuple[float, float]]) -> None:
-    """Each name at its place, or a line or two above or below; not at all where no room is left."""
+    """Write each name at its position, or one or two lines above or below it; omit it if there is no room."""
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     letter, line = (right - left) * 0.031, (high - low) * 0.058  # of the bold font below, in a plot of this size
     taken: list[tuple[float, float, float]] = []
@@ -253,7 +253,7 @@ def _name_places(ax: "Axes", names: Mapping[str, tuple[float, float]]) -> None:
             place = min(max(y + shift * line, low + line / 2), high - line / 2)
             if all(abs(x - a) > half + b or abs(place - c) > line * 0.95 for a, b, c in taken):
                 text = ax.annotate(name, (x, place), ha="center", va="center", color=LABEL, fontweight="bold", fontsize=11)
-                text.set_in_layout(False)  # so that the plots of all sites have one size
+                text.set_in_layout(False)  # the plots of all sites have one size
                 taken.append((x, half, place))
                 break
 
@@ -261,7 +261,7 @@ def _name_places(ax: "Axes", names: Mapping[str, tuple[float, float]]) -> None:
 def frontier(
     key: str, alt: str, points: Mapping[str, tuple[float, float, float]], *, xlabel: str, unit: str, order: Sequence[str]
 ) -> str:
-    """Named points (x, y, spread of y); the label of each lies beside it, apart from the others."""
+    """Draw named points (x, y, standard deviation of y), with labels that do not overlap."""
     height = max(300, 60 + LINE * len(points))
     with axes(height) as ax:
         for name, (x, y, spread) in points.items():
@@ -280,7 +280,7 @@ def frontier(
 def _name_points(
     ax: "Axes", points: Mapping[str, tuple[float, float, float]], place: float, gap: float, order: Sequence[str]
 ) -> None:
-    """Names in a column at the right, each joined to its point by a thin line: they never lie on one another."""
+    """Write the names in a column at the right, each joined to its point by a thin line, without overlaps."""
     low, high = ax.get_ylim()
     heights = _apart([y for _, y, _ in points.values()], (high - low) * gap, low, high)
     for (name, (x, y, _)), height in zip(points.items(), heights, strict=True):

@@ -1,6 +1,6 @@
-"""Read a run folder or a comparison, and check that every value is of the kind that the report expects.
+"""Read a run folder or a comparison, and check the type of every value.
 
-What each file holds is written down here as *shapes*: a type, `{"key": shape}` (a key ending in "?" may be absent),
+*Shapes* describe the content of each file: a type, `{"key": shape}` (a key ending in "?" may be absent),
 `[shape]` for lists, `Each(shape)` for mappings with any keys, `Maybe(shape)` where null is allowed.
 """
 
@@ -144,12 +144,12 @@ COMPARISON = {
 }
 
 DRAWN = "drawn by the model"
-"""What stands in the report images in a site's place where a diffusion model was learned."""
+"""Key of a diffusion model's samples in the report images, in place of a site's name."""
 KINDS = {float: ("a number", (int, float)), int: ("a whole number", (int,)), str: ("text", (str,))}
 
 
 def check(value: Any, shape: Any, where: str) -> None:
-    """Raise `InputError`, naming the place, where `value` is not of `shape`."""
+    """Raise `InputError`, with the position, if `value` is not of `shape`."""
     match shape:
         case Maybe():
             if value is not None:
@@ -188,52 +188,58 @@ def _is(value: Any, types: type | tuple[type, ...], expected: str, where: str) -
 
 @dataclass(frozen=True)
 class ReportImages:
-    """The images and features that a run chose to show.
-
-    images: site -> {"real" | "synthetic": the bytes of a PNG grid, one row per class};
-    features: points {"site", "kind", "class", "x", "y"};
-    adapters: site -> scores of its adapter's samples; eyes: SHA-256 of the network whose features measured them.
-    """
+    """The images and features of a run for its report."""
 
     classes: tuple[str, ...]
+    """Class names."""
     images: Mapping[str, Mapping[str, bytes]]
+    """PNG grids with one row per class: site -> {"real" | "synthetic": bytes}."""
     features: tuple[Mapping[str, Any], ...]
+    """Points of the feature map: {"site", "kind", "class", "x", "y"}."""
     adapters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Scores of each site's adapter."""
     features_sha256: str = ""
+    """SHA-256 of the feature extractor of these scores."""
 
     @property
     def drawn(self) -> bytes:
-        """The grid of what a diffusion model draws; empty where none was learned."""
+        """PNG grid of a diffusion model's samples; empty if there is none."""
         return self.images.get(DRAWN, {}).get("synthetic", b"")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run as its folder tells it; `rounds` and `ledger` are the lines of the files of these names."""
+    """A finished run, read from its folder."""
 
-    summary: Mapping[str, Any]
-    rounds: tuple[Mapping[str, Any], ...]
-    messages: tuple[Mapping[str, Any], ...]  # of ledger.jsonl: what crossed the wire
-    stages: tuple[Mapping[str, Any], ...]  # of ledger.jsonl: seconds and peak memory
-    config: str
+    summary: Mapping[str, Any]  # summary.json
+    rounds: tuple[Mapping[str, Any], ...]  # lines of rounds.jsonl
+    messages: tuple[Mapping[str, Any], ...]  # lines of ledger.jsonl: messages on the wire
+    stages: tuple[Mapping[str, Any], ...]  # lines of ledger.jsonl: seconds and peak memory
+    config: str  # config.toml
     report_images: ReportImages | None
 
     @property
     def sites(self) -> tuple[str, ...]:
+        """Names of the sites, sorted."""
         return tuple(sorted(self.summary["sites"]))
 
 
 def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Run:
-    """The run in `folder`; `InputError` where a file is missing, damaged, or the run has not finished.
+    """Return the run in `folder`.
 
-    `summary`: what summary.json will say, where it is not written yet.
+    Args:
+        folder: the run folder.
+        summary: content of summary.json, if the file is not written yet.
+
+    Raises:
+        InputError: if a file is missing or damaged, or the run has not finished.
     """
     if not folder.is_dir():
-        raise InputError(f"expected a run folder; {folder} is not a folder; give the folder of a `warmfed run`")
+        raise InputError(f"expected a run folder; {folder} is not a folder; set the folder of a `warmfed run`")
     path = folder / "summary.json"
     if summary is None and not path.exists():
         raise InputError(
-            f"{path} does not exist: the run has not finished, or this is no run folder; "
+            f"{path} does not exist: the run has not finished, or this is not a run folder; "
             f"`warmfed resume {folder}` finishes a run"
         )
     summary = read_json(path, "the run's summary") if summary is None else summary
@@ -255,7 +261,7 @@ def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Run:
 
 
 def read_rounds(folder: Path) -> tuple[Mapping[str, Any], ...]:
-    """The round records of the run in `folder`, in order."""
+    """Return the round records of the run in `folder`, in order; raise `InputError` if they are damaged."""
     path = folder / "rounds.jsonl"
     rounds = read_lines(path, "the run's rounds")
     for number, line in enumerate(rounds, 1):
@@ -289,7 +295,7 @@ def read_report_images(folder: Path) -> ReportImages | None:
 
 
 def _read_picture(folder: Path, site: str, name: str) -> bytes:
-    """The bytes of a PNG beside report_images.json, which may not point elsewhere."""
+    """Return the bytes of a PNG file in the folder of report_images.json; raise `InputError` for other paths."""
     if Path(name).name != name:
         raise InputError(
             f"{folder / 'report_images.json'}: expected the name of a PNG file beside it; "
@@ -299,7 +305,7 @@ def _read_picture(folder: Path, site: str, name: str) -> bytes:
 
 
 def read_comparison(folder: Path) -> Mapping[str, Any]:
-    """compare.json of `folder`, checked."""
+    """Return compare.json of `folder`; raise `InputError` if it is missing or damaged."""
     path = folder / "compare.json"
     if not path.exists():
         raise InputError(f"{path} does not exist; `warmfed compare --out {folder}` writes it")

@@ -1,4 +1,4 @@
-"""The sections of a run's page on what was generated, decided, sent and spent. Each gives None where there is nothing."""
+"""Sections of a run's page on samples, decisions, messages and costs. A function returns None if it has no data."""
 
 import base64
 import io
@@ -14,15 +14,15 @@ from .accuracy import mean
 from .parts import Cell, Figure, Picture, Section, Table, cells, duration, memory, number, signed, size, without_gaps
 from .record import ReportImages, Run
 
-MOST_SITES = 12  # whose images and features are shown
-MOST_POINTS = 1500  # of a map of features, and GROUND of its grey ground
+MOST_SITES = 12  # maximum sites with images and features
+MOST_POINTS = 1500  # maximum points of a feature map; GROUND of them are its grey background
 GROUND = 400
-MOST_NAMES = 12  # of classes, in a map of features
-LOSSLESS = 900_000  # bytes of PNG up to which pictures go into the page as they are
+MOST_NAMES = 12  # maximum class names in a feature map
+LOSSLESS = 900_000  # maximum bytes of PNG files in a page; larger pictures become WebP
 
 
 def pictures(run: Run) -> Section | None:
-    """Real beside synthetic images, a row per class."""
+    """Return the section with real and synthetic images, one row per class."""
     found = run.report_images
     if found is None or not any(found.images.values()):
         return None
@@ -59,9 +59,16 @@ def pictures(run: Run) -> Section | None:
 
 
 def embed(data: bytes, what: str, rows: int, *, small: bool) -> tuple[str, int]:
-    """A picture as a data URI, as WebP where `small`, and how many square cells a row of it has.
+    """Return a picture as a data URI, and the number of square cells per row.
 
-    Raises `InputError` where `data` does not decode as PNG.
+    Args:
+        data: a PNG file.
+        what: name of the picture, for error messages.
+        rows: number of rows of cells.
+        small: whether to convert it to WebP.
+
+    Raises:
+        InputError: if `data` does not decode as PNG.
     """
     from PIL import Image
 
@@ -82,7 +89,7 @@ def embed(data: bytes, what: str, rows: int, *, small: bool) -> tuple[str, int]:
 
 
 def feature_map(run: Run) -> Section | None:
-    """The t-SNE of real and synthetic features, a plot a site."""
+    """Return the section with the t-SNE of real and synthetic features, one plot per site."""
     found = run.report_images
     if found is None or not found.features:
         return None
@@ -122,7 +129,7 @@ def feature_map(run: Run) -> Section | None:
 
 
 def _centres(images: ReportImages, site: str, *, named: bool) -> dict[str, tuple[float, float]]:
-    """Class name, or number, -> the middle of the class's real images at `site`; nothing where they would fill the plot."""
+    """Return the centre of each class's real images at `site`, by name or number; empty if there are too many classes."""
     if len(images.classes) > MOST_NAMES:
         return {}
     found: dict[str, tuple[float, float]] = {}
@@ -138,7 +145,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def adapters(run: Run) -> Section | None:
-    """What each site's fine-tuning of the generator did."""
+    """Return the section on each site's fine-tuning of the generator."""
     rows = []
     recognised = {key: value for record in run.rounds for key, value in record["aggregate"].items() if "recognised/" in key}
     spent = {m["site"]: m.get("seconds") for m in run.messages if (m["stage"], m["direction"]) == ("adapt", "up")}
@@ -174,7 +181,7 @@ def _share(value: float | None) -> Cell:
 
 
 def samples(run: Run) -> Section | None:
-    """Which synthetic images the filter kept."""
+    """Return the section on the synthetic images that the filter kept."""
     record = next((record["aggregate"] for record in run.rounds if record["aggregate"].get("kept") is not None), None)
     if record is None:
         return None
@@ -210,7 +217,7 @@ SELECTOR = (
 
 
 def selector(run: Run) -> Section | None:
-    """How the dynamic self-distillation chose between the last two personal models."""
+    """Return the section on the choice of dynamic self-distillation between the last two personal models."""
     records = [record for record in run.rounds if any("selector_share_recent" in m for m in record["train"].values())]
     if not records:
         return None
@@ -241,7 +248,7 @@ def selector(run: Run) -> Section | None:
 
 
 def gate(run: Run) -> Section | None:
-    """How much of the server's fine-tuning the sites' validation let pass; None where nothing was validated."""
+    """Return the section on the share of the server's fine-tuning that validation kept; None without validation."""
     records = [record for record in run.rounds if "gate_kept" in record["aggregate"]]
     measures = [record["aggregate"] for record in records]
     before, after, whole = ([m.get(f"validation_{when}") for m in measures] for when in ("before", "after", "tuned"))
@@ -261,7 +268,7 @@ def gate(run: Run) -> Section | None:
         for tick, start, end, tuned, keep, m in zip(ticks, before, after, whole, kept, measures, strict=True)
     ]
     alt = f"The server's fine-tuning by round: kept, whole or in part, in {sum(kept)} of {len(kept)} rounds."
-    # Where the step was undone, the plot shows what it would have done.
+    # If the step was undone, the plot shows its effect before that.
     ends = [end if keep or tuned is None else tuned for end, tuned, keep in zip(after, whole, kept, strict=True)]
     svg = plots.decisions("gate", alt, ticks, before, ends, kept)
     key = (("―", "before"), ("●", "after, kept"), ("○", "after, undone"))
@@ -295,7 +302,7 @@ WAYS = {"up": "site → server", "down": "server → site"}
 
 
 def communication(run: Run) -> Section | None:
-    """Bytes by stage, direction and site, as counted at the codec."""
+    """Return the section on bytes by stage, direction and site, counted at the codec."""
     if not run.messages:
         return None
     count = max(len(run.sites), 1)
@@ -340,13 +347,13 @@ def _bytes(run: Run, way: str, **named: str) -> int:
 
 
 def _order(run: Run, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The stages of `records`, in the order of the rounds."""
+    """Return the stages of `records`, in the order of the rounds."""
     first = [record["stage"] for record in (*run.rounds, *records)]
     return sorted({record["stage"] for record in records}, key=first.index)
 
 
 def time_and_memory(run: Run) -> Section | None:
-    """Seconds and peak memory by stage."""
+    """Return the section on seconds and peak memory by stage."""
     if not run.stages:
         return None
     stages = _order(run, run.stages)
@@ -374,7 +381,7 @@ def time_and_memory(run: Run) -> Section | None:
 
 
 def provenance(run: Run) -> Section:
-    """The resolved configuration and every hash in full."""
+    """Return the section with the resolved configuration and all hashes."""
     named = [
         ("data", run.summary["data_sha256"]),
         ("generator base", run.summary.get("base_sha256")),

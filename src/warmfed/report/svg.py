@@ -1,7 +1,7 @@
-"""From a matplotlib figure to an SVG that lives in a page: the page's font, the page's colours, light or dark.
+"""Convert a matplotlib figure to an SVG with the page's font and colours, in the light and the dark theme.
 
-Plots are drawn in stand-in colours (`COLOURS`), which become CSS variables: one drawing serves both themes.
-Text stays text, so it can be read aloud, searched and scaled.
+Plots use placeholder colours (`COLOURS`), which become CSS variables, so one plot serves both themes. Text remains text, so
+it can be read aloud, searched and scaled.
 """
 
 import io
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 360  # of a plot in its own units; on the page a plot is about as many pixels wide, so fonts keep their size
-SERIES = 8  # colours (and markers) before they repeat
+WIDTH = 360  # width of a plot in its own units; on the page it is about as many pixels wide, so fonts keep their size
+SERIES = 8  # number of colours (and markers) before they repeat
 MARKERS = "os^DvPX*"
 INK, MUTED, GRID, CARD, LABEL, ACCENT = (f"#00000{place}" for place in range(1, 7))
 COLOURS = {INK: "ink", MUTED: "muted", GRID: "grid", CARD: "card", LABEL: "label", ACCENT: "accent"}
@@ -56,18 +56,18 @@ STYLE = {
 
 
 def colour(index: int) -> str:
-    """The stand-in for the colour of series number `index`."""
+    """Return the placeholder colour of series number `index`."""
     return f"#00010{index % SERIES}"
 
 
 @contextmanager
 def axes(height: float = 230, *, width: float = WIDTH) -> "Iterator[Axes]":
-    """A fresh pair of axes in our style; `width` and `height` in the plot's own units."""
+    """Return new axes in the report's style; `width` and `height` are in the plot's own units."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # The names in a plot may be of any script; the reader's browser has the letters that matplotlib's font lacks.
+    # Names may be in any script; the browser has the letters that matplotlib's font lacks.
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
@@ -76,9 +76,9 @@ def axes(height: float = 230, *, width: float = WIDTH) -> "Iterator[Axes]":
 
 
 def markup(figure: "Figure", key: str, alt: str) -> str:
-    """`figure` as an `<svg>` element; `key` keeps its ids apart from those of the page's other plots."""
+    """Return `figure` as an `<svg>` element; `key` is the prefix of its ids, unique in the page."""
     target = io.StringIO()
-    # Not savefig, which draws everything twice.
+    # print_svg, since savefig draws everything twice
     figure.canvas.print_svg(target, metadata={"Date": None, "Creator": None})
     svg = target.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -96,7 +96,7 @@ def markup(figure: "Figure", key: str, alt: str) -> str:
 
 
 def _own_ids(svg: str, key: str) -> str:
-    """Drop the ids that nothing refers to; begin the others with `key`."""
+    """Remove the ids without references, and add the prefix `key` to the others."""
     used = set(re.findall(r"#([\w-]+)[\")]", svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{key}-{found[1]}"' if found[1] in used else "", svg)
     return re.sub(r"(href=\"#|url\(#)", rf"\g<1>{key}-", svg)

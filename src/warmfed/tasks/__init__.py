@@ -1,4 +1,4 @@
-"""How to build a model, its loss and its metrics."""
+"""Tasks: the model, the loss and the metrics of a problem."""
 
 from .classification import Classify
 

@@ -1,4 +1,4 @@
-"""Image classification: cross-entropy, and the figures that reports show."""
+"""Image classification: cross-entropy loss and the metrics of the report."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,77 +20,97 @@ from ..utils.files import read_bytes
 
 
 def pixels(image: Tensor) -> Tensor:
-    """Float [n, c, h, w] in [-1, 1], of uint8 images of that shape, in one layout: last bits depend on it."""
+    """Return uint8 images [n, c, h, w] as float [n, c, h, w] in [-1, 1].
+
+    The result is contiguous, since the memory layout changes the last bits of a convolution.
+    """
     return image.contiguous().float().div_(127.5).sub_(1)
 
 
 def load_model(path: Path, like: Tensors | Callable[[Tensors], Tensors], what: str, *, datastore: bool = False) -> Tensors:
-    """The weights in a safetensors file, checked against a model's names and shapes; raises `InputError`.
+    """Return the weights in a safetensors file.
 
     Args:
-        like: that model, or what gives it for the weights that were found (they may be of a pruned network).
-        datastore: whether there may be one beside the weights (`models.Remembering`).
+        path: the file.
+        like: the expected tensors, or a function that returns them for the tensors found (a network may be pruned).
+        what: the file's purpose, for error messages.
+        datastore: whether the file may hold a datastore beside the weights (`models.Remembering`).
+
+    Raises:
+        InputError: if the file cannot be read, or the names or shapes of its tensors are not those of `like`.
     """
     try:
         found = load(read_bytes(path, what))
     except SafetensorError as error:
-        raise InputError(f"{what} at {path} is damaged or no safetensors file ({error}); restore it") from error
+        raise InputError(f"{what} at {path} is damaged or not a safetensors file ({error}); restore it") from error
     like = like(found) if callable(like) else like
     weights = {name for name in found if not (datastore and name.startswith(models.DATASTORE))}
     for name in sorted(like.keys() | weights):
         if name not in found or name not in like or found[name].shape != like[name].shape:
             raise InputError(
-                f"{what} at {path} does not fit the model: tensor {name!r} differs; choose the model it was made with"
+                f"{what} at {path} does not fit the model: tensor {name!r} differs; set the model that the file was made with"
             )
     return found
 
 
 @dataclass(frozen=True)
 class Classify:
-    """Classification of uint8 images [n, c, h, w] into `classes` classes (a `Task`)."""
+    """Classify uint8 images [n, c, h, w] into `classes` classes (a `Task`)."""
 
     shape: tuple[int, int, int]
     classes: int
     model: str = "cnn"
     start: str = ""
-    """A safetensors file that the model starts from; empty: random weights.
+    """Safetensors file of initial weights; empty: random weights.
 
-    Where its head has another number of classes, the body is taken, and the head is drawn."""
+    If the class counts differ, the backbone is reused and the head is re-initialised."""
 
     @property
     def measure(self) -> str:
-        """The metric that sums up a model."""
+        """Name of the main metric; higher is better."""
         return "accuracy"
 
     def tables(self, splits: Mapping[str, Table]) -> Mapping[str, Table]:
-        """A site's tables as this task takes them: as they are."""
+        """Return a site's tables unchanged."""
         return splits
 
     def fitting(self, model: Tensors) -> "Classify":
-        """This task: its networks have one width."""
+        """Return this task: its networks have one width."""
         return self
 
     def probe(self, image: Tensor) -> None:
-        """Raise RuntimeError where the model does not take such images."""
+        """Raise RuntimeError if the model does not accept images of this shape."""
         self.predict(self.init(torch.Generator()), {"image": image})
 
     def build(self) -> nn.Module:
+        """Return the network; its weights come from torch's global random stream."""
         return models.build(self.model, self.shape, self.classes)
 
     def init(self, rng: torch.Generator) -> Tensors:
+        """Return initial weights: those of `start`, or random ones from `rng`.
+
+        Raises:
+            InputError: as `load_model` does.
+        """
         with seeded(rng):
             fresh = models.initial(self.build())
         return self.lent(fresh, Path(self.start), "the classifier to start from") if self.start else fresh
 
     def lent(self, fresh: Tensors, path: Path, what: str) -> Tensors:
-        """The weights in a safetensors file; of a classifier of other classes the body only, with the head of `fresh`.
+        """Return the weights in a safetensors file; if its class count differs, keep the head of `fresh`.
 
-        Raises `InputError` as `load_model` does.
+        Args:
+            fresh: initial weights of this task's model.
+            path: the file.
+            what: the file's purpose, for error messages.
+
+        Raises:
+            InputError: as `load_model` does.
         """
         has_body = any(not name.startswith("head.") for name in fresh)
 
         def like(found: Tensors) -> Tensors:
-            """The shapes of a network of this model with as many classes as are found."""
+            """Return tensors of this model with the file's number of classes."""
             rows = len(found["head.weight"]) if "head.weight" in found and has_body else self.classes
             with torch.device("meta"):
                 return models.initial(replace(self, classes=rows).build())
@@ -100,9 +120,17 @@ class Classify:
 
     @classmethod
     def of(cls, path: Path, shape: tuple[int, int, int], what: str) -> tuple["Classify", Tensors]:
-        """The classifier in a safetensors file: the names of its tensors tell the network, its head the number of classes.
+        """Return the classifier in a safetensors file: its task and its weights.
 
-        Raises `InputError` where it is none of `warmfed.models`, or not for images of this shape.
+        The names of the tensors identify the network; the head gives the number of classes.
+
+        Args:
+            path: the file.
+            shape: (channels, height, width) of an image.
+            what: the file's purpose, for error messages.
+
+        Raises:
+            InputError: if the file holds none of the networks in `warmfed.models`, or one for another image shape.
         """
         tasks: list[Classify] = []
 
@@ -111,7 +139,7 @@ class Classify:
             if name is None:
                 raise InputError(
                     f"{what} at {path} holds none of the networks {', '.join(models.MODELS)}; its tensors are "
-                    f"{', '.join(sorted(found)[:4])}, …"
+                    f"{', '.join(sorted(found)[:4])}, …; set a file that warmfed wrote"
                 )
             tasks.append(cls(shape, len(found["head.weight"]), name))
             with torch.device("meta"):
@@ -121,28 +149,30 @@ class Classify:
         return tasks[0], found
 
     def logits(self, model: nn.Module, batch: Table) -> Tensor:
+        """Return logits, float [n, classes]."""
         return model(pixels(batch["image"]))
 
     def embed(self, model: Any, batch: Table) -> Tensor:
-        """What the model's head sees, float [n, width]: a loss on features is between this and `model.head`."""
+        """Return the features before the head, float [n, width]; the gradient flows through them."""
         return model.features(pixels(batch["image"]))
 
     def loss(self, model: nn.Module, batch: Table) -> Tensor:
-        """Cross-entropy with the labels; a column "target", float [n, classes], stands for them where there is one."""
+        """Return the cross-entropy with the labels, or with the column "target", float [n, classes], if there is one."""
         return F.cross_entropy(self.logits(model, batch), batch.get("target", batch["label"]))
 
     def predict(self, model: Tensors, data: Table, batch: int = 256, device: str = "cpu") -> Tensor:
-        """Logits, float [n, classes]."""
-        return self._asked(self.logits, model, data, batch, device)
+        """Return logits, float [n, classes], on the CPU."""
+        return self._batched(self.logits, model, data, batch, device)
 
     def features(self, model: Tensors, data: Table, batch: int = 256, device: str = "cpu") -> Tensor:
-        """What the model's head sees, float [n, width]."""
-        return self._asked(self.embed, model, data, batch, device)
+        """Return the features before the head, float [n, width], on the CPU."""
+        return self._batched(self.embed, model, data, batch, device)
 
-    def _asked(self, ask: Callable[[Any, Table], Tensor], model: Tensors, data: Table, batch: int, device: str) -> Tensor:
+    def _batched(self, call: Callable[[Any, Table], Tensor], model: Tensors, data: Table, batch: int, device: str) -> Tensor:
         net = models.holding(self.build(), model).to(device)
         with torch.inference_mode():
-            return torch.cat([ask(net, {"image": part.to(device)}).cpu() for part in data["image"].split(batch)])
+            return torch.cat([call(net, {"image": part.to(device)}).cpu() for part in data["image"].split(batch)])
 
     def metrics(self, model: Tensors, data: Table, device: str = "cpu") -> dict[str, float]:
+        """Return the metrics of `metrics.classification.measure` on `data`."""
         return measure(self.predict(model, data, device=device), data["label"])

@@ -1,4 +1,4 @@
-"""The task of learning to draw: a diffusion model of the sites' images, in pixels or in a frozen autoencoder's latents."""
+"""Denoising: a diffusion model of the sites' images, in pixels or in the latents of a frozen autoencoder."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -30,61 +30,73 @@ def _autoencoder(base: str) -> pipeline.Parts:
 
 @dataclass(frozen=True)
 class Denoise:
-    """Learning to draw uint8 images [n, c, h, w] of `classes` classes (a `Task`).
+    """Train a diffusion model of uint8 images [n, c, h, w] of `classes` classes (a `Task`).
 
-    Its tables are `encoded` ones: {"latent": float [n, c', h', w'], "label": int64 [n]}.
+    Its tables are encoded: {"latent": float [n, c', h', w'], "label": int64 [n]}.
     """
 
     shape: tuple[int, int, int]
     classes: int
     settings: DenoiserSettings = DenoiserSettings()
     start: str = ""
-    """A safetensors file that the denoiser starts from; empty: random weights."""
+    """Safetensors file of initial weights; empty: random weights."""
     widths: tuple[tuple[str, int], ...] = ()
-    """Hidden units of the blocks that are not as wide as the settings make them, by the prefix of their tensors' names."""
+    """Hidden units of the pruned blocks, as (prefix of the tensors' names, units)."""
     shared: Path | None = field(default=None, compare=False, repr=False)
-    """Where what runs of a comparison have in common is kept: models that sites learned alone, and what these draw."""
+    """Cache folder that the runs of a comparison share: models trained at one site, and their samples."""
 
     @functools.cached_property
     def space(self) -> tuple[int, int, int]:
-        """(channels, height, width) of a latent."""
+        """(channels, height, width) of a latent.
+
+        Raises:
+            InputError: if the image size is not a multiple of the autoencoder's patch size.
+        """
         if not self.settings.latent:
             return self.shape
         channels = int(_autoencoder(self.settings.latent).vae.config.latent_channels)
         factor = pipeline.side(self.settings.latent) // int(_autoencoder(self.settings.latent).denoiser.config.sample_size)
         if self.shape[1] % factor or self.shape[2] % factor:
-            raise InputError(f"images of {self.shape[1:]} do not fit {self.settings.latent}'s patches of {factor} pixels")
+            raise InputError(
+                f"images of {self.shape[1:]} do not fit {self.settings.latent}'s patches of {factor} pixels; "
+                f"set data.options.image_size to a multiple of {factor}"
+            )
         return channels, self.shape[1] // factor, self.shape[2] // factor
 
     @property
     def measure(self) -> str:
-        """The metric that sums up a model; lower is better."""
+        """Name of the main metric; lower is better."""
         return "loss"
 
     def tables(self, splits: Mapping[str, Table]) -> Mapping[str, Table]:
-        """A site's tables as this task takes them."""
+        """Return a site's tables, encoded."""
         return {name: self.encoded(table) for name, table in splits.items()}
 
     def probe(self, image: Tensor) -> None:
-        """Raise RuntimeError or `InputError` where the model does not take such images."""
+        """Raise RuntimeError or `InputError` if the model does not accept images of this shape."""
         self.metrics(self.init(torch.Generator()), self.encoded({"image": image, "label": torch.zeros(len(image)).long()}))
 
     def encoded(self, data: Table) -> dict[str, Tensor]:
-        """The table that this task learns from, of {"image", "label"}: the autoencoder leaves the training loop."""
+        """Return the table {"latent", "label"} of a table {"image", "label"}; training needs no autoencoder."""
         image = data["image"]
         latent = _autoencoder(self.settings.latent).encode(image)[0] if self.settings.latent else pixels(image)
         return {"latent": latent.contiguous(), "label": data["label"]}
 
     def decoded(self, latent: Tensor) -> Tensor:
-        """uint8 images [n, 3, h, w] of latents."""
+        """Return the uint8 images [n, 3, h, w] of latents."""
         if self.settings.latent:
             return _autoencoder(self.settings.latent).decode(latent)
         return latent.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).contiguous()
 
     def build(self) -> nn.Module:
+        """Return the network; its weights come from torch's global random stream.
+
+        Raises:
+            InputError: if the images are not square.
+        """
         channels, height, width = self.space
         if height != width:
-            raise InputError(f"square images were expected, {self.shape[1:]} came; set data.options.image_size")
+            raise InputError(f"expected square images, got {self.shape[1:]}; set data.options.image_size")
         net = DENOISERS[self.settings.denoiser](self.settings, channels, height, self.classes)
         pruning.narrow(net, dict(self.widths))
         return net
@@ -95,18 +107,18 @@ class Denoise:
             return dict(pruning.widths(self.build().state_dict()))
 
     def fitting(self, model: Tensors) -> "Denoise":
-        """The task whose network is as wide as this model, which may have been pruned."""
+        """Return the task whose network has the widths of `model`, which may be pruned."""
         found = {prefix: units for prefix, units in pruning.widths(model) if prefix in self._hidden and units}
         return self if found.items() <= self._hidden.items() else replace(self, widths=tuple(sorted(found.items())))
 
     def pruned(self, model: Tensors, share: float) -> Tensors:
-        """The model without that share of its blocks' hidden units; see `pruning.prune`."""
+        """Return the model without this share of its blocks' hidden units; see `pruning.prune`."""
         return pruning.prune(model, share)
 
     def part(self, name: str) -> str:
-        """Where the tensor of this name lies: encoder (with what embeds time and class), bottleneck, or decoder.
+        """Return the part of the network that holds the tensor `name`: "encoder", "bottleneck" or "decoder".
 
-        A transformer's bottleneck is its one or two middle blocks.
+        The encoder includes the time and class embeddings. A transformer's bottleneck is its one or two middle blocks.
         """
         kind, _, rest = name.removeprefix("net.").partition(".")
         if kind == "transformer_blocks":
@@ -115,12 +127,17 @@ class Denoise:
         return {"mid_block": "bottleneck", "up_blocks": "decoder"}.get(kind, "decoder" if "out" in kind else "encoder")
 
     def init(self, rng: torch.Generator) -> Tensors:
+        """Return initial weights: those of `start`, or random ones from `rng`.
+
+        Raises:
+            InputError: as `load_model` does.
+        """
         with seeded(rng):
             fresh = models.initial(self.build())
         return load_model(Path(self.start), fresh, "the denoiser to start from") if self.start else fresh
 
     def loss(self, model: nn.Module, batch: Table) -> Tensor:
-        """Mean squared error of the prediction at random times."""
+        """Return the mean squared error of the prediction at random times; each label is dropped with `settings.dropout`."""
         label = batch["label"]
         forget = torch.rand(len(label)).to(label.device) < (self.settings.dropout if self.settings.conditional else 1.0)
         label = torch.where(forget, self.classes, label)
@@ -133,7 +150,7 @@ class Denoise:
         )
 
     def metrics(self, model: Tensors, data: Table, device: str = "cpu") -> dict[str, float]:
-        """The loss with the same noise in every call, so that two models are told apart by their weights alone."""
+        """Return the loss and the count; every call uses the same noise, so only the weights change the loss."""
         total, count = 0.0, rows(data)
         with torch.no_grad(), seeded(stream("denoise", "metrics"), device):
             net = self._loaded(model, device)
@@ -154,7 +171,15 @@ class Denoise:
         device: str = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """One latent for each label, float [n, c, h, w], drawn from `rng`; labels count where it is conditional."""
+        """Return one sampled latent per label, float [n, c, h, w]; an unconditional model ignores the labels.
+
+        Args:
+            model: weights of the denoiser.
+            label: classes, int64 [n].
+            rng: source of all noise.
+            device: the device of the network.
+            progress: receives (samples done, samples in all) after each batch.
+        """
         noise = torch.randn((len(label), *self.space), generator=rng)
         with seeded(spawn(rng)):
             net = self._loaded(model, device)
@@ -167,7 +192,7 @@ class Denoise:
         return torch.cat(drawn) if drawn else noise
 
     def learned_alone(self, ctx: ClientContext, training: Training) -> tuple[Tensors, Metrics]:
-        """A model of a site's own images, from a fresh start."""
+        """Return a model trained from its initial weights on one site's images, and the metrics of the training."""
         start, data = self.init(spawn(ctx.rng)), ctx.data["train"]
         given = {**add_prefix(start, "start/"), **data}
         return cached(
@@ -175,7 +200,7 @@ class Denoise:
         )
 
     def sample_alone(self, model: Tensors, label: Tensor, ctx: ClientContext | ServerContext) -> Tensor:
-        """What `sample` draws by such a model."""
+        """Return the samples of a model from `learned_alone`, float [n, c, h, w]."""
 
         def progress(done: int, total: int) -> None:
             ctx.progress("sample", done, total)
@@ -188,15 +213,24 @@ class Denoise:
     def fidelity(
         self, model: Tensors, data: Mapping[str, Table], count: int, rng: torch.Generator, device: str = "cpu"
     ) -> dict[str, float]:
-        """How like a site's own images a model draws, classes as frequent as there: by latents, since they need no network.
+        """Return the distance of a model's samples to one site's images, on latents, which need no feature extractor.
+
+        Classes are as frequent in the samples as in the training rows.
+
+        Args:
+            model: weights of the denoiser.
+            data: the site's encoded tables "train" and "validation".
+            count: number of samples.
+            rng: source of all noise.
+            device: the device of the network.
 
         Returns:
-            fid and kid of `count` samples against the training rows, and in percent copies: see `metrics.images.copies`.
+            fid and kid against the training rows, and memorization_rate in percent (`metrics.images`).
         """
-        seen, unseen = (data[split]["latent"].flatten(1) for split in ("train", "validation"))
+        train, validation = (data[split]["latent"].flatten(1) for split in ("train", "validation"))
         label = apportion(data["train"]["label"].bincount(minlength=self.classes), count)
         drawn = self.sample(model, label, rng, device).flatten(1)
-        return distances(seen, drawn) | memorization_rate(seen, unseen, drawn)
+        return distances(train, drawn) | memorization_rate(train, validation, drawn)
 
     @torch.inference_mode()
     def _sample(self, net: nn.Module, latent: Tensor, label: Tensor) -> Tensor:
@@ -205,7 +239,7 @@ class Denoise:
         none = torch.full_like(label, self.classes)
         label = label if self.settings.conditional else none
         guidance = self.settings.guidance
-        # the others draw their noise from the generator that they are given
+        # the other samplers add noise in each step, from this generator
         options = {} if self.settings.sampler == "dpm++" else {"generator": torch.default_generator}
         for time in scheduler.timesteps:
             times = time.expand(len(latent))

@@ -63,12 +63,12 @@ def test_rows_without_a_label_or_a_picture_are_named(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(table, features=digits(1).features).to_parquet(str(tmp_path / "x.parquet"))
     refused(
         lambda: parquet(tmp_path / "x.parquet", image_size=8),
-        "all/3: a label was expected, None came", "all/4 cannot be read: the row holds no picture", "all/5 does not decode",
+        "all/3: expected a label, got None", "all/4 cannot be read: the row has no picture", "all/5 does not decode",
     )  # fmt: skip
 
 
 def test_the_hub_is_not_asked_offline() -> None:
-    refused(lambda: hub("no/such-set"), "the hub's data set 'no/such-set' cannot be had")
+    refused(lambda: hub("no/such-set"), "cannot load the data set 'no/such-set' of the hub")
 
 
 LABELS = np.repeat(np.arange(10), 60)
@@ -108,11 +108,11 @@ def test_a_partitioner_of_theirs_deals_our_data(tmp_path: Path) -> None:
     pytest.importorskip("flwr_datasets", reason="needs the extra: pip install 'warmfed[data]'")
     digits().to_parquet(str(tmp_path / "x.parquet"))
 
-    def dealt(partitioner: str, **options: object) -> dict[str, tuple[int, ...]]:
+    def partitioned(partitioner: str, **options: object) -> dict[str, tuple[int, ...]]:
         deal = {"rule": "flwr", "partitioner": partitioner, "options": options}
         return sizes(parquet(tmp_path / "x.parquet", site="writer", image_size=8, partition=deal))
 
-    assert dealt("IidPartitioner", num_partitions=2) == {"site-0": (18, 6, 6), "site-1": (18, 6, 6)}
-    assert dealt("NaturalIdPartitioner", partition_by="site") == {"site-0": (18, 6, 6), "site-1": (18, 6, 6)}
-    refused(lambda: dealt("IidPartitoner"), "did you mean 'IidPartitioner'?")
-    refused(lambda: dealt("IidPartitioner", number=2), "IidPartitioner does not take {'number': 2} here")
+    assert partitioned("IidPartitioner", num_partitions=2) == {"site-0": (18, 6, 6), "site-1": (18, 6, 6)}
+    assert partitioned("NaturalIdPartitioner", partition_by="site") == {"site-0": (18, 6, 6), "site-1": (18, 6, 6)}
+    refused(lambda: partitioned("IidPartitoner"), "did you mean 'IidPartitioner'?")
+    refused(lambda: partitioned("IidPartitioner", number=2), "IidPartitioner does not accept {'number': 2}")

@@ -204,7 +204,7 @@ def test_other_files_are_left_out_and_noted(tmp_path: Path) -> None:
     (tmp_path / "home" / "cat" / "notes.txt").write_text("x")
     (tmp_path / "home" / "cat" / ".DS_Store").write_text("x")
     assert folder(tmp_path).notes == (
-        f"1 things in {tmp_path.name}/home are no images of a class and were left out, notes.txt first",
+        f"1 entries in {tmp_path.name}/home are not images of a class and were ignored, notes.txt first",
     )
 
 
@@ -286,15 +286,15 @@ def test_given_splits_lose_the_copies_outside_of_test() -> None:
         ({}, "at least one site"),
         ({"a": (IMAGES, LABELS * 0)}, "site 'a' has one class only"),
         ({"a": (IMAGES[:0], LABELS[:0])}, "site 'a' is empty"),
-        ({"a": (IMAGES, LABELS[:3])}, "whole-number labels [20] were expected"),
-        ({"a": (IMAGES, LABELS / 1)}, "float64 [20] came"),
-        ({"a": (IMAGES, LABELS - 1)}, "labels 0 to 0 were expected, -1 to 0 came"),
-        ({"a": (IMAGES.astype(np.int32), LABELS)}, "uint8 images or floats from 0 to 1 were expected, int32, 0 to 255 came"),
-        ({"a": (np.full((20, 4, 4), np.nan), LABELS)}, "float64, nan to nan came"),
-        ({"a": (IMAGES[:, 0, 0, 0], LABELS)}, "[20] came"),
-        ({"a": IMAGES}, "a pair (images, labels) was expected, ndarray came"),
+        ({"a": (IMAGES, LABELS[:3])}, "expected whole-number labels [20]"),
+        ({"a": (IMAGES, LABELS / 1)}, "got float64 [20]"),
+        ({"a": (IMAGES, LABELS - 1)}, "expected labels 0 to 0, got -1 to 0"),
+        ({"a": (IMAGES.astype(np.int32), LABELS)}, "expected uint8 images or floats from 0 to 1, got int32, 0 to 255"),
+        ({"a": (np.full((20, 4, 4), np.nan), LABELS)}, "got float64, nan to nan"),
+        ({"a": (IMAGES[:, 0, 0, 0], LABELS)}, "got [20]"),
+        ({"a": IMAGES}, "expected a pair (images, labels), got ndarray"),
         ({"a": {"trian": (IMAGES, LABELS)}}, "did you mean 'train'?"),
-        ({"a": {"test": (IMAGES, LABELS)}}, "a train split was expected, test came"),
+        ({"a": {"test": (IMAGES, LABELS)}}, "expected a train split, got test"),
         ({"a": (IMAGES, LABELS), "b": (IMAGES[:, :5], LABELS)}, "images of one size"),
     ],
 )
@@ -326,8 +326,8 @@ def test_npz_as_medmnist_has_it_can_be_dealt_to_sites(tmp_path: Path) -> None:
         content[f"{split}_labels"] = (np.arange(40) % 2)[:, None].astype(np.uint8)
     np.savez(path, **content)
     assert sizes(npz(path)) == {"lungs": (40, 40, 40)}
-    dealt = load(str(path), partition={"sites": 3, "rule": "dirichlet", "alpha": 1})
-    assert [sum(column) for column in zip(*sizes(dealt).values(), strict=True)] == [40, 40, 40]
+    partitioned = load(str(path), partition={"sites": 3, "rule": "dirichlet", "alpha": 1})
+    assert [sum(column) for column in zip(*sizes(partitioned).values(), strict=True)] == [40, 40, 40]
     refused(lambda: load(str(path), partition={"sites": 3, "alhpa": 1}), "did you mean 'alpha'?")
     refused(lambda: load(str(path), partition={"rule": "iid"}), "needs sites")
 
@@ -338,16 +338,16 @@ def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
         return tmp_path / name
 
     refused(lambda: npz(tmp_path / "nowhere.npz"), "cannot be read")
-    refused(lambda: npz(saved("text.npz", b"hello")), "damaged or no .npz")
-    refused(lambda: npz(saved("pickle.npz", b"\x80\x04]\x94(K\x01K\x02e.")), "damaged or no .npz")
+    refused(lambda: npz(saved("text.npz", b"hello")), "damaged or not an .npz")
+    refused(lambda: npz(saved("pickle.npz", b"\x80\x04]\x94(K\x01K\x02e.")), "damaged or not an .npz")
     np.savez(tmp_path / "whole.npz", a_x_train=IMAGES, a_y_train=LABELS)
-    refused(lambda: npz(saved("half.npz", (tmp_path / "whole.npz").read_bytes()[:900])), "damaged or no .npz")
+    refused(lambda: npz(saved("half.npz", (tmp_path / "whole.npz").read_bytes()[:900])), "damaged or not an .npz")
     np.savez(tmp_path / "objects.npz", a_x_train=np.array([None, {}]))
-    refused(lambda: npz(tmp_path / "objects.npz"), "damaged or no .npz file of plain arrays")
+    refused(lambda: npz(tmp_path / "objects.npz"), "damaged or not an .npz file of plain arrays")
     np.save(tmp_path / "one.npy", IMAGES)
     refused(lambda: npz((tmp_path / "one.npy").rename(tmp_path / "one.npz")), "holds one array")
     np.savez(tmp_path / "keys.npz", images=IMAGES)
-    refused(lambda: npz(tmp_path / "keys.npz"), "SITE_x_train", "images came")
+    refused(lambda: npz(tmp_path / "keys.npz"), "SITE_x_train", "got images")
     np.savez(tmp_path / "unlabelled.npz", a_x_train=IMAGES)
     refused(lambda: npz(tmp_path / "unlabelled.npz"), "has 'a_x_train' but no 'a_y_train'")
 
@@ -359,9 +359,9 @@ def test_names_and_options_have_neighbours(tmp_path: Path) -> None:
     refused(lambda: load("digit4"), "there is no data 'digit4'", "did you mean 'digits4'?")
     refused(lambda: load("folder:/no/such/place"), "does not exist")
     refused(lambda: load("digits4", aplha=0.3), "no option 'aplha'; did you mean 'alpha'?")
-    refused(lambda: load("digits4", alpha="much"), "float or none was expected, 'much' came")
-    refused(lambda: load("digits4", seed=True), "int was expected, True came")
-    refused(lambda: load(str(pets(tmp_path)), image_size=8.5), "int or none was expected, 8.5 came")
+    refused(lambda: load("digits4", alpha="much"), "expected float or none, got 'much'")
+    refused(lambda: load("digits4", seed=True), "expected int, got True")
+    refused(lambda: load(str(pets(tmp_path)), image_size=8.5), "expected int or none, got 8.5")
     refused(lambda: load(str(tmp_path), image_size=0), "image_size of 1 pixel or more")
 
 

@@ -1,4 +1,4 @@
-"""Arrays in `.npz` files: the sizes that a file declares are checked before memory is taken. Nothing is unpickled."""
+"""Arrays in `.npz` files. Declared sizes are checked before memory is allocated; nothing is unpickled."""
 
 import math
 import zipfile
@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 from ...utils.files import check_size, open_regular
 
 FREELY = 2**30
-"""Bytes that any compressed file may unpack to."""
+"""Unpacked size in bytes that every compressed file may have."""
 RATIO = 100
-"""How many times its own size a compressed file may unpack to beyond that; images reach about 20."""
+"""Maximum ratio of unpacked to packed size beyond `FREELY`; images reach about 20."""
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0}
 DAMAGE = (OSError, ValueError, IndexError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""What reading a damaged archive raises."""
+"""Exceptions that reading a damaged archive raises."""
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
-"""Shape, whether columns come first, type."""
+"""Shape, whether the array is in column-major order, type."""
 
 
 def plausible(unpacked: int, packed: int) -> None:
-    """Raise `ValueError` where a file of `packed` bytes would unpack to more than `FREELY` and `RATIO` allow."""
+    """Raise `ValueError` if a file of `packed` bytes would unpack to more than `FREELY` and `RATIO` allow."""
     if unpacked > max(FREELY, RATIO * packed):
         raise ValueError(
             f"it unpacks from {packed / 1e6:,.1f} to {unpacked / 1e6:,.0f} MB, more than {FREELY / 1e6:,.0f} MB and more than "
@@ -34,12 +34,12 @@ def plausible(unpacked: int, packed: int) -> None:
 
 
 class Archive:
-    """The arrays of an .npz file by name; opening it reads the zip directory only.
+    """Arrays of an .npz file by name; opening it reads only the zip directory.
 
     Raises:
-        OSError: it cannot be read, is not a regular file, or an array needs more memory than is free.
-        ValueError: it is damaged, unpacks to too much, or an array holds objects.
-        zipfile.BadZipFile: it is not a zip file, or a checksum differs.
+        OSError: if it cannot be read, is not a regular file, or an array needs more memory than is free.
+        ValueError: if it is damaged, unpacks to too many bytes, or an array holds objects.
+        zipfile.BadZipFile: if it is not a zip file, or a checksum differs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,6 +50,7 @@ class Archive:
 
     @property
     def files(self) -> list[str]:
+        """Names of the arrays."""
         return [name.removesuffix(".npy") for name in self._sizes]
 
     def __contains__(self, key: str) -> bool:
@@ -63,13 +64,13 @@ class Archive:
             return np.lib.format.read_array(stream, allow_pickle=False)
 
     def header(self, key: str) -> Header:
-        """Return what an array says of itself, checked against the bytes that the file holds of it."""
+        """Return the header of an array, checked against the array's bytes in the file."""
         with self._member(key) as stream:
             return self._header(key, stream)
 
     @contextmanager
     def rows(self, key: str) -> Iterator[IO[bytes]]:
-        """Open an array's bytes behind its header."""
+        """Open an array's bytes after its header."""
         with self._member(key) as stream:
             self._header(key, stream)
             yield stream
@@ -87,5 +88,5 @@ class Archive:
         if kind.hasobject:
             raise ValueError(f"{key} holds objects, not numbers")
         if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize > held or (shape and shape[0] > max(held, 0)):
-            raise ValueError(f"{key} of shape {list(shape)} was declared, {max(held, 0)} bytes came")
+            raise ValueError(f"{key} declares shape {list(shape)}, but has {max(held, 0)} bytes")
         return found

@@ -1,4 +1,4 @@
-"""Plain arrays: in memory, in `.npz` files, in idx files (MNIST's)."""
+"""Readers of arrays: in memory, in `.npz` files and in MNIST's idx files."""
 
 import gzip
 import hashlib
@@ -29,55 +29,64 @@ _ROWS = 1024
 _VERSION = 1
 _IDX = re.compile(r"(?P<prefix>.*?)-?(?P<split>train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
 _PIECE = 2**28
-"""Bytes that are read at once, at the most, unless one row has more."""
+"""Maximum bytes of one read, unless one row has more."""
 _LABELS = 1000
-"""Classes that may go without a name, where there are fewer images."""
+"""Maximum number of classes without names, unless there are more images."""
 Chunks = Callable[[], Iterator[NDArray[Any]]]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Images that come in one array, read piece by piece, and their labels."""
+    """Images of one array, read in chunks, and their labels."""
 
     site: str | Sequence[str]
-    """Of all, or of each."""
+    """Site of all images, or of each."""
     split: str
     count: int
     chunks: Chunks
     label: Any
-    """[n] or [n, 1]"""
+    """Labels, [n] or [n, 1]."""
     stem: str
-    """Row i is called STEM/i."""
+    """Prefix of the images' names: row i is STEM/i."""
 
     @property
     def where(self) -> str:
+        """Site and split, for error messages."""
         site = f"site {self.site!r}" if isinstance(self.site, str) else "the images"
         return site + (f", {self.split}" if self.split != WHOLE else "")
 
 
 def arrays(sites: Mapping[str, Any], **options: Any) -> Federation:
-    """Data in memory: {"site": (images, labels)}, or {"site": {"train": (images, labels), "test": …}} with own splits.
+    """Return the federation of arrays in memory.
 
-    Images are NumPy arrays or CPU tensors: uint8, or floats from 0 to 1; [n, h, w], [n, h, w, 3] or [n, 3, h, w].
-    Labels are whole numbers [n] or [n, 1] from 0; `classes` names them, else they are called by their number.
-    `options` are the fields of `pool.Common`; without `image_size` the images keep their size.
+    Args:
+        sites: {"site": (images, labels)}, or {"site": {"train": (images, labels), "test": …}} for data with splits.
+        options: the fields of `ReaderOptions`; without `image_size` the images keep their size, and without `classes` a class
+            name is the label's number.
+
+    Shapes:
+        images: NumPy arrays or CPU tensors [n, h, w], [n, h, w, 3] or [n, 3, h, w]; uint8, or floats from 0 to 1.
+        labels: whole numbers from 0, [n] or [n, 1].
+
+    Raises:
+        InputError: with all faults, if the data cannot be used.
     """
-    asked = reader_options(options)
+    common = reader_options(options)
     faults: list[str] = []
     blocks = []
     for site, given in sites.items():
         for key, pair in (given if isinstance(given, Mapping) else {WHOLE: given}).items():
             where = f"site {site!r}" + (f", {key}" if key != WHOLE else "")
             if isinstance(given, Mapping) and key not in SPLITS:
-                faults.append(f"{where}: train, validation or test were expected{suggest(key, list(SPLITS))}")
+                faults.append(f"{where}: expected train, validation or test{suggest(key, list(SPLITS))}")
             elif not isinstance(pair, tuple | list) or len(pair) != 2:
-                faults.append(f"{where}: a pair (images, labels) was expected, {type(pair).__name__} came")
+                faults.append(f"{where}: expected a pair (images, labels), got {type(pair).__name__}")
             else:
                 images = np.asarray(pair[0])
                 blocks.append(Block(site, key, len(images), _whole(images), pair[1], f"{site}/{key}"))
         if isinstance(given, Mapping) and "train" not in given:
-            faults.append(f"site {site!r}: a train split was expected, {', '.join(given) or 'nothing'} came")
-    return _gathered("arrays", blocks, asked, "", faults)
+            faults.append(f"site {site!r}: expected a train split, got {', '.join(given) or 'nothing'}")
+    return _gathered("arrays", blocks, common, "", faults)
 
 
 def _names(site: str | Sequence[str]) -> Texts:
@@ -90,30 +99,30 @@ def _whole(values: NDArray[Any]) -> Chunks:
     return lambda: (values[start : start + _ROWS] for start in range(0, max(1, len(values)), _ROWS))
 
 
-def _gathered(name: str, blocks: Sequence[Block], asked: ReaderOptions, key: str, faults: list[str]) -> Federation:
-    """The federation of these blocks; `key` names their images in the cache, "" keeps them in memory."""
-    name = asked.name or name
+def _gathered(name: str, blocks: Sequence[Block], common: ReaderOptions, key: str, faults: list[str]) -> Federation:
+    """Return the federation of these blocks; `key` identifies their images in the cache, "" keeps them in memory."""
+    name = common.name or name
     labels, sides = [], set()
     for block in blocks:
         label = np.asarray(block.label)
         label = label[:, 0] if label.ndim == 2 and label.shape[1] == 1 else label
         try:
             if label.shape != (block.count,) or label.dtype.kind not in "iu":
-                came = f"{label.dtype} {list(label.shape)}"
-                raise UnreadableError(f"whole-number labels [{block.count}] were expected, {came} came")
-            side = from_array(next(block.chunks()), None, asked.channels).shape[1:]
+                found_kind = f"{label.dtype} {list(label.shape)}"
+                raise UnreadableError(f"expected whole-number labels [{block.count}], got {found_kind}")
+            side = from_array(next(block.chunks()), None, common.channels).shape[1:]
         except UnreadableError as error:
             faults.append(f"{block.where}: {error}")
             continue
         labels.append(label.astype(np.int64))
-        sides.add(side if asked.image_size is None else (asked.channels, asked.image_size, asked.image_size))
+        sides.add(side if common.image_size is None else (common.channels, common.image_size, common.image_size))
     for site in dict.fromkeys(block.site for block in blocks if isinstance(block.site, str)):
         if not sum(block.count for block in blocks if block.site == site):
             faults.append(f"site {site!r} is empty; give it images or leave it out")
     if len(sides) > 1:
-        faults.append("images of one size were expected, several came; give an image_size")
+        faults.append("expected images of one size, got several; give an image_size")
     if not blocks and not faults:
-        faults.append("at least one site was expected, none came")
+        faults.append("expected at least one site, got none")
     refuse(name, faults)
     shape = (sum(block.count for block in blocks), *sides.pop())
 
@@ -123,26 +132,26 @@ def _gathered(name: str, blocks: Sequence[Block], asked: ReaderOptions, key: str
             row, end = end, end + block.count
             try:
                 for chunk in block.chunks():
-                    into[row : row + len(chunk)] = from_array(chunk, asked.image_size, asked.channels)
+                    into[row : row + len(chunk)] = from_array(chunk, common.image_size, common.channels)
                     row += len(chunk)
             except UnreadableError as error:
                 faults.append(f"{block.where}: {error}")
         refuse(name, faults)
 
     if key:
-        key = hashlib.sha256(f"{_VERSION} {PIL.__version__} {asked.image_size} {asked.channels} {key}".encode()).hexdigest()
-        images = asked.store.array(key, shape, fill)
-        found = asked.store.array(f"{key}-facts", (len(images), 32), lambda into: digests(images, into))
+        key = hashlib.sha256(f"{_VERSION} {PIL.__version__} {common.image_size} {common.channels} {key}".encode()).hexdigest()
+        images = common.store.array(key, shape, fill)
+        found = common.store.array(f"{key}-facts", (len(images), 32), lambda into: digests(images, into))
     else:
         images, found = np.empty(shape, np.uint8), np.empty((shape[0], 32), np.uint8)
         fill(images)
         digests(images, found)
     label = np.concatenate(labels)
     most, last = max(_LABELS, len(label)), int(label.max(initial=0))
-    if not asked.classes and last >= most:
-        refuse(name, [f"labels 0 to {most - 1} were expected, {last} came; number the classes from 0, or name them by classes"])
-    classes = asked.classes or [str(value) for value in range(last + 1)]
-    pool = Examples(
+    if not common.classes and last >= most:
+        refuse(name, [f"expected labels 0 to {most - 1}, got {last}; number the classes from 0, or set classes"])
+    classes = common.classes or [str(value) for value in range(last + 1)]
+    examples = Examples(
         images,
         label,
         np.concatenate([np.broadcast_to(_names(block.site), block.count) for block in blocks]),
@@ -152,37 +161,50 @@ def _gathered(name: str, blocks: Sequence[Block], asked: ReaderOptions, key: str
         key=key,
     )
     return assemble(
-        name, pool, classes, asked, None if asked.partition is None else Partition(**asked.partition), faults=faults
+        name, examples, classes, common, None if common.partition is None else Partition(**common.partition), faults=faults
     )
 
 
 def npz(path: str | Path, **options: Any) -> Federation:
-    """Arrays in a file; it need not fit in memory. These keys are read, others are left alone:
+    """Return the federation in an .npz file, which may be larger than the memory.
 
-    SITE_x_train, SITE_y_train, SITE_x_test, … (val or validation, too); MedMNIST's train_images, train_labels, val_images,
-    …; Keras's x_train, y_train, x_test, y_test; or x and y of all images, with domain (a number for each) and domains (names).
-    Without names of sites the file is one site, named as itself; `partition={"sites": 5}` makes several of it. An array
-    `classes` of names is used where `classes` is not given. `options` are the fields of `pool.Common`.
-    Raises InputError for what is no such file; objects in it are never unpickled.
+    The reader uses these keys and ignores others:
+
+    - SITE_x_train, SITE_y_train, SITE_x_test, … (also val or validation);
+    - MedMNIST's train_images, train_labels, val_images, …;
+    - Keras's x_train, y_train, x_test, y_test;
+    - x and y of all images, with domain (a number for each image) and domains (names);
+    - classes, the class names, unless the options set them.
+
+    Without site names the file is one site with the file's name; `partition={"sites": 5}` divides it.
+
+    Args:
+        path: the file.
+        options: the fields of `ReaderOptions`.
+
+    Raises:
+        InputError: if the file is not such an .npz file; objects in it are never unpickled.
     """
-    asked, path = reader_options(options), Path(path).expanduser()
+    common, path = reader_options(options), Path(path).expanduser()
     try:
         with open_regular(path) as file:
             if file.read(6) == b"\x93NUMPY":
-                raise InputError(f"{path} holds one array, an .npz file with several was expected; save it anew by numpy.savez")
+                raise InputError(f"{path} holds one array; expected an .npz file with several: save it with numpy.savez")
             archive = Archive(path)
             file.seek(0)
             key = hashlib.file_digest(file, "sha256").hexdigest()
-        if asked.classes is None and "classes" in archive and archive.header("classes")[2].kind == "U":
-            asked = replace(asked, classes=[str(name) for name in archive["classes"]])
-        return _gathered(path.stem, _grouped(archive, path), asked, key, [])
+        if common.classes is None and "classes" in archive and archive.header("classes")[2].kind == "U":
+            common = replace(common, classes=[str(name) for name in archive["classes"]])
+        return _gathered(path.stem, _grouped(archive, path), common, key, [])
     except InputError:
         raise
     except OSError as error:
         raise InputError(f"data file {path} cannot be read: {error.strerror or 'it is damaged'}; check the path") from error
     except DAMAGE as error:
         why = str(error).split("\n")[0]
-        raise InputError(f"{path} is damaged or no .npz file of plain arrays ({why}); save it anew by numpy.savez") from error
+        raise InputError(
+            f"{path} is damaged or not an .npz file of plain arrays ({why}); save it again with numpy.savez"
+        ) from error
 
 
 def _grouped(archive: Archive, path: Path) -> list[Block]:
@@ -209,12 +231,12 @@ def _grouped(archive: Archive, path: Path) -> list[Block]:
         blocks.append(Block(sites, split, count, chunks, archive[partner], key))
     if not blocks:
         keys = ", ".join(sorted(archive.files)[:20]) or "nothing"
-        raise InputError(f"{path}: keys SITE_x_train, SITE_y_train or train_images, train_labels were expected, {keys} came")
+        raise InputError(f"{path}: expected keys SITE_x_train, SITE_y_train or train_images, train_labels, got {keys}")
     return blocks
 
 
 def _member(archive: Archive, key: str) -> tuple[int, Chunks]:
-    """How many rows an array of the archive has, and its rows piece by piece, without reading all of it."""
+    """Return the number of rows of an array, and its rows in chunks, without reading the whole array."""
     shape, columns_first, kind = archive.header(key)
     if columns_first or len(shape) < 3:
         values = archive[key]
@@ -240,15 +262,20 @@ def _read(stream: IO[bytes] | gzip.GzipFile, shape: tuple[int, ...], kind: np.dt
 
 
 def idx(path: str | Path, **options: Any) -> Federation:
-    """MNIST's files, as they are or gzipped: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-…
+    """Return the federation in MNIST's idx files, plain or gzipped: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…
 
-    PATH is a folder, or one of such folders, each of which is a site then; a prefix (EMNIST's emnist-letters-) names a site.
-    `options` are the fields of `pool.Common`. Raises InputError for files that are missing or damaged.
+    Args:
+        path: a folder of such files, which is one site, or a folder of such folders, one per site. A prefix of the file
+            names (EMNIST's emnist-letters-) names a site.
+        options: the fields of `ReaderOptions`.
+
+    Raises:
+        InputError: if files are missing or damaged.
     """
-    asked, root = reader_options(options), Path(path).expanduser()
+    common, root = reader_options(options), Path(path).expanduser()
     found = sorted(p for p in root.rglob("*images*") if p.is_file() and _IDX.fullmatch(p.name)) if root.is_dir() else []
     if not found:
-        raise InputError(f"{root} holds no idx files; train-images-idx3-ubyte and train-labels-idx1-ubyte were expected")
+        raise InputError(f"{root} has no idx files; expected train-images-idx3-ubyte and train-labels-idx1-ubyte")
     blocks, faults, key = [], [], hashlib.sha256()
     plain = len({file.parent for file in found}) == 1
     for file in found:
@@ -259,7 +286,7 @@ def idx(path: str | Path, **options: Any) -> Federation:
         other = partner.with_suffix("") if partner.suffix == ".gz" else partner.with_name(f"{partner.name}.gz")
         label_file = next((each for each in (partner, other) if each.is_file()), None)
         if label_file is None:
-            faults.append(f"{file.name} has no {partner.name} beside it")
+            faults.append(f"{file.name} has no {partner.name} in its folder")
             continue
         try:
             shape, chunks = _idx(file, 3)
@@ -268,21 +295,21 @@ def idx(path: str | Path, **options: Any) -> Federation:
                 with open_regular(each) as content:
                     key.update(hashlib.file_digest(content, "sha256").digest())
         except DAMAGE as error:
-            faults.append(f"{file.relative_to(root)} or its labels are damaged ({error}); fetch them anew")
+            faults.append(f"{file.relative_to(root)} or its labels are damaged ({error}); download them again")
             continue
         split = "test" if match["split"] == "t10k" else SPLIT_NAMES[match["split"]]
         blocks.append(Block(site, split, shape[0], chunks, label, f"{site}/{split}"))
     refuse(root.name, faults)
     try:
-        return _gathered(root.resolve().name, blocks, asked, key.hexdigest(), faults)
+        return _gathered(root.resolve().name, blocks, common, key.hexdigest(), faults)
     except InputError:
         raise
     except DAMAGE as error:
-        raise InputError(f"the idx files in {root} are damaged ({error}); fetch them anew") from error
+        raise InputError(f"the idx files in {root} are damaged ({error}); download them again") from error
 
 
 def _idx(path: Path, dimensions: int) -> tuple[tuple[int, ...], Chunks]:
-    """Shape and rows of one idx file of bytes."""
+    """Return the shape and the rows of one idx file of bytes."""
 
     @contextmanager
     def opened() -> Iterator[IO[bytes] | gzip.GzipFile]:
@@ -293,7 +320,7 @@ def _idx(path: Path, dimensions: int) -> tuple[tuple[int, ...], Chunks]:
     with opened() as stream:
         head = stream.read(4 + 4 * dimensions)
     if head[:4] != bytes([0, 0, 8, dimensions]) or len(head) != 4 + 4 * dimensions:
-        raise ValueError(f"{path.name} does not begin as an idx file of bytes with {dimensions} dimensions does")
+        raise ValueError(f"{path.name} does not have the header of an idx file of bytes with {dimensions} dimensions")
     shape = tuple(int(side) for side in np.frombuffer(head[4:], ">u4"))
     needed, held = math.prod(shape) + len(head), path.stat().st_size
     if packed:

@@ -1,11 +1,11 @@
-"""`digits4`: real handwriting on four sites with the same classes and four looks; needs no download.
+"""`digits4`: real handwriting at four sites with the same classes and four styles; needs no download.
 
 Source: scikit-learn's `load_digits` (1,797 digits of 43 people, 8x8, 17 grey levels; E. Alpaydin, C. Kaynak, "Optical
 recognition of handwritten digits", UCI 1998) and, behind the strokes of one site, the two photographs of
 `load_sample_images`.
 
-Every random number comes from a frozen stream and all arithmetic is on integers, so the bytes depend on no
-machine (the photographs, as JPEG files, on a decoder that follows libjpeg).
+Every random number comes from a frozen stream and all arithmetic is on integers, so the bytes are the same on every
+machine. The photographs are JPEG files and need a decoder that agrees with libjpeg.
 """
 
 import numpy as np
@@ -26,20 +26,25 @@ SIZE = 32
 
 
 def digits4(seed: int = 0, alpha: float | None = None) -> Federation:
-    """Four sites with 449 or 450 handwritten digits each, 32x32 RGB.
+    """Return four sites with 449 or 450 handwritten digits each, 32x32 RGB.
 
-    Each original lies on one site and in one split; of ten of a class in a row five train, one validates, four test
-    (225 / 45 / 179 or 180 per site). `seed` names the split and the looks. It is not the seed of a training: leave it
-    alone and all runs see the same data. `alpha` adds label skew: each class is dealt by Dirichlet(alpha) shares
-    (0.1 strong, 10 weak); InputError where alpha is not above 0.
+    Each original is at one site and in one split. Of ten successive images of a class, five are training, one validation and
+    four test images (225 / 45 / 179 or 180 per site).
+
+    Args:
+        seed: seed of the partition and the styles, not of a training; with the default all runs have the same data.
+        alpha: label skew: each class is partitioned by Dirichlet(alpha) shares (0.1 strong, 10 weak); None: no skew.
+
+    Raises:
+        InputError: if alpha is not above 0.
     """
     labels, strokes = _originals()
-    looks = {"ink": _ink, "paper": _paper, "street": _street, "texture": _texture}
+    styles = {"ink": _ink, "paper": _paper, "street": _street, "texture": _texture}
     key = ("digits4", seed)
-    parts = iid(labels, len(looks), key=key) if alpha is None else dirichlet(labels, len(looks), alpha, key=key)
+    parts = iid(labels, len(styles), key=key) if alpha is None else dirichlet(labels, len(styles), alpha, key=key)
     sites = {}
-    for (name, look), part in zip(looks.items(), parts, strict=True):
-        images = look(strokes[part], random_state(*key, name))
+    for (name, style), part in zip(styles.items(), parts, strict=True):
+        images = style(strokes[part], random_state(*key, name))
         turn = np.arange(len(part)) % 10
         rows = {"train": turn % 2 == 0, "validation": turn == 5, "test": (turn % 2 == 1) & (turn != 5)}
         sites[name] = Site(**{split: _table(images[mask], labels[part[mask]]) for split, mask in rows.items()})
@@ -53,7 +58,7 @@ def _table(images: Ints, labels: Ints) -> dict[str, torch.Tensor]:
 
 
 def _originals() -> tuple[Ints, Ints]:
-    """Labels [1797] and strokes [1797, 32, 32]: how much ink covers each pixel, 0 to 255."""
+    """Return labels [1797] and strokes [1797, 32, 32], the ink of each pixel from 0 to 255."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -62,42 +67,45 @@ def _originals() -> tuple[Ints, Ints]:
         Image.fromarray(image.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(0.5, 0.5, 9.5, 9.5))
         for image in margin
     ]
-    # A pen leaves ink or none: a steeper edge than the interpolation's.
+    # a pen's edge is steeper than that of the interpolation
     strokes = np.clip((np.stack([np.asarray(image) for image in large]).astype(np.int64) - 64) * 2, 0, 255)
     return digits.target.astype(np.int64), strokes
 
 
 def _between(random: Random, low: int, high: int, *shape: int) -> Ints:
-    """Whole numbers from low to high, both included."""
+    """Return whole numbers from low to high, both included."""
     return low + np.floor(random.random_sample(shape) * (high - low + 1)).astype(np.int64)
 
 
 def _grain(random: Random, *shape: int) -> Ints:
-    """Nearly normal noise, mean 0 and deviation 256: four bytes are summed, since a logarithm's last bit varies by machine."""
+    """Return nearly normal noise, mean 0 and standard deviation 256.
+
+    It is a sum of four bytes, since the last bit of a logarithm depends on the machine.
+    """
     count = int(np.prod(shape))
     total = np.frombuffer(random.bytes(4 * count), dtype=np.uint8).reshape(4, *shape).sum(axis=0, dtype=np.int64)
     return (total - 510) * 256 // 148
 
 
 def _slope(random: Random, count: int, most: int) -> Ints:
-    """A plane [count, 32, 32, 1] with random tilt, -most to most at the borders."""
+    """Return planes [count, 32, 32, 1] with random tilt, from -most to most at the borders."""
     tilt = _between(random, -most, most, 2, count, 1, 1, 1)
     ramp = 2 * np.arange(SIZE) - (SIZE - 1)
     return (tilt[0] * ramp[:, None, None] + tilt[1] * ramp[None, :, None]) // (2 * SIZE)
 
 
 def _mix(ground: Ints, ink: Ints, cover: Ints) -> Ints:
-    """Ink over ground, both [n, 32 or 1, 32 or 1, 3]; cover [n, 32, 32] runs from 0 (ground) to 255 (ink)."""
+    """Return ink over ground, both [n, 32 or 1, 32 or 1, 3]; cover [n, 32, 32] is from 0 (ground) to 255 (ink)."""
     return (ground * (255 - cover[..., None]) + ink * cover[..., None]) // 255
 
 
 def _ink(strokes: Ints, random: Random) -> Ints:
-    """White on black."""
+    """Return white digits on black."""
     return np.repeat(strokes[..., None], 3, axis=3)
 
 
 def _paper(strokes: Ints, random: Random) -> Ints:
-    """Dark ink on light, slightly uneven paper."""
+    """Return dark ink on light, slightly uneven paper."""
     count = len(strokes)
     sheet = _between(random, 205, 240, count, 1, 1, 1) - _between(random, 0, 6, count, 1, 1, 3) * np.array([0, 1, 4])
     uneven = _slope(random, count, 24) + _grain(random, count, SIZE, SIZE, 1) * 4 // 256
@@ -107,7 +115,7 @@ def _paper(strokes: Ints, random: Random) -> Ints:
 
 
 def _texture(strokes: Ints, random: Random) -> Ints:
-    """Strokes blended into crops of photographs, light on dark crops, which are darkened further, and the other way round."""
+    """Return strokes blended into crops of photographs: light on darkened dark crops, dark on lightened light crops."""
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
@@ -129,7 +137,7 @@ def _texture(strokes: Ints, random: Random) -> Ints:
 
 
 def _street(strokes: Ints, random: Random) -> Ints:
-    """Coloured, blurred, noisy, slightly turned and unevenly lit, as numbers on houses are."""
+    """Return coloured, blurred, noisy, slightly rotated and unevenly lit digits, similar to house numbers."""
     count = len(strokes)
     ground, ink = _colours(random, count)
     cover = _blurred(_turned(strokes, random), _between(random, 0, 2, count))
@@ -138,9 +146,9 @@ def _street(strokes: Ints, random: Random) -> Ints:
 
 
 def _colours(random: Random, count: int) -> tuple[Ints, Ints]:
-    """Ground and ink, each [count, 1, 1, 3]: any two colours, shifted to brightness 110 to 170 (of 255) apart.
+    """Return ground and ink, each [count, 1, 1, 3]: two random colours whose brightness differs by 110 to 170 (of 255).
 
-    Where channels saturate it is less. The ink is the darker one of the two in 15 of 100.
+    The difference is smaller if a channel saturates. The ink is the darker colour in 15 of 100 images.
     """
     bright = np.array([77, 151, 28])  # ITU-R BT.601 luma in 256ths
     pair = _between(random, 0, 255, 2, count, 3)
@@ -152,7 +160,10 @@ def _colours(random: Random, count: int) -> tuple[Ints, Ints]:
 
 
 def _turned(strokes: Ints, random: Random) -> Ints:
-    """Each turned by up to 10 degrees, shrunk by up to 15 % and shifted by up to 2 pixels; bilinear, in 256ths of a pixel."""
+    """Return each image rotated by up to 10°, shrunk by up to 15 % and shifted by up to 2 pixels.
+
+    Interpolation is bilinear, in 256ths of a pixel.
+    """
     count = len(strokes)
     tangent = _between(random, -45, 45, count, 1, 1)
     shift = _between(random, -512, 512, 2, count, 1, 1)
@@ -171,7 +182,7 @@ def _turned(strokes: Ints, random: Random) -> Ints:
 
 
 def _blurred(strokes: Ints, passes: Ints) -> Ints:
-    """Each image [32, 32] smoothed by (1, 2, 1) along both axes as many times as `passes` says."""
+    """Return each image [32, 32] after `passes` smoothings by (1, 2, 1) along both axes."""
     for turn in range(int(passes.max())):
         framed = np.pad(strokes, ((0, 0), (1, 1), (1, 1)), mode="edge")
         tall = framed[:, :-2] + 2 * framed[:, 1:-1] + framed[:, 2:]

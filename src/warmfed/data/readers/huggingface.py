@@ -1,4 +1,4 @@
-"""What the libraries of others read and deal: Hugging Face `datasets`, and flwr-datasets' partitioners (extra "data")."""
+"""Readers that use Hugging Face `datasets` (extra "data"): Parquet files, saved data sets and the hub."""
 
 import glob
 from collections.abc import Mapping
@@ -17,9 +17,16 @@ from .archives import plausible
 
 
 def parquet(path: str | Path, **options: Any) -> Federation:
-    """Parquet files (one, a folder of them, or a pattern), or a folder that `Dataset.save_to_disk` wrote; no network.
+    """Return the federation in Parquet files or a folder of `Dataset.save_to_disk`, without network access.
 
-    Files named train-*, validation-* or test-* are these splits. Options as in `hub`.
+    Files named train-*, validation-* or test-* are these splits.
+
+    Args:
+        path: a Parquet file, a folder of them, a pattern, or a folder of `Dataset.save_to_disk`.
+        options: the names of columns (image, label, site, group) and the fields of `ReaderOptions`.
+
+    Raises:
+        InputError: if the files are missing, damaged or not one table.
     """
     datasets, where = hf_datasets(), Path(path).expanduser()
     if (where / "dataset_info.json").is_file() or (where / "dataset_dict.json").is_file():
@@ -29,7 +36,7 @@ def parquet(path: str | Path, **options: Any) -> Federation:
                     open_regular(file).close()
             found = datasets.load_from_disk(str(where))
         except (OSError, ValueError) as error:
-            raise InputError(f"the data set saved in {where} is damaged ({error}); save it anew") from error
+            raise InputError(f"the data set saved in {where} is damaged ({error}); save it again") from error
         return _federation(where.stem, found if isinstance(found, Mapping) else {WHOLE: found}, options)
     files = sorted(where.rglob("*.parquet")) if where.is_dir() else [Path(each) for each in sorted(glob.glob(str(where)))]
     kept = _prepared(options)
@@ -54,52 +61,58 @@ def parquet(path: str | Path, **options: Any) -> Federation:
 
 
 def _prepared(options: Mapping[str, Any]) -> str:
-    """The private folder where `datasets` keeps the tables that it makes of Parquet files: they hold a site's images."""
+    """Return the private folder of the tables that `datasets` makes from Parquet files; they hold a site's images."""
     folder = ReaderOptions(cache=options.get("cache")).store.folder / "tables"
     try:
         make_folder(folder)
     except OSError as error:
-        raise InputError(f"cannot make {folder}: {error.strerror}; name another place by data.cache") from error
+        raise InputError(f"cannot make {folder}: {error.strerror}; set data.cache to another folder") from error
     return str(folder)
 
 
 def _sound(path: Path) -> None:
-    """Raise `OSError` or `ValueError` where a Parquet file is not a regular file, or unpacks to implausibly much."""
+    """Raise `OSError` or `ValueError` if a Parquet file is not a regular file, or its unpacked size is implausible."""
     import pyarrow.parquet
 
     with open_regular(path) as file:
-        told = pyarrow.parquet.ParquetFile(file).metadata
+        metadata = pyarrow.parquet.ParquetFile(file).metadata
         held = file.seek(0, 2)
-    plausible(sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups)), held)
-    if told.num_rows > held:
-        raise ValueError(f"it has {told.num_rows:,} rows in {held:,} bytes")
+    plausible(sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), held)
+    if metadata.num_rows > held:
+        raise ValueError(f"it has {metadata.num_rows:,} rows in {held:,} bytes")
 
 
 def hub(path: str, *, config: str = "", revision: str = "", **options: Any) -> Federation:
-    """A data set of the Hugging Face hub by its name, the only reader that may use the network (HF_HUB_OFFLINE=1: never).
+    """Return a data set of the Hugging Face hub.
+
+    Only this reader may use the network; with HF_HUB_OFFLINE=1 it does not.
 
     Args:
-        config: which of its configurations.
-        revision: commit, branch or tag; a commit pins the bytes.
-        options: those of `parquet` (image, label, site, group) and the fields of `pool.Common`.
+        path: name of the data set.
+        config: its configuration; empty: the default one.
+        revision: commit, branch or tag; only a commit fixes the bytes.
+        options: those of `parquet`.
+
+    Raises:
+        InputError: if the data set cannot be loaded.
     """
     datasets = hf_datasets()
     try:
         found = datasets.load_dataset(path, config or None, revision=revision or None)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"the hub's data set {path!r} cannot be had ({reason}); check its name and the network") from error
+        raise InputError(f"cannot load the data set {path!r} of the hub ({reason}); check its name and the network") from error
     return _federation(path.rsplit("/", 1)[-1], found, options)
 
 
 def _federation(name: str, tables: Mapping[str, Any], options: Mapping[str, Any]) -> Federation:
-    """One federation of `datasets` tables by split.
+    """Return the federation of `datasets` tables by split.
 
-    Columns: `image` and `label` (else the only ones of these types), `site` (the natural partition) and `group` where given.
+    The columns are `image` and `label` (by default the only ones of these types), `site` and `group`, if set.
     """
     options = dict(options)
-    asked_for = {key: str(options.pop(key, "")) for key in ("image", "label", "site", "group")}
-    asked = reader_options(options)
+    chosen = {key: str(options.pop(key, "")) for key in ("image", "label", "site", "group")}
+    common = reader_options(options)
     datasets = hf_datasets()
     entries: list[Entry] = []
     faults: list[str] = []
@@ -107,9 +120,7 @@ def _federation(name: str, tables: Mapping[str, Any], options: Mapping[str, Any]
     for split, table in tables.items():
         part = SPLIT_NAMES.get(split, WHOLE)
         columns = {
-            key: _column(datasets, table, key, column)
-            for key, column in asked_for.items()
-            if column or key in ("image", "label")
+            key: _column(datasets, table, key, column) for key, column in chosen.items() if column or key in ("image", "label")
         }
         kind = table.features[columns["label"]]
         table = table.cast_column(columns["image"], datasets.Image(decode=False))
@@ -118,7 +129,7 @@ def _federation(name: str, tables: Mapping[str, Any], options: Mapping[str, Any]
         order = tuple(names or order)
         for row, label in enumerate(named["label"]):
             if label is None or (names and not 0 <= label < len(names)):
-                faults.append(f"{split}/{row}: a label was expected, {label} came")
+                faults.append(f"{split}/{row}: expected a label, got {label}")
                 continue
             entries.append(
                 Entry(
@@ -130,7 +141,7 @@ def _federation(name: str, tables: Mapping[str, Any], options: Mapping[str, Any]
                     str(named["group"][row]) if "group" in named else "",
                 )
             )
-    return finished(name, entries, asked, faults, [], order)
+    return finished(name, entries, common, faults, [], order)
 
 
 def _column(datasets: Any, table: Any, what: str, given: str) -> str:
@@ -142,12 +153,12 @@ def _column(datasets: Any, table: Any, what: str, given: str) -> str:
     kind = datasets.Image if what == "image" else datasets.ClassLabel
     found = [what] if what in known else [name for name, each in table.features.items() if isinstance(each, kind)]
     if len(found) != 1:
-        raise InputError(f"the column of the {what} was expected; set {what} to one of {', '.join(known)}")
+        raise InputError(f"cannot identify the column of the {what}; set {what} to one of {', '.join(known)}")
     return found[0]
 
 
 class _Row:
-    """Reads the encoded picture of one row."""
+    """Function that returns the encoded picture of one row."""
 
     def __init__(self, table: Any, column: str, row: int) -> None:
         self._table, self._column, self._row = table, column, row
@@ -155,7 +166,7 @@ class _Row:
     def __call__(self) -> bytes:
         cell = self._table[self._row][self._column]
         if cell is None:
-            raise OSError("the row holds no picture")
+            raise OSError("the row has no picture")
         if cell["bytes"] is not None:
             return bytes(cell["bytes"])
         return read_regular(Path(cell["path"]), MOST)

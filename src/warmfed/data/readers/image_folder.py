@@ -1,4 +1,4 @@
-"""Pictures in folders, as people unpack them, and pictures named by a table (CSV)."""
+"""Readers of pictures in folders and of pictures that a CSV table lists."""
 
 import csv as tables
 import io
@@ -16,40 +16,42 @@ from ..examples import WHOLE, reader_options
 from ..federation import SPLIT_NAMES, Federation
 from ..image_io import SUFFIXES
 
-_LAYOUT = "folders site/class/image, site/{train,validation,test}/class/image or class/image were expected"
+_LAYOUT = "expected folders site/class/image, site/{train,validation,test}/class/image or class/image"
 _LIST = re.compile(r"(?P<site>.+)_(?P<split>train|val|validation|crossval|test)(?P<kfold>_kfold)?\.txt")
 
 
 def folder(path: str | Path, *, lists: str = "", **options: Any) -> Federation:
-    """Pictures in folders: PATH/site/class/image, PATH/site/{train,validation,test}/class/image, or one site without `site/`.
+    """Return the federation of pictures in folders.
 
-    Classes are the union of all sites', sorted (numbers by value), or those of `classes`, in that order; a site that
-    lacks some is noted. Hidden files and files of other kinds are left out, and noted.
+    The layout is PATH/site/class/image, PATH/site/{train,validation,test}/class/image, or one site without `site/`. The
+    classes are the union over all sites, sorted (numbers by value), or those of `classes`, in that order. Notes give missing
+    classes, and other files, which are ignored; hidden files are ignored too.
 
     Args:
+        path: the folder.
         lists: folder of split lists, such as DomainNet's SITE_train.txt and SITE_test.txt or PACS's SITE_train_kfold.txt:
-            lines `path label`, paths below PATH. Empty: those that lie in PATH itself, if any; "off": none.
-        options: the fields of `pool.Common`.
+            lines `path label`, with paths relative to PATH. Empty: the lists in PATH itself, if any; "off": none.
+        options: the fields of `ReaderOptions`.
 
     Raises:
-        InputError: all faults at once: empty or one-class sites, files that do not decode, lists that name absent files, …
+        InputError: with all faults: empty or one-class sites, files that do not decode, lists that name missing files, …
     """
-    asked = reader_options(options)
+    common = reader_options(options)
     root = _root(path)
     faults: list[str] = []
     notes: list[str] = []
     entries = _entries(root, faults, notes)
     if not entries and not faults:
-        raise InputError(f"{root} is not an image folder: {_LAYOUT}, no image was found there")
+        raise InputError(f"{root} is not an image folder: {_LAYOUT}, got no image")
     order: tuple[str, ...] = ()
     if lists != "off":
         where = Path(lists).expanduser() if lists else root
         found = sorted(each for each in where.glob("*.txt") if _LIST.fullmatch(each.name)) if where.is_dir() else []
         if lists and not found:
-            raise InputError(f"{where} holds no split lists; SITE_train.txt and SITE_test.txt were expected")
+            raise InputError(f"{where} has no split lists; expected SITE_train.txt and SITE_test.txt")
         if found:
             entries, order = _listed(root, entries, found, faults, notes)
-    return finished(root.resolve().name, entries, asked, faults, notes, order)
+    return finished(root.resolve().name, entries, common, faults, notes, order)
 
 
 def _root(path: str | Path) -> Path:
@@ -61,7 +63,7 @@ def _root(path: str | Path) -> Path:
 
 
 def _inside(path: Path, *, folders: bool) -> list[Path]:
-    """What is in a folder, sorted by name, without hidden things."""
+    """Return the folders or the files in a folder, sorted by name, without hidden ones."""
     try:
         return sorted(p for p in path.iterdir() if not p.name.startswith(".") and p.is_dir() == folders)
     except OSError as error:
@@ -73,7 +75,7 @@ def _images(path: Path) -> list[Path]:
 
 
 def _entries(root: Path, faults: list[str], notes: list[str]) -> list[Entry]:
-    """All pictures below a folder."""
+    """Return all pictures below a folder."""
     below = _inside(root, folders=True)
     one = any(_images(each) for each in below) or (
         {"train"} <= {each.name for each in below} <= set(SPLIT_NAMES)
@@ -91,14 +93,14 @@ def _entries(root: Path, faults: list[str], notes: list[str]) -> list[Entry]:
 
 def _site(root: Path, name: str, site: Path, faults: list[str], notes: list[str]) -> list[Entry]:
     below = _inside(site, folders=True)
-    if [each.name for each in below] == ["images"] and _inside(below[0], folders=True):  # as Office-31 is packed
+    if [each.name for each in below] == ["images"] and _inside(below[0], folders=True):  # the layout of Office-31
         site, below = below[0], _inside(below[0], folders=True)
     if not any(part.name in ("train", "training") and _inside(part, folders=True) for part in below):  # else it is a class
         return list(_members(root, name, site, WHOLE, notes))
     splits = [SPLIT_NAMES.get(part.name, "") for part in below]
     if "" in splits or len(set(splits)) < len(splits):
-        came = ", ".join(part.name for part in below)
-        faults.append(f"site {name!r}: train, validation and test were expected beside each other, {came} came")
+        found = ", ".join(part.name for part in below)
+        faults.append(f"site {name!r}: expected the folders train, validation and test, got {found}")
     return [e for split, part in zip(splits, below, strict=True) if split for e in _members(root, name, part, split, notes)]
 
 
@@ -114,13 +116,13 @@ def _members(root: Path, site: str, path: Path, split: str, notes: list[str]) ->
     other = [each for each in other if not _LIST.fullmatch(each.name)]
     if other:
         where = "/".join(path.parts[-2:])
-        notes.append(f"{len(other)} things in {where} are no images of a class and were left out, {other[0].name} first")
+        notes.append(f"{len(other)} entries in {where} are not images of a class and were ignored, {other[0].name} first")
 
 
 def _listed(
     root: Path, entries: list[Entry], lists: list[Path], faults: list[str], notes: list[str]
 ) -> tuple[list[Entry], tuple[str, ...]]:
-    """The pictures that lists name, in the splits that they say, and the order of the classes by the lists' labels."""
+    """Return the pictures in the lists, with the lists' splits, and the classes in the order of the lists' labels."""
     known = {entry.name: entry for entry in entries}
     given: dict[str, str] = {}
     numbers: dict[str, set[int]] = {}
@@ -133,7 +135,7 @@ def _listed(
         if match["kfold"] and split == "test":
             continue  # PACS: all images of the site, the other two lists together
         if match["site"] not in sites:
-            notes.append(f"{path.name} was left alone, since there is no site {match['site']!r}")
+            notes.append(f"{path.name} was ignored, since there is no site {match['site']!r}")
             continue
         used.append(match["site"])
         for number, line in enumerate(read_bytes(path, "the split list").decode(errors="replace").splitlines(), 1):
@@ -141,7 +143,7 @@ def _listed(
                 continue
             file, _, label = line.strip().rpartition(" ")
             if not file or not label.isdecimal() or len(label) > 9:
-                faults.append(f"{path.name}, line {number}: `path label` was expected, {line.strip()[:60]!r} came")
+                faults.append(f"{path.name}, line {number}: expected `path label`, got {line.strip()[:60]!r}")
             elif file not in known:
                 faults.append(f"{path.name}, line {number}: {file} is not in the folder")
             elif given.setdefault(file, split) != split:
@@ -154,7 +156,7 @@ def _listed(
     kept = [replace(e, split=given[e.name]) if e.name in given else e for e in entries if e.name in given or e.site not in used]
     notes.append(f"{len(set(used))} sites are split by the lists in {lists[0].parent.name}")
     if len(kept) < len(entries):
-        notes.append(f"{len(entries) - len(kept)} images that are in no list were left out")
+        notes.append(f"{len(entries) - len(kept)} images were left out, since no list has them")
     first = {label: min(found) for label, found in numbers.items()}
     different = len(set(first.values())) == len(first)
     return kept, tuple(sorted(first, key=lambda label: first[label])) if different else ()
@@ -171,21 +173,22 @@ def csv(
     root: str = "",
     **options: Any,
 ) -> Federation:
-    """Pictures that a CSV file names, one a row, such as HAM10000's or CheXpert's.
+    """Return the federation of pictures in a CSV file, one per row, such as HAM10000's or CheXpert's.
 
     Args:
+        path: the CSV file.
         image: column of the picture's path, or a pattern of columns: "patches/{patient}_{x}.png".
         label: column of the class.
-        site: column of the site (the natural partition); empty: one site, named as the file.
-        split: column of train, validation or test; empty: they are drawn.
-        group: column (patient, slide) whose images stay in one split together.
-        root: where the paths start; empty: the folder of the CSV file.
-        options: the fields of `pool.Common`.
+        site: column of the site (the natural partition); empty: one site, with the file's name.
+        split: column of train, validation or test; empty: random splits.
+        group: column (patient, slide) whose images share one split.
+        root: folder to which the paths are relative; empty: the folder of the CSV file.
+        options: the fields of `ReaderOptions`.
 
     Raises:
-        InputError: all faults at once: missing columns, absent files, empty fields, unknown splits, …
+        InputError: with all faults: missing columns or files, empty fields, unknown splits, …
     """
-    asked = reader_options(options)
+    common = reader_options(options)
     file = Path(path).expanduser()
     base = Path(root).expanduser() if root else file.parent
     columns = {"label": label, "site": site, "split": split, "group": group}
@@ -200,13 +203,13 @@ def csv(
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise InputError(f"{file} has no column {error}{suggest(str(error.args[0]), list(row))}") from error
         if not name or not value["label"] or (site and not value["site"]):
-            faults.append(f"line {number}: an image, a label and a site were expected, a field is empty")
+            faults.append(f"line {number}: expected an image, a label and a site, got an empty field")
         elif split and value["split"] not in SPLIT_NAMES:
-            faults.append(f"line {number}: split train, validation or test was expected, {value['split']!r} came")
+            faults.append(f"line {number}: expected split train, validation or test, got {value['split']!r}")
         else:
             part = SPLIT_NAMES[value["split"]] if split else WHOLE
             entries.append(Entry(name, base / name, value["label"], value["site"] or file.stem, part, value["group"]))
-    return finished(file.stem, entries, asked, faults, notes)
+    return finished(file.stem, entries, common, faults, notes)
 
 
 def _rows(file: Path) -> Iterable[Mapping[str, str]]:
@@ -217,16 +220,26 @@ def _rows(file: Path) -> Iterable[Mapping[str, str]]:
     except OSError as error:
         raise InputError(f"table {file} cannot be read: {error.strerror}; check the path") from error
     except (UnicodeDecodeError, tables.Error) as error:
-        raise InputError(f"table {file} is no CSV file in UTF-8 ({error}); save it anew") from error
+        raise InputError(f"table {file} is not a CSV file in UTF-8 ({error}); save it again") from error
 
 
 def camelyon17(path: str | Path, **options: Any) -> Federation:
-    """WILDS's Camelyon17 (Koh et al. 2021): PATH/metadata.csv and PATH/patches; a hospital is a site, a slide stays whole.
+    """Return WILDS's Camelyon17: each hospital is a site, and the images of a slide share one split.
 
-    WILDS's own splits hold out whole hospitals and share slides; here each hospital trains, validates and tests.
+    WILDS's own splits hold out whole hospitals; here each hospital has training, validation and test images.
+
+    Args:
+        path: folder with metadata.csv and patches.
+        options: the fields of `ReaderOptions`.
+
+    Raises:
+        InputError: with all faults, if the data cannot be used.
+
+    References:
+        WILDS: Koh et al., 2021.
     """
     options = {"template": "a histology image of {} tissue", **options}
-    asked = reader_options(options)
+    common = reader_options(options)
     root = _root(path)
     faults: list[str] = []
     entries = []
@@ -238,9 +251,9 @@ def camelyon17(path: str | Path, **options: Any) -> Federation:
             label = {"0": "normal", "1": "tumor"}.get(row["tumor"], "")
             site = f"hospital-{row['center']}"
         except KeyError as error:
-            raise InputError(f"{root}/metadata.csv has no column {error}; WILDS's Camelyon17 was expected") from error
+            raise InputError(f"{root}/metadata.csv has no column {error}; expected WILDS's Camelyon17") from error
         if label:
             entries.append(Entry(name, root / name, label, site, WHOLE, f"slide-{slide}"))
         else:
-            faults.append(f"metadata.csv, line {number}: tumor 0 or 1 was expected, {row['tumor']!r} came")
-    return finished("camelyon17", entries, asked, faults, [])
+            faults.append(f"metadata.csv, line {number}: expected tumor 0 or 1, got {row['tumor']!r}")
+    return finished("camelyon17", entries, common, faults, [])
