@@ -35,7 +35,7 @@ def test_the_ledger_of_a_site(site: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (ledger.site, [line["kind"] for line in ledger.lines]) == ("a", ["wire.Card", "wire.Refusal"])
     overview, contents, every, refused, rules = tables(ledger)
     assert [cell.text for cell in overview.rows[0]][:2] == ["wire.Card", "1"]
-    assert overview.rows[0][3].text.startswith("A site presents itself")
+    assert overview.rows[0][3].text.startswith("Description of a site")
     named = {(row[0].text, row[1].text): row[2].text for row in contents.rows}
     assert named["classes", "wire.Card"] == "texts"
     assert named["rows", "wire.Card"] == "numbers by name"
