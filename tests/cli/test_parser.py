@@ -147,7 +147,7 @@ def test_resume_of_a_finished_run(folder: Path, capsys: Any) -> None:
         ("compare --algorithms fedavg fedprox --reference fedprx", "did you mean 'fedprox'"),
         ("compare --algorithms fedavg --unseen ink", "--unseen is now called --holdout-site"),
         ("compare --algorithms fedavg --tested fedavg", "--tested is now called --reference"),
-        ("compare --out good --algorithms fedavg --set data.source=good", "is no comparison"),
+        ("compare --out good --algorithms fedavg --set data.source=good", "is not a comparison"),
         ("pretrain --out good", "good is there already"),
         ("pretrain --out x --set stepz=1", "did you mean 'steps'"),
         ("pretrain", "--out"),
@@ -206,13 +206,13 @@ def test_predict_refuses(folder: Path, tmp_path: Path, capsys: Any) -> None:
     good = picture(tmp_path / "0.png", 0)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     assert "does not decode" in refused(capsys, "predict", folder, good, tmp_path / "bad.png")
-    assert "is no file" in refused(capsys, "predict", folder, tmp_path / "none.png")
+    assert "is not a file" in refused(capsys, "predict", folder, tmp_path / "none.png")
     assert "known: a, b" in refused(capsys, "predict", folder, good, "--site", "paper")
     damaged = tiny.copy(folder, tmp_path / "run")
     path = damaged / "models" / "global.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert "not the one that the run made" in refused(capsys, "predict", damaged, good)
+    assert "has changed since the run" in refused(capsys, "predict", damaged, good)
     path.write_bytes(content[:-1])
     assert "damaged" in refused(capsys, "predict", damaged, good)
 

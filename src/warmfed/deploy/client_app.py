@@ -30,7 +30,7 @@ def _app() -> Any:
     # every stage that a site may be asked for is one of theirs: some depend on an algorithm's settings
     presets = (resolve({"algorithm": {"name": name}}).algorithm for name in ALGORITHMS)
     stages = (stage.name for algorithm in presets for stage in algorithm.stages() if stage.client is not None)
-    return flower.client_app(stages, lambda node, letter: answer(_folder(node), letter))
+    return flower.client_app(stages, lambda node, request_bytes: answer(_folder(node), request_bytes))
 
 
 app = _app()

@@ -20,7 +20,7 @@ from ..utils.files import atomic_write
 _LOOK, _ASK = 0.5, 15.0
 
 
-def launch(config: Config, folder: Path, superlink: str, watcher: RunListener) -> dict[str, Any]:
+def launch(config: Config, folder: Path, superlink: str, listener: RunListener) -> dict[str, Any]:
     """Run a configuration over the sites of a SuperLink, or finish the run in `folder`; its summary.
 
     Args:
@@ -35,10 +35,10 @@ def launch(config: Config, folder: Path, superlink: str, watcher: RunListener) -
         settings = {"config": str(Path(temporary) / "run.toml"), "out": str(folder.resolve())}
         words = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
         run = str(_flwr("run", str(app), superlink, "-c", words)["run-id"])
-        told, asked = _follow(folder, 10**9, watcher), time.monotonic()
-        watcher.plan(folder, config, config.server.sites, ())
+        told, asked = _follow(folder, 10**9, listener), time.monotonic()
+        listener.plan(folder, config, config.server.sites, ())
         while not (folder / "summary.json").exists():
-            told = _follow(folder, told, watcher)
+            told = _follow(folder, told, listener)
             if time.monotonic() - asked > _ASK:
                 asked = time.monotonic()
                 state = str(_flwr("list", superlink, "--run-id", run)["runs"][0]["status"])
@@ -48,16 +48,16 @@ def launch(config: Config, folder: Path, superlink: str, watcher: RunListener) -
                         f"and the same command with --out {folder} goes on"
                     )
             time.sleep(_LOOK)
-        _follow(folder, told, watcher)
+        _follow(folder, told, listener)
     return read_summary(folder)
 
 
-def _follow(folder: Path, told: int, watcher: RunListener) -> int:
-    """Tell the watcher of new records; how many it has been told."""
+def _follow(folder: Path, told: int, listener: RunListener) -> int:
+    """Tell the listener of new records; how many it has been told."""
     path = folder / "rounds.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for record in records[told:]:
-        watcher.round(record)
+        listener.round(record)
     return len(records)
 
 

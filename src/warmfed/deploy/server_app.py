@@ -35,13 +35,13 @@ from .site import agree, roster
 class FlowerBackend(Backend):
     """The sites are Flower's nodes."""
 
-    post: flower.FlowerChannel
+    channel: flower.FlowerChannel
     folder: Path
     home: Path
     """The server's folder."""
     _run: str = ""
     _sites: tuple[str, ...] = ()
-    _cards: dict[str, SiteInfo] = field(default_factory=dict)
+    _infos: dict[str, SiteInfo] = field(default_factory=dict)
     _rows: dict[str, Mapping[str, int]] = field(default_factory=dict)
     """What each site has declared first: a site that comes again cannot declare more."""
 
@@ -52,18 +52,18 @@ class FlowerBackend(Backend):
         self._rows = {site: rows for site, rows in begun["roster"]["rows"].items() if any(rows.values())} if begun else {}
         asked = Request(self._run, "", config.toml(), HELLO, 0, 0, None)
         names_of = self._registered()
-        self.post.name_of = lambda key: names_of.get(openssh(key))
-        self.post.hello = encode(asked)
-        self.post.introduce = lambda site, data: self._introduced(asked, site, data, config.server.max_rows)
-        self.post.refusal = lambda reason: encode(replace(asked, stage=REFUSED, body=Refusal(reason)))
+        self.channel.name_of = lambda key: names_of.get(openssh(key))
+        self.channel.hello = encode(asked)
+        self.channel.introduce = lambda site, data: self._introduced(asked, site, data, config.server.max_rows)
+        self.channel.refusal = lambda reason: encode(replace(asked, stage=REFUSED, body=Refusal(reason)))
         names = begun["sites"] if begun else config.server.sites
         needed = config.server.needed(len(names)) if names else config.server.min_sites
-        found = self.post.present(names, needed, config.server.stage_timeout)
+        found = self.channel.present(names, needed, config.server.stage_timeout)
         self._sites = tuple(sorted({*names, *found}))
         try:
-            return self._agreed(config, _roster(begun["roster"]) if begun else roster(self._cards, self._sites))
+            return self._agreed(config, _roster(begun["roster"]) if begun else roster(self._infos, self._sites))
         except InputError as error:
-            self.post.tell(f"the run is not begun: {error}")
+            self.channel.tell(f"the run is not begun: {error}")
             raise
 
     def _registered(self) -> dict[bytes, str]:
@@ -78,55 +78,55 @@ class FlowerBackend(Backend):
 
     def _agreed(self, config: Config, known: FederationInfo) -> PreparedRun:
         """What the configuration stands for, where server and sites have the same base and start; raises `InputError`."""
-        ready = prepare(config, known)
-        site, card = next(iter(sorted(self._cards.items())))
-        for what, here, there in (("base", ready.base, card.base), ("start", ready.start, card.start)):
+        prepared = prepare(config, known)
+        site, info = next(iter(sorted(self._infos.items())))
+        for what, here, there in (("base", prepared.base, info.base), ("start", prepared.start, info.start)):
             if here != there:
                 raise InputError(f"the server's {what} is {here!r}, that of site {site!r} {there!r}; they must be equal")
-        return ready
+        return prepared
 
     def _introduced(self, asked: Request, site: str, data: bytes, most: int) -> None:
-        """Keep the card in a site's answer to hello; raises `InputError` where the site does not take part.
+        """Keep the info in a site's answer to hello; raises `InputError` where the site does not take part.
 
         Args:
             most: rows that a site may declare in all; 0: any number.
         """
-        card = opened(data, asked, site, SiteInfo).body
-        check_site_info(card, most)
+        info = opened(data, asked, site, SiteInfo).body
+        check_site_info(info, most)
         if self._sites and site not in self._sites:
             raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
-        if self._cards and self._sites:
-            first = min(self._cards)
-            agree(card, site, self._cards[first], first)
-        self._cards[site] = card
-        self._rows.setdefault(site, {split: int(count) for split, count in card.rows.items()})
+        if self._infos and self._sites:
+            first = min(self._infos)
+            agree(info, site, self._infos[first], first)
+        self._infos[site] = info
+        self._rows.setdefault(site, {split: int(count) for split, count in info.rows.items()})
 
     def rounds(
         self,
-        ready: PreparedRun,
+        prepared: PreparedRun,
         folder: Path,
         start: tuple[int, ServerState] | None,
         generator: Generator | None,
-        watcher: RunListener,
+        listener: RunListener,
     ) -> abc.Generator[Round, None, None]:
-        config = ready.config
-        assert isinstance(ready.federation, FederationInfo)
-        sites = {"run": self._run, "sites": self._sites, "roster": asdict(ready.federation)}
+        config = prepared.config
+        assert isinstance(prepared.federation, FederationInfo)
+        sites = {"run": self._run, "sites": self._sites, "roster": asdict(prepared.federation)}
         write_json(folder / "checkpoint" / SITES, sites)
         transport = self._transport(config)
-        prompts = ready.federation.prompts
-        central = server_side(ready.task, transport, prompts, generator, config.device, folder, watcher, self._rows)
+        prompts = prepared.federation.prompts
+        central = server_side(prepared.task, transport, prompts, generator, config.device, folder, listener, self._rows)
         yield from run(
             config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, admission=config.server
         )
 
-    def finish(self, ready: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
-        algorithm = ready.config.method
+    def finish(self, prepared: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
+        algorithm = prepared.config.method
         down = {site: algorithm.broadcast(server, site) for site in self._sites}
-        return self._transport(ready.config).finish(down, algorithm.global_model(server)), None
+        return self._transport(prepared.config).finish(down, algorithm.global_model(server)), None
 
     def _transport(self, config: Config) -> Remote:
-        return Remote(self.post, self._sites, self._run, config.toml(), config.server)
+        return Remote(self.channel, self._sites, self._run, config.toml(), config.server)
 
 
 def _roster(table: Mapping[str, Any]) -> FederationInfo:
@@ -134,7 +134,7 @@ def _roster(table: Mapping[str, Any]) -> FederationInfo:
     return FederationInfo(**{**table, "classes": tuple(table["classes"]), "shape": shape})
 
 
-def serve(post: flower.FlowerChannel, settings: Mapping[str, Any], home: Path | None = None) -> None:
+def serve(channel: flower.FlowerChannel, settings: Mapping[str, Any], home: Path | None = None) -> None:
     """Run a configuration into its folder, or finish the run that the folder holds.
 
     Args:
@@ -144,8 +144,8 @@ def serve(post: flower.FlowerChannel, settings: Mapping[str, Any], home: Path | 
     config = parse(home / str(settings["config"])) if settings.get("config") else parse()
     folder = home / (str(settings.get("out") or "") or f"runs/{config.name}-{config.seed}")
     torch.set_num_threads(1)  # sums depend on how many there are
-    with LineReporter() as watcher:
-        proceed(config, folder, watcher, FlowerBackend(post, folder, home))
+    with LineReporter() as reporter:
+        proceed(config, folder, reporter, FlowerBackend(channel, folder, home))
 
 
 app = flower.server_app(serve)
