@@ -164,7 +164,7 @@ REFUSED = {
     "no fields": (forged(lambda h, t: h.pop("fields")), "of kind"),
     "another field": (forged(with_fields(extra=1)), "has fields"),
     "a field less": (forged(lambda h, t: h["fields"].pop("model") and None), "has fields"),
-    "missing tensor": (forged(lambda h, t: t.clear()), "'model' does not hold"),
+    "missing tensor": (forged(lambda h, t: t.clear()), "'model' does not match"),
     "extra tensor": (forged(lambda h, t: t.update(evil=torch.ones(1))), "evil"),
     "tensor of no name": (forged(with_fields(model=[])), "undeclared tensors"),
     "an empty field": (forged(with_fields(model=None)), "it is empty"),
@@ -218,7 +218,7 @@ def test_two_kinds_of_one_name_are_an_error() -> None:
         class Everything:
             other: int
 
-    with pytest.raises(TypeError, match=r"two messages are called test_messages\.Everything"):
+    with pytest.raises(TypeError, match=r"two message classes have the kind test_messages\.Everything"):
         declare()
     assert kind(Everything) == "test_messages.Everything"
 

@@ -57,7 +57,7 @@ def test_the_page_loads_nothing_and_shows_what_came_as_text(site: Path, tmp_path
     write_lines(path, [*lines, lines[0] | {"tensors": {"<script>x</script>": ["float32", [2, 3]]}}])
     assert main(["site-report", str(site), "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert "What left site a" in page
+    assert "Messages sent by site a" in page
     assert "2 × 3" in page
     assert "Refused requests" in page
     assert "this is &#39;a&#39;" in page or "this is 'a'" in page

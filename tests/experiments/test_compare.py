@@ -246,7 +246,7 @@ def test_a_cell_that_fails_is_named(data: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_runs_where_one_cell_cannot(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing to do in 0 rounds"):
+    with pytest.raises(InputError, match="no stages in 0 rounds"):
         compare(cells(data, ["fedavg"], [0], [1, 0]), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -235,7 +235,7 @@ def test_a_run_whose_sites_learned_prompts_alone_draws_again(
 
 
 def test_a_base_that_draws_images_of_another_size(warm: Config, data: Path) -> None:
-    with pytest.raises(InputError, match=r"draws images of 32×32 pixels, those of toy have 8×8"):
+    with pytest.raises(InputError, match=r"generates images of 32×32 pixels, those of toy have 8×8"):
         prepare(replace(warm, data=replace(warm.data, source=str(data))))
 
 
@@ -278,8 +278,8 @@ def cut(path: Path) -> None:
         ("checkpoint/server.safetensors", flip, ("checkpoint", "damaged")),
         ("checkpoint/server.safetensors", cut, ("checkpoint", "damaged")),
         ("checkpoint/server.safetensors", Path.unlink, ("missing",)),
-        ("checkpoint/sites/b.safetensors", flip, ("memory of site 'b'", "damaged")),
-        ("checkpoint/sites/a.safetensors", cut, ("memory of site 'a'", "damaged")),
+        ("checkpoint/sites/b.safetensors", flip, ("client state of site 'b'", "damaged")),
+        ("checkpoint/sites/a.safetensors", cut, ("client state of site 'a'", "damaged")),
         ("rounds.jsonl", cut, ("rounds.jsonl", "damaged")),
         ("rounds.jsonl", Path.unlink, ("rounds.jsonl",)),
         ("ledger.jsonl", cut, ("ledger.jsonl", "damaged")),

@@ -1,4 +1,4 @@
-"""What the commands of `warmfed.cli` do; each takes the parsed arguments and returns the exit code."""
+"""Commands of `warmfed.cli`; each takes the parsed arguments and returns the exit code."""
 
 import json
 from argparse import Namespace
@@ -58,7 +58,7 @@ def run(asked: Namespace) -> int:
     }
     config = parse(asked.config, settings | {key: value for key, value in own.items() if value is not None})
     if asked.dry_run:
-        return _rehearsed(config, asked.json)
+        return _dry_run(config, asked.json)
     if asked.transport == "inprocess":
         return _finished(asked, lambda reporter: execute(config, asked.out, reporter))
     folder = asked.out or claim_run_folder(config)
@@ -78,7 +78,7 @@ def _over_flower(asked: Namespace, config: Config, folder: Path, reporter: RunLi
     return simulate_on_ray(config, folder, reporter)
 
 
-def _rehearsed(config: Config, as_json: bool) -> int:
+def _dry_run(config: Config, as_json: bool) -> int:
     from ..runs.dry_run import dry_run
 
     found = dry_run(config)
@@ -112,7 +112,7 @@ def resume(asked: Namespace) -> int:
 
 
 def _finished(asked: Namespace, work: Callable[[ProgressReporter], dict[str, Any]]) -> int:
-    """Do the work of a run and show its end."""
+    """Run `work` with a progress reporter and print its result; return the exit code."""
     with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
         try:
             summary = work(reporter)
@@ -146,20 +146,20 @@ def sweep(asked: Namespace) -> int:
     names = asked.algorithms or ["warmfed"] * (asked.config is None)
     cells = plan_cells(asked.config, settings, names, asked.seeds, asked.rounds, asked.holdout_site, grid)
     if not cells[0].settings:
-        raise InputError("a sweep needs settings to vary; name some: --grid algorithm.local.lr=0.01,0.02")
+        raise InputError("a sweep needs settings to vary; set them: --grid algorithm.local.lr=0.01,0.02")
     return _study(asked, cells)
 
 
 def _study(asked: Namespace, cells: Sequence[Cell]) -> int:
-    """Run the cells and show their table."""
+    """Run the cells and print their table; return the exit code."""
     folder = asked.out or next(
         path for n in count(1) if not (path := Path("runs") / (asked.command + (f"-{n}" if n > 1 else ""))).exists()
     )
     with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
         try:
-            table = compare_cells(cells, folder, asked.workers, _Shown(reporter), asked.reference)
+            table = compare_cells(cells, folder, asked.workers, _ForwardProgress(reporter), asked.reference)
         except KeyboardInterrupt:
-            raise _stopped(f"the same command with --out {folder} goes on from here") from None
+            raise _stopped(f"resume with the same command and --out {folder}") from None
     if isinstance(reporter, JsonReporter):
         emit("finished", folder=str(folder), comparison=table)
     elif isinstance(reporter, SilentReporter):
@@ -177,8 +177,8 @@ def _study(asked: Namespace, cells: Sequence[Cell]) -> int:
     return 0
 
 
-class _Shown(Cells):
-    """A comparison's progress by a run's teller."""
+class _ForwardProgress(Cells):
+    """Forwards the progress of a comparison to a progress reporter."""
 
     def __init__(self, reporter: ProgressReporter) -> None:
         self._reporter, self._finished, self._total = reporter, 0, 0
@@ -302,13 +302,13 @@ def pretrain(asked: Namespace) -> int:
     data, made = pretraining_tables(asked.config, dict(setting(text) for text in asked.settings))
     settings = construct(Pretraining, made, "pretraining")
     if occupied(asked.out) and not (asked.work and resumable(asked.out, settings)):
-        raise InputError(f"{asked.out} is there already; choose another --out")
+        raise InputError(f"{asked.out} exists already; choose another --out")
     images = pictures(load_data(data), settings.side) if data else None
     with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
         try:
             record = make(settings, asked.out, reporter.phase, asked.work, asked.device, images)
         except KeyboardInterrupt:
-            kept = f"the same command goes on from what is in {asked.work}" if asked.work else ""
+            kept = f"resume with the same command from {asked.work}" if asked.work else ""
             raise _stopped(kept) from None
     if isinstance(reporter, JsonReporter):
         emit("finished", folder=str(asked.out), record=record)

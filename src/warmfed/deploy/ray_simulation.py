@@ -1,6 +1,6 @@
-"""A run on this machine or a cluster whose sites are the nodes of Flower's simulation, on Ray: `--transport flower-simulation`.
+"""Runs whose sites are nodes of Flower's simulation, on Ray, on this machine or a cluster: `--transport flower-simulation`.
 
-Everything but the way to the sites is as in a run in process: the same data, run folder, client_states of the sites and bytes.
+Only the channel differs from a run in process: data, run folder, client states and results are the same.
 """
 
 import tomllib
@@ -27,7 +27,7 @@ from .site import answered, perform
 
 @dataclass
 class RayBackend(Backend):
-    """The sites are nodes of a simulation; their images and client_states are where those of a run in process are."""
+    """Backend of simulated nodes; images and client states are stored as for a run in process."""
 
     channel: flower.Nodes
 
@@ -55,12 +55,12 @@ class RayBackend(Backend):
 
 
 def simulate_on_ray(config: Config, folder: Path, listener: RunListener) -> dict[str, Any]:
-    """Run a configuration into `folder`, or finish its run that the folder holds; returns the summary.
+    """Run a configuration into `folder`, or finish its run there; return the summary.
 
-    On a cluster ($RAY_ADDRESS) every machine must see the folder and the data under the same absolute paths.
+    On a cluster ($RAY_ADDRESS), the folder and the data must have the same absolute paths on every machine.
 
     Raises:
-        InputError: Ray is not installed, or what `execute` raises.
+        InputError: Ray is not installed, or `execute` raises it.
     """
     found: list[dict[str, Any]] = []
 
@@ -82,5 +82,5 @@ def _answer(client_states: Path, node: Mapping[str, Any], request_bytes: bytes) 
 
 @lru_cache(maxsize=1)
 def _workers(config: str) -> dict[str, Client]:
-    """The workers of a configuration; one of Ray's processes answers for many sites, and loads the data once."""
+    """Return the clients of a configuration. A Ray process serves many sites, so the cache loads the data once."""
     return prepare(build(tomllib.loads(config)), weights=False).workers()

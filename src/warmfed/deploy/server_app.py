@@ -1,7 +1,7 @@
-"""The Flower app of the server: it runs a configuration over the sites, which are Flower's nodes.
+"""Flower app of the server: runs a configuration over the sites, which are Flower's nodes.
 
-Run configuration: `config`, the configuration's file; `out`, the run folder; both absolute or below the server's folder
-($WARMFED_SERVER, else the working directory).
+The run configuration has `config`, the configuration file, and `out`, the run folder. Relative paths are below the server's
+folder ($WARMFED_SERVER, or the working directory).
 """
 
 import os
@@ -33,7 +33,7 @@ from .site import agree, roster
 
 @dataclass
 class FlowerBackend(Backend):
-    """The sites are Flower's nodes."""
+    """Backend of a deployment: the sites are Flower's nodes."""
 
     channel: flower.FlowerChannel
     folder: Path
@@ -43,7 +43,7 @@ class FlowerBackend(Backend):
     _sites: tuple[str, ...] = ()
     _infos: dict[str, SiteInfo] = field(default_factory=dict)
     _rows: dict[str, Mapping[str, int]] = field(default_factory=dict)
-    """What each site has declared first: a site that comes again cannot declare more."""
+    """Rows that each site declared first; a site that reconnects cannot declare more."""
 
     def prepare(self, config: Config) -> PreparedRun:
         kept = self.folder / "checkpoint" / SITES
@@ -63,21 +63,21 @@ class FlowerBackend(Backend):
         try:
             return self._agreed(config, _roster(begun["roster"]) if begun else roster(self._infos, self._sites))
         except InputError as error:
-            self.channel.tell(f"the run is not begun: {error}")
+            self.channel.tell(f"the run is not started: {error}")
             raise
 
     def _registered(self) -> dict[bytes, str]:
-        """The names of the sites by their public keys, from the folder nodes/ beside the run's."""
+        """Return the names of the sites by public key, from nodes/ in the server's folder."""
         found = registered(self.home / "nodes")
         if not found:
             raise InputError(
-                f"{self.home / 'nodes'} holds no site's public key, so nobody could prove which site it is; "
-                "make the server's folder by `warmfed deploy init`"
+                f"{self.home / 'nodes'} has no public key of a site, so that no site can be authenticated; "
+                "create the server's folder with `warmfed deploy init`"
             )
         return found
 
     def _agreed(self, config: Config, known: FederationInfo) -> PreparedRun:
-        """What the configuration stands for, where server and sites have the same base and start; raises `InputError`."""
+        """Return the prepared run; raise `InputError` if the server's base or start differs from the sites'."""
         prepared = prepare(config, known)
         site, info = next(iter(sorted(self._infos.items())))
         for what, here, there in (("base", prepared.base, info.base), ("start", prepared.start, info.start)):
@@ -86,10 +86,13 @@ class FlowerBackend(Backend):
         return prepared
 
     def _introduced(self, asked: Request, site: str, data: bytes, most: int) -> None:
-        """Keep the info in a site's answer to hello; raises `InputError` where the site does not take part.
+        """Record the description in a site's answer to hello; raise `InputError` if the site does not take part.
 
         Args:
-            most: rows that a site may declare in all; 0: any number.
+            asked: the request.
+            site: name of the site.
+            data: bytes of the answer.
+            most: largest number of rows over all splits; 0: no limit.
         """
         info = opened(data, asked, site, SiteInfo).body
         check_site_info(info, most)
@@ -135,15 +138,17 @@ def _roster(table: Mapping[str, Any]) -> FederationInfo:
 
 
 def serve(channel: flower.FlowerChannel, settings: Mapping[str, Any], home: Path | None = None) -> None:
-    """Run a configuration into its folder, or finish the run that the folder holds.
+    """Run a configuration into its folder, or finish the run in that folder.
 
     Args:
-        home: the server's folder; none: $WARMFED_SERVER, or the working directory.
+        channel: channel to the sites.
+        settings: Flower's run configuration.
+        home: the server's folder. Default None: $WARMFED_SERVER, or the working directory.
     """
     home = home or Path(os.environ.get("WARMFED_SERVER", "."))
     config = parse(home / str(settings["config"])) if settings.get("config") else parse()
     folder = home / (str(settings.get("out") or "") or f"runs/{config.name}-{config.seed}")
-    torch.set_num_threads(1)  # sums depend on how many there are
+    torch.set_num_threads(1)  # sums depend on the number of threads
     with LineReporter() as reporter:
         proceed(config, folder, reporter, FlowerBackend(channel, folder, home))
 
