@@ -73,9 +73,9 @@ from warmfed.transports import flower
 from warmfed.transports.wire import Answer
 
 
-def spoilt(node, letter):
+def spoilt(node, request_bytes):
     folder = Path(node["site-folder"])
-    data = answer(folder, letter)
+    data = answer(folder, request_bytes)
     how = json.loads((folder / "fault.json").read_text()) if (folder / "fault.json").exists() else {}
     made = decode(data, Answer)
     if made.stage != "train" or not how:
@@ -114,14 +114,14 @@ class Without(Backend):
     def prepare(self, config: Any) -> PreparedRun:
         return LOCAL.prepare(config)
 
-    def finish(self, ready: PreparedRun, folder: Path, server: Any) -> Any:
-        return LOCAL.finish(ready, folder, server)
+    def finish(self, prepared: PreparedRun, folder: Path, server: Any) -> Any:
+        return LOCAL.finish(prepared, folder, server)
 
     def rounds(
-        self, ready: PreparedRun, folder: Path, start: Any, generator: Any, watcher: Any
+        self, prepared: PreparedRun, folder: Path, start: Any, generator: Any, listener: Any
     ) -> Generator[Round, None, None]:
-        config = ready.config
-        with InProcess(ready.workers(), folder=client_states_folder(folder)) as transport:
+        config = prepared.config
+        with InProcess(prepared.workers(), folder=client_states_folder(folder)) as transport:
             send = transport.send
 
             def sent(step: int, *rest: Any) -> Iterator[Any]:
@@ -130,7 +130,7 @@ class Without(Backend):
 
             transport.send = sent  # type: ignore[method-assign]
             central = server_side(
-                ready.task, transport, ready.images.prompts, generator, "cpu", folder, watcher, ready.images.rows
+                prepared.task, transport, prepared.images.prompts, generator, "cpu", folder, listener, prepared.images.rows
             )
             yield from run(config.algorithm, central, transport, config.seed, evaluate=config.evaluate, admission=config.server)
 
@@ -371,7 +371,7 @@ def reference(config: dict[str, Any], folder: Path, place: Backend = LOCAL) -> d
     """The summary of the run in process."""
     path = folder.with_suffix(".toml")
     atomic_write(path, tomli_w.dumps(config))
-    return execute(parse(path), folder, place=place)
+    return execute(parse(path), folder, backend=place)
 
 
 @contextmanager

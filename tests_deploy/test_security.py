@@ -79,7 +79,7 @@ def test_the_run_goes_on_without_an_impostor_which_both_sides_name(deployment: D
     assert list(record["absent"]) == ["c"]
     log = deployment.command("flwr", "log", deployment.last_run, "here", "--show")
     assert "site c (node" in log
-    assert "signed by site 'a', expected 'c'" in log
+    assert "names site 'a', expected 'c'" in log
     assert "the server has refused this site" in (deployment.folder / "c.log").read_text()
     ledger = (deployment.site("c") / "work" / "ledger.jsonl").read_text()
     assert "expected 'c'" in ledger
@@ -162,7 +162,7 @@ def test_a_site_runs_no_app_but_warmfeds(deployment: Deployment, tmp_path: Path)
     for name in SITES:
         refused = read_lines(deployment.site(name) / "work" / "ledger.jsonl", "the ledger")[-1]
         assert refused["kind"] == "refused app"
-        assert "this site runs warmfed's alone" in refused["reason"]
+        assert "this site runs warmfed's app only" in refused["reason"]
         assert "refused an app with SHA-256" in (deployment.folder / f"{name}.log").read_text()
         shown = subprocess.run([BIN / "warmfed", "site-report", "."], cwd=deployment.site(name), capture_output=True, text=True)
         assert "refused app" in shown.stdout

@@ -1,4 +1,4 @@
-"""The configuration of a run: dataclasses, read from TOML and the command line, checked whole before anything starts."""
+"""Configuration of a run: dataclasses, read from TOML and the command line, and checked before the run starts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,48 +21,50 @@ from .utils.settings import check_choices, construct
 
 T = TypeVar("T")
 STUDIES = ("compare", "arms", "sweep", "pretraining")
-"""Tables of a file that are not of a run."""
+"""Tables of a configuration file that are not part of a run."""
 MOST = 2**24
-"""Bytes that a configuration may have."""
+"""Largest configuration file in bytes."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Which federation."""
+    """Settings of `[data]`: the federation."""
 
     source: str = "digits4"
-    """digits4, or how `path` is read: folder, npz, idx, csv, camelyon17, parquet, hub; without `path`: a path itself."""
+    """Source of the images. Default digits4.
+
+    With `path`, it is the format: folder, npz, idx, csv, camelyon17, parquet or hub. Without `path`, it may be a path."""
     path: str = ""
-    """What is read; for hub, the data set's name."""
+    """File or folder to read; for hub, the name of the data set. Default empty."""
     cache: str = ""
-    """Folder where decoded images are kept; empty: $WARMFED_CACHE, or warmfed in the user's cache folder."""
+    """Folder of decoded images. Default empty: $WARMFED_CACHE, or warmfed in the user's cache folder."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What its reader takes: image_size, classes, deal, …; see docs/data.md."""
+    """Options of the reader: image_size, classes, partition, …; see docs/data.md."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """The classifier."""
+    """Settings of `[model]`: the classifier."""
 
     name: str = "cnn"
-    """A network of `warmfed.models`."""
+    """Name of a network in `warmfed.models`. Default cnn."""
     start: str = ""
-    """What it starts from: nothing (random weights), public (trained on the base's public data), or a safetensors file."""
+    """Initial weights: empty (random, the default), public (trained on the base's public data), or a safetensors file."""
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """A site that takes no part. At the end it joins late: it is sent the global model, and tunes it alone."""
+    """Settings of `[holdout]`: a site that takes no part in the run. At the end it fine-tunes the global model alone."""
 
     site: str = ""
-    """Its name; empty: every site takes part."""
+    """Name of the held-out site. Default empty: every site takes part."""
     training: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
-    """How it tunes the global model, in every algorithm alike."""
+    """Fine-tuning of the global model at the held-out site, equal for all algorithms."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run, resolved: every value that it used is in here."""
+    """Resolved configuration of one run: it holds the value of every setting."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "border": "server",
@@ -72,31 +74,31 @@ class Config:
     }
 
     name: str = "warmfed"
-    """The algorithm, by its name on the command line."""
+    """Name of the algorithm. Default warmfed."""
     algorithm: Algorithm = field(default_factory=WarmFed)
-    """Its hyper-parameters."""
+    """Hyper-parameters of the algorithm."""
     global_ema_decay: float = 0.0
-    """Decay of a moving average of the global model over the rounds, which is released in its place; 0: none."""
+    """Decay of a moving average that replaces the global model after each round, from 0 to below 1. Default 0: none."""
     seed: int = 0
-    """Names every random number of the run."""
+    """Seed of all random streams. Default 0."""
     data: Data = Data()
     model: Model = Model()
     task: Literal["classify", "denoise"] = "classify"
-    """What is learned: classify, or denoise (a diffusion model of the images)."""
+    """Task: classify (default), or denoise (a diffusion model of the images)."""
     denoising: DenoiserSettings = DenoiserSettings()
-    """The diffusion model, where it is learned."""
+    """Diffusion model of the task denoise."""
     evaluation: Evaluation = Evaluation()
-    """How it is measured."""
+    """Evaluation of generators."""
     holdout: Holdout = Holdout()
     generator: LatentDiffusion = field(default_factory=LatentDiffusion)
     server: AdmissionPolicy = AdmissionPolicy()
-    """What is taken from the sites."""
+    """Admission policy of the server."""
     workers: int = 2
-    """Processes that work at the same time; the results do not depend on it."""
+    """Number of worker processes; results do not depend on it. Default 2."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """cpu, or cuda for one process with a graphics card."""
+    """Device: cpu (default), or cuda for one process with a GPU."""
     evaluate: Literal["every", "last", "never"] = "every"
-    """When the models are measured: every (stage), last or never."""
+    """Stages after which the models are evaluated: every (default), last or never."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -105,7 +107,7 @@ class Config:
 
     @property
     def method(self) -> Algorithm:
-        """The algorithm as the server runs it."""
+        """Return the algorithm that the server runs, with `global_ema_decay` applied."""
         return Smoothed(self.algorithm, self.global_ema_decay) if self.global_ema_decay else self.algorithm
 
     def toml(self) -> str:
@@ -121,12 +123,16 @@ def _plain(value: Any) -> Any:
 
 
 def parse(file: Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:
-    """A configuration from a TOML file (or none) under `settings`, whose keys are dotted: {"algorithm.rounds": 1}.
+    """Return the configuration of a TOML file (or of the defaults), overridden by `settings`.
 
-    What the file says of comparisons, sweeps and pre-training (`STUDIES`) is left to those.
+    The tables of comparisons, sweeps and pre-training (`STUDIES`) are ignored.
+
+    Args:
+        file: the TOML file, or None.
+        settings: values by dotted key: {"algorithm.rounds": 1}.
 
     Raises:
-        InputError: an unknown key (with the nearest known one), a wrong type, a value out of range.
+        InputError: A key is unknown, a type is wrong, or a value is out of range.
     """
     tables = read_toml(file) if file is not None else {}
     shared = {key: value for key, value in tables.items() if key not in STUDIES}
@@ -134,17 +140,17 @@ def parse(file: Path | None = None, settings: Mapping[str, Any] | None = None) -
 
 
 def data_table(file: Path | None = None, settings: Mapping[str, Any] | None = None) -> Data:
-    """The table `data` of a configuration alone: `warmfed data` needs no other. Raises as `parse` does."""
+    """Return the table `data` of a configuration, for `warmfed data`; raise as `parse` does."""
     tables = read_toml(file) if file is not None else {}
     _overlay(tables, nested(settings or {}))
     return construct(Data, _table(tables, "data"), "data")
 
 
 def pretraining_tables(file: Path | None, settings: Mapping[str, Any]) -> tuple[Data | None, dict[str, Any]]:
-    """What `warmfed pretrain` needs of a file: its table `data` (None: there is none) and its table `pretraining`.
+    """Return the tables `data` (None if missing) and `pretraining` of a file, for `warmfed pretrain`.
 
     Args:
-        settings: of pre-training by their plain names, and those of the data ("data.path").
+        settings: overriding values; settings of pre-training by name, those of the data by dotted key ("data.path").
     """
     tables = read_toml(file) if file is not None else {}
     asked = nested(settings)
@@ -162,7 +168,7 @@ def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """The tables of a TOML file; raises `InputError`."""
+    """Return the tables of a TOML file; raise `InputError` if it cannot be read or is not TOML."""
     try:
         return loads_toml(read_bytes(file, "the configuration", MOST))
     except InputError:
@@ -172,7 +178,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def resolve(*layers: Mapping[str, Any]) -> Config:
-    """A configuration from nested tables, later ones above earlier ones, over what belongs to the algorithm's name."""
+    """Return the configuration of nested tables; later tables override earlier ones, and all override the presets."""
     merged: dict[str, Any] = {}
     for layer in layers:
         _overlay(merged, layer)
@@ -185,7 +191,7 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
 
 
 def build(values: dict[str, Any]) -> Config:
-    """A configuration from nested tables, as a resolved `config.toml` holds them."""
+    """Return the configuration of nested tables, as in a resolved `config.toml`."""
     values = dict(values)
     table = values.pop("algorithm", {})
     if not isinstance(table, dict):
@@ -194,7 +200,7 @@ def build(values: dict[str, Any]) -> Config:
     name = str(table.pop("name", "warmfed"))
     for key in table.keys() - _fields(entry(name).cls):
         if owners := [other for other, each in ALGORITHMS.items() if key in _fields(each.cls)]:
-            raise InputError(f"{name} has no setting algorithm.{key}; take it out, or choose one that has: {', '.join(owners)}")
+            raise InputError(f"{name} has no setting algorithm.{key}; remove it, or choose one that has: {', '.join(owners)}")
     known = {f.name for f in dataclasses.fields(Config)} - {"name"}
     for key in values:
         if key in Config.RENAMED:
@@ -211,7 +217,7 @@ def _fields(cls: Any) -> set[str]:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """One `key=value` of the command line; the value is read as TOML, and as text where it is none."""
+    """Return key and value of `key=value`; the value is parsed as TOML, or is text if it is not TOML."""
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
         raise InputError(f"--set takes key=value; got {text!r}")
@@ -222,14 +228,14 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def choices(text: str) -> tuple[str, list[Any]]:
-    """One `key=a,b,c` of the command line: the values that a sweep tries."""
+    """Return key and values of `key=a,b,c`, for a sweep."""
     key, _, raw = text.partition("=")
     values = setting(f"{key}=[{raw}]" if not raw.strip().startswith("[") else text)[1] if raw else text
     return key.strip(), values if isinstance(values, list) else [part.strip() for part in raw.split(",") if part.strip()]
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables of dotted keys: {"model.name": "cnn"} is {"model": {"name": "cnn"}}."""
+    """Return nested tables of dotted keys: {"model.name": "cnn"} becomes {"model": {"name": "cnn"}}."""
     tables: dict[str, Any] = {}
     for key, value in flat.items():
         _overlay(tables, _chain(key.split("."), value))
@@ -245,6 +251,6 @@ def _overlay(under: dict[str, Any], over: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             if not isinstance(under.get(key), dict):
                 under[key] = {}
-            _overlay(under[key], value)  # never a table of `over` itself: what is laid on it later would change that, too
+            _overlay(under[key], value)  # copies: a later overlay must not change a table of `over`
         else:
             under[key] = value

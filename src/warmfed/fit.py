@@ -1,4 +1,4 @@
-"""The only training loop: clients, the server and the generator all use it, and it alone calls `.backward()`."""
+"""The training loop of clients, server and generator. No other module calls `.backward()`."""
 
 import hashlib
 import math
@@ -25,18 +25,18 @@ Correct = Callable[[str, Tensor], Tensor]
 Watch = Callable[[int, int, Callable[[], dict[str, Tensor]]], None]
 Draw = Callable[[Table], Table]
 _RESIDENT = 2**31
-"""Bytes of data that go to the device as a whole; more go batch by batch."""
+"""Bytes up to which the data are moved to the device at once; more are moved batch by batch."""
 
 
 class Trains(Protocol):
-    """What `fit` needs of a task."""
+    """Part of a task that `fit` uses."""
 
     def build(self) -> nn.Module: ...
     def loss(self, model: nn.Module, batch: Table) -> Tensor: ...
 
 
 class Context(Protocol):
-    """What `fit` needs of a `ClientContext` or `ServerContext`."""
+    """Part of a `ClientContext` or `ServerContext` that `fit` uses."""
 
     @property
     def task(self) -> Trains: ...
@@ -53,7 +53,7 @@ C = TypeVar("C", bound=Context)
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem to train on that is not a run's task, with all that `fit` needs."""
+    """Context of `fit` for a task other than the run's."""
 
     task: Trains
     rng: torch.Generator
@@ -62,7 +62,7 @@ class Problem:
 
 
 def solving(ctx: Context, task: Trains) -> Problem:
-    """Return the problem `task` in the place of a context's own task; both draw from one random stream."""
+    """Return a context with another task; it shares the random stream of `ctx`."""
     return Problem(task, ctx.rng, ctx.device, ctx.progress)
 
 
@@ -72,7 +72,7 @@ def _slices(batch: Table, size: int) -> list[dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Stop:
-    """When to stop early: `judge` measures the model after each epoch, without gradients, and lower is better."""
+    """Early stopping: `judge(model)` returns a figure after each epoch, without gradients; lower is better."""
 
     judge: Callable[[nn.Module], float]
     patience: int
@@ -88,7 +88,7 @@ def _optimizer(training: Training, live: list[nn.Parameter]) -> torch.optim.Opti
                 raise InputError(
                     "optimizer adamw8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or choose adamw"
                 ) from error
-            # a tensor of fewer values than this keeps moments of 32 bits, as the library does by default
+            # tensors with fewer values keep 32-bit optimizer state, as by default in the library
             found: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
                 live, training.lr, weight_decay=training.weight_decay, min_8bit_size=4096
             )
@@ -109,20 +109,20 @@ def _rate(training: Training, step: int, steps: int) -> float:
 
 
 def _batches(n: int, size: int, rng: torch.Generator) -> Iterator[Tensor]:
-    """Index batches of shuffled epochs, without end."""
+    """Yield index batches of shuffled epochs, forever."""
     while True:
         yield from torch.randperm(n, generator=rng).split(size)
 
 
 @dataclass(frozen=True)
 class _Loop:
-    """All that stays the same from step to step."""
+    """Inputs of a training step that do not change."""
 
     training: Training
     steps: int
     data: Table
     resident: bool
-    """Whether the data lie on the device as a whole."""
+    """Whether all data are on the device."""
     device: str
     autocast: AbstractContextManager[object]
     parameters: Mapping[str, nn.Parameter]
@@ -133,7 +133,7 @@ class _Loop:
     draw: Draw | None
 
     def batch(self, index: Tensor) -> Table:
-        """Return the rows of a batch, on the device, with the random numbers that its loss needs."""
+        """Return the rows of a batch, on the device, with the random numbers of its loss."""
         found = select(self.data, index)
         if not self.resident:
             found = to(found, self.device)
@@ -141,12 +141,12 @@ class _Loop:
 
 
 def _train_step(state: TrainState, loop: _Loop, batches: Iterator[Tensor]) -> None:
-    """Take one optimizer step; its losses, one for each batch, are recorded in `state`."""
+    """Take one optimizer step; record the loss of each batch in `state`."""
     training, optimizer, scaler = loop.training, state.optimizer, state.scaler
     if training.warmup > 0 or training.schedule != "constant":
         for group in optimizer.param_groups:
             group["lr"] = _rate(training, state.step, loop.steps)
-    for parameter in loop.live:  # optimizer.zero_grad() without its profiler's record: a tenth of a small step
+    for parameter in loop.live:  # optimizer.zero_grad() adds a profiler record, which takes a tenth of a small step
         parameter.grad = None
     for _ in range(training.gradient_accumulation_steps):
         batch = loop.batch(next(batches))
@@ -169,7 +169,7 @@ def _train_step(state: TrainState, loop: _Loop, batches: Iterator[Tensor]) -> No
     scaler.step(optimizer)
     scaler.update()
     for name, smooth in state.average.items():
-        # a short memory at first, so that the start does not linger in a short training
+        # a smaller decay in the first steps, so that the initial weights do not dominate a short training
         decay = min(training.ema_decay, (1 + state.step) / (10 + state.step))
         smooth.lerp_(loop.parameters[name].detach(), 1 - decay)
     state.step += 1
@@ -190,40 +190,43 @@ def fit(
     stop: Stop | None = None,
     snapshots: Snapshots | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Train from `start` on the rows of `data` and return the new tensors, under the names of `start`.
+    """Train from `start` on the rows of `data`; return the new tensors, under the names of `start`, and metrics.
 
-    `start` may name only a part of the model's state: the rest is what `ctx.task.build()` gives it (a LoRA adapter on a
-    frozen base). Rows are shuffled anew each epoch from `ctx.rng`; torch's global stream is a child of it meanwhile, so
-    dropout and noise drawn in a loss are named too.
+    `start` may name only a part of the model's state; `ctx.task.build()` gives the rest (a LoRA adapter on a frozen base).
+    Rows are shuffled in each epoch from `ctx.rng`. torch's global stream, which dropout and losses use, is spawned from it.
 
     Args:
+        ctx: task, random stream, device and progress.
+        start: initial tensors.
+        training: settings of training.
+        data: rows to train on.
         loss: loss(model, batch) replaces the task's loss (distillation).
-        penalty: penalty(parameters) is added to it (FedProx, Ditto).
-        correct: correct(name, gradient) rewrites each gradient (SCAFFOLD).
-        trainable: trainable(name) freezes the rest (FedPer, LoRA).
-        watch: watch(step, steps, tensors), called after each optimizer step; tensors() is what would be returned now.
-        draw: draw(batch) adds the random numbers that a batch's loss needs; `training.micro_batch_size` cannot change them.
-        stop: ends the training early, and the tensors of the best epoch are returned.
-        snapshots: where unfinished training is kept. A training of the same start, settings, data and random numbers that
-            finds a snapshot goes on from it and ends with the same bytes. Dropout on a graphics card is not covered.
+        penalty: penalty(parameters) is added to the loss (FedProx, Ditto).
+        correct: correct(name, gradient) returns the new gradient (SCAFFOLD).
+        trainable: trainable(name) is False for frozen tensors (FedPer, LoRA).
+        watch: watch(step, steps, tensors) is called after each optimizer step; tensors() returns the current result.
+        draw: draw(batch) adds the random numbers of the loss; they do not depend on `training.micro_batch_size`.
+        stop: early stopping; the tensors of the best epoch are returned.
+        snapshots: snapshots of unfinished training. If one has the same start, settings, data and random numbers, the
+            training resumes from it with the same result. Dropout on a GPU is not covered.
 
     Returns:
-        The tensors (the moving average's where `training.ema_decay` is set), and the mean loss of the last and of the first
-        epoch (or of a tenth of the steps, where `training.steps` is set), the number of steps and of rows seen; with `stop`
-        also the best figure and the step it was measured at.
+        The tensors (with `training.ema_decay`, their moving averages), and metrics. The metrics are the mean loss of the last
+        and of the first epoch (with `training.steps`, of a tenth of the steps), the number of steps and the number of rows.
+        With `stop`, they include the best figure and its step.
 
     Raises:
-        InputError: there are no rows or nothing to train, or the loss or a weight is no longer finite.
+        InputError: There are no rows or no trainable tensors, or the loss or a weight is not finite.
     """
     n = rows(data)
     if not n:
-        raise InputError("cannot train on no rows; check the site's training data")
+        raise InputError("cannot train: there are no rows; check the site's training data")
     with seeded(ctx.rng, ctx.device):
         model = _model(ctx, start, trainable)
         parameters = dict(model.named_parameters())
         live = [parameter for parameter in parameters.values() if parameter.requires_grad]
         if not live:
-            raise InputError("nothing to train: the model has no tensor of the part that is asked for; choose a model that has")
+            raise InputError("no trainable tensors: the model lacks the part to train; choose another model")
         steps, kind = training.count(n), torch.device(ctx.device).type
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.mixed_precision)
         resident = sum(column.nbytes for column in data.values()) <= _RESIDENT
@@ -235,7 +238,7 @@ def fit(
         state = TrainState(
             model, _optimizer(training, live), torch.amp.GradScaler(kind, enabled=training.mixed_precision == "fp16"),
             average={name: p.detach().clone() for name, p in parameters.items() if p.requires_grad and training.ema_decay},
-            # in one piece: a small tensor for each step would lie between what the next steps free and take, and split it
+            # one preallocated tensor: a small tensor for each step fragments the memory that later steps free and allocate
             losses=torch.zeros(steps * training.gradient_accumulation_steps, dtype=torch.float64, device=ctx.device),
         )  # fmt: skip
         key = _key(ctx.rng, start, training, data, snapshots.of) if snapshots else ""
@@ -258,7 +261,7 @@ def fit(
 
 
 def _model(ctx: Context, start: Tensors, trainable: Callable[[str], bool] | None) -> nn.Module:
-    """Return the task's model with the tensors of `start`, of which those that `trainable` names learn."""
+    """Return the task's model with the tensors of `start`, frozen except those for which `trainable` is True."""
     model = ctx.task.build()
     if ctx.device != "cpu":
         model.to(ctx.device)
@@ -270,7 +273,7 @@ def _model(ctx: Context, start: Tensors, trainable: Callable[[str], bool] | None
 
 
 def _judged(state: TrainState, loop: _Loop, stop: Stop, start: Tensors, tail: int) -> bool:
-    """Measure the model, keep it if it is the best so far, and return whether the training ends."""
+    """Evaluate the model, record it if it is the best so far, and return whether the training ends."""
     parameters = dict(loop.parameters)
     _exchange(parameters, state.average)
     state.model.eval()
@@ -296,7 +299,7 @@ def _result(
         losses = state.losses[: len(state.counts)].cpu()
         weights = torch.tensor(state.counts, dtype=torch.float64)
         info |= {"loss": _mean(losses[-window:], weights[-window:]), "first_loss": _mean(losses[:window], weights[:window])}
-        # one sum tells whether any term is not finite
+        # a sum is not finite if any term is not finite
         if not all(math.isfinite(value.sum()) for value in (losses, *result.values())):
             raise InputError(
                 f"training diverged: loss or weights not finite after {steps} steps; "
@@ -306,13 +309,13 @@ def _result(
 
 
 def _key(rng: torch.Generator, start: Tensors, training: Training, data: Table, of: str) -> str:
-    """Names a training by all that it is made of."""
+    """Return a digest of all inputs of a training."""
     text = repr((sha256(start), training, sha256(data), sha256({"rng": rng.get_state()}), of))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _exchange(parameters: dict[str, nn.Parameter], average: dict[str, Tensor]) -> None:
-    """Put the moving average in the place of the weights; a second time, and all is as it was."""
+    """Swap the weights and their moving averages; a second call restores them."""
     for name, smooth in average.items():
         weight = parameters[name].data
         parameters[name].data, average[name] = smooth, weight
@@ -323,7 +326,7 @@ def _mean(values: Tensor, weights: Tensor) -> float:
 
 
 def proximal(anchor: Tensors, mu: float) -> Penalty:
-    """mu/2·||w - anchor||², over parameters (buffers are not trained)."""
+    """Return the penalty mu/2·||w - anchor||² over trainable parameters."""
 
     def penalty(parameters: Tensors) -> Tensor:
         live = [(p, anchor[name].to(p.device)) for name, p in parameters.items() if p.requires_grad]
@@ -333,13 +336,16 @@ def proximal(anchor: Tensors, mu: float) -> Penalty:
 
 
 def minibatches(ctx: C, training: Training, data: Table) -> Iterator[tuple[C, Table]]:
-    """The batches that `fit` would train on, in its order, for methods that solve a problem of their own on each of them.
+    """Yield the batches of `fit`, in the same order, for methods that solve a separate problem on each batch.
 
     Yields:
-        A context for that problem (its random stream is one for all of them, and not that of the order), and the rows.
+        A context for that problem, and the rows. All contexts share one random stream, spawned from `ctx.rng`.
+
+    Raises:
+        InputError: There are no rows.
     """
     if not rows(data):
-        raise InputError("cannot train on no rows; check the site's training data")
+        raise InputError("cannot train: there are no rows; check the site's training data")
     inner: Any = replace(ctx, rng=spawn(ctx.rng))  # type: ignore[type-var]
     order = _batches(rows(data), training.batch_size, ctx.rng)
     for _ in range(training.count(rows(data))):
@@ -347,5 +353,5 @@ def minibatches(ctx: C, training: Training, data: Table) -> Iterator[tuple[C, Ta
 
 
 def at(model: nn.Module, weights: Tensors) -> Any:
-    """The model with these weights in the place of its own, to be called as it is; gradients flow to the weights."""
+    """Return a function that calls the model with these weights; gradients flow to the weights."""
     return lambda *inputs: functional_call(model, dict(weights), inputs)

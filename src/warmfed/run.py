@@ -1,4 +1,4 @@
-"""The only round loop."""
+"""The round loop. No other module runs stages."""
 
 import time
 from collections import Counter
@@ -15,7 +15,7 @@ from .utils.errors import InputError
 
 
 def cohort(stage: Stage, sites: Sequence[str], rng: torch.Generator) -> list[str]:
-    """The sites that a stage asks: all, or a share of them drawn from `rng`; sorted by name."""
+    """Return the sites of a stage, sorted by name: all, or a share drawn from `rng`; empty for a stage without client."""
     if stage.client is None:
         return []
     count = max(1, round(stage.client_fraction * len(sites)))
@@ -32,16 +32,22 @@ def run(
     evaluate: str = "every",
     admission: AdmissionPolicy = DEFAULT_ADMISSION,
 ) -> Iterator[Round]:
-    """Run an algorithm's stages in order and yield after each; progress, logs, checkpoints and reports consume it.
+    """Run an algorithm's stages in order; yield a `Round` after each.
 
     Args:
-        central: what the server may see; its `rng` is replaced by each stage's own.
+        algorithm: the algorithm.
+        central: context of the server functions; each stage replaces its `rng`.
+        transport: connection to the clients.
+        seed: seed of all random streams.
         start: (stages already done, the server's state then), to resume a run.
-        evaluate: every (stage that may change a model), last (only), or never.
-        border: which replies are taken, and how many a stage needs.
+        evaluate: "every" (each stage that may change a model), "last" or "never".
+        admission: checks of the replies, and the number of replies that a stage needs.
+
+    Yields:
+        The record of each stage.
 
     Raises:
-        InputError: fewer sites than needed have given a usable reply; nothing of this stage is kept.
+        InputError: Fewer sites than needed gave a valid reply; the stage is discarded.
     """
     sites = transport.sites
     done, server = start or (0, algorithm.init(replace(central, rng=stream(seed, "init"))))
@@ -50,27 +56,27 @@ def run(
     for step, stage in list(enumerate(plan))[done:]:
         began, number = time.perf_counter(), counts[stage.name]
         counts[stage.name] += 1
-        asked = cohort(stage, sites, stream(seed, stage.name, number, "cohort"))
+        selected = cohort(stage, sites, stream(seed, stage.name, number, "cohort"))
         answers: dict[str, Reply[Message] | Failure] = {}
         exchanges: list[Exchange] = []
         broadcast = stage.broadcast or algorithm.broadcast
-        sent = {s: broadcast(server, s) for s in asked}
+        sent = {s: broadcast(server, s) for s in selected}
         for site, answer, crossed in transport.send(step, stage.name, number, sent):
             answers[site] = admission.admit(answer, site, sent[site], stage, central)
             exchanges += crossed
         replies, absent = admission.exclude_outliers(answers, sent, stage)
-        if len(replies) < admission.needed(len(asked)):
-            told = "; ".join(f"site {site!r}: {reason}" for site, reason in absent.items())
+        if len(replies) < admission.needed(len(selected)):
+            reasons = "; ".join(f"site {site!r}: {reason}" for site, reason in absent.items())
             raise InputError(
-                f"{len(replies)} of {len(asked)} sites gave a usable answer to stage {stage.name} {number + 1}, "
-                f"{admission.needed(len(asked))} are needed ({told}); mend them and resume, or set server.min_sites lower"
+                f"{len(replies)} of {len(selected)} sites gave a valid reply to stage {stage.name} {number + 1}, "
+                f"{admission.needed(len(selected))} are needed ({reasons}); fix them and resume, or lower server.min_sites"
             )
         server, aggregate = stage.server(server, replies, replace(central, rng=stream(seed, stage.name, number, "server")))
         admission.check_state(server, f"{stage.name} {number + 1}")
         last = step == len(plan) - 1
-        measured = (evaluate == "every" and (stage.evaluated or last)) or (evaluate == "last" and last)
+        evaluate_now = (evaluate == "every" and (stage.evaluated or last)) or (evaluate == "last" and last)
         evaluation: Mapping[str, Mapping[str, Metrics]] = {}
-        if measured:
+        if evaluate_now:
             model = algorithm.global_model(server)
             views = transport.evaluate({s: algorithm.broadcast(server, s) for s in sites}, model)
             evaluation, unmeasured = admission.admit_metrics(views, model, central)
@@ -80,7 +86,7 @@ def run(
             stage=stage.name,
             number=number,
             server=server,
-            cohort=tuple(asked),
+            cohort=tuple(selected),
             train={site: reply.metrics for site, reply in replies.items()},
             aggregate=aggregate,
             evaluation=evaluation,

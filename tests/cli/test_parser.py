@@ -124,7 +124,7 @@ def test_resume_of_a_finished_run(folder: Path, capsys: Any) -> None:
     [
         ("runn", "invalid choice: 'runn'"),
         ("run --seed x", "invalid int value: 'x'"),
-        ("run --workers 0", "whole number from 1"),
+        ("run --workers 0", "whole number of at least 1"),
         ("run --set seed", "--set takes key=value; got 'seed'"),
         ("run --set sead=1", "did you mean 'seed'"),
         ("run --set seed=x", "seed must be of type int"),
@@ -136,8 +136,8 @@ def test_resume_of_a_finished_run(folder: Path, capsys: Any) -> None:
         ("run --set data.source=broken", "b/1/0.png does not decode"),
         ("run --set data.source=lonely", "'b'"),
         ("run --set data.source=void", "'b'"),
-        ("run --algorithm fedavg --set data.source=good --out good", "good is there already"),
-        ("run --algorithm fedavg --set data.source=good --out file", "file is there already"),
+        ("run --algorithm fedavg --set data.source=good --out good", "good exists already"),
+        ("run --algorithm fedavg --set data.source=good --out file", "file exists already"),
         ("resume nowhere", "is this a run folder?"),
         ("report nowhere", "is not a folder"),
         ("report good", "not a run folder"),
@@ -147,8 +147,8 @@ def test_resume_of_a_finished_run(folder: Path, capsys: Any) -> None:
         ("compare --algorithms fedavg fedprox --reference fedprx", "did you mean 'fedprox'"),
         ("compare --algorithms fedavg --unseen ink", "--unseen is now called --holdout-site"),
         ("compare --algorithms fedavg --tested fedavg", "--tested is now called --reference"),
-        ("compare --out good --algorithms fedavg --set data.source=good", "is no comparison"),
-        ("pretrain --out good", "good is there already"),
+        ("compare --out good --algorithms fedavg --set data.source=good", "is not a comparison"),
+        ("pretrain --out good", "good exists already"),
         ("pretrain --out x --set stepz=1", "did you mean 'steps'"),
         ("pretrain", "--out"),
     ],
@@ -206,13 +206,13 @@ def test_predict_refuses(folder: Path, tmp_path: Path, capsys: Any) -> None:
     good = picture(tmp_path / "0.png", 0)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     assert "does not decode" in refused(capsys, "predict", folder, good, tmp_path / "bad.png")
-    assert "is no file" in refused(capsys, "predict", folder, tmp_path / "none.png")
+    assert "is not a file" in refused(capsys, "predict", folder, tmp_path / "none.png")
     assert "known: a, b" in refused(capsys, "predict", folder, good, "--site", "paper")
     damaged = tiny.copy(folder, tmp_path / "run")
     path = damaged / "models" / "global.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert "not the one that the run made" in refused(capsys, "predict", damaged, good)
+    assert "has changed since the run" in refused(capsys, "predict", damaged, good)
     path.write_bytes(content[:-1])
     assert "damaged" in refused(capsys, "predict", damaged, good)
 
@@ -220,7 +220,7 @@ def test_predict_refuses(folder: Path, tmp_path: Path, capsys: Any) -> None:
 def test_predict_without_a_global_model(data: Path, tmp_path: Path, capsys: Any) -> None:
     said(capsys, "run", "--algorithm", "local", "--out", tmp_path / "x", "--quiet", *QUICK, f"data.source={data}")
     image = picture(tmp_path / "0.png", 0)
-    assert "local has no global model; name a site by --site: a, b" in refused(capsys, "predict", tmp_path / "x", image)
+    assert "local has no global model; choose a site with --site: a, b" in refused(capsys, "predict", tmp_path / "x", image)
     assert "0.png" in said(capsys, "predict", tmp_path / "x", image, "--site", "a")
 
 
@@ -272,7 +272,7 @@ def test_verify_looks_at_the_models_and_the_version(folder: Path, tmp_path: Path
     assert "models/personal/a.safetensors" in said(capsys, "verify", forged, "--quiet", code=1)
     summary = json.loads((forged / "summary.json").read_text())
     write_json(forged / "summary.json", summary | {"warmfed": "0.0.7"})
-    assert "made by warmfed 0.0.7" in refused(capsys, "verify", forged)
+    assert "made with warmfed 0.0.7" in refused(capsys, "verify", forged)
     del summary["history_sha256"], summary["seed"]
     write_json(forged / "summary.json", summary)
     assert "it lacks seed, history_sha256" in refused(capsys, "verify", forged)

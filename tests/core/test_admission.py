@@ -50,7 +50,9 @@ def test_a_reply_has_the_layout_of_the_message_and_is_finite(tensors: Tensors, r
 def test_the_norm_is_that_of_the_change() -> None:
     moved = Model({"w": torch.tensor([6.0, 8.0]), "n": torch.tensor(7)})  # by 5
     assert verdict(moved, AdmissionPolicy(max_update_norm=5.1)) == ""
-    assert verdict(moved, AdmissionPolicy(max_update_norm=4.9)) == "its norm is 5, at most 4.9 is taken"
+    assert (
+        verdict(moved, AdmissionPolicy(max_update_norm=4.9)) == "its norm is 5, expected at most 4.9 (server.max_update_norm)"
+    )
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
@@ -85,7 +87,7 @@ def test_a_site_that_fails_is_left_out_and_comes_back() -> None:
 
 
 def test_too_few_answers_stop_the_run_by_name() -> None:
-    with pytest.raises(InputError, match=r"3 of 4 sites gave a usable answer to stage train 1, 4 are needed \(site 'b': "):
+    with pytest.raises(InputError, match=r"3 of 4 sites gave a valid reply to stage train 1, 4 are needed \(site 'b': "):
         faulty("fedavg", {(0, "b"): spoiled}, least=0)
 
 

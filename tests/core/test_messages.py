@@ -164,9 +164,9 @@ REFUSED = {
     "no fields": (forged(lambda h, t: h.pop("fields")), "of kind"),
     "another field": (forged(with_fields(extra=1)), "has fields"),
     "a field less": (forged(lambda h, t: h["fields"].pop("model") and None), "has fields"),
-    "missing tensor": (forged(lambda h, t: t.clear()), "'model' does not hold"),
+    "missing tensor": (forged(lambda h, t: t.clear()), "'model' does not match"),
     "extra tensor": (forged(lambda h, t: t.update(evil=torch.ones(1))), "evil"),
-    "tensor of no name": (forged(with_fields(model=[])), "no field declares"),
+    "tensor of no name": (forged(with_fields(model=[])), "undeclared tensors"),
     "an empty field": (forged(with_fields(model=None)), "it is empty"),
     "a number for tensors": (forged(with_fields(model=3)), "'model'"),
     "text for a number": (forged(with_fields(count="4"), VERDICT), "expected int"),
@@ -218,7 +218,7 @@ def test_two_kinds_of_one_name_are_an_error() -> None:
         class Everything:
             other: int
 
-    with pytest.raises(TypeError, match=r"two messages are called test_messages\.Everything"):
+    with pytest.raises(TypeError, match=r"two message classes have the kind test_messages\.Everything"):
         declare()
     assert kind(Everything) == "test_messages.Everything"
 
@@ -226,5 +226,5 @@ def test_two_kinds_of_one_name_are_an_error() -> None:
 @pytest.mark.parametrize("kind_of_number", [torch.float8_e4m3fn, torch.complex64])
 def test_numbers_of_a_type_that_nobody_computes_with_are_refused(kind_of_number: torch.dtype) -> None:
     odd = Model({"w": torch.zeros(2).to(kind_of_number)})
-    with pytest.raises(InputError, match=rf"tensor 'model/w' is {kind_of_number}, a type that nobody here computes with"):
+    with pytest.raises(InputError, match=rf"tensor 'model/w' has the unsupported type {kind_of_number}"):
         decode(encode(odd))

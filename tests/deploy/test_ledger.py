@@ -35,7 +35,7 @@ def test_the_ledger_of_a_site(site: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (ledger.site, [line["kind"] for line in ledger.lines]) == ("a", ["wire.Card", "wire.Refusal"])
     overview, contents, every, refused, rules = tables(ledger)
     assert [cell.text for cell in overview.rows[0]][:2] == ["wire.Card", "1"]
-    assert overview.rows[0][3].text.startswith("A site presents itself")
+    assert overview.rows[0][3].text.startswith("Description of a site")
     named = {(row[0].text, row[1].text): row[2].text for row in contents.rows}
     assert named["classes", "wire.Card"] == "texts"
     assert named["rows", "wire.Card"] == "numbers by name"
@@ -57,7 +57,7 @@ def test_the_page_loads_nothing_and_shows_what_came_as_text(site: Path, tmp_path
     write_lines(path, [*lines, lines[0] | {"tensors": {"<script>x</script>": ["float32", [2, 3]]}}])
     assert main(["site-report", str(site), "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert "What left site a" in page
+    assert "Messages sent by site a" in page
     assert "2 × 3" in page
     assert "Refused requests" in page
     assert "this is &#39;a&#39;" in page or "this is 'a'" in page

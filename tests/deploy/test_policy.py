@@ -74,7 +74,7 @@ def test_no_image_leaves_because_the_server_says_so(
         left.append(unpack(reply.content))
         return reply
 
-    with caplog.at_level(logging.INFO, logger="flwr"), pytest.raises(InputError, match="0 sites have come"):
+    with caplog.at_level(logging.INFO, logger="flwr"), pytest.raises(InputError, match="0 sites have connected"):
         consortium.serve(listen)
     images = np.load(data)
     rows = [image.tobytes() for site in SITES for image in images[f"{site}_x_train"]]

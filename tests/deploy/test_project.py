@@ -243,7 +243,7 @@ def other_key(project: Path) -> None:
         (other_host, "certificate", "is not for 10.1.1.1"),
         (other_authority, "certificate", "not signed by the authority"),
         (other_key, "certificate", "not that of its certificate"),
-        (lambda p: (p / "server/server.crt").write_text("no"), "certificate", "no certificate in PEM"),
+        (lambda p: (p / "server/server.crt").write_text("no"), "certificate", "not a certificate in PEM"),
         (lambda p: (p / "server/server.key").chmod(0o644), "server.key", "chmod 600"),
         (lambda p: (p / "server/nodes/ink.pub").unlink(), "sites' keys", "no key of ink"),
         (lambda p: change_json(p / "server/project.json", torch="1.0"), "torch", "torch 1.0"),

@@ -155,18 +155,18 @@ def test_a_killed_comparison_goes_on_and_a_finished_one_grows(data: Path, tmp_pa
     planned = cells(data, ["fedavg", "fedper"], [0], [1])
     first, second, third = Log(stop), Log(), Log()
     with pytest.raises(tiny.Killed):
-        compare(planned, tmp_path / "x", workers=1, watcher=first)
+        compare(planned, tmp_path / "x", workers=1, listener=first)
     assert first.names == ["fedavg-rounds1-seed0"]
     kept = tiny.digest(tmp_path / "x" / "cells" / first.names[0])
 
-    table = compare(planned, tmp_path / "x", workers=2, watcher=second)
+    table = compare(planned, tmp_path / "x", workers=2, listener=second)
     assert second.names == ["fedper-rounds1-seed0"]
     assert tiny.digest(tmp_path / "x" / "cells" / first.names[0]) == kept
     assert json.loads((tmp_path / "x" / "compare.json").read_text()) == table
     assert "| fedavg |" in (tmp_path / "x" / "compare.md").read_text()
     assert (tmp_path / "x" / "report.html").exists()
 
-    compare(cells(data, ["fedavg", "fedper"], [0, 1], [1]), tmp_path / "x", workers=2, watcher=third)
+    compare(cells(data, ["fedavg", "fedper"], [0, 1], [1]), tmp_path / "x", workers=2, listener=third)
     assert sorted(third.names) == ["fedavg-rounds1-seed1", "fedper-rounds1-seed1"]
 
     before = tiny.digest(tmp_path / "x")
@@ -202,7 +202,7 @@ def test_a_sweep_chooses_by_validation(data: Path, tmp_path: Path, capsys: Any) 
     ("content", "words"),
     [
         ("[sweep]\nalgorithm.rounds = 3", "sweep.algorithm.rounds must be a list"),
-        ("[sweep]\nalgorithm.rounds = [3, 3]", "names a value twice"),
+        ("[sweep]\nalgorithm.rounds = [3, 3]", "has a value twice"),
         ("[sweep]\nalgorithm.roundz = [3, 4]", "unknown key 'algorithm.roundz'"),
     ],
 )
@@ -246,7 +246,7 @@ def test_a_cell_that_fails_is_named(data: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_runs_where_one_cell_cannot(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing to do in 0 rounds"):
+    with pytest.raises(InputError, match="no stages in 0 rounds"):
         compare(cells(data, ["fedavg"], [0], [1, 0]), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

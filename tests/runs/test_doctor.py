@@ -284,7 +284,7 @@ def test_the_configurations_for_the_real_thing(name: str, tmp_path: Path, monkey
     assert work["samples"]["count"] == sites * classes * config.algorithm.synthesis.per_class
     assert all(row["seconds"] > 0 for row in found["work"])
     assert found["memory"] > found["base"]["bytes"]
-    assert found["timed_on"] == ("cuda" if torch.cuda.is_available() else "cpu, for there is no graphics card here")
+    assert found["timed_on"] == ("cuda" if torch.cuda.is_available() else "cpu, as this machine has no GPU")
     assert not list(tmp_path.glob("runs*"))
 
 

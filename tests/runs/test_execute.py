@@ -174,7 +174,7 @@ def test_every_process_of_warmfed_is_killed(warm: Config, tmp_path: Path) -> Non
     for name in ("adapters/a.safetensors", "synthetic/samples.safetensors"):
         assert verify(tmp_path / "run") == read_summary(tmp_path / "run")["history_sha256"]
         (tmp_path / "run" / name).write_bytes((tmp_path / "run" / "adapters/b.safetensors").read_bytes())
-        with pytest.raises(DifferenceError, match=f"{name}: missing, or other bytes"):
+        with pytest.raises(DifferenceError, match=f"{name}: it is missing or differs"):
             verify(tmp_path / "run")
         (tmp_path / "run" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
 
@@ -235,7 +235,7 @@ def test_a_run_whose_sites_learned_prompts_alone_draws_again(
 
 
 def test_a_base_that_draws_images_of_another_size(warm: Config, data: Path) -> None:
-    with pytest.raises(InputError, match=r"draws images of 32×32 pixels, those of toy have 8×8"):
+    with pytest.raises(InputError, match=r"generates images of 32×32 pixels, those of toy have 8×8"):
         prepare(replace(warm, data=replace(warm.data, source=str(data))))
 
 
@@ -278,8 +278,8 @@ def cut(path: Path) -> None:
         ("checkpoint/server.safetensors", flip, ("checkpoint", "damaged")),
         ("checkpoint/server.safetensors", cut, ("checkpoint", "damaged")),
         ("checkpoint/server.safetensors", Path.unlink, ("missing",)),
-        ("checkpoint/sites/b.safetensors", flip, ("memory of site 'b'", "damaged")),
-        ("checkpoint/sites/a.safetensors", cut, ("memory of site 'a'", "damaged")),
+        ("checkpoint/sites/b.safetensors", flip, ("client state of site 'b'", "damaged")),
+        ("checkpoint/sites/a.safetensors", cut, ("client state of site 'a'", "damaged")),
         ("rounds.jsonl", cut, ("rounds.jsonl", "damaged")),
         ("rounds.jsonl", Path.unlink, ("rounds.jsonl",)),
         ("ledger.jsonl", cut, ("ledger.jsonl", "damaged")),
@@ -358,7 +358,7 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder"):
-        with pytest.raises(InputError, match="it is there and no file; choose another path"):
+        with pytest.raises(InputError, match="it exists and is not a regular file; choose another path"):
             atomic_write(tmp_path / name, "text")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

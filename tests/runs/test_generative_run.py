@@ -74,8 +74,8 @@ def test_synthesize(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["synthesize", str(folder), "--label", "nothing", *both]) == 2
     assert "no class 'nothing'" in capsys.readouterr().err
     for option, place, words in (
-        ("--grid", "a.jpg", "--grid writes a PNG"),
-        ("--out", "", "it is there and no file"),
+        ("--grid", "a.jpg", "--grid must end in .png"),
+        ("--out", "", "it exists and is not a regular file"),
         ("--out", "a.png/b.safetensors", "Not a directory"),
     ):
         assert main(["synthesize", str(folder), option, str(tmp_path / place)]) == 2
@@ -83,7 +83,7 @@ def test_synthesize(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["synthesize", str(folder)]) == 2
     assert "--grid or --out" in capsys.readouterr().err
     assert main(["predict", str(folder), str(tmp_path / "a.png")]) == 2
-    assert "learned to draw, not to classify" in capsys.readouterr().err
+    assert "has no classifier" in capsys.readouterr().err
 
 
 def test_a_comparison_of_diffusion_models(data: Path, folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -118,7 +118,7 @@ def test_a_comparison_of_diffusion_models(data: Path, folder: Path, tmp_path: Pa
     [
         (["--algorithm", "warmfed", "--set", "task=denoise"], "warmfed cannot learn the task denoise; choose one of"),
         (["--algorithm", "fedddpm", "--set", "task=classify"], "fedddpm cannot learn the task classify"),
-        (["--algorithm", "fedddpm", "--set", "model.start=public"], "does not start from the public classifier"),
+        (["--algorithm", "fedddpm", "--set", "model.start=public"], "cannot start from the public classifier"),
         (["--algorithm", "fedddpm", "--set", "task=draw"], "task must be one of classify, denoise"),
     ],
 )

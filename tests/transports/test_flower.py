@@ -58,7 +58,7 @@ def test_a_run_over_flower_is_the_run_in_process(consortium: Consortium, whole: 
     assert (tmp_path / "run" / "report.html").exists()
     kept = next((tmp_path / "site-b" / "work" / "runs").iterdir())
     assert read_summary(kept)["models_sha256"]["personal/b"] == whole["models_sha256"]["personal/b"]
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a file"):
         predict(kept, [tmp_path / "nothing.png"], "b")
 
 
@@ -136,14 +136,14 @@ FAULTS: dict[str, tuple[Callable[[Message, Message], Message | None], str]] = {
     "NaN": (spoil(lambda a: model(a, lambda m: {n: t * float("nan") for n, t in m.items()})), "is not finite"),
     "wrong shape": (spoil(lambda a: model(a, lambda m: {n: t[:1] for n, t in m.items()})), "expected float32 [3]"),
     "oversized": (
-        spoil(lambda a: model(a, lambda m: {**m, "x": torch.zeros(50_000)})), "at most 100,000 are taken"
+        spoil(lambda a: model(a, lambda m: {**m, "x": torch.zeros(50_000)})), "expected at most 100,000 "
     ),
-    "too far": (spoil(lambda a: model(a, lambda m: {n: t + 1e6 for n, t in m.items()})), "at most 1000 is taken"),
+    "too far": (spoil(lambda a: model(a, lambda m: {n: t + 1e6 for n, t in m.items()})), "expected at most 1000"),
     "replayed": (spoil(lambda a: replace(a, step=a.step - 1)), "for step 0, expected 1 (a replay?)"),
     "of another run": (spoil(lambda a: replace(a, run="0" * 16)), "expected"),
-    "of another site": (spoil(lambda a: replace(a, site="a")), "signed by site 'a', expected 'b'"),
-    "unsealed": (unsealed, "not those that the seal declares"),
-    "pickle": (lambda message, reply: tampered(reply, b"\x80\x05cos\nsystem\n."), "not known here"),
+    "of another site": (spoil(lambda a: replace(a, site="a")), "names site 'a', expected 'b'"),
+    "unsealed": (unsealed, "do not match the declared size or SHA-256"),
+    "pickle": (lambda message, reply: tampered(reply, b"\x80\x05cos\nsystem\n."), "not declared here"),
     "none": (lambda message, reply: None, "it has not answered in time"),
     "a failure": (failed, "its app has failed: out of memory"),
 }  # fmt: skip
@@ -176,7 +176,7 @@ def test_a_fault_leaves_its_site_out_of_one_round(fault: str, tmp_path: Path, da
 def test_who_must_be_there_is_waited_for(consortium: Consortium, data: Path) -> None:
     del consortium.folders[consortium.node("c")]
     settings(consortium.config, server=SETTINGS["server"] | {"stage_timeout": 1.5})
-    with pytest.raises(InputError, match="3 sites have come"):
+    with pytest.raises(InputError, match="3 sites have connected"):
         consortium.serve()
     settings(consortium.config, server=SETTINGS["server"] | {"stage_timeout": 1.5, "min_sites": 3})
     consortium.serve()

@@ -80,19 +80,19 @@ def test_a_damaged_memory_names_its_site(damage: object, tmp_path: Path) -> None
     step(InProcess(toy.workers(ALGORITHM), folder=tmp_path), 0)
     path = tmp_path / "b.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match="memory of site 'b'"):
+    with pytest.raises(InputError, match="client state of site 'b'"):
         step(InProcess(toy.workers(ALGORITHM), folder=tmp_path), 1)
 
 
 def test_the_memory_of_another_run_is_refused(tmp_path: Path) -> None:
     step(InProcess(toy.workers(ALGORITHM), folder=tmp_path), 3)
-    with pytest.raises(InputError, match="site 'a' has answered step 3, but the server is at step 1"):
+    with pytest.raises(InputError, match="site 'a' has replied to step 3, but the server is at step 1"):
         step(InProcess(toy.workers(ALGORITHM), folder=tmp_path), 1)
 
 
 def test_an_unknown_stage_is_refused() -> None:
     transport = InProcess(toy.workers(ALGORITHM))
-    with pytest.raises(InputError, match="asked for stage 'distil'"):
+    with pytest.raises(InputError, match="request for stage 'distil'"):
         list(transport.send(0, "distil", 0, {"a": ALGORITHM.init(toy.central())}))
 
 

@@ -359,7 +359,7 @@ def test_names_in_markdown_render_as_themselves() -> None:
 
 def test_names_of_arms_are_plain() -> None:
     assert plan(settings={"arms": {"long (μ=0.1), 2": {"algorithm": {"name": "fedavg"}}}})
-    with pytest.raises(InputError, match=r"an arm's name .* was expected, got '<script>'"):
+    with pytest.raises(InputError, match=r"expected an arm's name .*, got '<script>'"):
         plan(settings={"arms": {"<script>": {"algorithm": {"name": "fedavg"}}}})
 
 

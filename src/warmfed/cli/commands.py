@@ -1,4 +1,4 @@
-"""What the commands of `warmfed.cli` do; each takes the parsed arguments and returns the exit code."""
+"""Commands of `warmfed.cli`; each takes the parsed arguments and returns the exit code."""
 
 import json
 from argparse import Namespace
@@ -58,27 +58,27 @@ def run(asked: Namespace) -> int:
     }
     config = parse(asked.config, settings | {key: value for key, value in own.items() if value is not None})
     if asked.dry_run:
-        return _rehearsed(config, asked.json)
+        return _dry_run(config, asked.json)
     if asked.transport == "inprocess":
-        return _finished(asked, lambda watcher: execute(config, asked.out, watcher))
+        return _finished(asked, lambda reporter: execute(config, asked.out, reporter))
     folder = asked.out or claim_run_folder(config)
     try:
-        return _finished(asked, lambda watcher: _over_flower(asked, config, folder, watcher))
+        return _finished(asked, lambda reporter: _over_flower(asked, config, folder, reporter))
     except InputError:
         if asked.out is None and not any(folder.iterdir()):
             folder.rmdir()
         raise
 
 
-def _over_flower(asked: Namespace, config: Config, folder: Path, watcher: RunListener) -> dict[str, Any]:
+def _over_flower(asked: Namespace, config: Config, folder: Path, reporter: RunListener) -> dict[str, Any]:
     if asked.transport == "flower":
-        return launch(config, folder, asked.superlink, watcher)
+        return launch(config, folder, asked.superlink, reporter)
     from ..deploy.ray_simulation import simulate_on_ray
 
-    return simulate_on_ray(config, folder, watcher)
+    return simulate_on_ray(config, folder, reporter)
 
 
-def _rehearsed(config: Config, as_json: bool) -> int:
+def _dry_run(config: Config, as_json: bool) -> int:
     from ..runs.dry_run import dry_run
 
     found = dry_run(config)
@@ -108,20 +108,20 @@ def doctor(asked: Namespace) -> int:
 
 
 def resume(asked: Namespace) -> int:
-    return _finished(asked, lambda watcher: resume_run(asked.folder, watcher, asked.workers))
+    return _finished(asked, lambda reporter: resume_run(asked.folder, reporter, asked.workers))
 
 
 def _finished(asked: Namespace, work: Callable[[ProgressReporter], dict[str, Any]]) -> int:
-    """Do the work of a run and show its end."""
-    with progress_reporter(quiet=asked.quiet, events=asked.json) as watcher:
+    """Run `work` with a progress reporter and print its result; return the exit code."""
+    with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
         try:
-            summary = work(watcher)
+            summary = work(reporter)
         except KeyboardInterrupt:
-            raise _stopped(watcher.folder and f"resume with: warmfed resume {watcher.folder}") from None
-    folder = watcher.folder or asked.folder
-    if isinstance(watcher, JsonReporter):
+            raise _stopped(reporter.folder and f"resume with: warmfed resume {reporter.folder}") from None
+    folder = reporter.folder or asked.folder
+    if isinstance(reporter, JsonReporter):
         emit("finished", folder=str(folder), summary=summary)
-    elif isinstance(watcher, SilentReporter):
+    elif isinstance(reporter, SilentReporter):
         print(folder)
     else:
         out = console()
@@ -146,23 +146,23 @@ def sweep(asked: Namespace) -> int:
     names = asked.algorithms or ["warmfed"] * (asked.config is None)
     cells = plan_cells(asked.config, settings, names, asked.seeds, asked.rounds, asked.holdout_site, grid)
     if not cells[0].settings:
-        raise InputError("a sweep needs settings to vary; name some: --grid algorithm.local.lr=0.01,0.02")
+        raise InputError("a sweep needs settings to vary; set them: --grid algorithm.local.lr=0.01,0.02")
     return _study(asked, cells)
 
 
 def _study(asked: Namespace, cells: Sequence[Cell]) -> int:
-    """Run the cells and show their table."""
+    """Run the cells and print their table; return the exit code."""
     folder = asked.out or next(
         path for n in count(1) if not (path := Path("runs") / (asked.command + (f"-{n}" if n > 1 else ""))).exists()
     )
-    with progress_reporter(quiet=asked.quiet, events=asked.json) as watcher:
+    with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
         try:
-            table = compare_cells(cells, folder, asked.workers, _Shown(watcher), asked.reference)
+            table = compare_cells(cells, folder, asked.workers, _ForwardProgress(reporter), asked.reference)
         except KeyboardInterrupt:
-            raise _stopped(f"the same command with --out {folder} goes on from here") from None
-    if isinstance(watcher, JsonReporter):
+            raise _stopped(f"resume with the same command and --out {folder}") from None
+    if isinstance(reporter, JsonReporter):
         emit("finished", folder=str(folder), comparison=table)
-    elif isinstance(watcher, SilentReporter):
+    elif isinstance(reporter, SilentReporter):
         print(folder)
     else:
         out = console()
@@ -177,22 +177,22 @@ def _study(asked: Namespace, cells: Sequence[Cell]) -> int:
     return 0
 
 
-class _Shown(Cells):
-    """A comparison's progress by a run's teller."""
+class _ForwardProgress(Cells):
+    """Forwards the progress of a comparison to a progress reporter."""
 
-    def __init__(self, watcher: ProgressReporter) -> None:
-        self._watcher, self._finished, self._total = watcher, 0, 0
+    def __init__(self, reporter: ProgressReporter) -> None:
+        self._reporter, self._finished, self._total = reporter, 0, 0
 
     def plan(self, folder: Path, cells: Sequence[Cell], finished: int) -> None:
         self._finished, self._total = finished, len(cells)
         done = f", {finished} of them done" if finished else ""
-        self._watcher.say(f"{len(cells)} runs{done} -> {folder}")
-        self._watcher.phase("runs", finished, self._total)
+        self._reporter.say(f"{len(cells)} runs{done} -> {folder}")
+        self._reporter.phase("runs", finished, self._total)
 
     def progress(self, running: Mapping[str, tuple[str, float]], seconds_left: float | None) -> None:
         at_work = " | ".join(f"{name} {stage} {100 * share:.0f} %" for name, (stage, share) in running.items())
         left = f", {spoken(seconds_left)}" if seconds_left is not None else ""
-        self._watcher.phase(f"{at_work}{left}", self._finished, self._total)
+        self._reporter.phase(f"{at_work}{left}", self._finished, self._total)
 
     def finished(self, cell: Cell, summary: Mapping[str, Any], done: int, total: int) -> None:
         self._finished = done
@@ -203,8 +203,8 @@ class _Shown(Cells):
         ]
         if summary["quality"]:
             shown.append(f"FID {summary['quality']['fid']:.2f}")
-        self._watcher.say(f"  {cell.name}: {', '.join([*shown, duration(summary['seconds'])])}")
-        self._watcher.phase("runs", done, total)
+        self._reporter.say(f"  {cell.name}: {', '.join([*shown, duration(summary['seconds'])])}")
+        self._reporter.phase("runs", done, total)
 
 
 def report(asked: Namespace) -> int:
@@ -272,7 +272,7 @@ def personalize(asked: Namespace) -> int:
 
 
 def synthesize(asked: Namespace) -> int:
-    with progress_reporter(quiet=asked.quiet, events=asked.json) as watcher:
+    with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
         made = draw(
             asked.folder,
             site=asked.site,
@@ -281,11 +281,11 @@ def synthesize(asked: Namespace) -> int:
             seed=asked.seed,
             picture=asked.picture,
             out=asked.out,
-            progress=watcher.phase,
+            progress=reporter.phase,
         )
-    if isinstance(watcher, JsonReporter):
+    if isinstance(reporter, JsonReporter):
         emit("finished", **made)
-    elif isinstance(watcher, SilentReporter):
+    elif isinstance(reporter, SilentReporter):
         print(made.get("grid") or made["out"])
     else:
         places = ", ".join(made[key] for key in ("grid", "out") if key in made)
@@ -302,15 +302,15 @@ def pretrain(asked: Namespace) -> int:
     data, made = pretraining_tables(asked.config, dict(setting(text) for text in asked.settings))
     settings = construct(Pretraining, made, "pretraining")
     if occupied(asked.out) and not (asked.work and resumable(asked.out, settings)):
-        raise InputError(f"{asked.out} is there already; choose another --out")
+        raise InputError(f"{asked.out} exists already; choose another --out")
     images = pictures(load_data(data), settings.side) if data else None
-    with progress_reporter(quiet=asked.quiet, events=asked.json) as watcher:
+    with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
         try:
-            record = make(settings, asked.out, watcher.phase, asked.work, asked.device, images)
+            record = make(settings, asked.out, reporter.phase, asked.work, asked.device, images)
         except KeyboardInterrupt:
-            kept = f"the same command goes on from what is in {asked.work}" if asked.work else ""
+            kept = f"resume with the same command from {asked.work}" if asked.work else ""
             raise _stopped(kept) from None
-    if isinstance(watcher, JsonReporter):
+    if isinstance(reporter, JsonReporter):
         emit("finished", folder=str(asked.out), record=record)
     else:
         print(asked.out)
@@ -335,12 +335,12 @@ def algorithms(asked: Namespace) -> int:
 
 
 def verify(asked: Namespace) -> int:
-    with progress_reporter(quiet=asked.quiet, events=asked.json) as watcher:
+    with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
         try:
-            history, difference = verify_run(asked.folder, watcher, asked.workers), None
+            history, difference = verify_run(asked.folder, reporter, asked.workers), None
         except DifferenceError as error:
             history, difference = None, str(error)
-    if isinstance(watcher, JsonReporter):
+    if isinstance(reporter, JsonReporter):
         emit("verified", identical=difference is None, history_sha256=history, difference=difference)
     else:
         print(f"identical: history {history}" if difference is None else shown(f"different: {difference}"))

@@ -1,4 +1,4 @@
-"""The command line. What a command needs is imported when it runs: `warmfed --help` is instant."""
+"""Parser of the command line. Commands import their modules when they run, so that `warmfed --help` is fast."""
 
 import argparse
 import os
@@ -11,12 +11,13 @@ from ..utils.errors import InputError, printable
 from ..utils.version import __version__
 
 _MOST = 4000
-"""Characters of an error's line."""
+"""Most characters of an error's line."""
 CODES = """exit codes:
   0    done
   1    verify found a difference
-  2    bad input: one line says what was expected, what came and what to do; nothing has been changed; or a check fails
-  130  interrupted; the line says how to go on
+  2    invalid input: one line gives the expected and the actual value, and how to fix it; nothing is changed;
+       or a check failed
+  130  interrupted; the line says how to resume
 """
 
 
@@ -28,11 +29,11 @@ class _Parser(argparse.ArgumentParser):
         for old, new in _RENAMED.items():
             if old in message.split():
                 raise InputError(f"{old} is now called {new}; rename it")
-        raise InputError(f"{message}; `{self.prog} --help` shows what there is")
+        raise InputError(f"{message}; see `{self.prog} --help`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command and return the exit code."""
     try:
         asked = parser().parse_args(arguments)
         if asked.command is None:
@@ -51,15 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"warmfed: interrupted{''.join(f'; {printable(str(words), _MOST)}' for words in stop.args)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # who read our output has gone (`| head`); nothing more may be written, not even at exit
+        # the reader of the output has ended (`| head`); nothing may be written any more, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     top = _Parser(
         prog="warmfed",
-        description="Federated learning that gives every site a strong global and a strong personal image classifier.",
+        description="Federated learning of a strong global and a strong personal image classifier for every site.",
         epilog=CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -67,139 +69,142 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(command=None)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
-    run = _command(commands, "run", "run an algorithm over a federation; without arguments: WarmFed on digits4")
-    run.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="a configuration; see docs/cli.md")
-    run.add_argument("--algorithm", metavar="NAME", help="one of `warmfed algorithms`")
-    run.add_argument("--seed", type=int, metavar="N", help="names every random number (default 0)")
-    run.add_argument("--rounds", type=int, metavar="R", help="rounds of training; 0: one shot, where the algorithm has it")
-    run.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default runs/ALGORITHM-SEED, never overwritten)")
-    run.add_argument("--dry-run", action="store_true", help="build and check all, count steps, time and memory; run nothing")
-    places = ("inprocess", "flower", "flower-simulation")
-    run.add_argument("--transport", default=places[0], choices=places, help="where the sites are: here, elsewhere, or on Ray")
+    run = _command(commands, "run", "run an algorithm over a federation (default: WarmFed on digits4)")
+    run.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="configuration; see docs/cli.md")
+    run.add_argument("--algorithm", metavar="NAME", help="name of an algorithm; see `warmfed algorithms`")
+    run.add_argument("--seed", type=int, metavar="N", help="seed of all random streams (default 0)")
+    run.add_argument("--rounds", type=int, metavar="R", help="rounds of training; 0: one shot, if the algorithm supports it")
+    run.add_argument("--out", type=Path, metavar="DIR", help="new run folder (default runs/ALGORITHM-SEED)")
+    run.add_argument("--dry-run", action="store_true", help="check the run and estimate steps, time and memory; run nothing")
+    transports = ("inprocess", "flower", "flower-simulation")
+    run.add_argument(
+        "--transport", default=transports[0], choices=transports,
+        help="connection to the sites: on this machine, over Flower, or simulated on Ray (default inprocess)",
+    )  # fmt: skip
     run.add_argument("--superlink", default="local", metavar="NAME", help="flower: a connection in Flower's config.toml")
-    _workers(run, "processes that work at the same time; they cannot change a result")
+    _workers(run, "number of worker processes; results do not depend on it")
     _settings(run)
     _voices(run)
 
-    doctor = _command(commands, "doctor", "every file that a run will read, with size and hash, there or not; runs nothing")
-    doctor.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="a configuration; none: WarmFed on digits4")
-    doctor.add_argument("--algorithm", metavar="NAME", help="one of `warmfed algorithms`")
+    doctor = _command(commands, "doctor", "list all files that a run reads, with size and SHA-256; run nothing")
+    doctor.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="configuration (default: WarmFed on digits4)"
+    )
+    doctor.add_argument("--algorithm", metavar="NAME", help="name of an algorithm; see `warmfed algorithms`")
     _settings(doctor)
-    doctor.add_argument("--json", action="store_true", help="as JSON")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
 
-    resume = _command(commands, "resume", "finish a run that was interrupted")
-    resume.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
-    _workers(resume, "processes that work at the same time; they cannot change a result")
+    resume = _command(commands, "resume", "finish an interrupted run")
+    resume.add_argument("folder", type=Path, metavar="DIR", help="run folder")
+    _workers(resume, "number of worker processes; results do not depend on it")
     _voices(resume)
 
-    compare = _command(commands, "compare", "run algorithms x seeds x rounds and make one table of them")
+    compare = _command(commands, "compare", "run algorithms x seeds x rounds and write one table")
     compare.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="what all share; may hold [compare] and [arms.NAME]"
+        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="shared configuration, with [compare] and [arms.NAME]"
     )
     compare.add_argument("--algorithms", nargs="+", default=[], metavar="NAME", help="algorithms, or arms of CONFIG.toml")
     _study(compare)
 
-    sweep = _command(commands, "sweep", "try every combination of settings and choose by validation")
-    sweep.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="what all share; may hold [sweep]")
-    sweep.add_argument("--algorithms", nargs="+", default=[], metavar="NAME", help="default: warmfed")
+    sweep = _command(commands, "sweep", "run every combination of settings and choose by validation accuracy")
+    sweep.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="shared configuration, with [sweep]")
+    sweep.add_argument("--algorithms", nargs="+", default=[], metavar="NAME", help="algorithms (default warmfed)")
     sweep.add_argument(
-        "--grid", nargs="+", action="extend", default=[], metavar="key=a,b,c", help="a setting and the values to try"
+        "--grid", nargs="+", action="extend", default=[], metavar="key=a,b,c", help="setting and its values to try"
     )
     _study(sweep)
 
-    report = _command(commands, "report", "write the report of a finished run, or of a comparison, anew")
-    report.add_argument("folder", type=Path, metavar="DIR", help="a run folder, or that of a comparison")
+    report = _command(commands, "report", "write the report of a finished run or of a comparison again")
+    report.add_argument("folder", type=Path, metavar="DIR", help="run folder, or folder of a comparison")
 
-    data = _command(commands, "data", "what a configuration's data are: sites, classes, splits, duplicates, and every fault")
-    data.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="a configuration; none: digits4")
-    data.add_argument("--plot", type=Path, metavar="FILE", help="draw who holds how much of what (.png, .svg or .pdf)")
-    data.add_argument("--save", type=Path, metavar="FILE.json", help="write which image is where, to deal them so again")
+    data = _command(commands, "data", "show a configuration's data: sites, classes, splits, duplicates and faults")
+    data.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="configuration (default: digits4)")
+    data.add_argument("--plot", type=Path, metavar="FILE", help="plot the images by site and class (.png, .svg or .pdf)")
+    data.add_argument("--save", type=Path, metavar="FILE.json", help="write the partition, for later runs with the same one")
     _settings(data)
-    data.add_argument("--json", action="store_true", help="as JSON")
+    data.add_argument("--json", action="store_true", help="print JSON")
 
-    predict = _command(commands, "predict", "class and probability of pictures, by a finished run's model")
-    predict.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
+    predict = _command(commands, "predict", "classify images with a model of a finished run")
+    predict.add_argument("folder", type=Path, metavar="DIR", help="run folder")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    predict.add_argument("--site", default="", metavar="NAME", help="ask this site's personal model, not the global one")
-    predict.add_argument("--json", action="store_true", help="JSON, with the probabilities of all classes")
+    predict.add_argument("--site", default="", metavar="NAME", help="site of the personal model (default: global model)")
+    predict.add_argument("--json", action="store_true", help="print JSON, with the probabilities of all classes")
 
-    personalize = _command(
-        commands, "personalize", "make a personal model of a finished run's global one, at a site that comes late"
-    )
-    personalize.add_argument("folder", type=Path, metavar="DIR", help="a run folder, or what of it was released")
-    personalize.add_argument("site", type=Path, metavar="SITE", help="the site's folder, with site.toml")
+    personalize = _command(commands, "personalize", "fine-tune a finished run's global model at a site that joins late")
+    personalize.add_argument("folder", type=Path, metavar="DIR", help="run folder, or its released part")
+    personalize.add_argument("site", type=Path, metavar="SITE", help="folder of the site, with site.toml")
     personalize.add_argument("--out", type=Path, metavar="DIR", help="new folder (default work/runs/late-NAME at the site)")
-    personalize.add_argument("--json", action="store_true", help="as JSON")
+    personalize.add_argument("--json", action="store_true", help="print JSON")
 
-    synthesize = _command(commands, "synthesize", "draw images by a finished run's adapters or diffusion model")
-    synthesize.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
-    synthesize.add_argument("--site", default="", metavar="NAME", help="draw by this site's adapter or model")
+    synthesize = _command(commands, "synthesize", "sample images with a finished run's adapters or diffusion model")
+    synthesize.add_argument("folder", type=Path, metavar="DIR", help="run folder")
+    synthesize.add_argument("--site", default="", metavar="NAME", help="site of the adapter or model")
     synthesize.add_argument(
         "--label", nargs="+", default=[], dest="labels", metavar="CLASS", help="names of classes (default all)"
     )
     synthesize.add_argument("--count", type=_positive, default=8, metavar="N", help="images of each class (default 8)")
-    synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="names every random number (default 0)")
-    synthesize.add_argument("--grid", type=Path, dest="picture", metavar="FILE.png", help="a picture, a row for each class")
-    synthesize.add_argument("--out", type=Path, metavar="FILE.safetensors", help="the images with their labels")
+    synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random streams (default 0)")
+    synthesize.add_argument("--grid", type=Path, dest="picture", metavar="FILE.png", help="PNG to write, a row per class")
+    synthesize.add_argument("--out", type=Path, metavar="FILE.safetensors", help="file to write, images with labels")
     _voices(synthesize)
 
     pretrain = _command(commands, "pretrain", "pre-train a generator's base on public images: rendered digits, or your own")
     pretrain.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings of pre-training, and [data]; none: digits"
+        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings of pre-training, and [data] (default: digits)"
     )
     pretrain.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the base, in diffusers' layout")
-    pretrain.add_argument("--work", type=Path, metavar="DIR", help="keeps finished phases, so that a later call goes on")
-    pretrain.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
+    pretrain.add_argument("--work", type=Path, metavar="DIR", help="folder of finished phases, from which a later call resumes")
+    pretrain.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device (default cpu)")
     _settings(pretrain)
     _voices(pretrain)
 
     algorithms = _command(commands, "algorithms", "list the algorithms")
-    algorithms.add_argument("--json", action="store_true", help="as JSON")
+    algorithms.add_argument("--json", action="store_true", help="print JSON")
 
-    verify = _command(commands, "verify", "run a finished run again and compare record by record, and the models")
-    verify.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
-    _workers(verify, "processes of the rerun; they cannot change a result")
+    verify = _command(commands, "verify", "rerun a finished run and compare its records and models")
+    verify.add_argument("folder", type=Path, metavar="DIR", help="run folder")
+    _workers(verify, "number of worker processes of the rerun; results do not depend on it")
     _voices(verify)
 
     deploy = _command(commands, "deploy", "deploy over Flower on machines that share no images")
     _deploy(deploy.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser, required=True))
 
-    site_report = _command(commands, "site-report", "what has left a site: kinds, tensors, bytes, hashes, when")
-    site_report.add_argument("folder", type=Path, metavar="DIR", help="a site's folder, or a run folder")
-    site_report.add_argument("--site", default="", metavar="NAME", help="which site of a run folder")
+    site_report = _command(commands, "site-report", "list the messages that a site has sent")
+    site_report.add_argument("folder", type=Path, metavar="DIR", help="folder of a site, or run folder")
+    site_report.add_argument("--site", default="", metavar="NAME", help="site, for a run folder")
     ways = site_report.add_mutually_exclusive_group()
-    ways.add_argument("--json", action="store_true", help="as JSON")
-    ways.add_argument("--html", type=Path, metavar="FILE", help="write one HTML page that loads nothing")
+    ways.add_argument("--json", action="store_true", help="print JSON")
+    ways.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained HTML page")
     return top
 
 
 def _deploy(commands: Any) -> None:
-    """The commands below `deploy`."""
-    init = _command(commands, "init", "write a ready project: Flower app, server, sites, certificates and keys", "deploy_")
+    """Add the commands below `deploy`."""
+    init = _command(commands, "init", "write a new project: Flower app, server, sites, certificates and keys", "deploy_")
     init.add_argument("folder", type=Path, metavar="DIR", help="new folder of the project")
     init.add_argument("--sites", required=True, metavar="A,B,…", help="names of the sites")
     init.add_argument("--host", default="localhost", metavar="NAME", help="name or address of the server (default localhost)")
-    init.add_argument("--port", type=_positive, default=8000, metavar="N", help="of the server (default 8000)")
-    init.add_argument("--config", type=Path, metavar="CONFIG.toml", help="the run's configuration, as of `warmfed run`")
-    init.add_argument("--classes", default="", metavar="A,B,…", help="in order; default: those of the configuration's data")
-    init.add_argument("--prompts", default="", metavar="TEXT", help="template with one {} for the class; default: likewise")
+    init.add_argument("--port", type=_positive, default=8000, metavar="N", help="port of the server (default 8000)")
+    init.add_argument("--config", type=Path, metavar="CONFIG.toml", help="configuration of the run, as for `warmfed run`")
+    init.add_argument("--classes", default="", metavar="A,B,…", help="classes in order (default: those of the data)")
+    init.add_argument("--prompts", default="", metavar="TEXT", help="template with one {} for the class (default: the data's)")
 
     add = _command(commands, "add-site", "add a site to a project", "deploy_")
-    add.add_argument("folder", type=Path, metavar="DIR", help="the project")
-    add.add_argument("name", metavar="NAME", help="of the new site")
+    add.add_argument("folder", type=Path, metavar="DIR", help="folder of the project")
+    add.add_argument("name", metavar="NAME", help="name of the new site")
 
-    renew = _command(commands, "renew", "make the server a new certificate of the same authority", "deploy_")
-    renew.add_argument("folder", type=Path, metavar="DIR", help="the project")
+    renew = _command(commands, "renew", "write a new certificate of the server, signed by the same authority", "deploy_")
+    renew.add_argument("folder", type=Path, metavar="DIR", help="folder of the project")
 
-    register = _command(commands, "register", "let the sites whose keys are in the server's nodes/ connect", "deploy_")
+    register = _command(commands, "register", "register the sites whose keys are in the server's nodes/", "deploy_")
     register.add_argument(
         "folder", nargs="?", type=Path, default=Path(), metavar="DIR", help="folder of the server (default .)"
     )
 
-    check = _command(commands, "check", "say whether a server's or site's machine is ready, and what to do", "deploy_")
+    check = _command(commands, "check", "check the machine of a server or site, and list how to fix faults", "deploy_")
     where = "folder of a server or site (default .)"
     check.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR", help=where)
-    check.add_argument("--json", action="store_true", help="as JSON")
+    check.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _command(commands: Any, name: str, about: str, above: str = "") -> argparse.ArgumentParser:
@@ -209,19 +214,19 @@ def _command(commands: Any, name: str, about: str, above: str = "") -> argparse.
 
 
 def _study(command: argparse.ArgumentParser) -> None:
-    """What all commands take that run many runs."""
-    command.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="default 0 1 2")
-    command.add_argument("--rounds", nargs="+", type=int, default=[], metavar="R", help="default: what the configuration says")
+    """Add the arguments of compare and sweep."""
+    command.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="seeds (default 0 1 2)")
+    command.add_argument("--rounds", nargs="+", type=int, default=[], metavar="R", help="rounds (default: the configuration's)")
     command.add_argument(
         "--holdout-site",
         nargs="+",
         default=[],
         metavar="SITE",
-        help="leave these sites out, one at a time, and measure there too",
+        help="hold out these sites, one at a time, and evaluate there, too",
     )
-    command.add_argument("--reference", default="", metavar="NAME", help="compare this arm with each other one in the tests")
-    command.add_argument("--out", type=Path, metavar="DIR", help="folder of the study; an existing one goes on")
-    _workers(command, "runs at the same time (default: one for each processor)")
+    command.add_argument("--reference", default="", metavar="NAME", help="arm that the tests compare with each other arm")
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder of the study; an existing one is resumed")
+    _workers(command, "number of parallel runs (default: one per CPU)")
     _settings(command)
     _voices(command)
 
@@ -232,18 +237,18 @@ def _workers(command: argparse.ArgumentParser, about: str) -> None:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 was expected, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def _settings(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", nargs="+", action="extend", default=[], dest="settings", metavar="key=value",
-        help="any setting by its dotted name: algorithm.local.lr=0.01",
+        help="a setting by its dotted key: algorithm.local.lr=0.01",
     )  # fmt: skip
 
 
 def _voices(command: argparse.ArgumentParser) -> None:
     voices = command.add_mutually_exclusive_group()
-    voices.add_argument("--quiet", action="store_true", help="print nothing but the path of what was made")
+    voices.add_argument("--quiet", action="store_true", help="print only the path of the result")
     voices.add_argument("--json", action="store_true", help="print events as JSON lines")

@@ -1,4 +1,4 @@
-"""What `warmfed doctor` and `warmfed run --dry-run` show."""
+"""Output of `warmfed doctor` and `warmfed run --dry-run`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from ..runs.doctor import File
 
 
 def files_table(files: Sequence[File]) -> Table:
-    """A row for each file."""
+    """Return a table with a row for each file."""
     table = Table(box=None, pad_edge=False)
     for header in ("file", "", "size", "SHA-256", "where"):
         table.add_column(header, justify="right" if header == "size" else "left", overflow="fold")
@@ -22,7 +22,7 @@ def files_table(files: Sequence[File]) -> Table:
 
 
 def dry_run_table(found: Mapping[str, Any]) -> Table:
-    """A row for each kind of work."""
+    """Return a table with a row for each kind of work."""
     table = Table(box=None, pad_edge=False)
     for header in ("work", "at", "how much", "about", "memory"):
         table.add_column(header, justify="left" if header in ("work", "at") else "right")
@@ -33,7 +33,7 @@ def dry_run_table(found: Mapping[str, Any]) -> Table:
 
 
 def dry_run_facts(found: Mapping[str, Any]) -> str:
-    """What it comes to."""
+    """Return lines with the totals of a dry run."""
     stages = ", ".join(f"{name} × {count}" if count > 1 else name for name, count in found["stages"].items())
     lines = [
         f"{found['algorithm']}: {found['sites']} sites, {found['images']:,} images, {found['classes']} classes; {stages}",

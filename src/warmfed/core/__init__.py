@@ -1,4 +1,4 @@
-"""The contract between algorithms, tasks and transports, and what all of them stand on."""
+"""Interfaces between algorithms, tasks and transports; messages, tensors and random streams."""
 
 from .contract import (
     LARGEST,

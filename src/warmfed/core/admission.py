@@ -1,4 +1,4 @@
-"""The border: what a reply must be before anything touches it, whatever it came by."""
+"""Admission policy: validates client replies before aggregation, for every transport."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,12 +19,12 @@ from .tensors import Tensors, finite, layout_mismatch
 T = TypeVar("T")
 _METRICS, _NAME, _ROWS = 64, 100, 10**12
 _FAR = 1e15
-"""Root mean square that no change of a model has; squares and sums of such values are finite in float32."""
+"""Upper bound of a change's root mean square; squares and sums of such values are finite in float32."""
 
 
 @dataclass(frozen=True)
 class AdmissionPolicy:
-    """What the server takes from the sites."""
+    """Settings of `[server]`: limits on client replies, and the number of replies that a stage needs."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "least": "min_sites",
@@ -37,46 +37,54 @@ class AdmissionPolicy:
     }
 
     stage_timeout: float = 3600.0
-    """Seconds that a stage may take, and as long for its evaluation; only where the sites are elsewhere."""
+    """Time limit of a stage, and of its evaluation, in seconds; remote sites only. Default 3600; greater than 0."""
     min_sites: int = 0
-    """Sites that must have answered a stage, or the run stops at its last checkpoint; 0: all that were asked."""
+    """Sites whose reply a stage needs; with fewer, the run stops at its last checkpoint. Default 0: all sites of the stage."""
     max_update_norm: float = 0.0
-    """Largest L2 norm of a reply's change (`Stage.change`); 0: any finite one."""
+    """Largest L2 norm of a reply's change (`Stage.change`). Default 0: any finite norm."""
     max_update_ratio: float = 8.0
-    """Largest size of a reply's change, in medians of the other sites' changes: a larger one, if it is also more than a
-    quarter as large as what was sent, is left out by name. A site with more rows than the median may go as many times
-    farther, as far as it has no more rows than all others together. It takes three replies to judge; 0: any size."""
+    """Largest change of a reply, as a multiple of the median change of the other sites. Default 8; 0: no limit.
+
+    A larger change is excluded if it also exceeds a quarter of the size of the sent tensors. The limit grows in proportion
+    to a site's rows above the median, up to half of all rows. It applies from three replies on."""
     max_reply_bytes: int = 0
-    """Largest reply in bytes; 0: any that the wire takes. Only where the sites are elsewhere."""
+    """Largest reply in bytes; remote sites only. Default 0: the limit of the transport."""
     max_rows: int = 0
-    """Most rows that a site may declare, all splits together; 0: any number."""
+    """Largest number of rows that a site may declare, over all splits. Default 0: no limit."""
     max_weight_share: float = 1.0
-    """Largest part of the total weight that any one site may have; heavier sites are reduced to it. 1.0: no bound."""
+    """Largest share of the total weight of one site; heavier sites are reduced to it. Default 1.0: no limit."""
 
     sites: tuple[str, ...] = ()
-    """Who takes part; a run begins when all have come, or after `stage_timeout` with `min_sites` of them. Empty: who is there
-    when the run begins. Only where the sites are elsewhere."""
+    """Names of the participating sites; remote sites only. Default empty: the sites that are connected at the start.
+
+    A run starts when all of them are connected, or after `stage_timeout` with `min_sites` of them."""
 
     def __post_init__(self) -> None:
         sizes = (self.max_update_norm, self.max_update_ratio, self.min_sites, self.max_reply_bytes, self.max_rows)
         if not (0 < self.stage_timeout < inf and all(0 <= size < inf for size in sizes) and 0 < self.max_weight_share <= 1):
             raise InputError(
-                "stage_timeout must be above 0, max_update_norm, max_update_ratio, min_sites, max_reply_bytes and max_rows "
-                "at least 0, max_weight_share above 0 and at most 1, and all finite; check [server]"
+                "[server] holds a value out of range: expected finite values, stage_timeout above 0, max_weight_share above 0 "
+                "and at most 1, max_update_norm, max_update_ratio, min_sites, max_reply_bytes and max_rows at least 0; "
+                "correct [server]"
             )
 
-    def needed(self, asked: int) -> int:
-        """How many of the sites that were asked must have answered."""
-        return min(self.min_sites, asked) if self.min_sites else asked
+    def needed(self, requested: int) -> int:
+        """Return how many of the requested sites must reply."""
+        return min(self.min_sites, requested) if self.min_sites else requested
 
     def admit(
         self, answer: Reply[Message] | Failure, site: str, sent: Message, stage: Stage, ctx: ServerContext
     ) -> Reply[Message] | Failure:
-        """Return the reply, or why it is refused.
+        """Return the reply if it is valid, else a `Failure` with the reason.
 
-        Its kind must be one that the stage takes. A reply of the message's own kind has the message's layout: names, shapes and
-        types of its tensors, if it has any. Every floating-point tensor must be finite, the weight one that the site's rows
-        allow, and the metrics few and named by short printable words. What else a stage demands, its `check` says.
+        A valid reply satisfies these conditions:
+
+        - Its kind is one of `Stage.replies`, or the kind that was sent.
+        - If it has the kind that was sent, its tensors have the names, shapes and types that were sent.
+        - Every floating-point tensor is finite.
+        - Its weight is at most the number of rows that the site declares.
+        - Its metrics are few and have short printable names.
+        - It passes `Stage.check` and `max_update_norm`.
         """
         if isinstance(answer, Failure):
             return answer
@@ -87,7 +95,7 @@ class AdmissionPolicy:
     ) -> Reply[Message]:
         rows = ctx.rows.get(site, {})
         if self.max_rows and sum(rows.values()) > self.max_rows:
-            raise InputError(f"it declares {sum(rows.values())} rows, at most {self.max_rows} are taken")
+            raise InputError(f"it declares {sum(rows.values())} rows, expected at most {self.max_rows} (server.max_rows)")
         most = rows.get(stage.weight_split, _ROWS)
         if not 1 <= reply.weight <= most:
             raise InputError(
@@ -111,20 +119,22 @@ class AdmissionPolicy:
                 *(size * math.sqrt(count) for size, count in _changes(reply.message, sent_message, stage).values())
             )
             if norm > self.max_update_norm:
-                raise InputError(f"its norm is {norm:.4g}, at most {self.max_update_norm:.4g} is taken")
+                raise InputError(
+                    f"its norm is {norm:.4g}, expected at most {self.max_update_norm:.4g} (server.max_update_norm)"
+                )
         return reply
 
     def exclude_outliers(
         self, answers: Mapping[str, Reply[Message] | Failure], sent: Mapping[str, Message], stage: Stage
     ) -> tuple[dict[str, Reply[Message]], dict[str, str]]:
-        """Return the replies that the stage's server function gets, and why the other sites are left out; both by site.
+        """Return the replies for the stage's server function, and the reasons of the excluded sites; both by site.
 
-        A reply whose change is far larger than the other sites' is left out, and no weight is more than its share.
+        Replies with a change far larger than the other sites' are excluded. Weights are capped at `max_weight_share`.
         """
         answers = dict(sorted(answers.items()))
         replies = {site: answer for site, answer in answers.items() if isinstance(answer, Reply)}
         changes = {site: _changes(reply.message, sent[site], stage) for site, reply in replies.items()}
-        weights = cap_weights({site: reply.weight for site, reply in replies.items()}, 0.5)  # declared, and perhaps inflated
+        weights = cap_weights({site: reply.weight for site, reply in replies.items()}, 0.5)  # a site may declare too many rows
         for site, fields in changes.items():
             if wrong := next(filter(None, (self._outlier(site, field, changes, weights, sent[site]) for field in fields)), ""):
                 answers[site] = Failure(wrong)
@@ -137,10 +147,10 @@ class AdmissionPolicy:
         return replies, {site: answer.reason for site, answer in answers.items() if isinstance(answer, Failure)}
 
     def _outlier(self, site: str, field: str, changes: Mapping[str, Any], weights: Mapping[str, float], sent: Message) -> str:
-        """Why the change of one field of a site's reply is too large; empty: it is not."""
+        """Return why the change of one field of a site's reply is too large; empty if it is not."""
         size = changes[site][field][0]
         if not size <= _FAR:
-            return f"the change of its {field!r} is {size:.4g}, root mean square; at most {_FAR:.0e} is taken"
+            return f"the change of its {field!r} has a root mean square of {size:.4g}, expected at most {_FAR:.0e}"
         others = [other for other in changes if other != site and field in changes[other]]
         if not self.max_update_ratio or len(others) < 2:
             return ""
@@ -149,16 +159,16 @@ class AdmissionPolicy:
         if not 0 < middle * times < size or size <= _size(_by_field(tensors_of(sent)).get(field, []))[0] / 4:
             return ""
         found = f"the change of its {field!r} is {size / middle:.4g} times the others' median"
-        return f"{found}, at most {times:.4g} is taken (server.max_update_ratio)"
+        return f"{found}, expected at most {times:.4g} (server.max_update_ratio)"
 
     def admit_metrics(
         self, answers: Mapping[str, Mapping[str, Metrics] | Failure], model: Tensors | None, ctx: ServerContext
     ) -> tuple[dict[str, Mapping[str, Metrics]], dict[str, str]]:
-        """Return the sites' metrics of the models as they may be recorded, and why other sites' may not be; both by site.
+        """Return the valid metrics of the sites, and the reasons of the other sites; both by site.
 
         Args:
             answers: by site, metrics by "view/split", as `Transport.evaluate` returns them.
-            model: the global model that they have measured; None: there is none.
+            model: the evaluated global model, or None.
         """
         found: dict[str, Mapping[str, Metrics]] = {}
         absent: dict[str, str] = {}
@@ -168,39 +178,39 @@ class AdmissionPolicy:
                 views if isinstance(views, Failure) else catch_failure(partial(_measures, views, model is not None, rows, ctx))
             )
             if isinstance(taken, Failure):
-                absent[site] = f"its models are not measured: {taken.reason}"
+                absent[site] = f"its models are not evaluated: {taken.reason}"
             else:
                 found[site] = taken
         return found, absent
 
     def check_state(self, server: ServerState, stage: str) -> None:
-        """Raise `InputError` if the server's new state holds a number that is not finite: a later stage could not use it."""
+        """Raise `InputError` if the server's new state holds a number that is not finite."""
         if wrong := next((name for name, tensor in sorted(tensors_of(server).items()) if not finite(tensor)), ""):
             raise InputError(
-                f"after stage {stage}, tensor {wrong!r} of the server is not finite: its training ran away; "
-                "set a lower learning rate, or server.max_update_norm to bound what the sites send"
+                f"after stage {stage}, tensor {wrong!r} of the server is not finite: training diverged; "
+                "set a lower learning rate, or limit the sites' updates with server.max_update_norm"
             )
 
 
 DEFAULT_ADMISSION = AdmissionPolicy()
-"""All that were asked must answer; nothing that is not finite is taken."""
+"""Default policy: every site of a stage must reply, and every tensor must be finite."""
 
 
 def catch_failure(take: Callable[[], T]) -> T | Failure:
-    """Return what `take` makes of one site's answer, or why it can make nothing of it.
+    """Return the result of `take()`, or a `Failure` with the reason if it raises.
 
-    Whatever an answer raises, its site has failed, and not the run: this is the only place that catches every exception.
+    Any exception that a reply causes fails its site, not the run. No other function catches every exception.
     """
     try:
         return take()
     except InputError as error:
         return Failure(str(error))
     except Exception as error:
-        return Failure(f"its answer cannot be used ({type(error).__name__}: {error})")
+        return Failure(f"its reply cannot be used ({type(error).__name__}: {error})")
 
 
 def _check_names(metrics: Mapping[str, Any]) -> None:
-    """Raise `InputError` if there are too many metrics, or one has a name that cannot be shown."""
+    """Raise `InputError` if there are too many metrics, or a name is too long or not printable."""
     if len(metrics) > _METRICS or not all(len(name) <= _NAME and name.isprintable() for name in metrics):
         raise InputError(f"it has {len(metrics)} metrics; expected at most {_METRICS}, each of {_NAME} printable characters")
 
@@ -209,11 +219,11 @@ _VIEWS = {f"{model}/{split}" for model in ("global", "personal") for split in ("
 
 
 def _measures(views: Mapping[str, Metrics], shared: bool, rows: Mapping[str, int], ctx: ServerContext) -> Mapping[str, Metrics]:
-    """Raise `InputError` if metrics are not those of the models that the site has, on the rows that it declares."""
+    """Return `views`, metrics by "view/split"; raise `InputError` if a view, a metric or a count is not as expected."""
     models = {view.partition("/")[0] for view in views} | ({"global"} if shared else set())
     wanted = {f"{model}/{split}" for model in models for split in ("validation", "test") if rows.get(split)}
     if views.keys() - _VIEWS or wanted - views.keys():
-        raise InputError(f"it measured {sorted(views)[:8]}, expected {sorted(wanted)}")
+        raise InputError(f"it evaluated {sorted(views)[:8]}, expected {sorted(wanted)}")
     for view, metrics in views.items():
         _check_names(metrics)
         value, count = metrics.get(ctx.task.measure, inf), metrics.get("count", inf)
@@ -227,7 +237,7 @@ def _measures(views: Mapping[str, Metrics], shared: bool, rows: Mapping[str, int
 
 
 def _changes(message: Message, sent_message: Message, stage: Stage) -> dict[str, tuple[float, int]]:
-    """By field of a reply's message: the root mean square of its change, and of how many numbers."""
+    """Return, by field of a reply's message, the root mean square of its change and the count of its numbers."""
     if stage.change is not None:
         moved: Tensors = stage.change(message, sent_message)
     else:

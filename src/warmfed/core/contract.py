@@ -1,7 +1,7 @@
-"""The contract: what an algorithm is, and what it may see.
+"""Interfaces of algorithms, tasks, generators and transports, and the contexts of client and server functions.
 
-State and payload are values, never attributes: a site's state is an argument and a return value, so it cannot cross the
-wire by accident, be forgotten by a checkpoint, or depend on which process a site ran in.
+State and payload are values, never attributes. A client function takes the site's state and returns the new one. So state
+cannot cross the wire by accident, be missing from a checkpoint, or depend on the process that ran the site.
 """
 
 import math
@@ -21,41 +21,41 @@ from .training import Training
 
 Metrics = Mapping[str, float]
 SPLITS = ("train", "validation", "test")
-"""The tables of a site, in the order in which digests are given."""
+"""Names of a site's tables, in the order of its digests."""
 GeneratorKind = Literal["adapter", "prompts", "concepts"]
 ServerState = Message
-"""What the server keeps between stages: a message of the algorithm's own kind."""
+"""State of the server between stages: a message of the algorithm's own kind."""
 ClientState = Message | None
-"""What a site keeps between stages; None before its first contact, and if the algorithm keeps nothing."""
+"""State of a site between stages; None before its first stage, and if the algorithm has no client state."""
 R = TypeVar("R", bound=Message, covariant=True)
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total)."""
 
 
 class Task(Protocol):
-    """How to build a model, its loss and its metrics."""
+    """A problem to train on: builds a model, and computes its loss and its metrics."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image."""
+        """Return (channels, height, width) of an image."""
         ...
 
     @property
     def classes(self) -> int:
-        """The number of classes."""
+        """Return the number of classes."""
         ...
 
     @property
     def measure(self) -> str:
-        """The metric that sums up a model: accuracy (higher is better) or loss."""
+        """Return the name of the main metric: accuracy (higher is better) or loss."""
         ...
 
     def tables(self, splits: Mapping[str, Table]) -> Mapping[str, Table]:
-        """A site's {"image", "label"} tables by split, as this task takes them."""
+        """Return a site's tables for this task, by split, from its {"image", "label"} tables."""
         ...
 
     def fitting(self, model: Tensors) -> "Task":
-        """This task for the network of a model, which may have been pruned to another width than the task's own."""
+        """Return this task with the network width of `model`, which may be pruned."""
         ...
 
     def build(self) -> nn.Module: ...
@@ -65,14 +65,14 @@ class Task(Protocol):
 
 
 class ClassifierTask(Task, Protocol):
-    """A task whose model is a classifier with a body and a head."""
+    """A task whose model is a classifier with a backbone and a head."""
 
     def logits(self, model: nn.Module, batch: Table) -> Tensor:
         """Return float [n, classes]; gradients flow."""
         ...
 
     def embed(self, model: Any, batch: Table) -> Tensor:
-        """Return what the head takes, float [n, width]; gradients flow."""
+        """Return the input of the head, float [n, width]; gradients flow."""
         ...
 
     def predict(self, model: Tensors, data: Table, batch: int = 256, device: str = "cpu") -> Tensor:
@@ -80,19 +80,19 @@ class ClassifierTask(Task, Protocol):
         ...
 
     def features(self, model: Tensors, data: Table, batch: int = 256, device: str = "cpu") -> Tensor:
-        """Return what the head takes, float [n, width], without gradients."""
+        """Return the input of the head, float [n, width], without gradients."""
         ...
 
 
 class GenerativeTask(Task, Protocol):
-    """A task whose model draws images: a denoiser."""
+    """A task whose model generates images: a denoiser."""
 
     def part(self, name: str) -> str:
-        """Return where a tensor lies: encoder, bottleneck or decoder."""
+        """Return the part of a tensor: encoder, bottleneck or decoder."""
         ...
 
     def pruned(self, model: Tensors, share: float) -> Tensors:
-        """Return the model without that share of its hidden units."""
+        """Return the model with this share of its hidden units removed."""
         ...
 
     def decoded(self, latent: Tensor) -> Tensor:
@@ -100,17 +100,17 @@ class GenerativeTask(Task, Protocol):
         ...
 
     def learned_alone(self, ctx: "ClientContext", training: Any) -> tuple[Tensors, Metrics]:
-        """Train a model on a site's own images from a fresh start."""
+        """Train a model on a site's own images from random weights; return its tensors and metrics."""
         ...
 
     def sample_alone(self, model: Tensors, label: Tensor, ctx: "ClientContext | ServerContext") -> Tensor:
-        """Return one latent for each label, drawn by a model that a site has trained alone."""
+        """Return one latent for each label, sampled from a model that a site has trained alone."""
         ...
 
     def fidelity(
         self, model: Tensors, data: Mapping[str, Table], count: int, rng: torch.Generator, device: str = "cpu"
     ) -> dict[str, float]:
-        """Return how near samples are to a site's own images: fid, kid and memorization_rate of latents."""
+        """Return fid, kid and memorization_rate of samples against a site's own images, on latents."""
         ...
 
 
@@ -118,53 +118,61 @@ class Generator(Protocol):
     """A text-conditioned image generator that adapts to a site and samples as that site."""
 
     def adapt(self, ctx: "ClientContext") -> tuple[Tensors, Metrics]:
-        """Tune a small adapter on the site's images. Returns its tensors, and what the report shows."""
+        """Train an adapter on the site's images; return its tensors and its metrics."""
         ...
 
     def check(self, adapter: Tensors, prompts: Sequence[str], who: str, classes: Sequence[int] = ()) -> None:
-        """Raise `InputError` where an adapter does not fit the base, is not finite, or cannot draw one of the classes.
+        """Raise `InputError` if an adapter does not fit the base, is not finite, or lacks one of the classes.
 
         Args:
-            who: names it.
+            who: name of the adapter in the error.
         """
         ...
 
     def write(self, adapter: Tensors, folder: Path, site: str) -> None:
-        """Keep a site's adapter as files that other tools open."""
+        """Write a site's adapter as files in the formats of other tools."""
         ...
 
     def synthesize(self, adapter: Tensors | None, prompts: Sequence[str], labels: Tensor, ctx: "AnyContext") -> Tensor:
-        """One image for each label, uint8 [n, 3, h, w], drawn from `ctx.rng`; None: from the base alone."""
+        """Return one image for each label, uint8 [n, 3, h, w].
+
+        Args:
+            adapter: tensors of a site's adapter; None: the base alone.
+            ctx: context whose `rng` gives the noise.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class GeneratorSpec:
-    """The form of the run's generator that an algorithm works with."""
+    """Kind of the generator that an algorithm needs, and its settings."""
 
     kind: GeneratorKind = "adapter"
-    """What a site's adapter is: LoRA layers and prompts (`adapter`), learned prompt embeddings of the classes alone
-    (`prompts`), or vectors for domain and classes with noised latents to sample from (`concepts`)."""
+    """Content of a site's adapter: LoRA layers and prompts (`adapter`), learned prompt embeddings of the classes only
+    (`prompts`), or vectors of domain and classes with noised latents (`concepts`)."""
     training: Training | None = None
-    """A site's `Training` of prompts or concepts; None: that of the generator's settings."""
+    """`Training` of prompts or concepts. Default None: the training of the generator's settings."""
     signal: float = 0.0
-    """Of `concepts`: share of a latent's variance that is image; the rest is noise."""
+    """For `concepts`: share of the image in a latent's variance; the rest is noise."""
     variation: float = 0.0
-    """Of `concepts`: standard deviation of what is added to the domain's vector of each sample."""
+    """For `concepts`: standard deviation of the noise added to the domain vector of each sample."""
 
 
 _SITE = re.compile(r"\{site((?:\|[^|={}]+=[^|={}]+)*)\}")
 
 
 def prompt(template: str, name: str) -> str:
-    """The prompt of a class: its name in the place of `{}`, its words in that of `{class}`; `{site}` stays for `prompts_of`."""
+    """Return the prompt of a class.
+
+    The name replaces `{}`, and the name with spaces for underscores replaces `{class}`. `prompts_of` replaces `{site}`.
+    """
     return template.replace("{}", name).replace("{class}", name.replace("_", " "))
 
 
 def prompts_of(site: str, prompts: Sequence[str]) -> tuple[str, ...]:
-    """A site's prompts: its name in the place of `{site}`, or what `{site|real=photo|quickdraw=doodle}` says of it.
+    """Return a site's prompts: its name replaces `{site}`.
 
-    Without a site ("") it is a photo.
+    `{site|real=photo|quickdraw=doodle}` gives the word of single sites. Without a site (""), the word is "photo".
     """
 
     def word(found: re.Match[str]) -> str:
@@ -175,17 +183,17 @@ def prompts_of(site: str, prompts: Sequence[str]) -> tuple[str, ...]:
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """The default of `progress`: says nothing."""
+    """Ignore progress: the default of `progress`."""
 
 
 def map_serial(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """The default of `spread`: one job after another, in this process."""
+    """Return the results of the jobs, run one after another in this process: the default of `map_jobs`."""
     return [function(*job) for job in jobs]
 
 
 @dataclass(frozen=True)
 class ClientContext:
-    """All that a client function may see."""
+    """Inputs of a client function."""
 
     task: Task
     data: Mapping[str, Table]
@@ -193,17 +201,17 @@ class ClientContext:
     rng: torch.Generator
     site: str = ""
     prompts: tuple[str, ...] = ()
-    """The text of each class, in the order of the labels."""
+    """Prompt of each class, in the order of the labels."""
     generator: Generator | None = None
     device: str = "cpu"
     snapshot_path: Path | None = None
-    """Where a long training may keep its snapshots; it is removed when the reply is safe. None: they are not kept."""
+    """File for the snapshot of a long training; removed when the reply is saved. None: no snapshots."""
     progress: Progress = no_progress
 
 
 @dataclass(frozen=True)
 class SamplingContext:
-    """All that drawing samples needs, if there is no task."""
+    """Inputs of sampling without a task."""
 
     rng: torch.Generator
     device: str = "cpu"
@@ -212,42 +220,42 @@ class SamplingContext:
 
 @dataclass(frozen=True)
 class ServerContext:
-    """All that a server function may see."""
+    """Inputs of a server function."""
 
     task: Task
     rng: torch.Generator
     sites: tuple[str, ...] = ()
-    """Every site of the federation, sorted by name."""
+    """Names of all sites of the federation, sorted."""
     rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Rows that each site has declared, by split; a site that is missing has declared none, and may have any number."""
+    """Rows that each site has declared, by split. A site that has declared none is missing, and its rows have no limit."""
     prompts: tuple[str, ...] = ()
     generator: Generator | None = None
     device: str = "cpu"
     folder: Path | None = None
-    """Where artefacts go (adapters, the synthetic set); None: they are not kept."""
+    """Folder for artefacts (adapters, the synthetic set); None: artefacts are discarded."""
     map_jobs: Callable[..., list[Any]] = map_serial
-    """spread(function, jobs): the results of independent jobs in order, over the worker processes if there are any."""
+    """map_jobs(function, jobs) returns the results of independent jobs in order, run in the worker processes if any."""
     progress: Progress = no_progress
 
 
 def classifier(ctx: ClientContext | ServerContext) -> ClassifierTask:
-    """Return the context's task as that of a classifier; the registry says which algorithms learn one."""
+    """Return the context's task, typed as a classifier's; the registry lists the algorithms that train one."""
     return cast(ClassifierTask, ctx.task)
 
 
 def denoiser(ctx: ClientContext | ServerContext) -> GenerativeTask:
-    """Return the context's task as that of a diffusion model; the registry says which algorithms learn one."""
+    """Return the context's task, typed as a diffusion model's; the registry lists the algorithms that train one."""
     return cast(GenerativeTask, ctx.task)
 
 
 @message("core.Reply")
 class Reply(Generic[R]):
-    """What a client function returns."""
+    """Return value of a client function."""
 
     message: R
-    """Crosses the wire."""
+    """Content that crosses the wire."""
     state: Message | None
-    """Stays with the site."""
+    """Client state; it stays at the site."""
     weight: float
     metrics: Mapping[str, float]
 
@@ -258,41 +266,43 @@ class Empty:
 
 
 Replies = Mapping[str, Reply[R]]
-"""By site, sorted by name: sums must not depend on who answered first."""
+"""Replies by site, sorted by name, so that sums do not depend on the order of arrival."""
 AnyContext = ClientContext | ServerContext | SamplingContext
 ServerFunction = Callable[[Any, Replies[Any], ServerContext], tuple[ServerState, Metrics]]
-"""server(state, replies, ctx): the server's new state, and what the report shows. A leaf names the types of its messages."""
+"""server(state, replies, ctx) returns the new state and the metrics. Implementations declare their message types."""
 ClientFunction = Callable[[Any, Any, ClientContext], Reply[Message]]
-"""client(received, state, ctx)."""
+"""client(received, state, ctx) returns the site's reply."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One exchange with the sites, or a piece of work at the server alone."""
+    """One exchange with the sites, or one step of work at the server."""
 
     name: str
-    """Also the name of Flower's action: train.<name>."""
+    """Name of the stage; Flower's action is train.<name>."""
     server: ServerFunction
     client: ClientFunction | None = None
-    """None: only the server works."""
+    """Client function; None: the stage runs at the server only."""
     broadcast: Callable[[Any, str], Message] | None = None
-    """broadcast(server, site), if this stage sends something else than `Algorithm.broadcast`."""
+    """broadcast(server, site) returns the site's message. Default None: `Algorithm.broadcast`."""
     client_fraction: float = 1.0
-    """Share of the sites that is asked."""
+    """Share of the sites in the cohort."""
     evaluated: bool = True
-    """Whether the models are measured after it; not where it leaves them as they were."""
+    """Whether the models are evaluated after the stage; False if the stage does not change them."""
     replies: tuple[type, ...] = ()
-    """Kinds of message that it takes; empty: the kind that was sent, with the layout that was sent."""
+    """Accepted kinds of message. Default empty: the kind and the tensor layout that were sent."""
     check: Callable[[Reply[Any], str, ServerContext], None] | None = None
-    """check(reply, site, ctx) raises an error if a reply cannot be used: the site is then left out of the round. It checks the
-    layout of what is not of the kind that was sent, and the range of every number."""
+    """check(reply, site, ctx) raises an error if a reply is not valid; the site then fails in this round.
+
+    It checks the layout of replies of another kind than was sent, and the range of every number."""
     change: Callable[[Any, Any], Tensors] | None = None
-    """change(reply's message, what was sent): how far the site went, by `field/name`; its size is compared with the other
-    sites'. None: the difference of the tensors that both have, or the reply's tensors if there are none."""
+    """change(reply's message, sent message) returns the update of a site by `field/name`, for the norm and ratio limits.
+
+    Default None: the difference of the tensors that both messages have, or the reply's tensors if there are none."""
     weight_split: str = "train"
-    """Split whose rows a reply's weight counts."""
+    """Split whose number of rows limits a reply's weight."""
     images: bool | None = None
-    """Whether its replies hold images of the site, raw or encoded; None: not declared, and every site refuses the stage."""
+    """Whether replies hold images of the site, raw or encoded. None: not declared; every site refuses the stage."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +319,7 @@ class Workload:
 class Algorithm(Protocol):
     """A frozen dataclass of hyper-parameters with pure methods.
 
-    A leaf names the types of its own messages, in place of `Any`: its server's state, what it sends, what a site keeps.
+    Implementations declare their own message types in place of `Any`: server state, broadcast message and client state.
     """
 
     @property
@@ -319,7 +329,7 @@ class Algorithm(Protocol):
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:
-        """The form of the run's generator that its contexts hold; None: it uses none."""
+        """Return the kind of generator that the algorithm needs, or None."""
         ...
 
     @property
@@ -341,27 +351,27 @@ class Algorithm(Protocol):
         ...
 
     def init(self, ctx: ServerContext) -> ServerState:
-        """Return the server's state before anything has happened."""
+        """Return the initial state of the server."""
         ...
 
     def broadcast(self, server: Any, site: str) -> Message:
-        """Return what this site is sent."""
+        """Return the message for this site."""
         ...
 
     def init_client_state(self, received: Any, ctx: ClientContext) -> ClientState:
-        """Return a site's state at first contact; None: it needs none yet."""
+        """Return a site's initial state, or None if it needs none."""
         ...
 
     def stages(self) -> tuple[Stage, ...]:
-        """Return the plan: every exchange of the run, in order. A stage that recurs is a round of training."""
+        """Return all stages of the run, in order. A repeated stage is a round of training."""
         ...
 
     def global_model(self, server: Any) -> Tensors | None:
-        """Return the model that the server would release; None: there is none."""
+        """Return the global model, or None if there is none."""
         ...
 
     def client_model(self, received: Any, state: Any) -> Tensors | None:
-        """Return the model that a site would use: all it has is its last message and its state. None: nothing yet."""
+        """Return the site's personal model, from its last message and its state, or None if there is none."""
         ...
 
 
@@ -376,12 +386,12 @@ class Exchange:
     tensors: int
     sha256: str
     seconds: float | None = field(default=None, compare=False)
-    """How long the site worked for it; up only."""
+    """Seconds of work at the site; replies (up) only."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What comes in the place of a reply: why a site is left out of this round, as one printable line."""
+    """Reason why a site's reply is missing or discarded in this round, as one printable line."""
 
     reason: str
 
@@ -390,32 +400,35 @@ class Failure:
 
 
 class Transport(Protocol):
-    """Where the clients run."""
+    """Connection to the clients."""
 
     sites: tuple[str, ...]
 
     def send(
         self, step: int, stage: str, number: int, messages: Mapping[str, Message]
     ) -> Iterator[tuple[str, Reply[Message] | Failure, tuple[Exchange, ...]]]:
-        """Send each site its message; yield replies as they come, with what crossed the wire."""
+        """Send each site its message; yield (site, reply, exchanges) in order of arrival."""
         ...
 
     def evaluate(self, messages: Mapping[str, Message], model: Tensors | None) -> Mapping[str, Mapping[str, Metrics] | Failure]:
-        """By site: the metrics of "global/validation", "global/test", "personal/validation", "personal/test", or why not."""
+        """Return, by site, the metrics by "view/split", or a `Failure`.
+
+        The keys are "global/validation", "global/test", "personal/validation" and "personal/test".
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Round:
-    """The record yielded after each stage: JSON lines on disk; reports read only these."""
+    """Record yielded after each stage; stored as JSON lines, from which reports are made."""
 
     step: int
     """Stages done before this one."""
     stage: str
     number: int
-    """How often this stage had run before."""
+    """Earlier runs of this stage."""
     server: ServerState = field(repr=False)
-    """The server's state now: what a checkpoint keeps (not part of the record)."""
+    """New state of the server, for the checkpoint; not part of the record."""
     cohort: tuple[str, ...]
     train: Mapping[str, Metrics]
     aggregate: Metrics
@@ -423,12 +436,12 @@ class Round:
     exchanges: tuple[Exchange, ...]
     seconds: float
     absent: Mapping[str, str] = field(default_factory=dict)
-    """Sites that were left out of the stage or of its evaluation, and why."""
+    """Reasons by site that failed in the stage or in its evaluation."""
     share: float = 1.0
-    """Largest part of the union of test sets that any one site may have."""
+    """Largest share of one site in the union of test sets."""
 
     def results(self) -> dict[str, Any]:
-        """Return what must be equal in every rerun: everything but times. A number that is not finite is None."""
+        """Return the part of the record that is equal in every rerun (no times); numbers that are not finite become None."""
         return {
             "step": self.step,
             "stage": self.stage,
@@ -445,9 +458,9 @@ class Round:
 
 
 def cap_weights(weights: Mapping[str, float], share: float) -> dict[str, float]:
-    """Return weights of which none is more than `share` of their sum: heavier ones are reduced to it.
+    """Return the weights, reduced so that none exceeds `share` of their sum.
 
-    If there are too few for that (`share` below one divided by their number), all become equal to the smallest.
+    If `share` is below one divided by their number, all weights become equal to the smallest.
     """
     most, heavy = math.inf, sorted(weights.values(), reverse=True)
     for reduced in range(len(heavy) if share < 1 else 0):
@@ -458,7 +471,7 @@ def cap_weights(weights: Mapping[str, float], share: float) -> dict[str, float]:
 
 
 LARGEST = 1e30
-"""Largest number that is recorded: sums and squares of such stay finite."""
+"""Largest recorded number; sums and squares of such numbers are finite."""
 
 
 def _numbers(metrics: Metrics) -> dict[str, float | None]:
@@ -474,12 +487,12 @@ def _view(evaluation: Mapping[str, Mapping[str, Metrics]], model: str) -> dict[s
 
 
 def _counted(metrics: Metrics) -> dict[str, float]:
-    # a metric is a float on the wire; a count reads better as what it is
+    # metrics are floats on the wire; a count is recorded as an integer
     return {name: int(value) if name == "count" else value for name, value in metrics.items() if abs(value) <= LARGEST}
 
 
 def _union(evaluation: Mapping[str, Mapping[str, Metrics]], share: float) -> dict[str, dict[str, float]]:
-    """The global model on all test sets joined: means weighted by the sites' counts."""
+    """Return the global model's metrics on the union of test sets: means weighted by the sites' counts."""
     tests = {site: _counted(views["global/test"]) for site, views in evaluation.items() if "global/test" in views}
     weights = cap_weights({site: m["count"] for site, m in tests.items()}, share)
     total = sum(weights.values())

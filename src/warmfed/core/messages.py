@@ -1,8 +1,8 @@
 """Messages: frozen dataclasses of tensors and scalars. The declaration is the wire format.
 
-One codec serves the wire, the sites' state and the checkpoints: safetensors for the tensors, its JSON header for the
-scalars and the message's kind. Decoding takes nothing on trust: the kind must be one that this process has declared,
-every field must be there with its declared type, and nothing else. No pickle is involved.
+One codec serves the wire, the client states and the checkpoints. Tensors are stored as safetensors; scalars and the
+message's kind are stored in its JSON header. Decoding validates every input: the kind must be declared in this process,
+and the fields must be exactly the declared ones, with their types. Pickle is not used.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Message(Protocol):
 
 _NAMES: dict[type, str] = {}
 KINDS: dict[str, type] = {}
-"""Every kind of message declared in this process, by its name: `fedavg.Model`."""
+"""Classes of all messages declared in this process, by kind: `fedavg.Model`."""
 
 _HEADER = "warmfed"
 T = TypeVar("T")
@@ -39,20 +39,20 @@ M = TypeVar("M", bound=Message)
 
 @dataclass_transform(frozen_default=True)
 def message(name: str) -> Callable[[type[T]], type[T]]:
-    """Declare a message of the kind `name`: a frozen dataclass whose fields are of these types (or `| None`):
+    """Declare a class as a message of kind `name`: a frozen dataclass.
 
-    `Tensors`, `Mapping[str, Tensors]`, `int`, `float`, `bool`, `str`, `tuple[str, ...]`, `tuple[float, ...]`,
-    `Mapping[str, float]`, and `Message` (another message, or none).
+    Fields have one of these types (or `| None`): `Tensors`, `Mapping[str, Tensors]`, `int`, `float`, `bool`, `str`,
+    `tuple[str, ...]`, `tuple[float, ...]`, `Mapping[str, float]`, and `Message` (another message).
 
     Args:
-        name: the kind as it stands on the wire, in checkpoints and in ledgers ("fedavg.Model"): it is part of the format, and
-            stays as it is when the class or its file is renamed.
+        name: the kind on the wire, in checkpoints and in ledgers ("fedavg.Model"). It is part of the format: do not change it
+            if the class or its file is renamed.
     """
 
     def declare(cls: type[T]) -> type[T]:
         frozen = dataclasses.dataclass(frozen=True, eq=False)(cls)
         if name in KINDS and KINDS[name].__qualname__ != frozen.__qualname__:
-            raise TypeError(f"two messages are called {name}")
+            raise TypeError(f"two message classes have the kind {name}; choose another name")
         KINDS[name], _NAMES[frozen] = frozen, name
         return frozen
 
@@ -60,14 +60,14 @@ def message(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def kind(cls: type) -> str:
-    """Return the kind of a declared message; of any other class, its name."""
+    """Return the kind of a declared message class, or the name of any other class."""
     return _NAMES.get(cls, cls.__name__)
 
 
 @functools.cache
 def _fields(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    # a type variable stands for the kind of message that a reply holds
+    # a type variable is the message type of a reply
     return {f.name: Message if isinstance(hints[f.name], TypeVar) else hints[f.name] for f in dataclasses.fields(cls)}
 
 
@@ -108,12 +108,12 @@ def _holds(declared: Any, wanted: Any) -> bool:
 
 
 def _group(name: str) -> str:
-    # {"a/b": {"c": …}} and {"a": {"b/c": …}} must not meet under one path
+    # {"a/b": {"c": …}} and {"a": {"b/c": …}} must have different paths
     return name.replace("%", "%25").replace("/", "%2F")
 
 
 def encode(obj: Message) -> bytes:
-    """The bytes of a message; equal messages have equal bytes."""
+    """Return the bytes of a message; equal messages have equal bytes."""
     tensors, scalars = _flatten(obj)
     header = json.dumps({"kind": kind(type(obj)), "fields": scalars}, sort_keys=True)
     seen: set[int] = set()
@@ -122,7 +122,7 @@ def encode(obj: Message) -> bytes:
 
 
 def _own(tensor: torch.Tensor, seen: set[int]) -> torch.Tensor:
-    # safetensors refuses tensors that share storage, and slices of one synthetic set do
+    # safetensors refuses tensors that share storage, such as slices of one synthetic set
     plain = tensor.detach().cpu().contiguous()
     if plain.untyped_storage().nbytes() != plain.nbytes or plain.data_ptr() in seen:
         plain = plain.clone()
@@ -137,7 +137,7 @@ def _header(data: bytes) -> dict[str, Any]:
 
 
 def kind_of(data: bytes) -> str:
-    """The kind that these bytes say they are of; empty: they are no message."""
+    """Return the kind that the header declares; empty if the bytes are not a message."""
     try:
         return str(_header(data)["kind"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -149,32 +149,33 @@ def decode(data: bytes, expect: None = None, what: str = ...) -> Message: ...
 @overload
 def decode(data: bytes, expect: type[M], what: str = ...) -> M: ...
 def decode(data: bytes, expect: type | None = None, what: str = "message") -> Any:
-    """Return the message of these bytes.
+    """Return the message that these bytes encode.
 
     Args:
-        expect: the class it must be.
-        what: what these bytes are, for the error ("the checkpoint of site 'ink'").
+        expect: class of the message; None: any declared class.
+        what: description of the bytes for the error ("the checkpoint of site 'ink'").
 
     Raises:
-        InputError: not a message (a pickle, a truncated file), an undeclared kind, or fields that do not fit.
+        InputError: The bytes are not a message (a pickle, a truncated file), the kind is not declared, or the fields do not
+            match their declaration.
     """
     try:
         flat = load(data)
         header = _header(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
-        raise InputError(f"{what} is damaged or not a warmfed message ({reason}); ask for it again") from error
+        raise InputError(f"{what} is damaged or not a warmfed message ({reason}); send or restore it again") from error
     for name, tensor in flat.items():
         if tensor.dtype not in _TYPES:
-            raise InputError(f"{what}: tensor {name!r} is {tensor.dtype}, a type that nobody here computes with; it is refused")
+            raise InputError(f"{what}: tensor {name!r} has the unsupported type {tensor.dtype}; it is refused")
     if expect is not None and isinstance(header, dict) and header.get("kind") != kind(expect):
         raise InputError(f"{what} is of kind {header.get('kind')!r}, expected {kind(expect)}; {_VERSIONS}")
     try:
         obj = _build(header, flat, "", what)
     except RecursionError as error:
-        raise InputError(f"{what} is damaged: messages inside of messages without end; it is refused") from error
+        raise InputError(f"{what} is damaged: its messages are nested too deeply; it is refused") from error
     if flat:
-        raise InputError(f"{what} holds tensors that no field declares: {', '.join(sorted(flat)[:3])}; it is refused")
+        raise InputError(f"{what} holds undeclared tensors: {', '.join(sorted(flat)[:3])}; it is refused")
     return obj
 
 
@@ -182,7 +183,7 @@ _TYPES = {
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
 }  # fmt: skip
-_VERSIONS = "do both sides run the same version of warmfed?"
+_VERSIONS = "install the same version of warmfed on both sides"
 
 
 def _build(header: Any, flat: dict[str, torch.Tensor], prefix: str, what: str) -> Message:
@@ -199,7 +200,7 @@ def _build(header: Any, flat: dict[str, torch.Tensor], prefix: str, what: str) -
             values[field] = _read(kind_of, scalars[field], flat, prefix + field, what)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(
-                f"{what} of kind {name}: field {field!r} does not hold what is declared ({error}); ask for it again"
+                f"{what} of kind {name}: field {field!r} does not match its declaration ({error}); send or restore it again"
             ) from error
     found: Message = cls(**values)
     return found
@@ -236,7 +237,7 @@ def _scalar(declared: type, value: Any) -> Any:
 
 
 def tensors_of(obj: Message) -> dict[str, torch.Tensor]:
-    """Every tensor of a message as `field/name` (or `field/group/name`)."""
+    """Return all tensors of a message by `field/name` (or `field/group/name`)."""
     return _flatten(obj)[0]
 
 

@@ -1,6 +1,6 @@
-"""Arithmetic on named tensors. Names must match exactly; nothing is positional.
+"""Arithmetic on named tensors. The names of both operands must be equal.
 
-Integer tensors (counters) have no mean: `mean` and `mix` take the first operand's, all other arithmetic keeps torch's.
+`mean` and `mix` return the first operand's integer tensors (counters) unchanged. All other functions follow torch.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def scale(a: Tensors, factor: float) -> dict[str, Tensor]:
 
 
 def mix(a: Tensors, b: Tensors, share: float) -> dict[str, Tensor]:
-    """(1 - share)·a + share·b."""
+    """Return (1 - share)·a + share·b."""
     return _pair(lambda x, y: torch.lerp(x, y, share) if x.is_floating_point() else x, a, b)
 
 
@@ -45,7 +45,7 @@ def zeros(a: Tensors) -> dict[str, Tensor]:
 
 
 def flat(a: Tensors) -> Tensor:
-    """All floating-point values in the order of their tensors' names, float64 [n]."""
+    """Return all floating-point values in the order of their tensors' names, float64 [n]."""
     return torch.cat([value.double().flatten() for _, value in sorted(a.items()) if value.is_floating_point()])
 
 
@@ -54,20 +54,20 @@ def only(a: Tensors, keep: Callable[[str], bool]) -> dict[str, Tensor]:
 
 
 def add_prefix(a: Tensors, prefix: str) -> dict[str, Tensor]:
-    """The same tensors, their names after a prefix: several models become one."""
+    """Return the same tensors with a prefix before each name, to store several models in one mapping."""
     return {prefix + name: value for name, value in a.items()}
 
 
 def strip_prefix(a: Tensors, prefix: str) -> dict[str, Tensor]:
-    """Those whose names begin with a prefix, without it."""
+    """Return the tensors whose names begin with a prefix, without the prefix."""
     return {name.removeprefix(prefix): value for name, value in a.items() if name.startswith(prefix)}
 
 
 def mean(items: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
-    """Weighted mean in one pass, accumulated in float64 and returned in the operands' type; O(one model) memory.
+    """Return the weighted mean, accumulated in float64 in one pass, in the operands' type; O(one model) memory.
 
     Raises:
-        ValueError: nothing to average, or weights that do not sum to more than zero.
+        ValueError: The sum of the weights is not positive.
     """
     total: dict[str, Tensor] = {}
     first: Tensors = {}
@@ -77,14 +77,14 @@ def mean(items: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
         total, first = (add(total, wide), first) if first else (wide, tensors)
         weights += weight
     if weights <= 0:
-        raise ValueError("mean of no updates: every client failed or had zero weight")
+        raise ValueError("mean of no updates: every client failed or has zero weight")
     return {
         name: (total[name] / weights).to(value.dtype) if value.is_floating_point() else value for name, value in first.items()
     }
 
 
 def layout_mismatch(came: Tensors, wanted: Tensors) -> str:
-    """The first tensor by name that has not the wanted type and shape, or is missing or too many; empty: all fit."""
+    """Return a description of the first tensor by name that differs in type or shape or is missing in one; empty if none."""
     names = came.keys() | wanted.keys()
     name = min((name for name in names if not _same(came.get(name), wanted.get(name))), default=None)
     return "" if name is None else f"tensor {name!r} is {_layout(came.get(name))}, expected {_layout(wanted.get(name))}"
@@ -103,12 +103,12 @@ def to(a: Tensors, device: str | torch.device) -> dict[str, Tensor]:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether no value is infinite or not a number: by one sum, which needs no copy. One that overflows is as unusable."""
+    """Return whether the sum of all values is finite; it needs no copy. A tensor whose sum overflows counts as not finite."""
     return not tensor.is_floating_point() or math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
 
 
 def rows(table: Table) -> int:
-    """How many rows a table has."""
+    """Return the number of rows of a table."""
     return len(next(iter(table.values())))
 
 
@@ -117,12 +117,12 @@ def select(table: Table, index: Tensor | slice) -> dict[str, Tensor]:
 
 
 def evenly_spaced(table: Table, count: int) -> dict[str, Tensor]:
-    """At most `count` rows, evenly spread over the table, which may be sorted by class."""
+    """Return at most `count` rows, evenly spaced over the table, which may be sorted by class."""
     return select(table, torch.linspace(0, rows(table) - 1, min(count, rows(table))).long())
 
 
 def join(tables: Iterable[Table]) -> dict[str, Tensor]:
-    """The rows of all tables, in order; their columns must have the same names."""
+    """Return the rows of all tables, in order; raise `KeyError` if their column names differ."""
     tables = list(tables)
     if len({tuple(sorted(t)) for t in tables}) != 1:
         raise KeyError(f"column names differ: {[sorted(t) for t in tables]}")
@@ -130,7 +130,7 @@ def join(tables: Iterable[Table]) -> dict[str, Tensor]:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """As torch.cat; but what lies side by side in one piece of memory (a mapped file) is not copied."""
+    """Return torch.cat(parts), without a copy if the parts are adjacent in one storage (a mapped file)."""
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         same = (part.dtype, part.shape[1:], part.untyped_storage().data_ptr()) == (
@@ -144,7 +144,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def apportion(counts: Tensor, wanted: int) -> Tensor:
-    """`wanted` labels, sorted, as frequent as `counts` says: largest remainders."""
+    """Return `wanted` labels, sorted, in proportion to `counts` (largest remainder method), int64 [wanted]."""
     exact = counts.double() * wanted / counts.sum()
     base = exact.floor().long()
     base[(exact - base).sort(descending=True, stable=True).indices[: wanted - int(base.sum())]] += 1
@@ -152,7 +152,7 @@ def apportion(counts: Tensor, wanted: int) -> Tensor:
 
 
 def sha256(a: Tensors) -> str:
-    """Digest of names, types, shapes and bytes."""
+    """Return the SHA-256 of names, types, shapes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(a):
         value = a[name].detach().cpu().contiguous()

@@ -11,7 +11,7 @@ from ..utils.settings import check_choices
 
 @dataclass(frozen=True)
 class Training:
-    """How to train: the optimizer and how long."""
+    """Settings of training: optimizer, learning rate and length."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "micro": "micro_batch_size",
@@ -23,33 +23,33 @@ class Training:
     }
 
     optimizer: Literal["sgd", "adam", "adamw", "adamw8bit"] = "sgd"
-    """sgd, adam, adamw, or adamw8bit (its moments in 8 bits: bitsandbytes)."""
+    """Optimizer: sgd (default), adam, adamw, or adamw8bit (8-bit optimizer state, from bitsandbytes)."""
     lr: float = 0.05
-    """Learning rate (its peak, where there is a schedule)."""
+    """Learning rate; with a schedule, its peak. Default 0.05."""
     momentum: float = 0.9
-    """Momentum of sgd."""
+    """Momentum of sgd, from 0 to below 1. Default 0.9."""
     weight_decay: float = 0.0
-    """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
+    """L2 penalty (sgd, adam) or decoupled decay (adamw). Default 0."""
     epochs: int = 1
-    """Passes over the data."""
+    """Passes over the data. Default 1."""
     steps: int = 0
-    """Optimizer steps; above zero it replaces `epochs`."""
+    """Optimizer steps; a value above 0 replaces `epochs`. Default 0."""
     batch_size: int = 32
-    """Rows of one batch; the last one of an epoch may be smaller."""
+    """Rows of a batch; the last batch of an epoch may be smaller. Default 32."""
     gradient_accumulation_steps: int = 1
-    """Batches of one optimizer step."""
+    """Batches of one optimizer step. Default 1."""
     micro_batch_size: int = 0
-    """Rows of a batch that go through the model at a time; 0: all. Less memory, the same gradient but for rounding."""
+    """Rows of one forward pass; smaller values need less memory and give the same gradient up to rounding. Default 0: all."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """constant, or cosine (to zero at the last step)."""
+    """Schedule of the learning rate: constant (default), or cosine (to zero at the last step)."""
     warmup: int = 0
-    """Steps over which the learning rate rises from zero."""
+    """Steps over which the learning rate rises from zero. Default 0."""
     max_grad_norm: float = 0.0
-    """Largest norm of the whole gradient; 0: no clipping."""
+    """Largest norm of the gradient of all parameters. Default 0: no clipping."""
     ema_decay: float = 0.0
-    """Decay of the exponential moving average that is returned instead of the last weights; 0: none."""
+    """Decay of the exponential moving average of the weights, which is returned instead of them. Default 0: no average."""
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32, bf16 or fp16: the type of the forward pass (autocast)."""
+    """Type of the forward pass (autocast): fp32 (default), bf16 or fp16."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -71,19 +71,25 @@ class Training:
             raise InputError("momentum and ema_decay must be at least 0 and below 1; check the training settings")
 
     def count(self, n: int) -> int:
-        """Optimizer steps that training on `n` rows takes."""
+        """Return the number of optimizer steps of a training on `n` rows."""
         if self.steps or not n:
             return self.steps
         return self.epochs * -(-n // (self.batch_size * self.gradient_accumulation_steps))
 
     def accumulated(self, n: int) -> float:
-        """How many gradients, times `lr`, training on `n` rows adds up (‖a‖₁ of FedNova): `count(n)`, and more with momentum.
+        """Return ‖a‖₁ of FedNova: the sum of gradient weights, in units of `lr`, of a training on `n` rows.
+
+        Without momentum it is `count(n)`.
 
         Raises:
-            InputError: the weights do not move by a fixed sum of gradients.
+            InputError: The optimizer is not sgd, or `lr` is not constant.
         """
         if self.optimizer != "sgd" or self.schedule != "constant" or self.warmup:
-            raise InputError("training must be sgd at a constant lr, for its steps are counted; set optimizer and schedule so")
+            raise InputError(
+                "the algorithm needs sgd with a constant lr; "
+                f"got optimizer {self.optimizer}, schedule {self.schedule}, warmup {self.warmup}; "
+                "set optimizer to sgd, schedule to constant and warmup to 0"
+            )
         velocity = total = 0.0
         for _ in range(self.count(n)):
             velocity = self.momentum * velocity + 1

@@ -1,4 +1,4 @@
-"""Unfinished training on disk: a process that was killed goes on from its last snapshot, with the same bytes."""
+"""Snapshots of unfinished training: a killed process resumes from the last one, with the same results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,23 +16,23 @@ from .tensors import Tensors, add_prefix, strip_prefix, to
 
 @dataclass(frozen=True)
 class Snapshots:
-    """One file, overwritten every so many steps; who asks for the training removes it when the result is safe."""
+    """Snapshot file of one training, overwritten every `every` steps; the caller removes it when the result is saved."""
 
     path: Path
     every: int
     """Optimizer steps between two snapshots."""
     of: str = ""
-    """What the training is of beside its start, settings, data and random numbers: the loss's settings, a frozen part."""
+    """Further inputs of the training, beside start, settings, data and random numbers: loss settings, frozen tensors."""
 
     def load(self, key: str) -> Callable[[str], dict[str, Tensor]] | None:
-        """The last snapshot, as a function that gives a part's tensors; None: none is of the training that `key` names.
+        """Return a function that returns a part's tensors by name, or None if the snapshot has another key.
 
-        A damaged one is of no training: it begins anew, and only time is lost.
+        A damaged snapshot is ignored: the training restarts.
         """
         if not self.path.exists():
             return None
         try:
-            content = read_checksummed(self.path, "the unfinished training")
+            content = read_checksummed(self.path, "the training snapshot")
         except InputError:
             return None
         name, _, tensors = content.partition(b"\n")
@@ -42,14 +42,14 @@ class Snapshots:
         return lambda part: strip_prefix(whole, f"{part}/")
 
     def save(self, key: str, **parts: Tensors) -> None:
-        """Replace the snapshot, each part's names under its own; raises `InputError` where the disk is full."""
+        """Replace the snapshot atomically, with each part under its name; raise `InputError` if it cannot be written."""
         flat = {name: value for part, named in parts.items() for name, value in add_prefix(named, f"{part}/").items()}
         whole = {name: value.contiguous() for name, value in to(flat, "cpu").items()}
         write_checksummed(self.path, key.encode() + b"\n" + save(whole))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimizer remembers, by the number of the parameter and its own names; whole numbers become int64."""
+    """Return the optimizer state by `parameter number/name`; integers become int64 tensors."""
     return {
         f"{number}/{name}": torch.as_tensor(value)
         for number, held in optimizer.state_dict()["state"].items()
@@ -58,10 +58,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, remembered: Tensors) -> None:
-    """Give an optimizer what `moments` told."""
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Tensors) -> None:
+    """Load the state that `optimizer_state` returned."""
     state: dict[int, dict[str, Any]] = {}
-    for key, value in remembered.items():
+    for key, value in saved.items():
         number, _, name = key.partition("/")
         whole = value.ndim == 0 and value.dtype == torch.int64
         state.setdefault(int(number), {})[name] = int(value) if whole else value

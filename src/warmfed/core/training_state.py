@@ -1,4 +1,4 @@
-"""What a training step changes: the snapshot of an unfinished training holds these fields and no others."""
+"""State that a training step changes; a snapshot holds exactly these fields."""
 
 import math
 from collections.abc import Callable
@@ -13,38 +13,38 @@ from .training_snapshot import load_optimizer_state, optimizer_state
 
 @dataclass
 class TrainState:
-    """A training between two of its steps."""
+    """State of a training between two steps."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: dict[str, Tensor]
-    """Moving averages of the weights that learn; empty: there are none."""
+    """Moving averages of the trainable weights; empty if there are none."""
     losses: Tensor
-    """The loss of each batch so far, float64 [all batches of the training]."""
+    """Loss of each batch so far, float64 [all batches of the training]."""
     counts: list[int] = field(default_factory=list)
-    """The rows of each batch so far."""
+    """Rows of each batch so far."""
     step: int = 0
     """Optimizer steps done."""
     best: dict[str, Tensor] = field(default_factory=dict)
-    """The tensors of the epoch with the best figure; empty: none has been measured."""
+    """Tensors of the epoch with the best figure; empty before the first evaluation."""
     best_step: int = 0
     best_figure: float = math.inf
 
     def record(self, loss: Tensor, count: int) -> None:
-        """Note the loss of a batch of `count` rows."""
+        """Record the loss of a batch of `count` rows."""
         self.losses[len(self.counts)] = loss
         self.counts.append(count)
 
     def tensors(self, names: Tensors) -> dict[str, Tensor]:
-        """Return the tensors of these names as the training would return them now, on the processor."""
+        """Return the current result of the training: the tensors of these names, copied to the CPU."""
         state = self.model.state_dict() | self.average
         return {name: state[name].detach().to("cpu", copy=True) for name in names}
 
     def state_dict(self, names: Tensors) -> dict[str, Tensors]:
-        """Return all of it as named tensors, by part; of the model those of these names.
+        """Return the state as named tensors, by part; of the model, only the tensors of these names.
 
-        torch's global random stream belongs to it: dropout draws from it.
+        It includes the state of torch's global random stream, which dropout uses.
         """
         log = {
             "steps": torch.tensor([self.step, self.best_step]),
@@ -63,7 +63,7 @@ class TrainState:
         }
 
     def load_state_dict(self, part: Callable[[str], dict[str, Tensor]], device: str) -> None:
-        """Continue from what `state_dict` returned; part(name) returns one part of it."""
+        """Restore the state that `state_dict` returned; part(name) returns one part of it."""
         self.model.load_state_dict(part("model"), strict=False)
         load_optimizer_state(self.optimizer, part("optimizer"))
         self.scaler.load_state_dict({name: value.item() for name, value in part("scaler").items()})

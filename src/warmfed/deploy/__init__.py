@@ -1,1 +1,1 @@
-"""For the operator of a deployment: a ready project with certificates and keys, preflight, and what has left a site."""
+"""Deployment over Flower: projects with certificates and keys, checks, server and site apps, and the sites' ledgers."""

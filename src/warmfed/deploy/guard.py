@@ -1,12 +1,12 @@
-"""The guard in front of Flower's HTTP servers: who may call which path, how large a request is, how long it takes.
+"""Guard of Flower's HTTP servers: limits callers, request sizes and times.
 
 Flower 1.42 serves three interfaces on one port: Fleet (the sites), Control (`flwr run`, `flwr supernode register`) and
-Runtime (the processes that compute). Only Fleet has authentication of its own, after the body has been read. The guard
-decides before anything of the body is read:
+Runtime (the worker processes). Only Fleet authenticates requests, after it has read the body. The guard decides before the
+body is read:
 
-* a process of the server's own user on the same machine may call everything; the operating system says whose it is;
-* a site whose public key is registered, and which signs the request's time stamp with it, may call Fleet;
-* everybody may ask whether the server is healthy; everything else is refused: 401 for Fleet, 403 for all other paths.
+* A process of the server's own user on the same machine may call every path; the operating system gives its user.
+* A site with a registered public key may call Fleet, if it has signed the request's time stamp.
+* Every caller may call the health check. All other requests are refused: 401 for Fleet, 403 for all other paths.
 """
 
 import asyncio
@@ -26,15 +26,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..utils.errors import InputError
 
 PATIENCE = 10.0
-"""Seconds for a TLS handshake, and for the head of a request."""
+"""Time limit in seconds of a TLS handshake, and of the head of a request."""
 PAUSE = 30.0
-"""Seconds between two pieces of a request's body."""
+"""Time limit in seconds between two parts of a request's body."""
 LARGEST = 64 * 2**20
-"""Bytes of a request's body; Flower sends arrays in pieces of 5 MiB."""
+"""Largest body of a request in bytes; Flower sends arrays in parts of 5 MiB."""
 STRANGERS, ALL_STRANGERS = 24, 512
-"""Open connections on which no request has been passed on: of one address, and of all."""
+"""Most open connections without an accepted request: of one address, and of all."""
 STRANGER = b"warmfed-stranger"
-"""Header by which a caller gives up the rights of the server's user: `warmfed deploy check` tests the door with it."""
+"""Header with which a caller waives the rights of the server's user; `warmfed deploy check` tests the guard with it."""
 HEALTH = ("GET", "/health")
 
 Scope = MutableMapping[str, Any]
@@ -44,14 +44,14 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Guard:
-    """An ASGI application that passes on what its caller may ask for, and refuses the rest.
+    """ASGI application that forwards permitted requests and refuses all others.
 
     Args:
-        app: the application behind it.
+        app: the guarded application.
         fleet: the paths of Fleet; a site may POST to them.
-        authentic: authentic(headers by lower-case name) tells whether a registered site has signed the request.
-        own: own(client's address, server's address) tells whether the caller runs as the server's user.
-        listener: what accepts the connections; it hears of each caller whose request is passed on.
+        authentic: authentic(headers by lower-case name) returns whether a registered site has signed the request.
+        own: own(client's address, server's address) returns whether the caller runs as the server's user.
+        listener: socket that accepts the connections; it is notified of each accepted request.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Guard:
             return await _refuse(send, 401, b"this key is not registered, or the signature is not its own")
         length = headers.get(b"content-length", b"")
         if not length.isdigit():
-            return await _refuse(send, 411, b"the request must say its length")
+            return await _refuse(send, 411, b"the request must have a content-length header")
         if len(length) > 12 or int(length) > LARGEST:
             return await _refuse(send, 413, b"the request is too large")
         return await self._pass(scope, _timed(receive), send)
@@ -104,7 +104,7 @@ async def _refuse(send: Send, status: int, reason: bytes) -> None:
 
 
 def _timed(receive: Receive) -> Receive:
-    """Return `receive` with a limit: a caller that sends nothing for `PAUSE` seconds in the middle of a body counts as gone."""
+    """Return `receive` with a time limit: a caller that pauses for `PAUSE` seconds within a body counts as disconnected."""
     more = True
 
     async def timed() -> MutableMapping[str, Any]:
@@ -122,8 +122,8 @@ def _timed(receive: Receive) -> Receive:
 def of_this_user(client: tuple[str, int], server: tuple[str, int]) -> bool:
     """Return whether the client's end of a connection belongs to a process of this user on this machine.
 
-    On Linux the kernel's table of connections names the owner of each end. A caller on another machine has no entry
-    there. An end that its process has closed is nobody's, so only established ones count.
+    On Linux, the kernel's table of connections has the owner of each end. A caller on another machine has no entry.
+    A closed end has no owner, so only established connections count.
     """
     if sys.platform != "linux":
         return _of_a_process(client, server)
@@ -139,7 +139,7 @@ def of_this_user(client: tuple[str, int], server: tuple[str, int]) -> bool:
 
 
 def _entry(text: str) -> tuple[str, int]:
-    """The address and port of an entry as 0100007F:1F40: words of four bytes, each in the machine's order."""
+    """Return address and port of an entry like 0100007F:1F40, in words of four bytes in the machine's byte order."""
     host, port = text.split(":")
     words = (int(host[i : i + 8], 16) for i in range(0, len(host), 8))
     packed = b"".join(struct.pack("=I", word) for word in words)
@@ -147,14 +147,14 @@ def _entry(text: str) -> tuple[str, int]:
 
 
 def _address(host: str, port: int) -> tuple[str, int]:
-    """One spelling of an address: an IPv4 address that is written as an IPv6 one is the IPv4 address."""
+    """Return the canonical address and the port; an IPv4-mapped IPv6 address becomes the IPv4 address."""
     found = ipaddress.ip_address(host.partition("%")[0])
     mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
     return str(mapped or found), port
 
 
 def _of_a_process(client: tuple[str, int], server: tuple[str, int]) -> bool:
-    """The same by the open connections of each process of this user: slower, for systems without such a table."""
+    """Return the same from the open connections of this user's processes; slower, for systems without such a table."""
     wanted, user = (_address(*client), _address(*server)), psutil.Process().username()
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -166,9 +166,9 @@ def _of_a_process(client: tuple[str, int], server: tuple[str, int]) -> bool:
 
 
 class Listener(socket.socket):
-    """A listening socket that bounds what strangers hold: connections on which no request has been passed on yet.
+    """Listening socket that limits the connections without an accepted request.
 
-    One that exceeds the bound is closed at once. A connection takes about 70 kB before it has said anything.
+    A connection above the limit is closed at once. A connection takes about 70 kB before its first byte.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -194,12 +194,12 @@ class Listener(socket.socket):
             return made, address
 
     def prove(self, caller: tuple[str, int]) -> None:
-        """Count a caller's connection no longer: a request of it has been passed on."""
+        """Exclude a caller's connection from the limit, after an accepted request."""
         self._unproved.pop(caller, None)
 
 
 class _Accepted(socket.socket):
-    """An accepted connection that says when it is closed."""
+    """Accepted connection with a callback on close."""
 
     def __init__(self, plain: socket.socket, closed: Callable[[], object]) -> None:
         super().__init__(plain.family, plain.type, plain.proto, fileno=plain.detach())
@@ -211,9 +211,9 @@ class _Accepted(socket.socket):
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP protocol, which also ends connections whose next request's head does not come in `PATIENCE` seconds.
+    """uvicorn's HTTP protocol with a time limit of `PATIENCE` seconds for the head of each request.
 
-    uvicorn ends a connection that is idle between two requests; one that sends nothing at all, or half of a head, it keeps.
+    uvicorn closes connections that are idle between two requests, but not those without any byte or with a partial head.
     """
 
     _ends: asyncio.TimerHandle | None = None
@@ -249,7 +249,7 @@ class PatientProtocol(H11Protocol):
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """asyncio's loop, whose servers wait `PATIENCE` seconds for a TLS handshake and not a minute."""
+    """asyncio's event loop with a time limit of `PATIENCE` seconds for TLS handshakes, instead of a minute."""
 
     async def create_server(self, *args: Any, **options: Any) -> Any:
         patience = {"ssl_handshake_timeout": PATIENCE} if options.get("ssl") else {}
@@ -258,7 +258,7 @@ class _Loop(asyncio.SelectorEventLoop):
 
 def loop() -> asyncio.AbstractEventLoop:
     """Return the event loop of a guarded server; uvicorn calls it by name."""
-    asyncio.sslproto.SSLProtocol.max_size = 16_384  # bytes that each TLS connection holds for reading; 262,144 by default
+    asyncio.sslproto.SSLProtocol.max_size = 16_384  # read buffer of each TLS connection in bytes; 262,144 by default
     return _Loop()
 
 
@@ -266,9 +266,9 @@ SERVED: Mapping[str, Any] = {
     "http": PatientProtocol,
     "ws": "none",
     "loop": f"{__name__}:loop",
-    "proxy_headers": False,  # else a caller could say that it is another
+    "proxy_headers": False,  # else a caller could forge its address
     "server_header": False,
     "h11_max_incomplete_event_size": 32_768,
     "backlog": 512,
 }
-"""uvicorn's settings for a guarded server."""
+"""Settings of uvicorn for a guarded server."""

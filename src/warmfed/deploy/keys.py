@@ -1,6 +1,6 @@
-"""Certificates and node keys, made and read by the library `cryptography`, which is imported here alone.
+"""Certificates and node keys. No other module imports the library `cryptography`.
 
-All keys are of the curve P-384, as Flower wants them. Certificates are X.509; a node's key pair is in OpenSSH's format.
+All keys are on the curve P-384, as Flower requires. Certificates are X.509; a node's key pair is in OpenSSH's format.
 """
 
 import base64
@@ -23,18 +23,18 @@ except ModuleNotFoundError as error:
     raise InputError("certificates need the package cryptography; install warmfed with it: warmfed[flower]") from error
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-"""What a site's name may be."""
+"""Pattern of a site's name."""
 AUTHORITY = timedelta(days=3650)
-"""How long a project's authority is valid."""
+"""Validity of a project's authority."""
 SERVER = timedelta(days=825)
-"""How long the server's certificate is valid; `warmfed deploy renew` makes another."""
-_EARLY = timedelta(hours=1)  # so that a site whose clock is behind accepts a certificate of today
-_NEW = "ask the coordinator for a new site folder"
+"""Validity of the server's certificate; `warmfed deploy renew` writes a new one."""
+_EARLY = timedelta(hours=1)  # so that a site with a slow clock accepts a new certificate
+_NEW = "get a new site folder from the coordinator"
 _PEM, _OPEN = serialization.Encoding.PEM, serialization.NoEncryption()
 
 
 def authority(name: str, now: datetime) -> tuple[bytes, bytes]:
-    """A certificate authority of this name: (certificate, private key), both PEM."""
+    """Return (certificate, private key) of a new certificate authority, both in PEM."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = _named(name)
     usage = x509.KeyUsage(
@@ -46,7 +46,7 @@ def authority(name: str, now: datetime) -> tuple[bytes, bytes]:
 
 
 def server(ca: bytes, ca_key: bytes, host: str, now: datetime) -> tuple[bytes, bytes]:
-    """The server's (certificate, private key), PEM: for `host`, a name or an address, and for the machine itself."""
+    """Return (certificate, private key) of the server in PEM, for `host`, a name or an address, and for localhost."""
     issuer, signer = _read(ca, "the authority's certificate"), serialization.load_pem_private_key(ca_key, None)
     key = ec.generate_private_key(ec.SECP384R1())
     names = dict.fromkeys([host, "localhost", "127.0.0.1"])
@@ -57,13 +57,23 @@ def server(ca: bytes, ca_key: bytes, host: str, now: datetime) -> tuple[bytes, b
 
 
 def node() -> tuple[bytes, bytes]:
-    """A SuperNode's (private key, public key), in OpenSSH's format."""
+    """Return (private key, public key) of a new SuperNode, in OpenSSH's format."""
     key = ec.generate_private_key(ec.SECP384R1())
     return key.private_bytes(_PEM, serialization.PrivateFormat.OpenSSH, _OPEN), _public(key) + b"\n"
 
 
 def dates(certificate: bytes, what: str, now: datetime, remedy: str) -> str:
-    """Until when it is valid; raises `InputError`, which ends in the remedy, where it is not valid now."""
+    """Return the end of a certificate's validity, as text.
+
+    Args:
+        certificate: the certificate in PEM.
+        what: name of the certificate in the error.
+        now: the current time.
+        remedy: end of the error's text: how to fix it.
+
+    Raises:
+        InputError: The certificate is not valid now.
+    """
     found = _read(certificate, what)
     begins, ends = found.not_valid_before_utc, found.not_valid_after_utc
     if now < begins:
@@ -74,7 +84,7 @@ def dates(certificate: bytes, what: str, now: datetime, remedy: str) -> str:
 
 
 def chain(certificate: bytes, key: bytes, ca: bytes, host: str, remedy: str) -> str:
-    """For whom the server's certificate is; raises `InputError` where key, authority or host do not belong to it."""
+    """Return the names in the server's certificate; raise `InputError` if key, authority or host do not match it."""
     found, issuer = _read(certificate, "the server's certificate"), _read(ca, "the authority's certificate")
     try:
         found.verify_directly_issued_by(issuer)
@@ -89,24 +99,24 @@ def chain(certificate: bytes, key: bytes, ca: bytes, host: str, remedy: str) -> 
 
 
 def pair(private: bytes, public: bytes) -> str:
-    """The node key's kind; raises `InputError` where it is no P-384 key or the public one is another's."""
+    """Return the kind of a node's key; raise `InputError` if it is not a P-384 key or the public key does not match."""
     key = _key(private, "the node's private key", serialization.load_ssh_private_key)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise InputError(f"the node's key is none of the curve P-384, as Flower wants it; {_NEW}")
+        raise InputError(f"the node's key is not on the curve P-384, which Flower requires; {_NEW}")
     if public.split()[:2] != _public(key).split()[:2]:
         raise InputError(f"node.pub is not the public key of node; {_NEW}")
     return "EC P-384"
 
 
 def registered(folder: Path) -> dict[bytes, str]:
-    """Return the names of the sites whose public keys lie in a folder as NAME.pub, by key ("ecdsa-sha2-nistp384 AAAA…").
+    """Return the names of the sites with a public key NAME.pub in a folder, by key ("ecdsa-sha2-nistp384 AAAA…").
 
     Raises:
-        InputError: a file that is not a public key, two names for one key, or a name that cannot be a site's.
+        InputError: A file is not a public key, two names have one key, or a name is not valid for a site.
     """
     found: dict[bytes, str] = {}
     for path in sorted(folder.glob("*.pub")):
-        if not NAME.fullmatch(path.stem):  # it becomes part of paths
+        if not NAME.fullmatch(path.stem):  # the name becomes part of paths
             raise InputError(f"{path}: a site's name has letters, digits, - and _, 64 at most; rename the file")
         key = b" ".join(read_bytes(path, f"the public key of site {path.stem!r}").split()[:2])
         _key(key, f"the public key {path}", lambda data, _: serialization.load_ssh_public_key(data))
@@ -117,7 +127,7 @@ def registered(folder: Path) -> dict[bytes, str]:
 
 
 def openssh(pem: bytes) -> bytes:
-    """Return a public key in PEM as `registered` names it; empty: it is not a key."""
+    """Return a PEM public key in the format of `registered`; empty if it is not a key."""
     try:
         return _public_line(serialization.load_pem_public_key(pem))
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -125,13 +135,13 @@ def openssh(pem: bytes) -> bytes:
 
 
 def pem(public: bytes) -> bytes:
-    """Return a public key of `registered` in PEM, as Flower knows it."""
+    """Return a public key of `registered` in PEM, the format of Flower."""
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     return bytes(serialization.load_ssh_public_key(public).public_bytes(_PEM, form))
 
 
 def signed(folder: Path, key: bytes, content: bytes, signature: bytes) -> bool:
-    """Return whether a key of the folder, in PEM and base64, has signed a content; the signature is base64 too."""
+    """Return whether `key` is registered in `folder` and has signed `content`; key (PEM) and signature are in base64."""
     try:
         public = serialization.load_pem_public_key(base64.b64decode(key, validate=True))
         if _public_line(public) not in registered(folder) or not isinstance(public, ec.EllipticCurvePublicKey):
@@ -143,7 +153,7 @@ def signed(folder: Path, key: bytes, content: bytes, signature: bytes) -> bool:
 
 
 def signature_of_a_new_key() -> tuple[str, str, str]:
-    """Return what an unregistered SuperNode would send: its public key, a time stamp and its signature of that; base64."""
+    """Return the headers of an unregistered SuperNode: public key, time stamp, and its signature; in base64."""
     key, stamp = ec.generate_private_key(ec.SECP384R1()), now().isoformat()
     public = key.public_key().public_bytes(_PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     signature = key.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))
@@ -185,7 +195,7 @@ def _read(data: bytes, what: str) -> Any:
     try:
         return x509.load_pem_x509_certificate(data)
     except ValueError as error:
-        raise InputError(f"{what} is no certificate in PEM; restore the file from the project's folder") from error
+        raise InputError(f"{what} is not a certificate in PEM; restore the file from the project's folder") from error
 
 
 def _key(data: bytes, what: str, load: Any) -> Any:

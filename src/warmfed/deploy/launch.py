@@ -1,4 +1,4 @@
-"""Start a run over Flower from the command line and follow it: `flwr run` on a named SuperLink of this machine."""
+"""Starts a run over Flower from the command line and follows it: `flwr run` on a named SuperLink of this machine."""
 
 import json
 import os
@@ -20,14 +20,17 @@ from ..utils.files import atomic_write
 _LOOK, _ASK = 0.5, 15.0
 
 
-def launch(config: Config, folder: Path, superlink: str, watcher: RunListener) -> dict[str, Any]:
-    """Run a configuration over the sites of a SuperLink, or finish the run in `folder`; its summary.
+def launch(config: Config, folder: Path, superlink: str, listener: RunListener) -> dict[str, Any]:
+    """Run a configuration over the sites of a SuperLink, or finish the run in `folder`; return the summary.
 
     Args:
-        superlink: a connection in Flower's config.toml ($FLWR_HOME), to a SuperLink that writes to this machine's disks.
+        config: the configuration.
+        folder: the run folder.
+        superlink: name of a connection in Flower's config.toml ($FLWR_HOME); its SuperLink must write to this machine's disks.
+        listener: callbacks of the run.
 
     Raises:
-        InputError: flwr is not installed, does not know the connection, or the run has failed.
+        InputError: flwr is not installed, the connection is unknown, or the run has failed.
     """
     with tempfile.TemporaryDirectory(prefix="warmfed-app-") as temporary:
         app = write_project(Path(temporary) / "app")
@@ -35,34 +38,34 @@ def launch(config: Config, folder: Path, superlink: str, watcher: RunListener) -
         settings = {"config": str(Path(temporary) / "run.toml"), "out": str(folder.resolve())}
         words = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
         run = str(_flwr("run", str(app), superlink, "-c", words)["run-id"])
-        told, asked = _follow(folder, 10**9, watcher), time.monotonic()
-        watcher.plan(folder, config, config.server.sites, ())
+        reported, asked = _follow(folder, 10**9, listener), time.monotonic()
+        listener.plan(folder, config, config.server.sites, ())
         while not (folder / "summary.json").exists():
-            told = _follow(folder, told, watcher)
+            reported = _follow(folder, reported, listener)
             if time.monotonic() - asked > _ASK:
                 asked = time.monotonic()
                 state = str(_flwr("list", superlink, "--run-id", run)["runs"][0]["status"])
                 if state.startswith("finished") and not (folder / "summary.json").exists():
                     raise InputError(
-                        f"the run {run} has ended ({state}) before it was done; `flwr log {run} {superlink}` says why, "
-                        f"and the same command with --out {folder} goes on"
+                        f"the run {run} has ended ({state}) before it finished; see `flwr log {run} {superlink}` for the "
+                        f"reason, and resume with the same command and --out {folder}"
                     )
             time.sleep(_LOOK)
-        _follow(folder, told, watcher)
+        _follow(folder, reported, listener)
     return read_summary(folder)
 
 
-def _follow(folder: Path, told: int, watcher: RunListener) -> int:
-    """Tell the watcher of new records; how many it has been told."""
+def _follow(folder: Path, reported: int, listener: RunListener) -> int:
+    """Report new records to the listener; return the number of reported records."""
     path = folder / "rounds.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for record in records[told:]:
-        watcher.round(record)
+    for record in records[reported:]:
+        listener.round(record)
     return len(records)
 
 
 def _flwr(*words: str) -> Any:
-    """What a command of flwr answers, as JSON."""
+    """Run a command of flwr and return its JSON output; raise `InputError` if it fails."""
     program = shutil.which("flwr", path=str(Path(sys.executable).parent)) or shutil.which("flwr")
     if program is None:
         raise InputError("Flower is not installed here; pip install 'warmfed[flower]', or activate the environment that has it")

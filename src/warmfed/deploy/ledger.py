@@ -1,6 +1,6 @@
-"""What has left a site, for whoever must answer for it: from the ledger that the site itself writes.
+"""Audit log of the data a site has sent, for its data-protection officer, from the ledger that the site writes.
 
-Of a site's folder the ledger has a line for each message, written before it left. A run folder's ledger (all sites on one
+A site's ledger has a line for each message, written before the message is sent. The ledger of a run folder (all sites on one
 machine) has the same messages without the names of their tensors.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from .. import algorithms  # noqa: F401  the messages of all algorithms are known by then
+from .. import algorithms  # noqa: F401  declares the messages of all algorithms
 from ..core.messages import KINDS
 from ..report.page import publish
 from ..report.parts import MISSING, Section, Table, cells, size
@@ -21,12 +21,12 @@ from .site import read_site
 
 @dataclass(frozen=True)
 class Ledger:
-    """The messages that left one site, in the order in which they did."""
+    """Messages that one site has sent, in order."""
 
     site: str
     lines: tuple[Mapping[str, Any], ...]
     policy: Policy | None = None
-    """The site's policy now; None: it is a run folder's ledger, and there is none."""
+    """Current policy of the site; None for the ledger of a run folder."""
 
     @property
     def bytes(self) -> int:
@@ -38,15 +38,15 @@ def _bytes(lines: Sequence[Mapping[str, Any]]) -> int:
 
 
 def read(folder: Path, site: str = "") -> Ledger:
-    """The ledger of a site's folder, or of one site of a run folder.
+    """Return the ledger of a site's folder, or of one site of a run folder.
 
     Raises:
-        InputError: there is none, it is damaged, or a run's ledger has no such site.
+        InputError: The ledger is missing or damaged, or has no such site.
     """
     if (folder / "site.toml").exists():
         config = read_site(folder)
         if site not in ("", config.name):
-            raise InputError(f"{folder} is the folder of site {config.name!r}, not of {site!r}; leave --site out")
+            raise InputError(f"{folder} is the folder of site {config.name!r}, not of {site!r}; remove --site")
         site, policy, path = config.name, config.policy, config.path(config.work) / "ledger.jsonl"
         lines = read_lines(path, "the site's ledger") if path.exists() else []
     else:
@@ -54,7 +54,7 @@ def read(folder: Path, site: str = "") -> Ledger:
         sent = [_line(line, path) for line in read_lines(path, "the run's ledger")]
         sites = sorted({line["site"] for line in sent if line.get("direction") == "up"})
         if site not in sites:
-            raise InputError(f"name the site whose messages are meant: --site NAME; there are {', '.join(sites) or 'none'}")
+            raise InputError(f"the run has no site {site!r}; set --site to one of: {', '.join(sites) or 'none'}")
         lines = [line for line in sent if line.get("direction") == "up" and line["site"] == site]
     for line in lines:
         if not {"stage", "number", "bytes", "sha256"} <= _line(line, path).keys():
@@ -64,19 +64,19 @@ def read(folder: Path, site: str = "") -> Ledger:
 
 def _line(line: Any, path: Path) -> Mapping[str, Any]:
     if not isinstance(line, dict):
-        raise InputError(f"{path} is damaged: a line is no table; restore it from a backup")
+        raise InputError(f"{path} is damaged: a line is not a table; restore it from a backup")
     return line
 
 
 def meaning(kind: str) -> str:
-    """What a kind of message holds, in the words of its declaration."""
+    """Return the description of a kind of message: the summary of its class's docstring."""
     return " ".join((KINDS[kind].__doc__ or "").split("\n\n")[0].split()) if kind in KINDS else MISSING
 
 
 def tables(ledger: Ledger) -> tuple[Table, ...]:
-    """Return what kinds of messages left, which tensors and numbers were in them, and every message.
+    """Return the tables of a ledger: kinds of messages, their tensors and numbers, and all messages.
 
-    Of a site's own ledger also what it has refused, and its policy.
+    For a site's own ledger, also its refusals and its policy.
     """
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for line in ledger.lines:
@@ -84,18 +84,18 @@ def tables(ledger: Ledger) -> tuple[Table, ...]:
     return (
         Table(
             "Kinds of messages",
-            ("kind", "messages", "bytes", "what it is"),
+            ("kind", "messages", "bytes", "description"),
             tuple(cells(kind, str(len(them)), size(_bytes(them)), meaning(kind)) for kind, them in kinds.items()),
-            words=("what it is",),
+            words=("description",),
         ),
         Table(
-            "What was in them",
+            "Contents",
             ("name", "kind of message", "type", "shape"),
             tuple(row for kind, them in kinds.items() for row in _contents(kind, them)),
             words=("kind of message", "type", "shape"),
         ),
         Table(
-            "Every message",
+            "All messages",
             ("when", "run", "algorithm", "stage", "round", "kind", "bytes", "SHA-256"),
             tuple(
                 cells(
@@ -111,26 +111,26 @@ def tables(ledger: Ledger) -> tuple[Table, ...]:
 
 
 def _where(line: Mapping[str, Any]) -> tuple[str, ...]:
-    """When a message left, and to which request."""
+    """Return the time of a message, and run, algorithm and stage of its request."""
     return tuple(str(line.get(name) or MISSING) for name in ("when", "run", "algorithm", "stage"))
 
 
 def refusals(ledger: Ledger) -> Table:
-    """Return what the site has refused, and why."""
+    """Return a table of the refused requests with the reasons."""
     rows = tuple(cells(*_where(line), line["reason"]) for line in ledger.lines if "reason" in line)
     header = ("when", "run", "algorithm", "stage", "reason")
     return Table("Refused requests", header, rows, words=header[1:])
 
 
 def rules(policy: Policy) -> Table:
-    """Return a site's policy, a row for each setting."""
+    """Return a table of a site's policy, with a row for each setting."""
     plain = table(policy)
     limits = {f"limits: {name}": value for name, value in plain.pop("limits").items()}
-    rows = tuple(cells(name, _told(value)) for name, value in {**plain, **limits}.items())
+    rows = tuple(cells(name, _text(value)) for name, value in {**plain, **limits}.items())
     return Table("The site's policy", ("setting", "value"), rows, words=("value",))
 
 
-def _told(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -139,7 +139,7 @@ def _told(value: Any) -> str:
 
 
 def _contents(kind: str, messages: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """A row for each tensor and number that any message of a kind held."""
+    """Return a row for each tensor and number in the messages of a kind."""
     found = dict.fromkeys((name, what, MISSING) for name, what in _declared(kind).items())
     for message in messages:
         tensors = message.get("tensors", 0)
@@ -157,29 +157,29 @@ _WORDS = {
     str: "text", int: "number", float: "number", bool: "yes or no", tuple[str, ...]: "texts", tuple[float, ...]: "numbers",
     Mapping[str, float]: "numbers by name",
 }  # fmt: skip
-"""The types that a message's field may have, other than tensors and messages, whose contents are named one by one."""
+"""Names of the types of a message's fields, except tensors and messages, whose contents are listed one by one."""
 
 
 def _declared(kind: str) -> dict[str, str]:
-    """The fields of a kind of message that are text and numbers; its declaration is the wire format."""
+    """Return the text and number fields of a kind of message, from its declaration."""
     types = get_type_hints(KINDS[kind]) if kind in KINDS else {}
     return {name: _WORDS[declared] for name, declared in types.items() if declared in _WORDS}
 
 
 def write(ledger: Ledger, path: Path) -> Path:
-    """The ledger as one HTML page that loads nothing."""
+    """Write the ledger as one self-contained HTML page and return its path."""
     overview, contents, every, *own = tables(ledger)
-    how = "Each message that has left the site, recorded by the site itself before it left. Nothing else has."
+    how = "Each message that the site has sent, recorded by the site before it was sent. The site has sent nothing else."
     return publish(
         path,
-        title=f"What left site {ledger.site}",
+        title=f"Messages sent by site {ledger.site}",
         subtitle=f"{len(ledger.lines)} messages · {size(ledger.bytes)}",
         sections=[
-            Section("kinds", "What was sent", how, tables=[overview]),
-            Section("contents", "What was in it", "Names, types and shapes of all tensors and numbers.", tables=[contents]),
-            Section("messages", "Every message", "SHA-256 is of the bytes that left.", tables=[every]),
+            Section("kinds", "Kinds of messages", how, tables=[overview]),
+            Section("contents", "Contents", "Names, types and shapes of all tensors and numbers.", tables=[contents]),
+            Section("messages", "All messages", "SHA-256 of the sent bytes.", tables=[every]),
             *(
-                [Section("policy", "What is refused", "Refused requests, and the site's policy now.", tables=own)]
+                [Section("policy", "Refusals and policy", "Refused requests, and the current policy of the site.", tables=own)]
                 if own
                 else []
             ),

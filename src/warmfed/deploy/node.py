@@ -1,8 +1,7 @@
-"""The commands `warmfed-superlink FOLDER` and `warmfed-supernode FOLDER`: Flower's two servers, guarded, from a party's folder.
+"""Commands `warmfed-superlink FOLDER` and `warmfed-supernode FOLDER`: start Flower's servers behind a guard.
 
-A SuperNode's process also ends when its work has ended. Flower (seen in 1.41) takes a TLS connection that is cut in the
-middle (`UNEXPECTED_EOF_WHILE_READING`) for the end, and then neither hears nor exits, as its own server's thread lives on:
-nobody would start it again.
+The process of a SuperNode exits when its main thread ends. Flower (seen in 1.41) stops its main thread if a TLS connection is
+cut (`UNEXPECTED_EOF_WHILE_READING`), but its server thread keeps the process alive. Then no service manager would restart it.
 """
 
 import json
@@ -19,8 +18,8 @@ from .guard import SERVED, Guard, Listener
 from .project_file import environment, read_project
 
 SERVER, SITE = "server.key", "node"
-"""The file of each party's folder that is locked while its server runs."""
-BUSY = "is running already in {}; stop that one first"
+"""File in each party's folder that is locked while its server runs."""
+BUSY = "is running already in {}; stop it first"
 
 
 def superlink() -> NoReturn:
@@ -32,10 +31,10 @@ def supernode() -> NoReturn:
 
 
 def _main(name: str, run: Callable[[Path], None]) -> NoReturn:
-    os.umask(0o077)  # what Flower writes is this user's alone
+    os.umask(0o077)  # Flower's files are private to this user
     try:
         if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-            raise InputError(f"usage: {name} FOLDER, a folder that `warmfed deploy init` has made")
+            raise InputError(f"usage: {name} FOLDER; FOLDER is a folder of `warmfed deploy init`")
         run(Path(sys.argv[1]).resolve())
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
@@ -68,18 +67,18 @@ def _supernode(folder: Path) -> None:
     project = read_project(folder)
     if (here := flower.app_sha256()) != project.app:
         raise InputError(
-            f"warmfed's app here has SHA-256 {here[:12]}…, {project.app[:12] or 'none'}… was agreed; install the versions "
-            "that project.json names"
+            f"warmfed's app has SHA-256 {here[:12]}…, expected {project.app[:12] or 'none'}…; install the versions "
+            "in project.json"
         )
 
     def refuse(digest: str) -> None:
-        from .site import read_site, refused  # only then: torch takes memory that a waiting process does not need
+        from .site import read_site, refused  # imported late: an idle process does not need torch's memory
 
-        reason = f"refused an app with SHA-256 {digest[:12]}…: this site runs warmfed's alone ({project.app[:12]}…)"
+        reason = f"refused an app with SHA-256 {digest[:12]}…: this site runs warmfed's app only ({project.app[:12]}…)"
         flower.report(reason)
         refused(read_site(folder), "app", reason, digest)
 
-    listener = Listener("127.0.0.1", 0)  # held from the choice of the port on, so that no other program gets it
+    listener = Listener("127.0.0.1", 0)  # bound from now on, so that no other program gets the port
     words = [
         *("--host", "127.0.0.1", "--port", str(listener.getsockname()[1])),
         *("--superlink", project.address, "--root-certificates", str(folder / "ca.crt")),

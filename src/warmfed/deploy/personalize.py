@@ -1,4 +1,4 @@
-"""A site that comes when the run is over: it makes a personal model of the released global one, and nothing leaves it."""
+"""Personal models of sites that join after a run: they fine-tune the released global model and send nothing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,32 +18,32 @@ from .site import SiteConfig
 
 
 def personalize(folder: Path, site: SiteConfig, out: Path | None = None, training: Training | None = None) -> dict[str, Any]:
-    """Train a finished run's global model on one site's images, as [holdout] does for a site that took no part.
+    """Fine-tune a finished run's global model on one site's images, as [holdout] does for a held-out site.
 
     Args:
-        folder: of the run; its config.toml, summary.json and models/global.safetensors are all that is read.
-        site: the site, as its site.toml describes it.
-        out: a new folder for the site's models, which `warmfed predict` reads; none: work/runs/late-<name of the run's folder>.
-        training: how; none: the run's own `holdout.training`.
+        folder: run folder with config.toml, summary.json and models/global.safetensors.
+        site: the site's configuration.
+        out: new folder for the models, for `warmfed predict`. Default None: work/runs/late-<name of the run folder>.
+        training: settings of the training. Default None: the run's `holdout.training`.
 
     Returns:
-        The summary that `out` has then: {"personal": {"accuracy": …}, "global": …} on the site's validation and test images.
+        The summary in `out`: {"personal": {"accuracy": …}, "global": …} on the site's validation and test images.
 
     Raises:
-        InputError: no finished run, no global model, other classes or images than the run's, or `out` is there already.
+        InputError: The run has not finished or has no global model, the site has other classes or images, or `out` exists.
     """
     config, summary = read_config(folder), read_summary(folder)
     if config.task != "classify":
-        raise InputError(f"the run in {folder} learned to draw, not to classify; there is nothing to personalise")
+        raise InputError(f'the run in {folder} has no classifier to personalise; choose a run with task = "classify"')
     classes, shape = described(folder, summary)
     out = out or site.path(site.work) / "runs" / f"late-{folder.resolve().name}"
     if out.exists():
-        raise InputError(f"{out} is there already; choose another --out")
+        raise InputError(f"{out} exists already; choose another --out")
     if site.classes not in ((), classes):
         raise InputError(f"site {site.name!r} has classes {list(site.classes)}, the run has {list(classes)}; correct site.toml")
     data = replace(site, classes=classes).federation()
     if data.shape != shape:
-        raise InputError(f"images of {shape} were learned, those of site {site.name!r} have {data.shape}; set image_size")
+        raise InputError(f"the run has images of {shape}, those of site {site.name!r} have {data.shape}; set image_size")
     task = Classify(shape, len(classes), config.model.name)
     model = released(folder, summary, "", task)
     settings = replace(config.holdout, site=site.name, training=training or config.holdout.training)

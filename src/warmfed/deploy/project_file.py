@@ -1,6 +1,6 @@
-"""What all parties of a deployment must have in common, and the values of a party's file `environment`.
+"""Values that are equal for all parties of a deployment (project.json), and the values of a party's file `environment`.
 
-Without torch: a SuperNode that waits for work reads both.
+This module does not import torch, because an idle SuperNode reads both.
 """
 
 import platform
@@ -17,31 +17,31 @@ from ..utils.version import __version__
 
 @dataclass(frozen=True)
 class Project:
-    """What all parties of a deployment must have in common; project.json, of which each has a copy."""
+    """Values that are equal for all parties of a deployment; each party has a copy of project.json."""
 
     host: str = ""
-    """Name or address by which the sites reach the server."""
+    """Name or address of the server, as the sites reach it."""
     port: int = 8000
     sites: tuple[str, ...] = ()
     python: str = ""
-    """Major and minor version."""
+    """Major and minor version of Python."""
     warmfed: str = ""
     torch: str = ""
     flwr: str = ""
     app: str = ""
-    """SHA-256 of the Flower app that the sites run; they run no other."""
+    """SHA-256 of the Flower app that the sites run; they refuse any other."""
     classes: tuple[str, ...] = ()
-    """In the order of their labels."""
+    """Class names in the order of their labels."""
     prompts: str = ""
-    """The template, with one {} for the class."""
+    """Template of the prompts, with one {} for the class."""
     side: int = 0
-    """Height and width of the images in pixels; 0: not known when the project was made."""
+    """Height and width of the images in pixels. Default 0: unknown."""
     base: str = ""
-    """SHA-256 of the generator's base; empty: the algorithm draws no images."""
+    """SHA-256 of the generator's base; empty if the algorithm has no generator."""
     base_name: str = ""
-    """Of a base that is installed with warmfed; empty: a folder, which each party has a copy of."""
+    """Name of a base that is installed with warmfed; empty if the base is a folder, of which each party has a copy."""
     start: str = ""
-    """SHA-256 of the classifier to start from; empty: random weights."""
+    """SHA-256 of the initial classifier; empty for random weights."""
 
     @property
     def address(self) -> str:
@@ -49,7 +49,7 @@ class Project:
 
 
 def versions() -> dict[str, str]:
-    """Of python, warmfed, torch and flwr, without importing them; empty: not installed."""
+    """Return the versions of python, warmfed, torch and flwr, without importing them; empty if not installed."""
     found = {"python": ".".join(platform.python_version_tuple()[:2]), "warmfed": __version__}
     for name in ("torch", "flwr"):
         try:
@@ -60,7 +60,7 @@ def versions() -> dict[str, str]:
 
 
 def read_project(folder: Path) -> Project:
-    """The project that `folder`, or a party's folder of it, belongs to; raises `InputError`."""
+    """Return the project of a project folder or of a party's folder; raise `InputError` if it is missing or damaged."""
     table = read_json(folder / "project.json", "the project")
     if not isinstance(table, dict):
         raise InputError(f"{folder / 'project.json'} is damaged; restore it from the coordinator's copy")
@@ -68,7 +68,7 @@ def read_project(folder: Path) -> Project:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the values of a folder's file `environment`; raises `InputError` if a line or the server's port is invalid."""
+    """Return the values of a folder's file `environment`; raise `InputError` if a line or the server's port is not valid."""
     path = folder / "environment"
     try:
         words = shlex.split(read_bytes(path, "the environment").decode(), comments=True)

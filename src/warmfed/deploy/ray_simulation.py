@@ -1,6 +1,6 @@
-"""A run on this machine or a cluster whose sites are the nodes of Flower's simulation, on Ray: `--transport flower-simulation`.
+"""Runs whose sites are nodes of Flower's simulation, on Ray, on this machine or a cluster: `--transport flower-simulation`.
 
-Everything but the way to the sites is as in a run in process: the same data, run folder, memories of the sites and bytes.
+Only the channel differs from a run in process: data, run folder, client states and results are the same.
 """
 
 import tomllib
@@ -27,45 +27,45 @@ from .site import answered, perform
 
 @dataclass
 class RayBackend(Backend):
-    """The sites are nodes of a simulation; their images and memories are where those of a run in process are."""
+    """Backend of simulated nodes; images and client states are stored as for a run in process."""
 
-    post: flower.Nodes
+    channel: flower.Nodes
 
     def prepare(self, config: Config) -> PreparedRun:
         return LOCAL.prepare(config)
 
     def rounds(
         self,
-        ready: PreparedRun,
+        prepared: PreparedRun,
         folder: Path,
         start: tuple[int, ServerState] | None,
         generator: Generator | None,
-        watcher: RunListener,
+        listener: RunListener,
     ) -> abc.Generator[Round, None, None]:
-        config = ready.config
-        transport = Remote(self.post, tuple(sorted(ready.images.sites)), "", config.toml(), config.server)
-        images = ready.images
-        central = server_side(ready.task, transport, images.prompts, generator, config.device, folder, watcher, images.rows)
+        config = prepared.config
+        transport = Remote(self.channel, tuple(sorted(prepared.images.sites)), "", config.toml(), config.server)
+        images = prepared.images
+        central = server_side(prepared.task, transport, images.prompts, generator, config.device, folder, listener, images.rows)
         yield from run(
             config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, admission=config.server
         )
 
-    def finish(self, ready: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
-        return LOCAL.finish(ready, folder, server)
+    def finish(self, prepared: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
+        return LOCAL.finish(prepared, folder, server)
 
 
-def simulate_on_ray(config: Config, folder: Path, watcher: RunListener) -> dict[str, Any]:
-    """Run a configuration into `folder`, or finish its run that the folder holds; returns the summary.
+def simulate_on_ray(config: Config, folder: Path, listener: RunListener) -> dict[str, Any]:
+    """Run a configuration into `folder`, or finish its run there; return the summary.
 
-    On a cluster ($RAY_ADDRESS) every machine must see the folder and the data under the same absolute paths.
+    On a cluster ($RAY_ADDRESS), the folder and the data must have the same absolute paths on every machine.
 
     Raises:
-        InputError: Ray is not installed, or what `execute` raises.
+        InputError: Ray is not installed, or `execute` raises it.
     """
     found: list[dict[str, Any]] = []
 
-    def serve(post: flower.Nodes) -> None:
-        found.append(proceed(config, folder, watcher, RayBackend(post)))
+    def serve(channel: flower.Nodes) -> None:
+        found.append(proceed(config, folder, listener, RayBackend(channel)))
 
     stages = {stage.name for stage in config.algorithm.stages() if stage.client is not None}
     app = flower.client_app(stages, partial(_answer, client_states_folder(folder.absolute())))
@@ -73,14 +73,14 @@ def simulate_on_ray(config: Config, folder: Path, watcher: RunListener) -> dict[
     return found[0]
 
 
-def _answer(memories: Path, node: Mapping[str, Any], letter: bytes) -> bytes:
-    asked = decode(letter, Request, "the request")
+def _answer(client_states: Path, node: Mapping[str, Any], request_bytes: bytes) -> bytes:
+    asked = decode(request_bytes, Request, "the request")
     return encode(
-        answered(asked, asked.site, lambda: perform(asked, _workers(asked.config)[asked.site], ClientStates(memories)))
+        answered(asked, asked.site, lambda: perform(asked, _workers(asked.config)[asked.site], ClientStates(client_states)))
     )
 
 
 @lru_cache(maxsize=1)
 def _workers(config: str) -> dict[str, Client]:
-    """The workers of a configuration; one of Ray's processes answers for many sites, and loads the data once."""
+    """Return the clients of a configuration. A Ray process serves many sites, so the cache loads the data once."""
     return prepare(build(tomllib.loads(config)), weights=False).workers()

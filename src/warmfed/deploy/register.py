@@ -1,4 +1,4 @@
-"""Let the sites whose public keys lie in a server's `nodes/` connect."""
+"""Registers the sites whose public keys are in a server's `nodes/`."""
 
 import time
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ from ..utils.errors import InputError
 from . import keys
 
 PATIENCE, PAUSE = 60.0, 1.0
-"""Seconds to wait for the SuperLink in all, and between two attempts."""
+"""Seconds to wait for the SuperLink in total, and between two attempts."""
 
 
 def register(folder: Path, superlink: str = "here") -> Iterator[str]:
     """Register the public keys of `folder`/nodes at a SuperLink; yield a line for each site.
 
-    A file taken out of nodes/ keeps its site out by itself: the server's guard reads the folder at each request.
+    If a file is removed from nodes/, its site is refused at once: the server's guard reads the folder at each request.
 
     Raises:
-        InputError: no SuperLink answers, it refuses, or a key was withdrawn from it, which is for ever.
+        InputError: No SuperLink answers, it refuses, or a key was withdrawn, which is permanent.
     """
     wanted = keys.registered(folder / "nodes")
     end, nodes = time.monotonic() + PATIENCE, Nodes(superlink)
@@ -39,6 +39,6 @@ def register(folder: Path, superlink: str = "here") -> Iterator[str]:
         yield f"site {name} may connect"
     if withdrawn:
         raise InputError(
-            f"the key of site {', '.join(withdrawn)} was withdrawn, and Flower never lets a withdrawn key in again; "
-            "move the site's folder away and make it a new one: warmfed deploy add-site"
+            f"the key of site {', '.join(withdrawn)} was withdrawn, and Flower never accepts a withdrawn key again; "
+            "move the site's folder away and create a new one: warmfed deploy add-site"
         )

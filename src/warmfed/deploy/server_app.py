@@ -1,7 +1,7 @@
-"""The Flower app of the server: it runs a configuration over the sites, which are Flower's nodes.
+"""Flower app of the server: runs a configuration over the sites, which are Flower's nodes.
 
-Run configuration: `config`, the configuration's file; `out`, the run folder; both absolute or below the server's folder
-($WARMFED_SERVER, else the working directory).
+The run configuration has `config`, the configuration file, and `out`, the run folder. Relative paths are below the server's
+folder ($WARMFED_SERVER, or the working directory).
 """
 
 import os
@@ -33,7 +33,7 @@ from .site import agree, roster
 
 @dataclass
 class FlowerBackend(Backend):
-    """The sites are Flower's nodes."""
+    """Backend of a deployment: the sites are Flower's nodes."""
 
     connect: Callable[[flower.Handshake], flower.FlowerChannel]
     folder: Path
@@ -42,9 +42,9 @@ class FlowerBackend(Backend):
     _channel: flower.FlowerChannel | None = field(default=None, init=False)
     _run: str = ""
     _sites: tuple[str, ...] = ()
-    _cards: dict[str, SiteInfo] = field(default_factory=dict)
+    _infos: dict[str, SiteInfo] = field(default_factory=dict)
     _rows: dict[str, Mapping[str, int]] = field(default_factory=dict)
-    """What each site has declared first: a site that comes again cannot declare more."""
+    """Rows that each site declared first; a site that reconnects cannot declare more."""
 
     def prepare(self, config: Config) -> PreparedRun:
         kept = self.folder / "checkpoint" / SITES
@@ -66,69 +66,72 @@ class FlowerBackend(Backend):
         found = self._channel.present(names, needed, config.server.stage_timeout)
         self._sites = tuple(sorted({*names, *found}))
         try:
-            return self._agreed(config, _roster(begun["roster"]) if begun else roster(self._cards, self._sites))
+            return self._agreed(config, _roster(begun["roster"]) if begun else roster(self._infos, self._sites))
         except InputError as error:
-            self._channel.tell(f"the run is not begun: {error}")
+            self._channel.tell(f"the run is not started: {error}")
             raise
 
     def _registered(self) -> dict[bytes, str]:
-        """The names of the sites by their public keys, from the folder nodes/ beside the run's."""
+        """Return the names of the sites by public key, from nodes/ in the server's folder."""
         found = registered(self.home / "nodes")
         if not found:
             raise InputError(
-                f"{self.home / 'nodes'} holds no site's public key, so nobody could prove which site it is; "
-                "make the server's folder by `warmfed deploy init`"
+                f"{self.home / 'nodes'} has no public key of a site, so that no site can be authenticated; "
+                "create the server's folder with `warmfed deploy init`"
             )
         return found
 
     def _agreed(self, config: Config, known: FederationInfo) -> PreparedRun:
-        """What the configuration stands for, where server and sites have the same base and start; raises `InputError`."""
-        ready = prepare(config, known)
-        site, card = next(iter(sorted(self._cards.items())))
-        for what, here, there in (("base", ready.base, card.base), ("start", ready.start, card.start)):
+        """Return the prepared run; raise `InputError` if the server's base or start differs from the sites'."""
+        prepared = prepare(config, known)
+        site, info = next(iter(sorted(self._infos.items())))
+        for what, here, there in (("base", prepared.base, info.base), ("start", prepared.start, info.start)):
             if here != there:
                 raise InputError(f"the server's {what} is {here!r}, that of site {site!r} {there!r}; they must be equal")
-        return ready
+        return prepared
 
     def _introduced(self, asked: Request, site: str, data: bytes, most: int) -> None:
-        """Keep the card in a site's answer to hello; raises `InputError` where the site does not take part.
+        """Record the description in a site's answer to hello; raise `InputError` if the site does not take part.
 
         Args:
-            most: rows that a site may declare in all; 0: any number.
+            asked: the request.
+            site: name of the site.
+            data: bytes of the answer.
+            most: largest number of rows over all splits; 0: no limit.
         """
-        card = opened(data, asked, site, SiteInfo).body
-        check_site_info(card, most)
+        info = opened(data, asked, site, SiteInfo).body
+        check_site_info(info, most)
         if self._sites and site not in self._sites:
             raise InputError(f"site {site!r} is not among {', '.join(self._sites)}")
-        if self._cards and self._sites:
-            first = min(self._cards)
-            agree(card, site, self._cards[first], first)
-        self._cards[site] = card
-        self._rows.setdefault(site, {split: int(count) for split, count in card.rows.items()})
+        if self._infos and self._sites:
+            first = min(self._infos)
+            agree(info, site, self._infos[first], first)
+        self._infos[site] = info
+        self._rows.setdefault(site, {split: int(count) for split, count in info.rows.items()})
 
     def rounds(
         self,
-        ready: PreparedRun,
+        prepared: PreparedRun,
         folder: Path,
         start: tuple[int, ServerState] | None,
         generator: Generator | None,
-        watcher: RunListener,
+        listener: RunListener,
     ) -> abc.Generator[Round, None, None]:
-        config = ready.config
-        assert isinstance(ready.federation, FederationInfo)
-        sites = {"run": self._run, "sites": self._sites, "roster": asdict(ready.federation)}
+        config = prepared.config
+        assert isinstance(prepared.federation, FederationInfo)
+        sites = {"run": self._run, "sites": self._sites, "roster": asdict(prepared.federation)}
         write_json(folder / "checkpoint" / SITES, sites)
         transport = self._transport(config)
-        prompts = ready.federation.prompts
-        central = server_side(ready.task, transport, prompts, generator, config.device, folder, watcher, self._rows)
+        prompts = prepared.federation.prompts
+        central = server_side(prepared.task, transport, prompts, generator, config.device, folder, listener, self._rows)
         yield from run(
             config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, admission=config.server
         )
 
-    def finish(self, ready: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
-        algorithm = ready.config.method
+    def finish(self, prepared: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
+        algorithm = prepared.config.method
         down = {site: algorithm.broadcast(server, site) for site in self._sites}
-        return self._transport(ready.config).finish(down, algorithm.global_model(server)), None
+        return self._transport(prepared.config).finish(down, algorithm.global_model(server)), None
 
     def _transport(self, config: Config) -> Remote:
         assert self._channel is not None, "prepare has connected it"
@@ -143,17 +146,19 @@ def _roster(table: Mapping[str, Any]) -> FederationInfo:
 def serve(
     connect: Callable[[flower.Handshake], flower.FlowerChannel], settings: Mapping[str, Any], home: Path | None = None
 ) -> None:
-    """Run a configuration into its folder, or finish the run that the folder holds.
+    """Run a configuration into its folder, or finish the run in that folder.
 
     Args:
-        home: the server's folder; none: $WARMFED_SERVER, or the working directory.
+        channel: channel to the sites.
+        settings: Flower's run configuration.
+        home: the server's folder. Default None: $WARMFED_SERVER, or the working directory.
     """
     home = home or Path(os.environ.get("WARMFED_SERVER", "."))
     config = parse(home / str(settings["config"])) if settings.get("config") else parse()
     folder = home / (str(settings.get("out") or "") or f"runs/{config.name}-{config.seed}")
-    torch.set_num_threads(1)  # sums depend on how many there are
-    with LineReporter() as watcher:
-        proceed(config, folder, watcher, FlowerBackend(connect, folder, home))
+    torch.set_num_threads(1)  # sums depend on the number of threads
+    with LineReporter() as reporter:
+        proceed(config, folder, reporter, FlowerBackend(connect, folder, home))
 
 
 app = flower.server_app(serve)

@@ -129,25 +129,25 @@ _LEAST = 1_000_000
 _RUN = re.compile(r"[0-9a-f]{16}")
 
 
-def answer(folder: Path, letter: bytes) -> bytes:
+def answer(folder: Path, request_bytes: bytes) -> bytes:
     """Return a site's answer to a request; it is in the site's ledger before it leaves.
 
     A request that makes no sense, or that the site's policy does not allow, is refused: the answer holds the reason alone.
 
     Raises:
-        InputError: the site's folder cannot be read or written, or the letter is not a request; the ledger says so.
+        InputError: the site's folder cannot be read or written, or `request_bytes` is not a request; the ledger says so.
     """
     site = read_site(folder)
     work = site.path(site.work)
     with _alone(work):
         before = _ledger(work)
         try:
-            asked = decode(letter, Request, "the request")
+            asked = decode(request_bytes, Request, "the request")
         except InputError as error:
             lost = Request("", "", "", "", 0, 0, None)
             _record(work, before, lost, _refusal(str(error)))
             raise
-        made = answered(asked, site.name, lambda: _answered(site, work, asked, len(letter), before))
+        made = answered(asked, site.name, lambda: _answered(site, work, asked, len(request_bytes), before))
         _record(work, before, asked, made.body)
     return encode(made)
 
@@ -184,16 +184,16 @@ def _answered(
     if asked.stage in (HELLO, EVALUATE, FINISH) and (asked.step, asked.number) != (0, 0):
         raise InputError(f"a request to {asked.stage} is at step 0, number 0; got {asked.step}, {asked.number}")
     _within(site.policy, asked, size, before)
-    ready = prepare(config, site.federation(), weights=asked.stage == HELLO)
+    prepared = prepare(config, site.federation(), weights=asked.stage == HELLO)
     if asked.stage == HELLO:
-        return 0.0, _card(site, ready)
+        return 0.0, _card(site, prepared)
     folder = work / "runs" / asked.run
-    memories = ClientStates(folder)
-    worker = replace(ready.workers()[site.name], snapshot_path=snapshot_path(folder, site.name))
+    client_states = ClientStates(folder)
+    worker = replace(prepared.workers()[site.name], snapshot_path=snapshot_path(folder, site.name))
     if asked.stage == FINISH and isinstance(asked.body, Models):
-        return 0.0, _finished(site, folder, ready, asked.body, memories)
-    seconds, body = perform(asked, worker, memories)
-    _leaving(site, ready, body, sum(_size(line) for line in _of(before, asked.run)))
+        return 0.0, _finished(site, folder, prepared, asked.body, client_states)
+    seconds, body = perform(asked, worker, client_states)
+    _leaving(site, prepared, body, sum(_size(line) for line in _of(before, asked.run)))
     return seconds, body
 
 
@@ -220,7 +220,7 @@ def _within(policy: Policy, asked: Request, size: int, before: Sequence[Mapping[
         raise InputError(f"the request has {size:,} bytes, at most {policy.max_bytes:,} are taken (policy.max_bytes)")
 
 
-def _leaving(site: SiteConfig, ready: PreparedRun, body: Message, left: int) -> None:
+def _leaving(site: SiteConfig, prepared: PreparedRun, body: Message, left: int) -> None:
     """Raise `InputError` where a reply may not leave: too many bytes of the run would have, or it holds images."""
     message = body.message if isinstance(body, Reply) else body
     size, most = len(encode(message)), site.policy.max_bytes
@@ -229,14 +229,14 @@ def _leaving(site: SiteConfig, ready: PreparedRun, body: Message, left: int) -> 
             f"the reply has {size:,} bytes, {left:,} of this run have left, at most {most:,} may (policy.max_bytes)"
         )
     if not site.policy.images:
-        tables = (split["image"] for split in ready.images.sites[site.name].splits.values())
+        tables = (split["image"] for split in prepared.images.sites[site.name].splits.values())
         if name := images_in(message, tables):
             raise InputError(
                 f"tensor {name!r} of the reply holds images of the site; they leave only with images = true below [policy]"
             )
 
 
-def perform(asked: Request, worker: Client, memories: ClientStates) -> tuple[float, Message]:
+def perform(asked: Request, worker: Client, client_states: ClientStates) -> tuple[float, Message]:
     """Measure or do a stage's work, or repeat its answer: how long the site worked for it, and the answer's body.
 
     Raises:
@@ -245,7 +245,7 @@ def perform(asked: Request, worker: Client, memories: ClientStates) -> tuple[flo
     site, plan = worker.site, worker.algorithm.stages()
     match asked.stage, asked.body:
         case (stage, Models()) if stage == EVALUATE:
-            found = worker.evaluate(asked.body.down, memories.state(site), asked.body.model)
+            found = worker.evaluate(asked.body.down, client_states.state(site), asked.body.model)
             return 0.0, EvaluateReply(
                 {f"{view}/{name}": value for view, values in found.items() for name, value in values.items()}
             )
@@ -259,13 +259,13 @@ def perform(asked: Request, worker: Client, memories: ClientStates) -> tuple[flo
                 raise InputError(f"step {asked.step} is number {number} of stage {asked.stage!r}, not {asked.number}")
             if asked.body is None:
                 raise InputError(f"a request to stage {asked.stage!r} without a message")
-            memory = memories.answered(site, asked.step)
+            memory = client_states.answered(site, asked.step)
             if memory is not None:
                 return memory.seconds, replace(memory.answer, state=None)
             began = time.perf_counter()
-            reply = worker.work(asked.stage, asked.number, asked.body, memories.state(site))
+            reply = worker.work(asked.stage, asked.number, asked.body, client_states.state(site))
             seconds = time.perf_counter() - began
-            memories.save(site, asked.step, seconds, reply)
+            client_states.save(site, asked.step, seconds, reply)
             return seconds, replace(reply, state=None)
 
 
@@ -325,26 +325,31 @@ def _base(site: SiteConfig, setting: str, asked: str) -> str:
     return asked
 
 
-def _card(site: SiteConfig, ready: PreparedRun) -> SiteInfo:
-    data = ready.federation
+def _card(site: SiteConfig, prepared: PreparedRun) -> SiteInfo:
+    data = prepared.federation
     return SiteInfo(
         __version__, data.name, data.classes, data.template, tuple(float(n) for n in data.shape),
         {split: float(count) for split, count in data.rows[site.name].items()},
-        tuple(data.digests[site.name][split] for split in SPLITS), ready.base, ready.start,
+        tuple(data.digests[site.name][split] for split in SPLITS), prepared.base, prepared.start,
     )  # fmt: skip
 
 
-def _finished(site: SiteConfig, folder: Path, ready: PreparedRun, body: Models, memories: ClientStates) -> FinishReply:
+def _finished(site: SiteConfig, folder: Path, prepared: PreparedRun, body: Models, client_states: ClientStates) -> FinishReply:
     """The run's folder at the site: what `warmfed predict` needs."""
     models = {"global": body.model}
-    models[f"personal/{site.name}"] = ready.workers()[site.name].model(body.down, memories.state(site.name))
+    models[f"personal/{site.name}"] = prepared.workers()[site.name].model(body.down, client_states.state(site.name))
     there = {name: model for name, model in models.items() if model is not None}
     for name, model in there.items():
         write_model(folder / "models" / f"{name}.safetensors", model)
-    atomic_write(folder / "config.toml", ready.config.toml())
+    atomic_write(folder / "config.toml", prepared.config.toml())
     digests = {name: sha256(model) for name, model in there.items()}
-    summary = {"warmfed": __version__, "algorithm": ready.config.name, "seed": ready.config.seed, "models_sha256": digests}
-    data = {"federation": ready.federation.name, "classes": ready.federation.classes, "image": ready.federation.shape}
+    summary = {
+        "warmfed": __version__,
+        "algorithm": prepared.config.name,
+        "seed": prepared.config.seed,
+        "models_sha256": digests,
+    }
+    data = {"federation": prepared.federation.name, "classes": prepared.federation.classes, "image": prepared.federation.shape}
     write_json(folder / "summary.json", {"site": site.name, **summary, **data})
     return FinishReply(digests.get(f"personal/{site.name}", ""))
 
@@ -421,29 +426,29 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def roster(cards: Mapping[str, SiteInfo], sites: tuple[str, ...]) -> FederationInfo:
-    """The federation as these cards describe it; a site that has shown none has no rows yet.
+def roster(infos: Mapping[str, SiteInfo], sites: tuple[str, ...]) -> FederationInfo:
+    """The federation as these infos describe it; a site that has shown none has no rows yet.
 
     Raises:
-        InputError: a card is not one, or two differ in what must be equal everywhere, naming the sites and both values.
+        InputError: a info is not one, or two differ in what must be equal everywhere, naming the sites and both values.
     """
-    for card in cards.values():
-        check_site_info(card)
-    first = next(iter(sorted(cards)))
-    for site in sorted(cards):
-        agree(cards[site], site, cards[first], first)
-    card = cards[first]
-    channels, height, width = (int(n) for n in card.shape)
-    rows = {s: {k: int(n) for k, n in cards[s].rows.items()} if s in cards else dict.fromkeys(SPLITS, 0) for s in sites}
-    digests = {s: dict(zip(SPLITS, cards[s].digests if s in cards else ("",) * len(SPLITS), strict=True)) for s in sites}
-    return FederationInfo(card.federation, card.classes, card.template, (channels, height, width), rows, digests)
+    for info in infos.values():
+        check_site_info(info)
+    first = next(iter(sorted(infos)))
+    for site in sorted(infos):
+        agree(infos[site], site, infos[first], first)
+    info = infos[first]
+    channels, height, width = (int(n) for n in info.shape)
+    rows = {s: {k: int(n) for k, n in infos[s].rows.items()} if s in infos else dict.fromkeys(SPLITS, 0) for s in sites}
+    digests = {s: dict(zip(SPLITS, infos[s].digests if s in infos else ("",) * len(SPLITS), strict=True)) for s in sites}
+    return FederationInfo(info.federation, info.classes, info.template, (channels, height, width), rows, digests)
 
 
-def agree(card: SiteInfo, site: str, other: SiteInfo, whose: str) -> None:
-    """Raise `InputError` where two cards differ in what must be equal everywhere."""
+def agree(info: SiteInfo, site: str, other: SiteInfo, whose: str) -> None:
+    """Raise `InputError` where two infos differ in what must be equal everywhere."""
     for name in ("version", "classes", "template", "shape", "base", "start"):
-        if getattr(card, name) != getattr(other, name):
+        if getattr(info, name) != getattr(other, name):
             raise InputError(
-                f"site {site!r} has {name} {printable(repr(getattr(card, name)), 120)}, "
+                f"site {site!r} has {name} {printable(repr(getattr(info, name)), 120)}, "
                 f"{whose} has {printable(repr(getattr(other, name)), 120)}; they must be equal"
             )

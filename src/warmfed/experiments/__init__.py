@@ -1,1 +1,1 @@
-"""Many runs under one protocol: comparisons, sweeps, and the tables that sum them up."""
+"""Comparisons and sweeps: many runs under one protocol, and their tables."""

@@ -1,4 +1,4 @@
-"""Runs by arm, number of rounds and seed, as one table: means, spreads and paired tests."""
+"""Aggregates runs by arm and number of rounds: means, standard deviations and paired tests."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
@@ -25,13 +25,13 @@ METRICS = {
     "coverage": ("quality", "coverage"),
     "cas": ("quality", "cas"),
 }
-"""Row keys by where the summaries hold the accuracy."""
+"""Path of each metric in a summary, by row key."""
 TESTED_METRICS = {"accuracy": ("global", "personal", "holdout", "holdout_tuned"), "loss": ("fid", "cas")}
-"""By what sums up the task's models: accuracy, or (of a diffusion model) its loss."""
+"""Metrics of the paired tests, by the task's main metric: accuracy, or loss for diffusion models."""
 
 
 class Cell(Protocol):
-    """What the table needs of a run."""
+    """Part of a comparison's cell that the table uses."""
 
     @property
     def arm(self) -> str: ...
@@ -49,14 +49,19 @@ class Cell(Protocol):
 
 Member = tuple[Cell, Summary]
 Pairing = tuple[int, str]
-"""Seed and held-out site: what two arms must share to be compared."""
+"""Seed and held-out site; two runs with the same pairing form a pair of the tests."""
 
 
 def aggregate(cells: Sequence[Cell], summaries: Sequence[Summary], reference: str = "") -> dict[str, Any]:
-    """compare.json: a row for each arm and number of rounds, and paired tests over the seeds.
+    """Return compare.json: a row for each arm and number of rounds, and paired tests over the seeds.
 
-    The tests compare the arm `reference` (warmfed, or the first one) with each other one, over the seeds and held-out sites
-    (Student's paired t-test, two-sided), with Holm's correction over the arms for each metric and number of rounds.
+    The tests compare the arm `reference` with each other arm: Student's paired t-test, two-sided, over seeds and held-out
+    sites. Holm's correction is applied over the arms, for each metric and number of rounds.
+
+    Args:
+        cells: the cells.
+        summaries: summaries of the cells, in their order.
+        reference: the reference arm. Default empty: warmfed, or the first arm.
     """
     groups: dict[tuple[int, str], list[Member]] = {}
     for cell, summary in zip(cells, summaries, strict=True):
@@ -99,7 +104,7 @@ def _row(arm: str, rounds: int, members: Sequence[Member]) -> dict[str, Any]:
 
 
 def _values(members: Iterable[Member], metric: str) -> dict[Pairing, float | None]:
-    """By seed and held-out site, the accuracy of this name; None where the algorithm has no such model."""
+    """Return the values of a metric by seed and held-out site; None if the algorithm has no such model."""
     model, key = METRICS[metric]
     return {(cell.seed, cell.holdout): (summary.get(model) or {}).get(key) for cell, summary in members}
 
@@ -121,7 +126,7 @@ def _tests(metric: str, first: str, values: Mapping[str, Mapping[Pairing, float 
 
 
 def paired(differences: Sequence[float]) -> float | None:
-    """p of Student's paired t-test, two-sided; None where the differences do not vary."""
+    """Return p of Student's paired t-test, two-sided; None if the differences do not vary."""
     from scipy.stats import ttest_rel
 
     if max(differences) - min(differences) < 1e-9:
@@ -130,7 +135,10 @@ def paired(differences: Sequence[float]) -> float | None:
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down correction (Scandinavian Journal of Statistics 1979); None stays, and counts as no test."""
+    """Return p values with Holm's step-down correction (Scandinavian Journal of Statistics 1979).
+
+    None stays None and does not count as a test.
+    """
     ranked = sorted((value, place) for place, value in enumerate(values) if value is not None)
     corrected: list[float | None] = [None] * len(values)
     highest = 0.0

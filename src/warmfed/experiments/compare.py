@@ -1,7 +1,7 @@
-"""Several algorithms, settings, seeds and numbers of rounds: a run folder each, one table, paired tests.
+"""Comparisons of algorithms, settings, seeds and numbers of rounds: one run folder each, one table, paired tests.
 
-Each cell of a comparison is an ordinary run in DIR/cells/; a comparison that was killed goes on where it was, and one
-that is asked for more seeds or algorithms computes only these.
+Each cell is an ordinary run in DIR/cells/. A killed comparison resumes. If seeds or algorithms are added, only the new
+cells are computed.
 """
 
 import dataclasses
@@ -39,16 +39,16 @@ class Cell:
     seed: int
     config: Config
     settings: Mapping[str, str] = field(default_factory=dict)
-    """What a sweep varies: dotted key -> value, as text."""
+    """Settings that a sweep varies: values as text, by dotted key."""
 
     @property
     def holdout(self) -> str:
-        """The site that is left out; empty: none."""
+        """Return the held-out site; empty if there is none."""
         return self.config.holdout.site
 
     @property
     def name(self) -> str:
-        """Also its folder's name."""
+        """Return the name of the cell and of its folder."""
         without = f"-without-{self.holdout}" if self.holdout else ""
         return re.sub(r"[^\w.=,+-]", "_", f"{self.arm}-rounds{self.rounds}-seed{self.seed}{without}")
 
@@ -62,20 +62,23 @@ def plan(
     holdout: Sequence[str] = (),
     grid: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Cell]:
-    """The cells, in the order of arms, rounds, seeds; all of them checked.
+    """Return the checked cells, in the order of arms, rounds and seeds.
 
-    A TOML file may hold, beside a configuration that all arms share, the tables `[compare]` (algorithms, seeds, rounds,
-    holdout), `[arms.NAME]`: a configuration under a name of its own, over what is shared; and `[sweep]`: lists of values,
-    of which every combination is tried in every arm. What is shared of `[algorithm]` goes to those algorithms that
-    have such a setting.
+    A TOML file may hold a shared configuration and these tables: `[compare]` with algorithms, seeds, rounds and holdout;
+    `[arms.NAME]` with settings of one arm, which override the shared ones; `[sweep]` with lists of values. Every arm runs
+    with every combination of the lists. Shared settings of `[algorithm]` apply to the algorithms that have them.
 
     Args:
-        settings: dotted keys over the file's; those of one arm too, as arms.warmfed.algorithm.gate.
-        algorithms: names of algorithms or of arms; none: the file's, or all its arms, or warmfed and fedavg.
-        seeds: none: the file's, or 0, 1, 2.
-        rounds: none: the file's, or each arm's own.
-        holdout: sites that are left out, one at a time; none: the file's, or the configuration's.
-        grid: dotted keys and the values to try; none: the file's.
+        file: the TOML file, or None.
+        settings: overriding values by dotted key, also of one arm: arms.warmfed.algorithm.gate.
+        algorithms: names of algorithms or arms. Default: the file's, or all its arms, or warmfed and fedavg.
+        seeds: seeds. Default: the file's, or 0, 1, 2.
+        rounds: numbers of rounds. Default: the file's, or each arm's own.
+        holdout: held-out sites, one at a time. Default: the file's, or the configuration's.
+        grid: values to try by dotted key. Default: the file's.
+
+    Raises:
+        InputError: A key, a name or a value is not valid.
     """
     held = read_toml(file) if file is not None else {}
     held.pop("pretraining", None)
@@ -92,7 +95,7 @@ def plan(
     for name in arms:
         if not _ARM.fullmatch(name):
             raise InputError(
-                f"an arm's name of at most 80 letters, digits, blanks and .=,+()-_ was expected, got {name!r}; rename it"
+                f"expected an arm's name of at most 80 letters, digits, blanks and .=,+()-_, got {name!r}; rename it"
             )
     points = _points(grid or _flat(swept))
     names = _each("compare.algorithms", algorithms or asked.get("algorithms") or list(arms) or ["warmfed", "fedavg"], str)
@@ -102,7 +105,7 @@ def plan(
     found = []
     for name in names:
         if name not in arms and name not in ALGORITHMS:
-            raise InputError(f"there is no algorithm or arm {name!r}{suggest(name, [*arms, *ALGORITHMS])}")
+            raise InputError(f"unknown algorithm or arm {name!r}{suggest(name, [*arms, *ALGORITHMS])}")
         for point, length, seed, site in product(points, lengths, numbers, left_out):
             own = [arms.get(name, {}), nested(point), {} if site is None else {"holdout": {"site": site}}]
             config = _config(shared, name, _merged(*own), length, seed)
@@ -117,7 +120,7 @@ _ASKED = ("algorithms", "seeds", "rounds", "holdout")
 
 
 def _flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Dotted keys of nested tables."""
+    """Return the values of nested tables by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= _flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
@@ -125,12 +128,12 @@ def _flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _points(grid: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of a grid's values; of an empty grid the one that changes nothing."""
+    """Return every combination of a grid's values; for an empty grid, one empty combination."""
     for key, values in grid.items():
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise InputError(f"sweep.{key} must be a list of values to try; got {values!r}")
         if len({_text(value) for value in values}) < len(values):
-            raise InputError(f"sweep.{key} names a value twice: {values!r}")
+            raise InputError(f"sweep.{key} has a value twice: {values!r}; remove one")
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
@@ -139,7 +142,7 @@ def _text(value: Any) -> str:
 
 
 def _words(settings: Mapping[str, str]) -> list[str]:
-    """key=value of each setting, under the shortest ends of the keys that tell them apart."""
+    """Return key=value of each setting, with the shortest distinct suffixes of the keys."""
     ends = {key: key.split(".") for key in settings}
     length = 1
     while len({tuple(end[-length:]) for end in ends.values()}) < len(ends):
@@ -170,7 +173,7 @@ def _config(shared: Mapping[str, Any], name: str, arm: Mapping[str, Any], rounds
     everywhere = set().union(*(_fields(each) for each in ALGORITHMS))
     table = shared.get("algorithm", {})
     if isinstance(table, Mapping):
-        # a key that no algorithm has stays, and is refused
+        # unknown keys stay, so that `resolve` refuses them
         table = {k: v for k, v in table.items() if k != "name" and (k in fields or k not in everywhere)}
     length = {} if rounds is None else {"algorithm": {"rounds": rounds}}
     base = {**shared, "algorithm": table, "seed": seed, "workers": 1}
@@ -182,35 +185,38 @@ def _fields(algorithm: str) -> set[str]:
 
 
 class Cells:
-    """Is told how a comparison goes; this one keeps silent."""
+    """Callbacks of a comparison; the defaults do nothing."""
 
     def plan(self, folder: Path, cells: Sequence[Cell], finished: int) -> None: ...
     def progress(self, running: Mapping[str, tuple[str, float]], seconds_left: float | None) -> None:
-        """running: by cell, its stage and the share of it that is done."""
+        """Receive, by running cell, its stage and the share of its time that has passed, and the seconds left."""
 
     def finished(self, cell: Cell, summary: Mapping[str, Any], done: int, total: int) -> None: ...
 
 
 def compare(
-    cells: Sequence[Cell], folder: Path, workers: int = 0, watcher: Cells | None = None, reference: str = ""
+    cells: Sequence[Cell], folder: Path, workers: int = 0, listener: Cells | None = None, reference: str = ""
 ) -> dict[str, Any]:
-    """Run what is missing of the cells, several at the same time, and write compare.json, compare.md and report.html.
+    """Run the missing cells in parallel; write compare.json, compare.md, compare.tex and report.html; return the table.
 
     Args:
-        workers: cells at the same time; 0: as many as there are processors (on a graphics card: one).
-        tested: the arm that the tests compare with each other one; empty: warmfed, or the first.
+        cells: the cells.
+        folder: folder of the comparison.
+        workers: number of cells that run at the same time. Default 0: the number of CPUs (on a GPU: one).
+        listener: callbacks of the comparison.
+        reference: reference arm of the tests. Default empty: warmfed, or the first arm.
 
     Raises:
-        InputError: before anything runs: a setting that does not work, or a folder that holds something else.
+        InputError: A setting is not valid, or the folder holds something else; raised before any cell runs.
     """
-    watcher = watcher or Cells()
+    listener = listener or Cells()
     if occupied(folder) and not (folder / "cells").is_dir():
-        raise InputError(f"{folder} is there already and is no comparison; choose another --out")
+        raise InputError(f"{folder} exists already and is not a comparison; choose another --out")
     if len({cell.name for cell in cells}) < len(cells):
-        raise InputError("two runs of this comparison have one name; give arms and swept values names that differ")
+        raise InputError("two runs of this comparison have the same name; rename an arm or change a swept value")
     arms = list(dict.fromkeys(cell.arm for cell in cells))
     if reference and reference not in arms:
-        raise InputError(f"there is no arm {reference!r} to test{suggest(reference, arms)}")
+        raise InputError(f"unknown reference arm {reference!r}{suggest(reference, arms)}")
     known: dict[str, Federation] = {}
     data: dict[tuple[str, str], str] = {}
     for cell in {(cell.arm, cell.rounds, cell.holdout): cell for cell in cells}.values():
@@ -224,10 +230,10 @@ def compare(
         if (found := _finished(cell, folder, data[repr(cell.config.data), cell.holdout])) is not None
     }
     todo = [cell for cell in cells if cell not in summaries]
-    watcher.plan(folder, cells, len(summaries))
+    listener.plan(folder, cells, len(summaries))
     if todo:
         busy = workers or (1 if any(cell.config.device != "cpu" for cell in todo) else processors())
-        _run(todo, folder, min(busy, len(todo)), summaries, len(cells), watcher)
+        _run(todo, folder, min(busy, len(todo)), summaries, len(cells), listener)
     table = aggregate(cells, [summaries[cell] for cell in cells], reference)
     write_json(folder / "compare.json", table)
     atomic_write(folder / "compare.md", report.markdown(table), PUBLIC)
@@ -237,7 +243,7 @@ def compare(
 
 
 def processors() -> int:
-    """How many this process may use."""
+    """Return the number of CPUs that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
@@ -245,30 +251,30 @@ def processors() -> int:
 
 
 def _finished(cell: Cell, folder: Path, data: str) -> dict[str, Any] | None:
-    """The summary of a cell that has run; None where it has not, or not to its end."""
-    place = folder / "cells" / cell.name
-    path = place / "config.toml"
+    """Return the summary of a cell, or None if it has not finished."""
+    cell_folder = folder / "cells" / cell.name
+    path = cell_folder / "config.toml"
     if not path.exists():
         return None
     if read_bytes(path, "a cell's configuration").decode(errors="replace") != cell.config.toml():
-        raise InputError(f"{place} was run with other settings than these; choose another --out for this comparison")
-    if not (place / "summary.json").exists():
+        raise InputError(f"{cell_folder} was run with other settings than these; choose another --out for this comparison")
+    if not (cell_folder / "summary.json").exists():
         return None
-    summary = read_summary(place)
+    summary = read_summary(cell_folder)
     if (summary.get("warmfed"), summary.get("data_sha256")) != (__version__, data):
-        raise InputError(f"{place} was run by another version or on other data; choose another --out for this comparison")
+        raise InputError(f"{cell_folder} was run by another version or on other data; choose another --out for this comparison")
     return summary
 
 
-def _run(todo: Sequence[Cell], folder: Path, processes: int, summaries: dict[Cell, Any], total: int, watcher: Cells) -> None:
+def _run(todo: Sequence[Cell], folder: Path, processes: int, summaries: dict[Cell, Any], total: int, listener: Cells) -> None:
     running: dict[str, tuple[str, float]] = {}
     estimate = _Estimate(todo)
 
-    def heard(index: int, stage: str, share: float) -> None:
+    def report_progress(index: int, stage: str, share: float) -> None:
         running[todo[index].name] = (stage, share)
-        watcher.progress(dict(running), estimate.left(running))
+        listener.progress(dict(running), estimate.left(running))
 
-    pool = ProcessPool(processes, _nothing, (), heard)
+    pool = ProcessPool(processes, _nothing, (), report_progress)
     at_once = True
     try:
         waiting = {pool.submit(_cell, i, cell.config, folder / "cells" / cell.name): cell for i, cell in enumerate(todo)}
@@ -282,18 +288,18 @@ def _run(todo: Sequence[Cell], folder: Path, processes: int, summaries: dict[Cel
                     raise InputError(f"cell {cell.name}: {error}") from error
                 running.pop(cell.name, None)
                 estimate.done(cell)
-                watcher.finished(cell, summaries[cell], len(summaries), total)
+                listener.finished(cell, summaries[cell], len(summaries), total)
         at_once = False
     finally:
         pool.close(at_once=at_once)
 
 
 def _nothing() -> None:
-    """Worker processes of a comparison need no start."""
+    """Do nothing: worker processes of a comparison need no initialisation."""
 
 
-class _Tells(RunListener):
-    """In a worker process: says how far its cell is."""
+class _ProgressSender(RunListener):
+    """Sends the progress of a cell from a worker process."""
 
     def __init__(self, index: int) -> None:
         self._index, self._clock = index, Clock((), 1)
@@ -312,13 +318,13 @@ class _Tells(RunListener):
 def _cell(index: int, config: Config, folder: Path) -> dict[str, Any]:
     shared = folder.parent.parent / "shared"
     if (folder / "config.toml").exists():
-        return resume(folder, _Tells(index), shared=shared)
+        return resume(folder, _ProgressSender(index), shared=shared)
     remove_partial_files(folder)
-    return execute(config, folder, _Tells(index), shared)
+    return execute(config, folder, _ProgressSender(index), shared)
 
 
 class _Estimate:
-    """The time left of a comparison: what is done of the expected work, at the pace so far."""
+    """Estimate of a comparison's time left, from the share of the expected work that is done."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._work = {cell.name: Clock.of(cell.config, 1).total() for cell in cells}
@@ -329,7 +335,7 @@ class _Estimate:
         self._done.add(cell.name)
 
     def left(self, running: Mapping[str, tuple[str, float]]) -> float | None:
-        """Seconds; None before there is anything to go by."""
+        """Return the seconds left; None if too little work is done for an estimate."""
         total = sum(self._work.values())
         done = sum(self._work[name] for name in self._done)
         done += sum(self._work[name] * share for name, (_, share) in running.items() if name not in self._done)

@@ -1,1 +1,1 @@
-"""A run and its folder: prepare, execute, resume, verify, and what is made from a finished one."""
+"""Runs and run folders: prepare, execute, resume, verify, predict and synthesize."""

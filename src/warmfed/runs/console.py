@@ -1,4 +1,4 @@
-"""What the command line shows: progress with the time left, and tables."""
+"""Output of the command line: progress with the time left, and tables."""
 
 import json
 import sys
@@ -22,31 +22,31 @@ from .execute import RunListener
 from .progress import Clock, spoken
 
 WIDTH = 160
-"""Of tables where the output is no terminal."""
+"""Width of tables in characters, if the output is not a terminal."""
 MOST_SITES = 8
 LINE_EVERY = 15.0
 
 
 class _Plain(Console):
-    """A console that shows texts as they are: names in them may look like markup or emoji, or hold control codes."""
+    """Console that prints text literally, without markup, emoji codes or control characters."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(shown(text), **options)
 
 
 def console() -> Console:
-    """Return the console of the standard output."""
+    """Return a console for standard output."""
     plain: dict[str, Any] = {"markup": False, "emoji": False}
     return _Plain(**plain) if sys.stdout.isatty() else _Plain(**plain, width=WIDTH, soft_wrap=True)
 
 
 def shown(text: str) -> str:
-    """Return text without the control characters that a name from a file or another machine may bring; lines stay lines."""
+    """Return text without control characters, except line feeds; names from files or sites may contain them."""
     return "".join(c if c.isprintable() or c == "\n" else " " * c.isspace() for c in text)
 
 
 class ProgressReporter(RunListener, ABC):
-    """Shows how a run goes; use it as a context."""
+    """Reports the progress of a run; use it as a context manager."""
 
     folder: Path | None = None
 
@@ -73,7 +73,7 @@ class ProgressReporter(RunListener, ABC):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing may be drawn after this."""
+        """End all output."""
 
     @abstractmethod
     def begin(self, config: Config, sites: tuple[str, ...]) -> None: ...
@@ -83,14 +83,14 @@ class ProgressReporter(RunListener, ABC):
     def stage(self, record: Mapping[str, Any]) -> None: ...
     @abstractmethod
     def phase(self, what: str, done: int, total: int) -> None:
-        """Work that is no run's: a phase of pre-training, the cells of a comparison."""
+        """Report work outside a run: a phase of pre-training, the cells of a comparison."""
 
     @abstractmethod
     def say(self, text: str) -> None: ...
 
 
 class SilentReporter(ProgressReporter):
-    """Says nothing."""
+    """Prints nothing."""
 
     def begin(self, config: Config, sites: tuple[str, ...]) -> None: ...
     def work(self, site: str, what: str, done: int, total: int) -> None: ...
@@ -100,9 +100,9 @@ class SilentReporter(ProgressReporter):
 
 
 class JsonReporter(ProgressReporter):
-    """Events as JSON lines; reports from within a stage once a second at most."""
+    """Prints events as JSON lines; progress within a stage at most once a second."""
 
-    _told = 0.0
+    _last = 0.0
 
     def begin(self, config: Config, sites: tuple[str, ...]) -> None:
         stages, done = list(self.clock.stages), self.clock.done
@@ -118,8 +118,8 @@ class JsonReporter(ProgressReporter):
 
     def work(self, site: str, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._told >= 1:
-            self._told = now
+        if now - self._last >= 1:
+            self._last = now
             left = round(self.clock.left(now), 1)
             emit("progress", stage=self.clock.stage, site=site, what=what, done=done, total=total, seconds_left=left)
 
@@ -128,8 +128,8 @@ class JsonReporter(ProgressReporter):
 
     def phase(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == total or now - self._told >= 1:
-            self._told = now
+        if done == total or now - self._last >= 1:
+            self._last = now
             emit("progress", what=what, done=done, total=total)
 
     def say(self, text: str) -> None:
@@ -141,39 +141,39 @@ def emit(event: str, **values: Any) -> None:
 
 
 class LineReporter(ProgressReporter):
-    """Plain lines, for files and pipes."""
+    """Prints plain lines, for files and pipes."""
 
-    _told = 0.0
+    _last = 0.0
 
     def begin(self, config: Config, sites: tuple[str, ...]) -> None:
-        self._told = time.monotonic()
+        self._last = time.monotonic()
         print(shown(begun(config, sites, self.clock, self.folder)), flush=True)
 
     def work(self, site: str, what: str, done: int, total: int) -> None:
-        self._now_and_then(f"  {percent(self.clock)}, {spoken(self.clock.left(time.monotonic()))}")
+        self._print_rarely(f"  {percent(self.clock)}, {spoken(self.clock.left(time.monotonic()))}")
 
     def stage(self, record: Mapping[str, Any]) -> None:
-        self._told = time.monotonic()
+        self._last = time.monotonic()
         print(shown(line(record)), flush=True)
 
     def phase(self, what: str, done: int, total: int) -> None:
         if done == total:
             print(shown(f"{what}: {done:,} of {total:,}"), flush=True)
         else:
-            self._now_and_then(f"  {what}: {done:,} of {total:,}")
+            self._print_rarely(f"  {what}: {done:,} of {total:,}")
 
     def say(self, text: str) -> None:
         print(shown(text), flush=True)
 
-    def _now_and_then(self, text: str) -> None:
+    def _print_rarely(self, text: str) -> None:
         now = time.monotonic()
-        if now - self._told >= LINE_EVERY:
-            self._told = now
+        if now - self._last >= LINE_EVERY:
+            self._last = now
             print(shown(text), flush=True)
 
 
 class _Left(ProgressColumn):
-    """The time left, which runs on between reports."""
+    """Column of the time left; it is updated between reports, too."""
 
     def __init__(self, bars: "BarReporter") -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class _Left(ProgressColumn):
 
 
 class BarReporter(ProgressReporter):
-    """A bar for the whole run with the time left, and one for each site at work."""
+    """Shows a bar for the whole run with the time left, and a bar for each working site."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ def percent(clock: Clock) -> str:
 
 
 def line(record: Mapping[str, Any]) -> str:
-    """One line on a finished stage: its name, test accuracies, seconds."""
+    """Return a line about a finished stage: its name, seconds and test accuracies."""
     name = f"{record['stage']} {record['number'] + 1}" if record["stage"] in ("train", "alone", "gate") else record["stage"]
     shown = []
     union = (record["union"] or {}).get("global")
@@ -294,7 +294,7 @@ def line(record: Mapping[str, Any]) -> str:
 
 
 def run_table(summary: Mapping[str, Any]) -> Table:
-    """The end of a run: accuracies in percent, or how good the samples are."""
+    """Return a table of a finished run: accuracies in percent, or the quality of its samples."""
     if summary["task"] == "denoise":
         return rich_table(quality_table(summary["quality"] or {}))
     table = Table("test accuracy, %", box=None, pad_edge=False)
@@ -321,7 +321,7 @@ def run_facts(summary: Mapping[str, Any]) -> str:
 
 
 def rich_table(plain: Plain) -> Table:
-    """A report's table for the terminal; the winner of a column has a star."""
+    """Return a report's table for the terminal; the best cell of a column has a star."""
     table = Table(title=shown(plain.title), title_justify="left", box=None, pad_edge=False)
     for place, header in enumerate(plain.header):
         table.add_column(header, justify="right" if place and header not in plain.words else "left")
@@ -331,11 +331,11 @@ def rich_table(plain: Plain) -> Table:
 
 
 MOST_CLASSES = 12
-"""Wider tables than of so many classes do not fit; then least and most images of a class are shown."""
+"""Most classes with a column each; with more, columns of the fewest and the most images of a class replace them."""
 
 
 def data_counts(found: Mapping[str, Any]) -> Table:
-    """Sites × classes with the counts of each split, as `warmfed data` shows them."""
+    """Return the table of `warmfed data`: image counts by site, split and class."""
     classes = found["classes"]
     many = len(classes) > MOST_CLASSES
     table = Table(box=None, pad_edge=False)

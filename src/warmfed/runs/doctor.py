@@ -1,4 +1,4 @@
-"""Every file that a run will read, with size and hash, before anything starts: for sites without a network."""
+"""Lists all files that a run reads, with size and SHA-256, before it starts: for sites without a network."""
 
 import hashlib
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ class File:
     what: str
     path: str
     bytes: int = 0
-    """Of a folder: of all files in it."""
+    """Size in bytes; of a folder, the sum over its files."""
     sha256: str = ""
-    """Of a folder: over names and contents. Empty where it is absent."""
+    """SHA-256; of a folder, over names and contents. Empty if missing."""
     note: str = ""
-    """Of what is absent: what to do."""
+    """Advice for a missing file."""
 
     @property
     def there(self) -> bool:
@@ -32,7 +32,7 @@ class File:
 
 
 def examine(config: Config) -> list[File]:
-    """What a run of this configuration reads beside the package itself; raises `InputError` where that cannot be told."""
+    """Return the files that a run of this configuration reads, without the package's own; raise `InputError` if unreadable."""
     return [*_base(config), *_classifier(config), *_data(config)]
 
 
@@ -42,7 +42,7 @@ def _base(config: Config) -> Iterator[File]:
     if uses:
         names[config.generator.base] = None
         for site, path in config.generator.adapters.items():
-            yield _file(f"adapter of {site}", Path(path), "restore it, or take it out of generator.adapters")
+            yield _file(f"adapter of {site}", Path(path), "restore it, or remove it from generator.adapters")
     if config.task == "denoise" and config.denoising.latent:
         names[config.denoising.latent] = None
     for base in names:
@@ -56,7 +56,7 @@ def _base(config: Config) -> Iterator[File]:
 
 
 def _expected(base: str, folder: Path, advice: str) -> Iterator[File]:
-    """What is missing where nothing is there."""
+    """Yield the files of a missing base."""
     try:
         kind, made = outlines.outline(base)
     except InputError:
@@ -73,21 +73,21 @@ def _classifier(config: Config) -> Iterator[File]:
     public = pipeline.folder_of(config.generator.base) / "classifier.safetensors"
     if config.model.start:
         path = public if config.model.start == "public" else Path(config.model.start)
-        yield _file("classifier to start from", path, "restore it, or set model.start to nothing")
+        yield _file("classifier to start from", path, "restore it, or leave model.start empty")
     if config.task == "denoise" and config.evaluation.samples:
         path = public if config.evaluation.features == "public" else Path(config.evaluation.features)
-        yield _file("features that measure samples", path, "restore it, or set evaluation.features")
+        yield _file("features for the evaluation of samples", path, "restore it, or set evaluation.features")
 
 
 def _data(config: Config) -> Iterator[File]:
     source, path = config.data.source, config.data.path
     if source == "digits4":
-        return  # drawn by the package
+        return  # the package renders them
     if source == "hub":
-        yield File("data of the hub", path, note=f"`warmfed data --set data.source=hub data.path={path}` fetches it")
+        yield File("data of the hub", path, note=f"download it with `warmfed data --set data.source=hub data.path={path}`")
         return
     if source in _READERS and not path:
-        yield File("data", "", note=f"data.source is {source} and data.path is empty: give --set data.path=…")
+        yield File("data", "", note=f"data.source is {source} and data.path is empty: set it with --set data.path=…")
         return
     yield _file("data", Path(path or source), "check data.path")
     lists = config.data.options.get("lists")

@@ -1,6 +1,6 @@
-"""What a run will do and cost, before it starts (`warmfed run --dry-run`): all is built and checked but for the base's weights.
+"""Cost estimate of a run (`warmfed run --dry-run`): builds and checks everything except the base's weights.
 
-Steps are counted, memory is counted, time is estimated from three speeds of this machine; see `diffusion.estimate`.
+Steps and memory are counted. Time is estimated from three measured speeds of this machine; see `diffusion.cost`.
 """
 
 from collections import Counter
@@ -27,55 +27,55 @@ class Work:
 
     what: str
     where: str
-    """sites or server."""
+    """Place of the work: sites or server."""
     count: int
-    """How often."""
+    """Number of units."""
     unit: str
-    """Of what: steps, images, …"""
+    """Unit: steps, images, …"""
     seconds: float
-    """Of all of it, one after the other."""
+    """Seconds of all units, run one after another."""
     memory: float
-    """Bytes at its peak, in one process."""
+    """Peak memory of one process, in bytes."""
 
 
 def dry_run(config: Config) -> dict[str, Any]:
-    """Everything that a run will do.
+    """Return the work and the cost of a run, without running it.
 
     Returns:
         {"algorithm", "sites", "images", "classes", "stages": names with counts, "work": rows as `Work`, "seconds" (with the
-        configured workers), "timed_on": the device whose speeds they are of, "memory" (bytes, of all processes), "adapter"
-        (bytes that a site sends) and "base": its name, bytes and whether its weights are there}.
+        configured workers), "timed_on": device of the measured speeds, "memory" (bytes of all processes), "adapter"
+        (bytes that a site sends) and "base": its name, bytes and whether its weights exist}.
 
     Raises:
-        InputError: the run would not start for another reason than absent weights.
+        InputError: The configuration is not valid; missing weights of the base are allowed.
     """
     absent = config.device == "cuda" and not torch.cuda.is_available()
     config = replace(config, device="cpu") if absent else config
-    ready = prepare(config, weights=False)
+    prepared = prepare(config, weights=False)
     stages = dict(Counter(stage.name for stage in config.algorithm.stages()))
-    assert isinstance(ready.federation, Federation)
-    rows = {site: counts["train"] for site, counts in ready.federation.rows.items()}
+    assert isinstance(prepared.federation, Federation)
+    rows = {site: counts["train"] for site, counts in prepared.federation.rows.items()}
     found: dict[str, Any] = {
         "algorithm": config.name,
         "sites": len(rows),
-        "images": sum(sum(counts.values()) for counts in ready.federation.rows.values()),
-        "classes": len(ready.federation.classes),
+        "images": sum(sum(counts.values()) for counts in prepared.federation.rows.values()),
+        "classes": len(prepared.federation.classes),
         "stages": stages,
-        "timed_on": "cpu, for there is no graphics card here" if absent else config.device,
+        "timed_on": "cpu, as this machine has no GPU" if absent else config.device,
         "adapter": 0,
         "base": None,
     }
-    work = list(_trained(ready, rows))
+    work = list(_trained(prepared, rows))
     weights = 0
     if config.algorithm.needs_generator is not None:
-        costs = plan_generator(config.generator, len(ready.federation.classes))
+        costs = plan_generator(config.generator, len(prepared.federation.classes))
         weights = costs.weights
-        work = [*_generated(ready, rows, stages, costs), *work]
+        work = [*_generated(prepared, rows, stages, costs), *work]
         found |= {"adapter": costs.adapter * ("adapt" in stages)}
         found["base"] = {"name": config.generator.base, "bytes": weights, "there": _there(config.generator.base)}
     processes = max(1, min(config.workers, len(rows)))
     seconds = sum(each.seconds / (processes if each.where == "sites" else 1) for each in work)
-    data = sum(table["image"].nbytes for site in ready.federation.sites.values() for table in site.splits.values())
+    data = sum(table["image"].nbytes for site in prepared.federation.sites.values() for table in site.splits.values())
     memory = data + processes * (weights + max((each.memory for each in work), default=0.0))
     return found | {"work": [asdict(each) for each in work], "seconds": seconds, "memory": memory}
 
@@ -85,10 +85,10 @@ def _there(base: str) -> bool:
     return len(files) > 1 and all(path.is_file() for path in files.values())
 
 
-def _generated(ready: PreparedRun, rows: dict[str, int], stages: dict[str, int], costs: Plan) -> Iterator[Work]:
-    """What the generator does: latents and adapters at the sites, samples at the server."""
-    config, generator = ready.config, ready.config.generator
-    assert isinstance(ready.federation, Federation)
+def _generated(prepared: PreparedRun, rows: dict[str, int], stages: dict[str, int], costs: Plan) -> Iterator[Work]:
+    """Yield the generator's work: latents and adapters at the sites, samples at the server."""
+    config, generator = prepared.config, prepared.config.generator
+    assert isinstance(prepared.federation, Federation)
     speed = machine(config.device, generator.dtype)
 
     def row(what: str, where: str, count: int, unit: str, cost: Cost) -> Work:
@@ -99,30 +99,30 @@ def _generated(ready: PreparedRun, rows: dict[str, int], stages: dict[str, int],
         steps = sum(generator.training.count(n) for n in rows.values())
         yield row("latents", "sites", images, "images", costs.encode.times(images))
         yield row("adapters", "sites", steps, f"steps of {generator.training.batch_size}", costs.train.times(steps))
-    held = sum(len(classes) for classes in ready.federation.present.values())
+    held = sum(len(classes) for classes in prepared.federation.present.values())
     samples = held * config.algorithm.samples_per_class
     batches = -(-samples // generator.batch_size)
     drawn = costs.sample.times(batches * generator.steps) + costs.decode.times(batches)
     yield row("samples", "sites", samples, f"images of {generator.steps} steps", drawn)
 
 
-def _trained(ready: PreparedRun, rows: dict[str, int]) -> Iterator[Work]:
+def _trained(prepared: PreparedRun, rows: dict[str, int]) -> Iterator[Work]:
     """Return the work of the trainings that the algorithm names, without those of no step."""
-    assert isinstance(ready.federation, Federation)
-    pairs = sum(len(classes) for classes in ready.federation.present.values())
-    for each in ready.config.algorithm.workload(rows, pairs):
+    assert isinstance(prepared.federation, Federation)
+    pairs = sum(len(classes) for classes in prepared.federation.present.values())
+    for each in prepared.config.algorithm.workload(rows, pairs):
         if each.steps:
-            yield _learned(ready, each.what, each.where, each.steps, each.training)
+            yield _learned(prepared, each.what, each.where, each.steps, each.training)
 
 
-def _learned(ready: PreparedRun, what: str, where: str, steps: int, training: Training) -> Work:
-    cost = _step(ready.task, training)
-    seconds = machine(ready.config.device, "fp32").seconds(cost.times(steps))
+def _learned(prepared: PreparedRun, what: str, where: str, steps: int, training: Training) -> Work:
+    cost = _step(prepared.task, training)
+    seconds = machine(prepared.config.device, "fp32").seconds(cost.times(steps))
     return Work(what, where, steps, f"steps of {training.batch_size}", seconds, cost.peak)
 
 
 def _step(task: Classify | Denoise, training: Training) -> Cost:
-    """One step of a training, by count."""
+    """Return the counted cost of one training step."""
     model = task.build().to("meta").train()
     image = torch.zeros(training.batch_size, *task.shape, dtype=torch.uint8)
     table = task.encoded({"image": image, "label": torch.zeros(training.batch_size).long()}) if isinstance(task, Denoise) else {

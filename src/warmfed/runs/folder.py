@@ -1,4 +1,4 @@
-"""A run folder as such: a new one, who may work on it, its configuration and its summary."""
+"""Run folders: creation, lock, configuration and summary."""
 
 from contextlib import AbstractContextManager
 from itertools import count
@@ -14,7 +14,7 @@ from ..utils.files import atomic_write, file_lock, loads_toml, make_folder, read
 
 
 def claim_run_folder(config: Config) -> Path:
-    """A new, empty folder: runs/<algorithm>-<seed>, or the first free of -2, -3, … after it."""
+    """Create and return a new folder: runs/<algorithm>-<seed>, or with -2, -3, … if it exists."""
     for number in count(1):
         folder = Path("runs") / (f"{config.name}-{config.seed}" + (f"-{number}" if number > 1 else ""))
         try:
@@ -24,41 +24,41 @@ def claim_run_folder(config: Config) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise InputError(f"cannot make {folder}: {error.strerror}; choose another place by --out") from error
-    raise AssertionError("there is no end of numbers")
+            raise InputError(f"cannot create {folder}: {error.strerror}; choose another folder with --out") from error
+    raise AssertionError("unreachable")
 
 
 def lock_run_folder(folder: Path) -> AbstractContextManager[None]:
-    """Keep other processes from a run folder meanwhile."""
-    return file_lock(folder / "config.toml", f"another process is at work on {folder}; wait until it has ended")
+    """Lock a run folder within this context; raise `InputError` if another process has locked it."""
+    return file_lock(folder / "config.toml", f"another process uses {folder}; wait until it has ended")
 
 
-_TOLD = ("warmfed", "algorithm", "seed", "classes", "models_sha256")
-_OF_A_RUN = ("task", "sites", "seconds", "history_sha256")
-"""What every summary says, and that of a run beside it: `personalize` has none of these."""
+_KEYS = ("warmfed", "algorithm", "seed", "classes", "models_sha256")
+_RUN_KEYS = ("task", "sites", "seconds", "history_sha256")
+"""Keys of every summary, and further keys of a run's; the summary of `personalize` has only the former."""
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration of a run folder."""
+    """Return the configuration of a run folder; raise `InputError` if it is missing or damaged."""
     data = read_bytes(folder / "config.toml", "the run's configuration (is this a run folder?)")
     try:
         return build(loads_toml(data))
     except InputError as error:
         raise InputError(f"{folder / 'config.toml'}: {error}") from error
     except ValueError as error:
-        raise InputError(f"{folder / 'config.toml'} is damaged ({error}); restore it or start the run anew") from error
+        raise InputError(f"{folder / 'config.toml'} is damaged ({error}); restore it or start a new run") from error
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a finished run; raises `InputError` where it has not finished."""
+    """Return the summary of a finished run; raise `InputError` if it has not finished or is damaged."""
     path = folder / "summary.json"
     if not path.exists() and (folder / "config.toml").exists():
-        raise InputError(f"the run in {folder} has not finished; `warmfed resume {folder}` finishes it")
+        raise InputError(f"the run in {folder} has not finished; finish it with `warmfed resume {folder}`")
     summary = read_json(path, "the run's summary (is this a run folder?)")
     found = summary if isinstance(summary, dict) else {}
-    lacking = [name for name in (_TOLD if "site" in found else _TOLD + _OF_A_RUN) if name not in found]
+    lacking = [name for name in (_KEYS if "site" in found else _KEYS + _RUN_KEYS) if name not in found]
     if lacking:
-        raise InputError(f"{path} is damaged (it lacks {', '.join(lacking)}); restore it or start the run anew")
+        raise InputError(f"{path} is damaged (it lacks {', '.join(lacking)}); restore it or start a new run")
     return found
 
 

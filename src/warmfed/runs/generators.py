@@ -1,4 +1,4 @@
-"""The form of a run's generator that its algorithm asks for."""
+"""Builds the generator that an algorithm needs."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from ..diffusion.generator import LatentDiffusion
 
 
 def build_generator(settings: LatentDiffusion, spec: GeneratorSpec | None) -> LatentDiffusion | Concepts | None:
-    """Return the generator that an algorithm's contexts hold, or None if it needs none.
+    """Return the generator for an algorithm's contexts, or None if it needs none.
 
     Args:
         settings: the generator of the configuration.

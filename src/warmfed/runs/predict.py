@@ -1,4 +1,4 @@
-"""What a finished run's models say of pictures."""
+"""Classifies image files with the models of a finished run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,55 +15,60 @@ from .folder import read_config, read_summary
 
 
 def described(folder: Path, summary: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, int, int]]:
-    """Class names and shape of the images of a finished run."""
+    """Return the class names and the image shape of a finished run."""
     try:
         channels, height, width = summary["image"]
         return tuple(summary["classes"]), (channels, height, width)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder}/summary.json is damaged or of another version of warmfed; start the run anew") from error
+        raise InputError(f"{folder}/summary.json is damaged or of another version of warmfed; start a new run") from error
 
 
 def released(folder: Path, summary: Mapping[str, Any], site: str, task: Task) -> Tensors:
-    """A finished run's global model, or a site's own, checked against the summary's digest; raises `InputError`."""
+    """Return a finished run's global model, or a site's personal model, checked against the summary's SHA-256.
+
+    Raises:
+        InputError: The run has no such model, or it is damaged.
+    """
     name, digests = f"personal/{site}" if site else "global", summary.get("models_sha256") or {}
     if name not in digests:
         sites = sorted(key.removeprefix("personal/") for key in digests if key.startswith("personal/"))
         if site:
             raise InputError(f"the run has no personal model of site {site!r}{suggest(site, sites)}")
-        raise InputError(f"{summary.get('algorithm')} has no global model; name a site by --site: {', '.join(sites)}")
+        raise InputError(f"{summary.get('algorithm')} has no global model; choose a site with --site: {', '.join(sites)}")
     path, what = folder / "models" / f"{name}.safetensors", f"the model {name!r}"
     model = load_model(path, lambda found: task.fitting(found).init(torch.Generator()), what, datastore=True)
     if sha256(model) != digests[name]:
-        raise InputError(f"{what} at {path} is not the one that the run made; restore it or start the run anew")
+        raise InputError(f"{what} at {path} has changed since the run; restore it or start a new run")
     return model
 
 
 def predict(folder: Path, images: Sequence[Path], site: str = "") -> list[dict[str, Any]]:
-    """Class and probability of each picture, by a finished run's global model or by a site's own.
+    """Return the class and the probabilities of each image, by a finished run's global or personal model.
 
     Args:
-        images: files of any kind that Pillow reads; they are squeezed as those of a data folder are.
-        site: the site whose personal model is asked; empty: the global model.
+        folder: the run folder.
+        images: files in any format that Pillow reads; they are resized like the images of a data folder.
+        site: site of the personal model; empty: the global model.
 
     Returns:
         For each image {"image", "class", "label", "probability", "probabilities": {class: p}}.
 
     Raises:
-        InputError: no finished run, no such site or model, a damaged model, a picture that does not decode.
+        InputError: The run has not finished, the site or model does not exist or is damaged, or an image does not decode.
     """
     config, summary = read_config(folder), read_summary(folder)
     if config.task != "classify":
-        raise InputError(f"the run in {folder} learned to draw, not to classify; `warmfed synthesize {folder}` draws")
+        raise InputError(f"the run in {folder} has no classifier; sample images with `warmfed synthesize {folder}`")
     classes, (channels, height, width) = described(folder, summary)
     if height != width:
-        raise InputError(f"pictures are squeezed to squares, but this run's images are {height}×{width}; it cannot be asked so")
+        raise InputError(f"predict resizes images to squares, but this run has images of {height}×{width} pixels")
     task = Classify((channels, height, width), len(classes), config.model.name)
     model = released(folder, summary, site, task)
     pixels = []
     for image in images:
         try:
             if not image.is_file():
-                raise UnreadableError("is no file; check the path")
+                raise UnreadableError("is not a file; check the path")
             pixels.append(torch.from_numpy(decode(image, height, channels).copy()))
         except UnreadableError as error:
             raise InputError(f"{image} {error}") from error

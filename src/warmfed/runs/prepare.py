@@ -1,4 +1,4 @@
-"""What a configuration stands for: data, task, base and start, loaded and checked before anything is written."""
+"""Prepares a run: loads and checks its data, task, base and start before anything is written."""
 
 import hashlib
 import json
@@ -28,43 +28,43 @@ from .generators import build_generator
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What a configuration stands for, loaded and checked."""
+    """A configuration with its data, task, base and start, loaded and checked."""
 
     config: Config
     federation: Federation | FederationInfo
-    """The sites that take part."""
+    """The participating sites."""
     holdout: Site | None
-    """The one that joins at the end, if there is one."""
+    """The held-out site, or None."""
     task: Classify | Denoise
     base: str
-    """SHA-256 of the generator's base; empty where the algorithm uses none."""
+    """SHA-256 of the generator's base; empty if the algorithm uses none."""
     start: str
-    """SHA-256 of the file that the classifier starts from; empty where there is none."""
+    """SHA-256 of the file with the initial weights; empty if there is none."""
 
     @property
     def fingerprint(self) -> str:
-        """Return the name of a run: its settings (but for workers, and of the border all but a share), data, base and start."""
+        """Return the SHA-256 of settings (of [server], only max_weight_share; without workers), data, base and start."""
         values = tomllib.loads(self.config.toml())
         del values["workers"]
         if (share := values.pop("server")["max_weight_share"]) != 1:
             values["max_weight_share"] = share
-        del values["data"]["cache"]  # where copies lie is no setting of the run
+        del values["data"]["cache"]  # does not change results
         text = json.dumps([values, self.federation.fingerprint, self.base, self.start], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def images(self) -> Federation:
-        """The federation, where its images are here."""
+        """Return the federation with its images; only if they are on this machine."""
         assert isinstance(self.federation, Federation)
         return self.federation
 
     @property
     def generator(self) -> LatentDiffusion | Concepts | None:
-        """The generator in the form that the algorithm needs; None: it needs none."""
+        """Return the generator that the algorithm needs, or None."""
         return build_generator(self.config.generator, self.config.algorithm.needs_generator)
 
     def workers(self) -> dict[str, Client]:
-        """A worker for each site whose images are here."""
+        """Return a client for each site; only if the images are on this machine."""
         config = self.config
         return clients_of(config.algorithm, self.images, self.task, config.seed, self.generator, config.device)
 
@@ -72,7 +72,7 @@ class PreparedRun:
 def clients_of(
     algorithm: Algorithm, federation: Federation, task: Task, seed: int, generator: Generator | None, device: str
 ) -> dict[str, Client]:
-    """A worker for each site of a federation."""
+    """Return a client for each site of a federation."""
     return {
         name: Client(name, algorithm, task, task.tables(site.splits), seed, federation.prompts, generator, device)
         for name, site in federation.sites.items()
@@ -80,25 +80,29 @@ def clients_of(
 
 
 def load_data(data: Data) -> Federation:
-    """The federation that a configuration names; raises `InputError`."""
+    """Return the federation of a configuration; raise `InputError` if it cannot be loaded."""
     return load(data.source, data.path, **({"cache": data.cache} if data.cache else {}), **data.options)
 
 
 def prepare(config: Config, federation: Federation | FederationInfo | None = None, *, weights: bool = True) -> PreparedRun:
-    """Load and check all that a run needs, before anything is written; raises `InputError`.
+    """Load and check all inputs of a run; write nothing.
 
     Args:
-        federation: the configuration's with all sites, where it is loaded already.
-        weights: whether the base's and a start's weights must be there, and are digested (gigabytes for Stable Diffusion);
-            without them both count as unused.
+        config: the configuration.
+        federation: the configuration's federation with all sites, if it is loaded already.
+        weights: whether the weights of base and start are required and hashed (gigabytes for Stable Diffusion). If False,
+            both count as unused.
+
+    Raises:
+        InputError: A setting, the data, the base or the start is not valid.
     """
     if config.workers < 1:
         raise InputError(f"workers must be at least 1; got {config.workers}")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda, but torch finds no graphics card; set device to cpu")
+        raise InputError("device is cuda, but torch finds no GPU; set device to cpu")
     plan = config.algorithm.stages()
     if not plan or config.algorithm.rounds < 0:
-        raise InputError(f"{config.name} has nothing to do in {config.algorithm.rounds} rounds; set rounds higher")
+        raise InputError(f"{config.name} has no stages in {config.algorithm.rounds} rounds; increase rounds")
     for stage in plan:
         if not 0 < stage.client_fraction <= 1:
             raise InputError(f"client_fraction must be more than 0 and at most 1; got {stage.client_fraction}")
@@ -109,13 +113,13 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
     holdout = None
     if config.holdout.site:
         if isinstance(federation, FederationInfo):
-            raise InputError("holdout.site is for runs on one machine; take it out of the configuration")
+            raise InputError("holdout.site is for runs on one machine only; remove it from the configuration")
         federation, holdout = federation.without(config.holdout.site), federation.sites[config.holdout.site]
     start = config.model.start
     if start == "public":
         start = str(pipeline.find(config.generator.base) / "classifier.safetensors")
     if config.task == "denoise" and start and config.model.start == "public":
-        raise InputError("a denoiser does not start from the public classifier; set model.start to a file, or to nothing")
+        raise InputError("a denoiser cannot start from the public classifier; set model.start to a file, or leave it empty")
     size = federation.shape, len(federation.classes)
     task = Denoise(*size, config.denoising, start) if config.task == "denoise" else Classify(*size, config.model.name, start)
     try:
@@ -127,11 +131,13 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
     generator = build_generator(config.generator, config.algorithm.needs_generator)
     uses = generator is not None
     if uses and federation.shape[0] != 3:
-        raise InputError(f"{config.generator.base} draws colour images, those of {federation.name} are grey; set channels to 3")
+        raise InputError(
+            f"{config.generator.base} generates colour images, those of {federation.name} are grey; set channels to 3"
+        )
     side = config.generator.size or outlines.side(config.generator.base) if uses else 0
     if uses and federation.shape[1:] != (side, side):
         raise InputError(
-            f"{config.generator.base} draws images of {side}×{side} pixels, those of {federation.name} have "
+            f"{config.generator.base} generates images of {side}×{side} pixels, those of {federation.name} have "
             f"{federation.shape[1]}×{federation.shape[2]}; set data.options.image_size={side} or generator.size"
         )
     config.algorithm.check_sites(len(federation.rows))
@@ -153,7 +159,7 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
 
 
 def _adapters(generator: Any, config: Config, federation: Federation | FederationInfo, weights: bool) -> None:
-    """Raise `InputError` where an adapter from elsewhere is of no site, not there or, with `weights`, does not fit."""
+    """Raise `InputError` if an imported adapter has an unknown site, is missing or, with `weights`, does not fit."""
     for site in config.generator.adapters:
         if site not in federation.rows:
             raise InputError(f"generator.adapters names the site {site!r}{suggest(site, list(federation.rows))}")

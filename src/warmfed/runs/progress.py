@@ -1,4 +1,4 @@
-"""How far a run is and how much time is left: an expectation, corrected by what has been measured."""
+"""Progress of a run and estimate of the time left: expected times, corrected by measured ones."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,20 +9,21 @@ EXPECTED = {
     "adapt": 35.0, "collect": 1.0, "warm": 50.0, "train": 2.5, "gate": 0.5, "personalize": 2.5,
     "local": 40.0, "auxiliary": 2.5, "alone": 2.5, "start": 0.5, "enrol": 0.5,
 }  # fmt: skip
-"""Seconds of a stage with its evaluation, for WarmFed on digits4 with two workers, and the stages of other methods beside a
-`train` of theirs: only proportions matter once something has been measured."""
+"""Expected seconds of a stage with its evaluation, for WarmFed on digits4 with two workers.
+
+Stages of other algorithms are in proportion to their `train`. Once a stage is measured, only the proportions count."""
 ONE_TRAINING = ("adapt", "local")
-"""Stages in which a site trains once; elsewhere it may start another training after the one that it reports."""
+"""Stages in which a site trains once; in other stages, several trainings may follow each other."""
 OTHER = 10.0
-"""A stage of another name."""
+"""Expected seconds of a stage with another name."""
 END = 5.0
-"""Models, images and report."""
+"""Expected seconds of models, images and report."""
 SERVER = {"draw": (0.0, 0.75), "recognise": (0.75, 0.9), "train": (0.9, 1.0)}
-"""Which part of the warm start the server's jobs are."""
+"""Start and end of the server's jobs, as shares of the warm start."""
 
 
 class Clock:
-    """The time of one run. Times are seconds on any clock that does not go back."""
+    """Time estimate of one run. Times are seconds of a monotonic clock."""
 
     def __init__(self, stages: Sequence[str], sites: int, workers: int = 1, now: float = 0.0) -> None:
         self.stages, self.done = tuple(stages), 0
@@ -34,7 +35,7 @@ class Clock:
 
     @classmethod
     def of(cls, config: Config, sites: int, records: Sequence[Mapping[str, Any]] = (), now: float = 0.0) -> "Clock":
-        """The clock of a run of which these records are there already."""
+        """Return the clock of a run whose stages with these records are done."""
         clock = cls([stage.name for stage in config.algorithm.stages()], sites, config.workers, now)
         for record in records:
             clock.finish(record["seconds"], now)
@@ -42,16 +43,16 @@ class Clock:
 
     @property
     def stage(self) -> str:
-        """The stage at work; "report" after the last one."""
+        """Return the current stage; "report" after the last one."""
         return self.stages[self.done] if self.done < len(self.stages) else "report"
 
     @property
     def share(self) -> float:
-        """How much of the stage at work is done, as far as its reports tell; 0 to 1."""
+        """Return the reported share of the current stage that is done, from 0 to 1."""
         return self._share
 
     def work(self, site: str, what: str, done: int, total: int) -> None:
-        """A report from within the stage, as `RunListener.progress` gets it."""
+        """Record progress within the stage; arguments as of `RunListener.progress`."""
         part = done / total if total else 0.0
         if site:
             self._parts[site] = part
@@ -66,31 +67,31 @@ class Clock:
         self._share = max(self._share, share)
 
     def finish(self, seconds: float, now: float) -> None:
-        """The stage at work is done and took this long."""
+        """Record the end of the current stage and its seconds."""
         self._measured.setdefault(self.stage, []).append(seconds)
         self.done += 1
         self._since, self._share, self._parts = now, 0.0, {}
 
     def total(self) -> float:
-        """Expected seconds of the whole run, before it starts."""
+        """Return the expected seconds of the whole run, before it starts."""
         return sum(self._prior(stage) for stage in self.stages) + END
 
     def left(self, now: float) -> float:
-        """Expected seconds until the run's end."""
+        """Return the expected seconds until the end of the run."""
         elapsed = now - self._since
         if self.done >= len(self.stages):
             return max(END - elapsed, 0.0)
         pace = self._pace()
         expected = self._expected(self.stage, pace)
-        # the further it is, the more its own pace counts; and what is late already will be later
+        # the measured pace counts more as the stage advances; a late stage is expected to be later
         current = max((1 - self._share) * expected + elapsed if self._share else expected, 1.2 * elapsed * (1 - self._share))
         if self.stage not in self._measured:
-            pace = max(current, elapsed) / self._prior(self.stage)  # so much longer than expected may the next ones take
+            pace = max(current, elapsed) / self._prior(self.stage)  # later stages are scaled by the same factor
         rest = sum(self._expected(stage, pace) for stage in self.stages[self.done + 1 :])
         return max(current - elapsed, 0.0) + rest + END
 
     def fraction(self, now: float) -> float:
-        """The share of the run's time that has passed; 0 to 1."""
+        """Return the share of the run's time that has passed, from 0 to 1."""
         passed = now - self._began
         return passed / (passed + self.left(now)) if passed > 0 else 0.0
 
@@ -98,7 +99,7 @@ class Clock:
         return EXPECTED.get(stage, OTHER) * self._slow
 
     def _pace(self) -> float:
-        """How much longer than expected stages take."""
+        """Return the ratio of measured to expected seconds."""
         expected = sum(self._prior(stage) * len(times) for stage, times in self._measured.items())
         return sum(sum(times) for times in self._measured.values()) / expected if expected else 1.0
 
@@ -108,7 +109,7 @@ class Clock:
 
 
 def spoken(seconds: float) -> str:
-    """ "about 2 min 20 s left": as exact as it can be."""
+    """Return a rounded text of the time left: "about 2 min 20 s left"."""
     if seconds < 8:
         return "a few seconds left"
     if seconds < 57:

@@ -1,6 +1,6 @@
-"""What the report shows of images: grids of real and synthetic samples, and where both lie in the classifier's features.
+"""Images of the report: grids of real and synthetic samples, and a t-SNE of their classifier features.
 
-Written at the end of a run, so that the report needs no model. In a deployment only a site itself may show its images.
+They are written at the end of a run, so that the report needs no model. In a deployment, no site's images are shown.
 """
 
 import io
@@ -30,20 +30,24 @@ _POINTS = 60
 def write_report_images(
     folder: Path, federation: Federation, task: Classify, model: Tensors, evaluation: Evaluation | None = None, base: str = ""
 ) -> None:
-    """Write report_images.json and a PNG grid for each site's real and synthetic images, a row for each class.
+    """Write report_images.json and PNG grids of each site's real and synthetic images, with a row for each class.
 
     Args:
-        evaluation: whether and how each adapter's samples are measured.
-        base: whose public classifier `evaluation.features` may mean.
+        folder: the run folder.
+        federation: sites with their images.
+        task: task of the model.
+        model: classifier whose features are plotted.
+        evaluation: settings for the evaluation of each adapter's samples; None: no evaluation.
+        base: base with the public classifier of `evaluation.features`.
     """
     synthetic = read_synthetic(folder)
     scores: dict[str, Any] = {}
     if evaluation is not None and evaluation.adapters and synthetic:
         if evaluation.features == "global":
-            look, digest = (lambda image: task.features(model, {"image": image})), sha256(model)
+            extract, digest = (lambda image: task.features(model, {"image": image})), sha256(model)
         else:
-            look, digest = extractor(evaluation.features, base, federation.shape)
-        scores = {"adapters": adapter_scores(look, federation, synthetic, evaluation.neighbours), "features_sha256": digest}
+            extract, digest = extractor(evaluation.features, base, federation.shape)
+        scores = {"adapters": adapter_scores(extract, federation, synthetic, evaluation.neighbours), "features_sha256": digest}
     sites, features, points = {}, [], []
     for name, site in federation.sites.items():
         tables = {"real": site.test}
@@ -67,7 +71,7 @@ def write_report_images(
 
 
 def write_samples(folder: Path, federation: Federation, task: Denoise, model: Tensors, seed: int) -> None:
-    """The same for a diffusion model: what it draws, a row for each class; and the auxiliary set where there is one."""
+    """Write report_images.json and PNG grids of a diffusion model's samples, and of the auxiliary set if there is one."""
     synthetic, shown = read_synthetic(folder), dict[str, dict[str, str | None]]()
     label = torch.arange(len(federation.classes)).repeat_interleave(_COLUMNS)
     drawn = {"image": task.decoded(task.sample(model, label, stream(seed, "panel"))), "label": label}
@@ -88,7 +92,7 @@ def write_samples(folder: Path, federation: Federation, task: Denoise, model: Te
 
 
 def read_synthetic(folder: Path) -> dict[str, Table]:
-    """The samples that a run kept, {"image", "label", "kept"} by the site whose adapter they are of; empty: it kept none."""
+    """Return the synthetic samples of a run, {"image", "label", "kept"} by the adapter's site; empty if there are none."""
     path = folder / "synthetic" / "samples.safetensors"
     if not path.exists():
         return {}
@@ -96,13 +100,13 @@ def read_synthetic(folder: Path) -> dict[str, Table]:
     try:
         table = load(read_bytes(path, "the synthetic set"))
     except SafetensorError as error:
-        raise InputError(f"the synthetic set at {path} is damaged ({error}); restore it or start the run anew") from error
+        raise InputError(f"the synthetic set at {path} is damaged ({error}); restore it or start a new run") from error
     of = table.pop("site")
     return {name: select(table, of == place) for place, name in enumerate(sites)}
 
 
 def grid(table: Table, classes: int, columns: int = _COLUMNS) -> bytes:
-    """A PNG with a row for each class; a class without enough images leaves its places white."""
+    """Return a PNG with a row for each class; missing images are white."""
     from PIL import Image
 
     image = table["image"]
@@ -117,7 +121,7 @@ def grid(table: Table, classes: int, columns: int = _COLUMNS) -> bytes:
 
 
 def _flat(features: Tensor) -> list[list[float]]:
-    """t-SNE to the plane (van der Maaten and Hinton 2008), by scikit-learn."""
+    """Return the t-SNE embedding in two dimensions (van der Maaten and Hinton 2008, scikit-learn), n pairs."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(features) - 1) / 3)

@@ -1,4 +1,4 @@
-"""What summary.json says: one run in a few numbers, from its records and its models."""
+"""Builds summary.json: the main figures of a run, from its records and models."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ Record = Mapping[str, Any]
 
 
 def results(record: Record) -> dict[str, Any]:
-    """What must be equal in every rerun: all but seconds and memory, and a generator's quality, which no site can measure."""
+    """Return the part of a record that is equal in every rerun: without seconds, memory and generator quality."""
     return {key: value for key, value in record.items() if key not in _ASIDE}
 
 
 def history_sha256(records: list[dict[str, Any]]) -> str:
-    """Digest of all records' results."""
+    """Return the SHA-256 of the results of all records."""
     lines = [json.dumps(results(record), sort_keys=True) for record in records]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -35,14 +35,17 @@ def summarize(
     models: Mapping[str, str],
     union: float | None,
 ) -> dict[str, Any]:
-    """The summary of a finished run; accuracies are of the last record, in percent.
+    """Return the summary of a finished run; accuracies are of the last record, in percent.
 
     Args:
-        measure: what sums a model up: accuracy or loss.
-        base: SHA-256 of the generator's base; empty where the algorithm uses none.
-        models: digests of the models that there are: "global", "personal/<site>".
-        union: mean accuracy (or loss) of the personal models on the union of test sets; None: nobody can measure it, since
-            neither images nor personal models leave their sites.
+        config: the configuration.
+        federation: the participating sites.
+        measure: main metric of a model: accuracy or loss.
+        base: SHA-256 of the generator's base; empty if the algorithm uses none.
+        records: records of all stages.
+        models: SHA-256 of the models: "global", "personal/<site>".
+        union: mean accuracy (or loss) of the personal models on the union of test sets. None: not measured, as neither images
+            nor personal models leave their sites.
     """
     last = records[-1]
     shared, own = _sums(last, measure)
@@ -87,7 +90,7 @@ def summarize(
 
 
 def _validation(views: Mapping[str, Any], measure: str) -> float | None:
-    """Mean over the sites: what settings are chosen by, since the test sets must not choose."""
+    """Return the mean over the sites, for the choice of settings without the test sets."""
     found = [view["validation"][measure] for view in views.values() if "validation" in view]
     return sum(found) / len(found) if found else None
 
@@ -101,7 +104,7 @@ def _mean_bytes(records: list[dict[str, Any]], key: str, sites: int) -> int:
 
 
 def _sums(record: Record, measure: str) -> tuple[dict[str, float] | None, dict[str, float] | None]:
-    """Global and personal test accuracies (or losses) of one record; None where it measured none."""
+    """Return global and personal test accuracies (or losses) of one record; None if it has none."""
     shared, own = ([views["test"][measure] for views in record[model].values()] for model in ("global", "personal"))
     everywhere = personal = None
     worst = min if measure == "accuracy" else max
@@ -118,7 +121,7 @@ def _sums(record: Record, measure: str) -> tuple[dict[str, float] | None, dict[s
 
 
 def _even(views: Mapping[str, Any]) -> dict[str, float]:
-    """What weighs every class alike, means over the sites."""
+    """Return the metrics with equal weights for all classes, means over the sites."""
     tests = [view["test"] for view in views.values()]
     return {
         name: sum(test[name] for test in tests) / len(tests)
@@ -128,7 +131,7 @@ def _even(views: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _one_shot(records: list[dict[str, Any]], measure: str) -> dict[str, Any] | None:
-    """The warm start alone: the global model right after it, the personal ones after the sites' first training from it."""
+    """Return the results of the warm start: global after that stage, personal after the first training from it."""
     warm = next((i for i, record in enumerate(records) if record["stage"] == "warm"), None)
     if warm is None or not records[warm]["global"]:
         return None

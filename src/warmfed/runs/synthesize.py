@@ -1,4 +1,4 @@
-"""Images from a finished run: by a site's adapter, or by the diffusion model that the run learned."""
+"""Samples images of a finished run, with a site's adapter or with the run's diffusion model."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,27 +34,32 @@ def synthesize(
     out: Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Draw `count` images of each class.
+    """Sample `count` images of each class.
 
     Args:
-        site: whose adapter or personal model draws; empty: the global diffusion model, or the base without an adapter.
-        labels: names of classes; none: all.
-        picture: where a PNG goes, a row for each class.
-        out: where the images go as safetensors, {"image": uint8 [n, 3, h, w], "label": int64 [n]}.
+        folder: the run folder.
+        site: site of the adapter or personal model; empty: the global diffusion model, or the base without an adapter.
+        labels: names of classes; empty: all.
+        count: images of each class.
+        seed: seed of the noise.
+        picture: PNG to write, with a row for each class.
+        out: safetensors file to write, {"image": uint8 [n, 3, h, w], "label": int64 [n]}.
+        progress: progress(what, done, total).
 
     Returns:
-        {"images", "classes", "by", and the paths that were written}.
+        {"images", "classes", "by", and the written paths}.
 
     Raises:
-        InputError: no finished run, a run without a generator, no such site or class, a damaged adapter or model.
+        InputError: The run has not finished or has no generator, the site or class does not exist, or the adapter or model
+            is damaged.
     """
     config, summary = read_config(folder), read_summary(folder)
     classes, shape = described(folder, summary)
     wanted = [_label(name, classes) for name in labels] or list(range(len(classes)))
     if count < 1 or (picture is None and out is None):
-        raise InputError("count must be at least 1, and --grid or --out must say where the images go")
+        raise InputError("count must be at least 1, and --grid or --out must be set")
     if picture is not None and picture.suffix.lower() != ".png":
-        raise InputError(f"--grid writes a PNG; got {picture}")
+        raise InputError(f"--grid must end in .png; got {picture}")
     for path in (picture, out):
         if path is not None:
             check_writable(path)
@@ -88,24 +93,24 @@ def _label(name: str, classes: Sequence[str]) -> int:
         return classes.index(name)
     if name.isdecimal() and int(name) < len(classes):
         return int(name)
-    raise InputError(f"there is no class {name!r}{suggest(name, list(classes))}")
+    raise InputError(f"unknown class {name!r}{suggest(name, list(classes))}")
 
 
 def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor, site: str, ctx: SamplingContext) -> Tensor:
     files = [path.name.removesuffix(".safetensors") for path in (folder / "adapters").glob("*.safetensors")]
-    kinds = (f".{lora.PROMPTS}", f".{lora.TOKENS}")  # which lie beside the layers, or alone where there are none
+    kinds = (f".{lora.PROMPTS}", f".{lora.TOKENS}")  # files beside the LoRA layers, or alone without them
     sites = sorted({name.removesuffix(kinds[0]).removesuffix(kinds[1]) for name in files if not name.endswith(".concepts")})
     if not sites:
         raise InputError(
-            f"the run in {folder} has no generator: {config.name} keeps no adapters and learned no diffusion model, or "
-            f"{folder / 'adapters'} was emptied since"
+            f"the run in {folder} has no generator: {config.name} saves neither adapters nor a diffusion model, or "
+            f"{folder / 'adapters'} was emptied"
         )
     if site and site not in sites:
         raise InputError(f"the run has no adapter of site {site!r}{suggest(site, sites)}")
     generator = build_generator(config.generator, config.algorithm.needs_generator)
     assert generator is not None
     if not prompts:
-        raise InputError(f"{folder}/summary.json names no prompts: it is of an older version of warmfed; start the run anew")
+        raise InputError(f"{folder}/summary.json has no prompts: it is of an older version of warmfed; start a new run")
     adapter = lora.read(folder / "adapters", site) if site else None
     if adapter is not None:
         generator.check(adapter, prompts, f"the adapter of site {site!r}")

@@ -1,4 +1,4 @@
-"""Run it again and compare: whether a run folder holds what its configuration gives."""
+"""Verifies a run folder: reruns its configuration and compares the results."""
 
 import json
 import tempfile
@@ -23,11 +23,11 @@ from .summary import history_sha256, results
 
 
 class DifferenceError(Exception):
-    """Where the rerun left the recorded run."""
+    """First difference between the rerun and the recorded run."""
 
 
 class _Compare(RunListener):
-    """Passes everything on, and stops at the first record that differs."""
+    """Forwards all events to another listener; raises `DifferenceError` at the first record that differs."""
 
     def __init__(self, records: list[dict[str, Any]], inner: RunListener) -> None:
         self._records, self._inner = records, inner
@@ -52,47 +52,51 @@ class _Compare(RunListener):
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """(path, one value, the other) of the first place where two JSON values differ."""
+    """Return (path, value in `a`, value in `b`) of the first difference of two JSON values, or None."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
             found = first_difference(a.get(key, "nothing"), b.get(key, "nothing"), f"{path}/{key}" if path else key)
             if found:
                 return found
         return None
-    # NaN equals itself here
+    # in JSON text, NaN equals NaN
     return None if json.dumps(a) == json.dumps(b) else (path, a, b)
 
 
-def verify(folder: Path, watcher: RunListener | None = None, workers: int = 0) -> str:
-    """Re-run a finished run's configuration in a temporary folder; the history's hash where all is identical.
+def verify(folder: Path, listener: RunListener | None = None, workers: int = 0) -> str:
+    """Rerun a finished run's configuration in a temporary folder and return its history hash if all is identical.
 
     Args:
-        workers: of the rerun; 0: as many as the configuration says. It cannot change the result.
+        folder: the run folder.
+        listener: callbacks of the rerun.
+        workers: number of worker processes; results do not depend on it. Default 0: as in the configuration.
 
     Raises:
-        DifferenceError: the first record and field, model, message, adapter or file of samples that differs.
-        InputError: no finished run, another version, or its data or base is no longer there.
+        DifferenceError: A record, model, message, adapter or file of samples differs.
+        InputError: The run has not finished, is of another version, or its data or base is missing.
     """
     summary, config = read_summary(folder), read_config(folder)
     if summary.get("warmfed") != __version__:
-        raise InputError(f"{folder} was made by warmfed {summary.get('warmfed')}, this is {__version__}; verify it with that")
+        raise InputError(
+            f"{folder} was made with warmfed {summary.get('warmfed')}, this is {__version__}; verify it with that version"
+        )
     records = read_lines(folder / "rounds.jsonl", "the run's records")
     if history_sha256(records) != summary.get("history_sha256"):
-        raise DifferenceError("rounds.jsonl: its hash is not the one in summary.json; it has changed since the run")
+        raise DifferenceError("rounds.jsonl: its hash differs from summary.json; it has changed since the run")
     models = summary.get("models_sha256", {})
     for name, digest in models.items():
         if _model_sha256(folder / "models" / f"{name}.safetensors") != digest:
-            raise DifferenceError(f"models/{name}.safetensors: its hash is not the one in summary.json; it has changed since")
+            raise DifferenceError(f"models/{name}.safetensors: its hash differs from summary.json; it has changed")
     config = replace(config, workers=workers or config.workers)
-    ready = prepare(config)
+    prepared = prepare(config)
     for what, was, now in (
-        ("data_sha256", summary.get("data_sha256"), ready.federation.fingerprint),
-        ("base_sha256", summary.get("base_sha256") or "", ready.base),
+        ("data_sha256", summary.get("data_sha256"), prepared.federation.fingerprint),
+        ("base_sha256", summary.get("base_sha256") or "", prepared.base),
     ):
         if was != now:
             raise DifferenceError(f"{what}: {was} in the folder, {now} now")
     with tempfile.TemporaryDirectory(prefix="warmfed-verify-") as temporary:
-        again = execute(config, Path(temporary) / "run", _Compare(records, watcher or RunListener()))
+        again = execute(config, Path(temporary) / "run", _Compare(records, listener or RunListener()))
         found = first_difference(models, again["models_sha256"])
         if found:
             raise DifferenceError(f"model {found[0]}: {found[1]} in the folder, {found[2]} now")
@@ -101,7 +105,7 @@ def verify(folder: Path, watcher: RunListener | None = None, workers: int = 0) -
 
 
 def _compare_sent(folder: Path, again: Path) -> None:
-    """Raise `DifferenceError` where the ledger, an adapter or samples drawn from one differ from the rerun's."""
+    """Raise `DifferenceError` if the ledger, an adapter or a file of samples differs from the rerun's."""
     lines = zip_longest(*(_messages(run) for run in (folder, again)), fillvalue="nothing")
     for number, (kept, now) in enumerate(lines, 1):
         found = first_difference(kept, now)
@@ -110,11 +114,11 @@ def _compare_sent(folder: Path, again: Path) -> None:
     for path in (path for part in ("adapters", "synthetic") for path in sorted((again / part).glob("*.*"))):
         name = path.relative_to(again)
         if not (folder / name).is_file() or (folder / name).read_bytes() != path.read_bytes():
-            raise DifferenceError(f"{name}: missing, or other bytes than the run gives now; it has changed since")
+            raise DifferenceError(f"{name}: it is missing or differs from the rerun; it has changed since the run")
 
 
 def _messages(run: Path) -> list[dict[str, Any]]:
-    """What a run's ledger says of each message, without how long it took."""
+    """Return the messages in a run's ledger, without times."""
     return [results(line) for line in read_lines(run / "ledger.jsonl", "the run's ledger") if "sha256" in line]
 
 

@@ -1,1 +1,1 @@
-"""Where clients run. A transport knows no algorithm by name."""
+"""Transports: connections to the clients. They are independent of the algorithm."""

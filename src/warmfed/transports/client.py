@@ -1,4 +1,4 @@
-"""A site's runtime: the same object behind every transport."""
+"""Runtime of one site, equal for every transport."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,10 +24,11 @@ class Client:
     generator: Generator | None = None
     device: str = "cpu"
     snapshot_path: Path | None = None
-    """Where an unfinished training of this site may lie."""
+    """File for the snapshot of this site's unfinished training; None: no snapshots."""
     progress: Callable[[str, int, int], None] = no_progress
 
     def local(self, stage: str, number: int) -> ClientContext:
+        """Return the context of a client function, with the random stream of this stage and site."""
         return ClientContext(
             task=self.task,
             data=self.data,
@@ -40,24 +41,30 @@ class Client:
             progress=self.progress,
         )
 
-    def _entered(self, down: Message, state: ClientState) -> ClientState:
-        return self.algorithm.init_client_state(down, self.local("enter", 0)) if state is None else state
+    def _state_or_init(self, received: Message, state: ClientState) -> ClientState:
+        return self.algorithm.init_client_state(received, self.local("enter", 0)) if state is None else state
 
-    def work(self, stage: str, number: int, down: Message, state: ClientState) -> Reply[Message]:
+    def work(self, stage: str, number: int, received: Message, state: ClientState) -> Reply[Message]:
+        """Return the reply of the stage's client function.
+
+        Raises:
+            InputError: The algorithm has no client function for this stage.
+        """
         client = next((s.client for s in self.algorithm.stages() if s.name == stage), None)
         if client is None:
             raise InputError(
-                f"site {self.site!r} was asked for stage {stage!r}, which its algorithm does not have; do all run one version?"
+                f"site {self.site!r} received a request for stage {stage!r}, which its algorithm does not have; "
+                "install the same version of warmfed everywhere"
             )
-        return client(down, self._entered(down, state), self.local(stage, number))
+        return client(received, self._state_or_init(received, state), self.local(stage, number))
 
-    def model(self, down: Message, state: ClientState) -> Tensors | None:
-        """The model that the site would use; None: nothing yet."""
-        return self.algorithm.client_model(down, self._entered(down, state))
+    def model(self, received: Message, state: ClientState) -> Tensors | None:
+        """Return the site's personal model, or None if there is none yet."""
+        return self.algorithm.client_model(received, self._state_or_init(received, state))
 
-    def evaluate(self, down: Message, state: ClientState, model: Tensors | None) -> dict[str, Metrics]:
-        """The metrics of the global and of the site's own model on the site's validation and test rows."""
-        personal = self.model(down, state)
+    def evaluate(self, received: Message, state: ClientState, model: Tensors | None) -> dict[str, Metrics]:
+        """Return the metrics of the global and of the personal model on the validation and test rows, by "view/split"."""
+        personal = self.model(received, state)
         return {
             f"{name}/{split}": self.task.metrics(tensors, self.data[split], self.device)
             for name, tensors in (("global", model), ("personal", personal))
@@ -68,6 +75,10 @@ class Client:
 
 
 def exchange(site: str, direction: str, message: Message, data: bytes | None = None) -> Exchange:
-    """The ledger's entry for a message; `data`: its bytes, where they are at hand."""
+    """Return the ledger's entry for a message.
+
+    Args:
+        data: the encoded message; None: it is encoded here.
+    """
     data = encode(message) if data is None else data
     return Exchange(site, direction, kind(type(message)), len(data), len(tensors_of(message)), digest(data))

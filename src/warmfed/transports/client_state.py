@@ -1,4 +1,4 @@
-"""What the sites keep between messages, in this process and, with a folder, on disk."""
+"""Client states between stages: in this process or, with a folder, on disk."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from ..utils.files import read_checksummed, write_checksummed
 
 @message("memories.Memory")
 class ClientRecord:
-    """A site's last reply, with the state in it; the step that it answered, and how long it worked for it."""
+    """A site's last reply with its state, its step, and the seconds of work."""
 
     step: int
     seconds: float
@@ -20,24 +20,28 @@ class ClientRecord:
 
     @property
     def answer(self) -> Reply[Message]:
-        """The reply, as what it is."""
+        """Return the reply, typed as such."""
         return cast("Reply[Message]", self.reply)
 
 
 def snapshot_path(folder: Path, site: str) -> Path:
-    """Where in a folder of memories the snapshot of a site's training lies, until the site has answered."""
+    """Return the path of a site's training snapshot in a folder of client states; it exists until the reply is saved."""
     return folder / f"{site}.unfinished"
 
 
 @dataclass
 class ClientStates:
-    """The sites' memories by name. With a folder, each is written there, under a seal, as soon as it is made, and nothing
-    is held here; without one only the states are held, and no answer can be repeated."""
+    """Client states by site.
+
+    With a folder, each record is written to disk at once, with a checksum. Without one, only the states are held in
+    memory, and replies cannot be repeated.
+    """
 
     folder: Path | None = None
     _states: dict[str, ClientState] = field(default_factory=dict, init=False)
 
     def save(self, site: str, step: int, seconds: float, reply: Reply[Message]) -> None:
+        """Save a reply with its state, and remove the training snapshot of the site."""
         if self.folder is not None:
             write_checksummed(self._path(site), encode(ClientRecord(step, seconds, reply)))
             snapshot_path(self.folder, site).unlink(missing_ok=True)
@@ -47,26 +51,26 @@ class ClientStates:
             self._states.pop(site, None)
 
     def load(self, site: str) -> ClientRecord | None:
-        """None: nothing of the site is on disk. Raises `InputError` where its file is damaged."""
+        """Return the record of a site, or None if none is on disk; raise `InputError` if its file is damaged."""
         if self.folder is None or not self._path(site).exists():
             return None
-        what = f"the memory of site {site!r}"
+        what = f"the client state of site {site!r}"
         return decode(read_checksummed(self._path(site), what), ClientRecord, f"{what} ({self._path(site)})")
 
     def answered(self, site: str, step: int) -> ClientRecord | None:
-        """The memory of this step, if the site has answered it; raises `InputError` where it has answered a later one."""
-        memory = self.load(site)
-        if memory is not None and memory.step > step:
+        """Return the record if it is of this step, else None; raise `InputError` if it is of a later step."""
+        record = self.load(site)
+        if record is not None and record.step > step:
             raise InputError(
-                f"site {site!r} has answered step {memory.step}, but the server is at step {step}: "
-                "the folder mixes two runs; restore it or start the run anew"
+                f"site {site!r} has replied to step {record.step}, but the server is at step {step}: "
+                "the folder mixes two runs; restore it or start a new run"
             )
-        return memory if memory is not None and memory.step == step else None
+        return record if record is not None and record.step == step else None
 
     def state(self, site: str) -> ClientState:
-        """The state that a site keeps; None before it has any."""
-        memory = self.load(site)
-        return memory.answer.state if memory else self._states.get(site)
+        """Return the state of a site, or None if it has none yet."""
+        record = self.load(site)
+        return record.answer.state if record else self._states.get(site)
 
     def _path(self, site: str) -> Path:
         assert self.folder is not None

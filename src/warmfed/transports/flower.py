@@ -1,8 +1,8 @@
-"""Flower carries the bytes: the only file that imports flwr.
+"""Channel over Flower: client app, server app and simulation.
 
-A message of ours travels as one record of bytes, exactly those of `messages.encode`, beside a record that declares its
-kind, size and digest. So there is one codec and one validation on the wire, on disk and in the ledger; bfloat16 passes as
-it is; and neither Flower's serialization of arrays nor NumPy's touches a tensor.
+A message is sent as one record with the bytes of `messages.encode`, and one record with its kind, size and digest. So the
+wire, the disk and the ledger share one codec and one validation. Flower and NumPy do not serialize tensors, and bfloat16
+needs no conversion.
 """
 
 import logging
@@ -32,44 +32,45 @@ _PASSING = {
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.MESSAGE_UNAVAILABLE,
 }
-"""Errors of the way, not of the site: the site is asked again when it is there."""
+"""Transport errors: the request is retried."""
 
 
 Node = tuple[int, str]
-"""A node's number, and since when it has been there: one that was started anew has forgotten what it was asked."""
+"""A node's id and its start time: a restarted node has lost its requests."""
 
 
 def pack(data: bytes) -> RecordDict:
-    """The records of a message's bytes."""
+    """Return the records of a message's bytes."""
     array = Array(dtype="uint8", shape=(len(data),), stype=_STYPE, data=data)
     seal = ConfigRecord({"kind": kind_of(data), "bytes": len(data), "sha256": digest(data)})
     return RecordDict({_BYTES: ArrayRecord({_BYTES: array}), _SEAL: seal})
 
 
 def unpack(records: RecordDict) -> bytes:
-    """The bytes in these records; raises `InputError` where they are not what the seal declares."""
+    """Return the message's bytes; raise `InputError` if they do not match the declared kind, size or digest."""
     array, seal = records.get(_BYTES), records.get(_SEAL)
     if set(records) != {_BYTES, _SEAL} or not isinstance(array, ArrayRecord) or not isinstance(seal, ConfigRecord):
-        raise InputError(f"a message record and its seal were expected, {sorted(records)} came")
+        raise InputError(f"expected a message record and its seal, got {sorted(records)}")
     if set(array) != {_BYTES} or set(seal) != {"kind", "bytes", "sha256"}:
-        raise InputError(f"one message and its kind, bytes and sha256 were expected, {sorted(array)}, {sorted(seal)} came")
+        raise InputError(f"expected one message with kind, bytes and sha256, got {sorted(array)}, {sorted(seal)}")
     content = array[_BYTES]
     data = content.data
     if content.stype != _STYPE or content.dtype != "uint8" or content.shape not in ((len(data),), [len(data)]):
-        raise InputError(f"{len(data)} bytes of type {_STYPE} were expected, {content.stype} {content.shape} came")
+        raise InputError(f"expected {len(data)} bytes of type {_STYPE}, got {content.stype} {content.shape}")
     if seal["bytes"] != len(data) or seal["sha256"] != digest(data):
-        raise InputError("the bytes are not those that the seal declares")
+        raise InputError("the bytes do not match the declared size or SHA-256")
     if seal["kind"] not in KINDS or kind_of(data) != seal["kind"]:
-        raise InputError(f"a message of kind {seal['kind']!r} is not known here, or the bytes are of another kind")
+        raise InputError(f"the kind {seal['kind']!r} is not declared here, or the bytes are of another kind")
     found: bytes = data
     return found
 
 
 def client_app(stages: Iterable[str], answer: Callable[[Mapping[str, Any], bytes], bytes]) -> ClientApp:
-    """The app of every site: one action for each stage, and for presenting itself, measuring and finishing.
+    """Return the sites' app: one action for each stage, and the actions hello, evaluate, finish and refused.
 
     Args:
-        answer: answer(node configuration, request) makes the bytes of the answer.
+        stages: names of the stages.
+        answer: answer(node configuration, request bytes) returns the bytes of the answer.
     """
     app = ClientApp()
 
@@ -111,25 +112,31 @@ class Handshake:
 
 @dataclass
 class FlowerChannel:
-    """A `Channel` over Flower's Grid. Nodes have random numbers; a site's name is that of the key which its node has proved."""
+    """A `Channel` over Flower's Grid. A site is identified by the public key of its node, never by Flower's node id."""
 
     grid: Grid
     handshake: Handshake
     pause: float = 0.5
-    """Seconds between two looks for answers."""
+    """Seconds between two polls for answers."""
     look: float = 3.0
-    """Seconds between two looks for nodes that come and go."""
+    """Seconds between two polls for nodes."""
     tell_every: float = 15.0
-    """Seconds between two lines of the log that say whom the beginning of a run waits for."""
+    """Seconds between two log lines about sites that the run waits for."""
     _names: dict["Node", str | None] = field(default_factory=dict, init=False)
     _asked: dict[str, "Node"] = field(default_factory=dict, init=False)
     _proved: dict["Node", str] = field(default_factory=dict, init=False)
     _why: dict[str, str] = field(default_factory=dict, init=False)
 
     def present(self, names: Iterable[str], needed: int, seconds: float) -> tuple[str, ...]:
-        """The sites that are there: waits until all of `names` are, and at the end of the time for `needed` of them.
+        """Wait for sites and return the names of the connected ones, sorted.
 
-        Without names: until every node that is connected has said who it is, and there are as many as needed.
+        Args:
+            names: sites to wait for; empty: all nodes that are connected.
+            needed: number of sites that suffices when the time is over; without `names`, at any time.
+            seconds: time limit.
+
+        Raises:
+            InputError: Fewer than `needed` sites are connected within the time limit.
         """
         end, names = time.monotonic() + seconds, set(names)
         told = time.monotonic()
@@ -143,14 +150,14 @@ class FlowerChannel:
                     return tuple(sorted(found))
                 lacking = ", ".join(map(self._reason, missing or sorted(self._why))) or "none is known"
                 raise InputError(
-                    f"{len(found)} sites have come within {seconds:g} s ({', '.join(sorted(found)) or 'none'}), "
-                    f"{max(needed, 1)} are needed; missing: {lacking}; start their SuperNodes, or set server.min_sites lower"
+                    f"{len(found)} sites have connected within {seconds:g} s ({', '.join(sorted(found)) or 'none'}), "
+                    f"{max(needed, 1)} are needed; missing: {lacking}; start their SuperNodes, or lower server.min_sites"
                 )
             if time.monotonic() >= told + self.tell_every:
                 told = time.monotonic()
                 log(
                     INFO,
-                    "waiting for %s; %d sites are there",
+                    "waiting for %s; %d sites are connected",
                     ", ".join(map(self._reason, missing)) or "more sites",
                     len(found),
                 )
@@ -159,9 +166,9 @@ class FlowerChannel:
     def _reason(self, site: str) -> str:
         return f"{site} ({self._why[site]})" if site in self._why else site
 
-    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
+    def ask(self, action: str, requests: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
         end, looked = time.monotonic() + seconds, float("-inf")
-        todo, why = dict(letters), dict.fromkeys(letters, "it is not connected")
+        todo, why = dict(requests), dict.fromkeys(requests, "it is not connected")
         sent: dict[str, Node] = {}
         pending: dict[str, str] = {}  # site of each message
         while todo and time.monotonic() < end:
@@ -182,7 +189,7 @@ class FlowerChannel:
                 answer = _content(reply)
                 if answer is None:
                     sent.pop(site, None)
-                    why[site] = f"it was lost on the way ({reply.error.reason})"
+                    why[site] = f"its answer was lost in transit ({reply.error.reason})"
                     continue
                 del todo[site]
                 yield site, answer
@@ -192,13 +199,16 @@ class FlowerChannel:
             yield site, Failure(f"{why[site]} ({seconds:g} s)")
 
     def _sites(self) -> dict[str, "Node"]:
-        """The sites that are there now. A new node whose key is a site's is sent hello; any other is sent nothing."""
+        """Return the connected sites and their nodes.
+
+        A new node with a site's key is sent hello. A node with any other key is sent nothing.
+        """
         here = {(node.node_id, node.last_activated_at): bytes(node.public_key) for node in self.grid.get_nodes()}
         for node in here.keys() - self._names.keys() - self._proved.keys():
             name = self.handshake.name_of(here[node])
             if name is None:
                 self._names[node] = None
-                log(WARNING, "node %s is refused: its key is none of the registered sites'", node[0])
+                log(WARNING, "node %s is refused: its key is not registered", node[0])
             else:
                 self._proved[node] = name
         self._asked = {message: node for message, node in self._asked.items() if node in here}
@@ -220,7 +230,7 @@ class FlowerChannel:
         return sites
 
     def _named(self, node: "Node", answer: bytes | Failure) -> str | None:
-        """The name of a node's site, or None, and a line in the log of both sides why it is refused."""
+        """Return the name of a node's site, or None if it is refused; both logs then give the reason."""
         proved = self._proved[node]
         try:
             if isinstance(answer, Failure):
@@ -237,10 +247,10 @@ class FlowerChannel:
         return proved
 
     def tell(self, reason: str, seconds: float = 30.0) -> None:
-        """Tell all sites that are there why the run is not begun, and wait until they have heard it."""
-        letter, end = self.handshake.refusal(reason), time.monotonic() + seconds
+        """Notify all connected sites that the run does not start, with the reason; wait for their answers."""
+        request_bytes, end = self.handshake.refusal(reason), time.monotonic() + seconds
         nodes = [node for (node, _), name in self._names.items() if name is not None]
-        sent = [self._push(Message(pack(letter), node, f"query.{REFUSED}", ttl=600)) for node in nodes]
+        sent = [self._push(Message(pack(request_bytes), node, f"query.{REFUSED}", ttl=600)) for node in nodes]
         pending = dict.fromkeys(filter(None, sent))
         while pending and time.monotonic() < end:
             for reply in self._pull(pending):
@@ -257,18 +267,18 @@ class FlowerChannel:
 
 @dataclass
 class Nodes:
-    """A `Channel` over the nodes of Flower's simulation, each of which can do any site's work: the request says whose."""
+    """A `Channel` over the nodes of Flower's simulation. Each node can do the work of any site; the request names the site."""
 
     grid: Grid
     pause: float = 0.02
-    """Seconds between two looks for answers."""
+    """Seconds between two polls for answers."""
     stopped: bool = False
 
-    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
+    def ask(self, action: str, requests: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
         end = time.monotonic() + seconds
         nodes = sorted(self.grid.get_node_ids())
-        messages = [Message(pack(data), nodes[i % len(nodes)], action) for i, data in enumerate(letters.values())]
-        pending = dict(zip(self.grid.push_messages(messages), letters, strict=True))
+        messages = [Message(pack(data), nodes[i % len(nodes)], action) for i, data in enumerate(requests.values())]
+        pending = dict(zip(self.grid.push_messages(messages), requests, strict=True))
         while pending and time.monotonic() < end and not self.stopped:
             for reply in self.grid.pull_messages(list(pending)):
                 answer = _content(reply)
@@ -285,51 +295,54 @@ class Nodes:
 
 
 def simulate(serve: Callable[[Nodes], None], app: ClientApp, nodes: int, workers: int, cards: bool) -> None:
-    """Run serve(post) beside Flower's simulation of so many nodes, on Ray: here, or on the cluster of $RAY_ADDRESS.
+    """Run serve(channel) with Flower's simulation of `nodes` nodes, on Ray: on this machine, or on the cluster $RAY_ADDRESS.
 
     Args:
-        workers: processes at work at the same time on this machine; a cluster has as many as it has processors or cards.
-        cards: whether each process needs a graphics card of its own.
+        serve: function of the server.
+        app: app of the sites.
+        nodes: number of nodes.
+        workers: number of worker processes on this machine; a cluster has as many as it has CPUs or GPUs.
+        cards: whether each process needs its own GPU.
 
     Raises:
-        InputError: Ray is not installed, or what serve raises.
+        InputError: Ray is not installed, or serve raises it.
     """
     if find_spec("ray") is None:
-        raise InputError("Flower simulates on Ray, which is not installed; pip install 'warmfed[simulation]'")
+        raise InputError("Flower's simulation needs Ray, which is not installed; pip install 'warmfed[simulation]'")
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "FLWR_TELEMETRY_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     logging.getLogger("flwr").setLevel(ERROR)
     from flwr.simulation import run_simulation
 
-    posts: list[Nodes] = []
+    channels: list[Nodes] = []
     server = ServerApp()
 
     @server.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
-        posts.append(Nodes(grid))
-        serve(posts[0])
+        channels.append(Nodes(grid))
+        serve(channels[0])
 
     begin = {"log_to_driver": False, "logging_level": ERROR} | ({} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers})
     resources = {"num_cpus": 1, "num_gpus": 1.0 if cards else 0.0}
     try:
         run_simulation(server, app, nodes, backend_config={"init_args": begin, "client_resources": resources})
     finally:
-        for post in posts:
-            post.stopped = True
+        for channel in channels:
+            channel.stopped = True
 
 
 def _content(reply: Message) -> bytes | Failure | None:
-    """What a reply brings; None: it was lost on the way."""
+    """Return the bytes of a reply, or a `Failure`; None if it was lost in transit."""
     if reply.has_error():
         if reply.error.code in _PASSING:
             return None
         if reply.error.code == ErrorCode.INVALID_FAB:
-            return Failure("it runs another version of warmfed's app; install the versions that project.json names")
+            return Failure("it has another version of warmfed's app; install the versions in project.json")
         log(WARNING, "a site's app has failed: %s", reply.error.reason)
         return Failure(f"its app has failed: {_first(reply.error)}")
     try:
         return unpack(reply.content)
     except InputError as error:
-        return Failure(f"its answer is not one: {error}")
+        return Failure(f"its answer is not valid: {error}")
 
 
 def _first(error: Error) -> str:

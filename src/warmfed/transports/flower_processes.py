@@ -1,7 +1,7 @@
-"""Flower's SuperLink and SuperNode as warmfed starts them: behind a guard, and for warmfed's app alone.
+"""Starts Flower's SuperLink and SuperNode behind a guard, and restricts SuperNodes to warmfed's app.
 
-Flower offers no place for either, so names in its modules are replaced before it starts. A name that is not there any
-more ends the start with one line (`_replace`): a version of Flower that this file does not know runs unguarded nowhere.
+Flower has no setting for this, so this module replaces names in Flower's modules before it starts. If a name is missing,
+the start fails with one line (`_replace`). So an unsupported version of Flower never runs without the guard.
 """
 
 import hashlib
@@ -30,27 +30,28 @@ from .flower_project import FILES
 PATHS = tuple(sorted(path for _, path in PROTOBUF_REQUEST_TYPES))
 """Every path of Flower's interfaces."""
 FLEET = frozenset(path for path in PATHS if path.startswith("/v1/fleet/"))
-"""Those that a SuperNode calls."""
+"""Paths that a SuperNode calls."""
 KEY, SIGNATURE, SIGNED = (
     header.lower().encode() for header in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
 )
-"""Headers of a request to Fleet: the SuperNode's public key, its signature, and the time stamp that it has signed."""
+"""Headers of a request to Fleet: the SuperNode's public key, its signature, and the signed time stamp."""
 Wrap = Callable[[Any], Any]
 
 
 def app_sha256() -> str:
-    """Return the SHA-256 of warmfed's app as `flwr build` bundles it: the one app that a site runs."""
+    """Return the SHA-256 of warmfed's app as `flwr build` bundles it; sites run no other app."""
     bundle, _ = build_fab_from_files({name: text.encode() for name, text in FILES.items()})
     return hashlib.sha256(bundle).hexdigest()
 
 
 def superlink(words: Sequence[str], guarded: Wrap, settings: Mapping[str, Any], listener: socket.socket) -> None:
-    """Run Flower's SuperLink with these words of a command line, until it ends.
+    """Run Flower's SuperLink until it ends.
 
     Args:
-        guarded: guarded(application) is the ASGI application that is served in its place.
+        words: command-line arguments of `flower-superlink`.
+        guarded: guarded(application) returns the ASGI application that is served instead.
         settings: further settings of uvicorn.
-        listener: the socket on which it is served.
+        listener: listening socket.
     """
     cli = import_module("flwr.superlink.cli.flower_superlink")
     uvicorn = _attribute(cli, "uvicorn")
@@ -71,12 +72,13 @@ def supernode(
     agreed: str,
     refused: Callable[[str], None],
 ) -> None:
-    """Run Flower's SuperNode with these words of a command line, until it ends.
+    """Run Flower's SuperNode until it ends.
 
     Args:
+        words: command-line arguments of `flower-supernode`.
         guarded, settings, listener: as in `superlink`, for the server that the site's own processes call.
-        agreed: the SHA-256 of the app that may run here.
-        refused: refused(sha256) is called when the server sends another one, which is not run.
+        agreed: SHA-256 of the only app that runs here.
+        refused: refused(sha256) is called if the server sends another app, which is not run.
     """
     cli, node = import_module("flwr.supernode.cli.flower_supernode"), import_module("flwr.supernode.start_client_internal")
     uvicorn, start, connection = (
@@ -105,7 +107,7 @@ def supernode(
 
             def get_marked(*asked: Any) -> Any:
                 fab = get_fab(*asked)
-                fab.verifications = {"valid_license": "warmfed"}  # else Flower refuses each app that its hub has not signed
+                fab.verifications = {"valid_license": "warmfed"}  # Flower refuses apps that its hub has not signed
                 return fab
 
             yield number, receive, send, get_run, get_marked, *rest
@@ -119,13 +121,13 @@ def supernode(
 
 
 def _known(uvicorn: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `uvicorn.run`'s options that are settings of the server itself."""
+    """Return the options of `uvicorn.run` that `uvicorn.Config` accepts."""
     return {name: value for name, value in options.items() if name in signature(uvicorn.Config).parameters}
 
 
 def _attribute(module: ModuleType, name: str) -> Any:
     if name not in vars(module):
-        raise InputError(f"this version of Flower has no {module.__name__}.{name}; install the one that the project names")
+        raise InputError(f"this version of Flower has no {module.__name__}.{name}; install the version in project.json")
     return getattr(module, name)
 
 
@@ -135,17 +137,17 @@ def _replace(module: ModuleType, name: str, value: Any) -> None:
 
 
 class Nodes:
-    """The SuperNodes that a SuperLink knows, by their public keys in PEM; Flower forgets none, also if withdrawn.
+    """SuperNodes registered at a SuperLink, by public key in PEM; Flower keeps withdrawn ones, too.
 
     Args:
-        superlink: a connection in Flower's config.toml ($FLWR_HOME).
+        superlink: name of a connection in Flower's config.toml ($FLWR_HOME).
 
     Raises:
-        ConnectionError: nobody answers there.
+        ConnectionError: The SuperLink does not answer.
     """
 
     def __init__(self, superlink: str) -> None:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it says which connection it uses
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # Flower prints the name of the connection
             self._client = init_http_client_from_connection(read_superlink_connection(superlink))
 
     def all(self) -> list[tuple[bytes, str, int, str]]:
@@ -154,7 +156,7 @@ class Nodes:
         return [(bytes(node.public_key), str(node.name), int(node.node_id), str(node.status)) for node in found]
 
     def register(self, key: bytes, name: str) -> None:
-        """Register a key; one that is registered already stays so."""
+        """Register a key; do nothing if it is registered."""
         self._asked(self._client.RegisterNode, RegisterNodeRequest(public_key=key, name=name), known="already in use")
 
     def withdraw(self, number: int) -> None:
@@ -169,7 +171,9 @@ class Nodes:
             said = " ".join(error.response.text.split())[:200]
             if known and known in said:
                 return None
-            raise InputError(f"the SuperLink refuses ({error.response.status_code}: {said}); are you its user?") from error
+            raise InputError(
+                f"the SuperLink refuses the request ({error.response.status_code}: {said}); run the command as its user"
+            ) from error
         except httpx.TransportError as error:
             raise ConnectionError(str(error)) from error
 

@@ -1,4 +1,4 @@
-"""The thin project that `flwr run` takes: two imports and a table; everything else is the installed library."""
+"""Project for `flwr run`: two imports and a table of settings; the code is in the installed library."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ out = ""
 
 
 def write_project(folder: Path) -> Path:
-    """Write the project into `folder`, which is returned; raises `InputError`."""
+    """Write the project into `folder` and return the folder; raise `InputError` if it cannot be written."""
     for name, text in FILES.items():
         atomic_write(folder / name, text)
     return folder

@@ -1,4 +1,4 @@
-"""All sites on this machine: one after another in this process, or over worker processes, with the same bytes."""
+"""Transport to sites on this machine: in this process or in worker processes, with equal results."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,29 +22,29 @@ T = TypeVar("T")
 
 
 def _silent(site: str, what: str, done: int, total: int) -> None:
-    """The default of `progress`: says nothing."""
+    """Ignore progress: the default of `progress`."""
 
 
 @dataclass
 class InProcess:
-    """A transport over workers in this process or in processes of their own.
+    """A transport to clients in this process or in worker processes.
 
-    With a `folder`, each site's last reply is written there as soon as it is made. A site that is asked again for the
-    step that it has answered repeats its answer: a run killed in the middle of a round recomputes only unfinished sites.
-    Every process computes with one thread, so their number cannot change a result.
+    With a `folder`, each site's last reply is written there at once. A second request for the same step returns that reply.
+    So a run that was killed during a round recomputes unfinished sites only. Every process computes with one thread, so
+    results do not depend on the number of processes.
     """
 
     workers: Mapping[str, Client]
     processes: int = 1
     folder: Path | None = None
     progress: Progress = _silent
-    """progress(site, what, done, total): a site at work; site "": how many sites, or jobs of the server, are done."""
-    memories: ClientStates = field(init=False)
+    """progress(site, what, done, total) reports work at a site; with site "", finished sites or jobs of the server."""
+    client_states: ClientStates = field(init=False)
     _pool: ProcessPool | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.sites = tuple(sorted(self.workers))
-        self.memories = ClientStates(self.folder)
+        self.client_states = ClientStates(self.folder)
         if self.folder is not None:
             self.workers = {s: replace(w, snapshot_path=snapshot_path(self.folder, s)) for s, w in self.workers.items()}
         torch.set_num_threads(1)
@@ -63,7 +63,7 @@ class InProcess:
         self.close(at_once=kind is not None)
 
     def map_jobs(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
-        """The results of independent jobs in their order, over the worker processes if there are any."""
+        """Return the results of independent jobs, in order, run in the worker processes if there are any."""
         jobs = list(jobs)
         what = function.__name__.strip("_")
         if self._pool is not None:
@@ -75,8 +75,8 @@ class InProcess:
         return results
 
     def state(self, site: str) -> ClientState:
-        """The state that a site keeps; None before it has any."""
-        return self.memories.state(site)
+        """Return the state of a site, or None if it has none yet."""
+        return self.client_states.state(site)
 
     def send(
         self, step: int, stage: str, number: int, down: Mapping[str, Message]
@@ -91,16 +91,16 @@ class InProcess:
     def _answers(
         self, step: int, stage: str, number: int, down: Mapping[str, tuple[Message, bytes]]
     ) -> Iterator[tuple[str, Reply[Message], float]]:
-        """(site, reply, seconds of work): first those that are remembered, then the others as they come."""
+        """Yield (site, reply, seconds of work): first the saved replies, then the others in order of arrival."""
         todo = {}
         for site, content in down.items():
-            memory = self.memories.answered(site, step)
-            if memory is not None:
-                yield site, memory.answer, memory.seconds
+            record = self.client_states.answered(site, step)
+            if record is not None:
+                yield site, record.answer, record.seconds
             else:
                 todo[site] = content
         for site, reply, seconds in self._work(stage, number, todo):
-            self.memories.save(site, step, seconds, reply)
+            self.client_states.save(site, step, seconds, reply)
             yield site, reply, seconds
 
     def evaluate(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, dict[str, Metrics]]:
@@ -137,7 +137,7 @@ class InProcess:
 
 
 def _once(function: Callable[[Message], T], down: Mapping[str, Message]) -> dict[str, T]:
-    # most algorithms send every site the same message
+    # most algorithms send the same message to every site
     made = {key: function(content) for key, content in {id(m): m for m in down.values()}.items()}
     return {site: made[id(content)] for site, content in down.items()}
 

@@ -1,4 +1,4 @@
-"""Worker processes that report how they get on, end with their parent, and can be stopped at once."""
+"""Pool of worker processes that report progress, end with their parent, and can be stopped at once."""
 
 import os
 import signal
@@ -20,10 +20,12 @@ _EVERY = 0.2
 
 
 class ProcessPool:
-    """A pool of processes; `start(*arguments)` is called in each before its first job.
+    """Pool of worker processes.
 
-    `report(*event)` is called, in a thread of this process, with what the workers `tell`; results come by other ways, so
-    it cannot change them.
+    Args:
+        processes: number of processes.
+        start: start(*arguments) is called in each process before its first job.
+        report: report(*event) is called in a thread of this process for each event of `tell`; it cannot change results.
     """
 
     def __init__(
@@ -31,7 +33,7 @@ class ProcessPool:
     ) -> None:
         context = get_context("forkserver" if os.name == "posix" else "spawn")
         if os.name == "posix":
-            # the first optimizer of a process imports torch._dynamo, which takes as long as torch itself: once for all of them
+            # the first optimizer of a process imports torch._dynamo, which takes as long as torch: preload it once for all
             context.set_forkserver_preload(["warmfed.runs.execute", "torch._dynamo"])
         self._events: SimpleQueue[Any] = context.SimpleQueue()
         self._report = report
@@ -45,7 +47,7 @@ class ProcessPool:
             return self._executor.submit(function, *arguments)
 
     def map(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], done: Callable[[int, int], None]) -> list[Any]:
-        """The results of independent jobs in their order; done(how many, of how many) is called as they finish."""
+        """Return the results of independent jobs, in order; done(finished, total) is called after each."""
         futures = [self.submit(function, *job) for job in jobs]
         counted, lock = 0, threading.Lock()
 
@@ -63,7 +65,7 @@ class ProcessPool:
     def close(self, *, at_once: bool = False) -> None:
         """End the processes, after their jobs or at once."""
         if at_once:
-            # one process that ends unasked breaks the pool, and a broken pool ends them all
+            # a terminated process breaks the pool, and a broken pool ends all its processes
             for process in active_children():
                 if process.pid in self._pids:
                     process.terminate()
@@ -81,12 +83,12 @@ class ProcessPool:
                 try:
                     report(*event)
                 except OSError:
-                    report = None  # nobody reads our output any more; the workers must not wait for a reader
+                    report = None  # the output is closed; events are still read, or the workers would block
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Processes that start within this context are not reached by Ctrl-C, not even while they import."""
+    """Block SIGINT in processes that start within this context, also during their imports."""
     if os.name != "posix":
         yield
         return
@@ -99,12 +101,12 @@ def _undisturbed() -> Iterator[None]:
 
 @contextmanager
 def death_told() -> Iterator[None]:
-    """Within this context, the death of a worker process is an `InputError` that says what to do."""
+    """Raise `InputError` if a worker process dies within this context."""
     try:
         yield
     except BrokenProcessPool as error:
         raise InputError(
-            "a worker process died (out of memory?); use fewer workers, and `warmfed resume` goes on from here"
+            "a worker process died (out of memory?); use fewer workers, and continue with `warmfed resume`"
         ) from error
 
 
@@ -113,7 +115,7 @@ _told = 0.0
 
 
 def tell(*event: Any) -> None:
-    """Report from a worker process, five times a second at most; what comes in between is dropped."""
+    """Send an event from a worker process to the pool's `report`, at most five a second; further events are dropped."""
     global _told
     now = time.monotonic()
     if _events is not None and now - _told >= _EVERY:

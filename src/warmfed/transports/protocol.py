@@ -1,7 +1,7 @@
-"""What crosses between a server and its sites where they are on different machines, whatever carries the bytes.
+"""Protocol between a server and remote sites, independent of the channel.
 
-A request and its answer are messages like all others: `messages.encode` makes their bytes, `messages.decode` takes
-nothing on trust. An answer names run, site, step and stage; one that was made for anything else is refused.
+Requests and answers are messages: `messages.encode` encodes them, and `messages.decode` validates them. An answer names
+its run, site, step and stage. An answer to another request is refused.
 """
 
 import re
@@ -14,17 +14,17 @@ from ..core.tensors import Tensors
 from ..utils.errors import InputError, printable
 
 HELLO, EVALUATE, FINISH, REFUSED = "hello", "evaluate", "finish", "refused"
-"""What is asked beside the algorithm's own stages."""
+"""Actions beside the algorithm's stages."""
 
 
 @message("wire.Request")
 class Request:
-    """What the server asks of a site."""
+    """Request from the server to a site."""
 
     run: str
-    """Names one run folder; a new run with equal settings has another."""
+    """Identifier of one run folder; a new run with equal settings has another."""
     site: str
-    """Whom it is for; empty in `hello`, where the server does not know."""
+    """Name of the site; empty in `hello`, which a node gets before its site is confirmed."""
     config: str
     """The run's configuration, as TOML."""
     stage: str
@@ -35,7 +35,7 @@ class Request:
 
 @message("wire.Answer")
 class Answer:
-    """What a site answers."""
+    """Answer of a site to a request."""
 
     run: str
     site: str
@@ -43,20 +43,20 @@ class Answer:
     step: int
     number: int
     seconds: float
-    """How long the site worked for it."""
+    """Seconds of work at the site."""
     body: Message
 
 
 @message("wire.Refusal")
 class Refusal:
-    """The body of an answer that is none: why."""
+    """Body of an answer that refuses the request, with the reason."""
 
     reason: str
 
 
 @message("wire.Card")
 class SiteInfo:
-    """A site presents itself: what must be equal everywhere, and its tables' rows and digests."""
+    """Description of a site: values that must be equal at all sites, and the rows and digests of its tables."""
 
     version: str
     federation: str
@@ -74,42 +74,42 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 _ROWS, _SECONDS = 10**12, 10**9
 
 
-def check_site_info(card: SiteInfo, most: int = 0) -> None:
-    """Raise `InputError` if a card holds anything but what a site's card may hold.
+def check_site_info(info: SiteInfo, most: int = 0) -> None:
+    """Raise `InputError` if a value of a site's description is out of range.
 
     Args:
-        most: rows that a site may declare, all splits together; 0: any number.
+        most: largest number of rows over all splits; 0: no limit.
     """
-    texts = {"version": card.version, "federation": card.federation, "base": card.base, "start": card.start}
-    for name, text in (*texts.items(), *((f"class {i}", each) for i, each in enumerate(card.classes[:10_001]))):
+    texts = {"version": info.version, "federation": info.federation, "base": info.base, "start": info.start}
+    for name, text in (*texts.items(), *((f"class {i}", each) for i, each in enumerate(info.classes[:10_001]))):
         _expect(len(text) <= 200 and text.isprintable(), name, text, "at most 200 printable characters")
-    _expect(len(card.template) <= 1000 and card.template.isprintable(), "template", card.template, "1,000 printable characters")
-    count = len(card.classes)
-    _expect(2 <= count <= 10_000 and len(set(card.classes)) == count, "number of classes", count, "2 to 10,000 different ones")
-    sides = len(card.shape) == 3 and all(_whole(n, 1, 65_535) for n in card.shape)
-    _expect(sides, "shape", card.shape, "three whole numbers from 1 to 65,535")
-    rows = card.rows.keys() == set(SPLITS) and all(_whole(n, 0, _ROWS) for n in card.rows.values())
-    _expect(rows, "rows", dict(card.rows), f"a whole number for each of {', '.join(SPLITS)}")
-    total = int(sum(card.rows.values()))
+    _expect(len(info.template) <= 1000 and info.template.isprintable(), "template", info.template, "1,000 printable characters")
+    count = len(info.classes)
+    _expect(2 <= count <= 10_000 and len(set(info.classes)) == count, "number of classes", count, "2 to 10,000 different ones")
+    sides = len(info.shape) == 3 and all(_whole(n, 1, 65_535) for n in info.shape)
+    _expect(sides, "shape", info.shape, "three whole numbers from 1 to 65,535")
+    rows = info.rows.keys() == set(SPLITS) and all(_whole(n, 0, _ROWS) for n in info.rows.values())
+    _expect(rows, "rows", dict(info.rows), f"a whole number for each of {', '.join(SPLITS)}")
+    total = int(sum(info.rows.values()))
     _expect(not most or total <= most, "number of rows", total, f"at most {most}")
-    digests = len(card.digests) == len(SPLITS) and all(DIGEST.fullmatch(each) for each in card.digests)
-    _expect(digests, "digests", card.digests, f"{len(SPLITS)} SHA-256 in hexadecimal")
+    digests = len(info.digests) == len(SPLITS) and all(DIGEST.fullmatch(each) for each in info.digests)
+    _expect(digests, "digests", info.digests, f"{len(SPLITS)} SHA-256 in hexadecimal")
 
 
 def _whole(number: float, least: int, most: int) -> bool:
-    return least <= number <= most and number == int(number)  # `in range` looks at each whole number for a float
+    return least <= number <= most and number == int(number)  # `in range` compares a float with each integer
 
 
 def _expect(good: bool, what: str, value: object, wanted: str) -> None:
     if not good:
         raise InputError(
-            f"its card's {what} is {printable(repr(value), 80)}, expected {wanted}; run one version of warmfed everywhere"
+            f"its {what} is {printable(repr(value), 80)}, expected {wanted}; install the same version of warmfed everywhere"
         )
 
 
 @message("wire.Models")
 class Models:
-    """The last message to a site, and the global model: what it takes to measure, or to finish."""
+    """The message for a site and the global model: the request body of `evaluate` and `finish`."""
 
     down: Message
     model: Tensors | None
@@ -117,26 +117,33 @@ class Models:
 
 @message("wire.Measures")
 class EvaluateReply:
-    """A site's metrics, by view/split/name."""
+    """Metrics of a site, by view/split/name."""
 
     metrics: Mapping[str, float]
 
 
 @message("wire.Kept")
 class FinishReply:
-    """Digest of the personal model that the site keeps; empty: it has none."""
+    """SHA-256 of the site's personal model; empty if it has none."""
 
     personal: str
 
 
 def opened(data: bytes, asked: Request, site: str | None, body: type, limit: int = 0) -> Any:
-    """The answer of a site to `asked`, with a body of this class; site None: whoever it is.
+    """Return the answer in `data`, checked against its request.
+
+    Args:
+        data: bytes of the answer.
+        asked: the request.
+        site: name of the site; None: any site.
+        body: class of the answer's body.
+        limit: largest answer in bytes; 0: no limit.
 
     Raises:
-        InputError: too large, damaged, made for another run, step or site, a refusal, or of another kind.
+        InputError: The answer is too large or damaged, is for another run, step or site, is a refusal, or has another body.
     """
     if limit and len(data) > limit:
-        raise InputError(f"its answer has {len(data):,} bytes, at most {limit:,} are taken")
+        raise InputError(f"its answer has {len(data):,} bytes, expected at most {limit:,} (server.max_reply_bytes)")
     answer = decode(data, Answer, "its answer")
     for field in ("run", "step", "stage", "number"):
         if getattr(answer, field) != getattr(asked, field):
@@ -145,7 +152,7 @@ def opened(data: bytes, asked: Request, site: str | None, body: type, limit: int
                 f"expected {getattr(asked, field)!r} (a replay?)"
             )
     if site is not None and answer.site != site:
-        raise InputError(f"its answer is signed by site {printable(repr(answer.site), 80)}, expected {site!r}")
+        raise InputError(f"its answer names site {printable(repr(answer.site), 80)}, expected {site!r}")
     if not 0 <= answer.seconds <= _SECONDS:
         raise InputError(f"it worked for {answer.seconds} seconds, expected 0 to {_SECONDS}")
     if isinstance(answer.body, Refusal):
@@ -156,7 +163,7 @@ def opened(data: bytes, asked: Request, site: str | None, body: type, limit: int
 
 
 def nest(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """{"global/test": {"accuracy": 1.0}} of {"global/test/accuracy": 1.0}."""
+    """Return nested metrics: {"global/test/accuracy": 1.0} becomes {"global/test": {"accuracy": 1.0}}."""
     views: dict[str, dict[str, float]] = {}
     for path, value in metrics.items():
         view, _, name = path.rpartition("/")

@@ -1,4 +1,4 @@
-"""Sites on other machines: the `Transport` over anything that delivers bytes to a site by its name."""
+"""Transport to remote sites over a `Channel`, which delivers bytes to a site by its name."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,16 +14,22 @@ from .protocol import DIGEST, EVALUATE, FINISH, EvaluateReply, FinishReply, Mode
 
 
 class Channel(Protocol):
-    """Delivers requests by the name of the site."""
+    """Delivers request bytes to sites by name."""
 
-    def ask(self, action: str, letters: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
-        """Deliver each site its bytes; yield the sites' answers as they come, and who has given none in that time."""
+    def ask(self, action: str, requests: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
+        """Deliver the request bytes to each site; yield (site, answer) in order of arrival.
+
+        Args:
+            action: name of the action: train.<stage>, evaluate or query.<name>.
+            requests: request bytes by site.
+            seconds: time limit; a site without an answer yields a `Failure`.
+        """
         ...
 
 
 @dataclass
 class Remote:
-    """A transport over a `Channel`; what comes is opened and checked here, and a fault is the site's absence."""
+    """Transport over a `Channel`. It decodes and checks the answers; a fault in an answer is a `Failure` of its site."""
 
     channel: Channel
     sites: tuple[str, ...]
@@ -40,7 +46,7 @@ class Remote:
             if isinstance(answer, Failure):
                 yield site, answer, ()
                 continue
-            up = catch_failure(partial(exchange, site, "up", answer.body.message))  # what is no message has no bytes either
+            up = catch_failure(partial(exchange, site, "up", answer.body.message))  # fails if the body is not a message
             if isinstance(up, Failure):
                 yield site, up, ()
                 continue
@@ -53,15 +59,15 @@ class Remote:
         return {s: a if isinstance(a, Failure) else nest(a.body.metrics) for s, a in ((s, answers[s]) for s in down)}
 
     def finish(self, down: Mapping[str, Message], model: Tensors | None) -> dict[str, str]:
-        """Have each site make and keep its personal model; their digests by site. Who does not answer is missing."""
+        """Request each site to save its personal model; return their SHA-256 by site, without sites that fail."""
         asked = Request(self.run, "", self.config, FINISH, 0, 0, None)
         bodies = {site: Models(content, model) for site, content in down.items()}
         answers = {s: a for s, a in self._ask("query.finish", asked, bodies, FinishReply) if not isinstance(a, Failure)}
         return {site: answers[site].body.personal for site in sorted(answers) if DIGEST.fullmatch(answers[site].body.personal)}
 
     def _ask(self, action: str, asked: Request, bodies: Mapping[str, Message], body: type) -> Iterator[tuple[str, Any]]:
-        letters = {site: encode(replace(asked, site=site, body=content)) for site, content in bodies.items()}
-        for site, data in self.channel.ask(action, letters, self.admission.stage_timeout):
+        requests = {site: encode(replace(asked, site=site, body=content)) for site, content in bodies.items()}
+        for site, data in self.channel.ask(action, requests, self.admission.stage_timeout):
             if isinstance(data, Failure):
                 yield site, data
                 continue

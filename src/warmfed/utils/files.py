@@ -1,7 +1,7 @@
-"""Read regular files only; write files whole or not at all, for their owner alone.
+"""Reads regular files only; writes files atomically, private to their owner.
 
-A reader never sees half of a file, and a full disk leaves the old one. State, caches, models and ledgers hold what a site
-must not show, so that files are 0600 and folders 0700 unless the caller names another mode. The umask narrows both.
+A reader never sees a partial file, and a full disk keeps the old one. State, caches, models and ledgers are private data of
+a site. So files have mode 0600 and folders 0700, unless the caller sets another mode. The umask narrows both.
 """
 
 import errno
@@ -22,11 +22,11 @@ from .errors import InputError
 
 _PARTIAL = ".partial"
 PRIVATE = 0o600
-"""Mode of what a site must not show: readable and writable by the owner only."""
+"""Mode of private files: readable and writable by the owner only."""
 PUBLIC = 0o644
-"""Mode of what is meant for others: reports and plots. The folder around them may still be private."""
+"""Mode of reports and plots. Their folder may still be private."""
 DEPTH = 64
-"""Levels of nested tables and lists that a TOML file may have."""
+"""Most levels of nested tables and lists in a TOML file."""
 _SMALL = 2**26
 """Bytes up to which a file is read without a check of the free memory."""
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -40,7 +40,7 @@ _KINDS = (
 
 
 def occupied(folder: Path) -> bool:
-    """Whether something stands where a new folder is wanted: a file, or a folder that is not empty."""
+    """Return whether the path is a file or a folder that is not empty."""
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
@@ -50,7 +50,7 @@ def make_folder(folder: Path, mode: int = 0o700) -> None:
     A folder that exists keeps its mode.
 
     Raises:
-        OSError: the folder cannot be created, or a file has its name.
+        OSError: The folder cannot be created, or a file has its name.
     """
     try:
         folder.mkdir(mode)
@@ -63,28 +63,27 @@ def make_folder(folder: Path, mode: int = 0o700) -> None:
 
 
 def restrict_access(folder: Path) -> None:
-    """Take every right of group and others from `folder` and what lies in it: libraries write with the umask alone."""
+    """Remove all permissions of group and others from `folder` and its contents; other libraries apply only the umask."""
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
             path.chmod(stat.S_IMODE(path.stat().st_mode) & 0o700)
 
 
 def atomic_write(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
-    """Write `content` beside `path`, flush it to the disk, then move it into place in one step.
+    """Write `content` to a temporary file beside `path`, flush it to the disk, and rename it to `path`.
 
     Args:
-        path: the file; folders above it that are missing are created, for those who may read the file.
-        content: its bytes, or text that is stored as UTF-8.
+        path: the file; missing parent folders are created, accessible to all who may read the file.
+        content: bytes, or text that is stored as UTF-8.
         mode: permissions of the file; the umask narrows them.
 
     Raises:
-        InputError: the disk is full, the folder cannot be written, or `path` is a folder or a device; what stood at `path`
-            is then untouched.
+        InputError: The disk is full, the folder is not writable, or `path` is a folder or a device. `path` is not changed.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = None
     if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
-        raise InputError(f"cannot write {path}: it is there and no file; choose another path")
+        raise InputError(f"cannot write {path}: it exists and is not a regular file; choose another path")
     try:
         make_folder(path.parent, 0o700 | (mode & 0o044) | (mode & 0o044) >> 2)
         unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
@@ -98,43 +97,44 @@ def atomic_write(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from error
+        raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another path") from error
 
 
 def check_writable(path: Path) -> None:
-    """Raise `InputError` now where `write_whole` would, after the work that gives what is to be written there."""
+    """Raise `InputError` if `atomic_write` to `path` would fail; for a check before long work."""
     if path.exists() and not path.is_file():
-        raise InputError(f"cannot write {path}: it is there and no file; choose another path")
+        raise InputError(f"cannot write {path}: it exists and is not a regular file; choose another path")
     try:
         with tempfile.TemporaryFile(dir=next(above for above in path.absolute().parents if above.exists())):
             pass
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from error
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another path") from error
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what a killed process had not finished writing, in `folder` and below."""
+    """Remove temporary files of killed processes in `folder` and below."""
     for path in folder.rglob(f".*{_PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, atomically; raise `ValueError` for a number that is not finite."""
     atomic_write(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_lines(path: Path, values: list[Any]) -> None:
-    """Write one JSON value a line; raise `ValueError` for a number that is not finite, which JSON does not have."""
+    """Write one JSON value per line, atomically; raise `ValueError` for a number that is not finite."""
     atomic_write(path, "".join(json.dumps(v, sort_keys=True, allow_nan=False) + "\n" for v in values))
 
 
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading in binary mode.
 
-    The kind is checked before the file is opened, as opening a named pipe blocks and opening a device may act, and again
-    afterwards, as the file may have been replaced meanwhile.
+    The kind is checked before opening, because opening a named pipe blocks and opening a device may have effects. It is
+    checked again afterwards, because the file may have been replaced.
 
     Raises:
-        OSError: the file is missing, unreadable, or a folder, named pipe, socket or device; `strerror` says which.
+        OSError: The file is missing, unreadable, or a folder, named pipe, socket or device; `strerror` gives the reason.
     """
     return os.fdopen(_opened(path)[0], "rb")
 
@@ -159,13 +159,13 @@ def _demand_regular(mode: int, path: Path) -> None:
 
 
 def read_regular(path: Path, most: int = 0) -> bytes:
-    """Return the bytes of a regular file; its size is checked before memory is taken.
+    """Return the bytes of a regular file; its size is checked before memory is allocated.
 
     Args:
-        most: bytes that the file may have; 0: as many as the free memory.
+        most: largest size in bytes; 0: the free memory.
 
     Raises:
-        OSError: as `regular`, or the file is larger.
+        OSError: As `open_regular`, or the file is larger.
     """
     descriptor, size = _opened(path)
     with os.fdopen(descriptor, "rb", 0 if size <= _SMALL else -1) as file:
@@ -175,7 +175,7 @@ def read_regular(path: Path, most: int = 0) -> bytes:
 
 
 def check_size(size: int, most: int = 0, path: str = "") -> None:
-    """Raise `OSError` where `size` bytes are more than `most` (0: any number), or more than the free memory."""
+    """Raise `OSError` if `size` bytes are more than `most` (0: no limit), or more than the free memory."""
     import psutil
 
     allowed, which = (
@@ -186,7 +186,7 @@ def check_size(size: int, most: int = 0, path: str = "") -> None:
 
 
 def loads_json(text: bytes | str) -> Any:
-    """Return the value of a JSON text; raises `ValueError` also where it is nested too deeply."""
+    """Return the value of a JSON text; raise `ValueError` if it is not valid or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -194,7 +194,7 @@ def loads_json(text: bytes | str) -> Any:
 
 
 def loads_toml(text: bytes | str) -> dict[str, Any]:
-    """Return the tables of a TOML text; raises `ValueError` also where they are nested more than `DEPTH` levels deep."""
+    """Return the tables of a TOML text; raise `ValueError` if it is not valid or nested more than `DEPTH` levels deep."""
     try:
         tables = tomllib.loads(text.decode() if isinstance(text, bytes) else text)
     except RecursionError:
@@ -212,11 +212,11 @@ def read_bytes(path: Path, what: str, most: int = 0) -> bytes:
     """Return the content of a regular file.
 
     Args:
-        what: names the file in the error ("the adapter of site 'ink'").
-        most: bytes that it may have; 0: as many as the free memory.
+        what: name of the file in the error ("the adapter of site 'ink'").
+        most: largest size in bytes; 0: the free memory.
 
     Raises:
-        InputError: the file is missing, unreadable, too large, or not a regular file.
+        InputError: The file is missing, unreadable, too large, or not a regular file.
     """
     try:
         return read_regular(path, most)
@@ -229,7 +229,7 @@ def read_json(path: Path, what: str, most: int = 0) -> Any:
     try:
         return loads_json(content)
     except ValueError as error:
-        raise InputError(f"{what} at {path} is damaged ({error}); restore it or start the run anew") from error
+        raise InputError(f"{what} at {path} is damaged ({error}); restore it or start a new run") from error
 
 
 def read_lines(path: Path, what: str) -> list[Any]:
@@ -237,31 +237,32 @@ def read_lines(path: Path, what: str) -> list[Any]:
     try:
         return [loads_json(line) for line in content.splitlines()]
     except ValueError as error:
-        raise InputError(f"{what} at {path} is damaged ({error}); restore it or start the run anew") from error
+        raise InputError(f"{what} at {path} is damaged ({error}); restore it or start a new run") from error
 
 
 def write_checksummed(path: Path, content: bytes) -> None:
-    """Write `content` under the line of its SHA-256, so that a reader sees damage of any kind."""
+    """Write a line with the SHA-256 of `content`, then `content`, atomically; `read_checksummed` detects any damage."""
     atomic_write(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
 
 def read_checksummed(path: Path, what: str) -> bytes:
-    """What `write_sealed` wrote; raises `InputError` where a bit of it has changed."""
-    seal, _, content = read_bytes(path, what).partition(b"\n")
-    if hashlib.sha256(content).hexdigest().encode() != seal:
-        raise InputError(f"{what} at {path} is damaged (its digest differs); restore it from a backup or start the run anew")
+    """Return the content that `write_checksummed` wrote; raise `InputError` if it has changed."""
+    checksum, _, content = read_bytes(path, what).partition(b"\n")
+    if hashlib.sha256(content).hexdigest().encode() != checksum:
+        raise InputError(f"{what} at {path} is damaged (its digest differs); restore it from a backup or start a new run")
     return content
 
 
 @contextmanager
 def file_lock(path: Path, busy: str = "") -> Iterator[None]:
-    """Hold a file's lock meanwhile; it ends with this process, however that ends.
+    """Hold a file's lock within this context; the operating system releases it if the process dies.
 
     Args:
-        busy: the error's text if another process holds the lock; empty: wait until it has ended.
+        path: an existing file.
+        busy: text of the error if another process holds the lock; empty: wait for the lock.
 
     Raises:
-        InputError: there is no such file, or `busy`.
+        InputError: The file cannot be read, or another process holds the lock and `busy` is set.
     """
     try:
         file = path.open("rb")
@@ -273,7 +274,7 @@ def file_lock(path: Path, busy: str = "") -> Iterator[None]:
 
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except ImportError:
-            pass  # no such locks on this system
+            pass  # the system has no such locks
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise InputError(busy) from error

@@ -1,4 +1,4 @@
-"""How much memory this process and its workers hold, measured while they work."""
+"""Memory of this process and its workers, measured in the background."""
 
 import threading
 
@@ -6,10 +6,11 @@ import psutil
 
 
 class MemoryMonitor:
-    """Samples the memory of a process (this one) and of all below it, in the background; use it as a context.
+    """Samples the memory of a process and its children in the background; use it as a context manager.
 
     Args:
-        every: seconds between two samples; a shorter peak may be missed.
+        pid: the process. Default None: this process.
+        every: seconds between two samples; shorter peaks may be missed. Default 1.
     """
 
     def __init__(self, pid: int | None = None, every: float = 1.0) -> None:
@@ -18,7 +19,7 @@ class MemoryMonitor:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def peak(self) -> float:
-        """The most memory since the last call, in MB (10^6 bytes); shared pages count once on Linux."""
+        """Return the peak memory since the last call, in MB (10^6 bytes); on Linux, shared pages count once."""
         self._peak = max(self._peak, now(self._pid))
         peak, self._peak = self._peak, 0.0
         return peak
@@ -37,19 +38,19 @@ class MemoryMonitor:
 
 
 def now(pid: int | None = None) -> float:
-    """Memory of a process (this one) and of all below it, in MB (10^6 bytes)."""
+    """Return the memory of a process (default: this one) and its children, in MB (10^6 bytes)."""
     me = psutil.Process(pid)
     total = 0.0
     for process in [me, *me.children(recursive=True)]:
         try:
             total += _held(process)
         except psutil.Error:
-            continue  # it has just ended
+            continue  # the process has ended
     return total / 1e6
 
 
 def free(device: str) -> int:
-    """Bytes that can be taken: of the graphics card, or of the machine."""
+    """Return the free memory in bytes: of the GPU, or of the machine if `device` is "cpu"."""
     if device == "cpu":
         return int(psutil.virtual_memory().available)
     import torch

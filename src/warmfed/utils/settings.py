@@ -1,4 +1,4 @@
-"""Settings are dataclasses: how a table of values becomes one, checked field by field."""
+"""Builds settings, which are dataclasses, from tables of values, and checks each field."""
 
 import dataclasses
 import math
@@ -24,20 +24,27 @@ def _choices(cls: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def check_choices(settings: object) -> None:
-    """Raise `InputError` if a field declared as `Literal` holds none of its choices."""
+    """Raise `InputError` if a field declared as `Literal` has none of its choices."""
     for name, choices in _choices(typing.cast(Hashable, type(settings))).items():
         if (value := getattr(settings, name)) not in choices:
             raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[str, ...] = (), base: T | None = None) -> T:
-    """Return a dataclass made of a table; check the types of its fields, and that numbers are finite and not negative.
+    """Return an instance of a settings class from a table.
 
-    A key that the class names in `RENAMED` is refused with its new name.
+    The types of all fields are checked, and numbers must be finite and not negative. A key in the class's `RENAMED` is
+    refused with its new name.
 
     Args:
-        path: where the table stands, for errors.
-        base: what holds for the fields that the table does not name; none: the class's defaults.
+        cls: the class.
+        values: the table.
+        path: dotted name of the table, for errors.
+        skip: fields that the table cannot set.
+        base: values of fields that the table does not set; None: the class's defaults.
+
+    Raises:
+        InputError: A key is unknown or renamed, or a value is not valid.
     """
     base = cls() if base is None else base
     hints = typing.get_type_hints(cls)
@@ -51,7 +58,7 @@ def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[st
             raise InputError(f"unknown key {where!r}{suggest(key, sorted(fields))}")
         arguments[key] = _typed(fields[key], value, where, getattr(base, key))
     made = dataclasses.replace(base, **arguments)  # type: ignore[type-var]
-    for key, value in arguments.items():  # after the class's own checks, which say more
+    for key, value in arguments.items():  # after the class's own checks, whose errors are more precise
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(number, float) and not 0 <= number < math.inf for number in numbers):
             raise InputError(f"{f'{path}.' if path else ''}{key} must be finite and not below zero; got {value!r}")
