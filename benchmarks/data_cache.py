@@ -93,7 +93,7 @@ def train(federation: Federation) -> float:
     """Seconds of FedAvg's round of 20 steps on each site, in two worker processes."""
     from warmfed.algorithms.fedavg import FedAvg
     from warmfed.fit import Training
-    from warmfed.runs.execute import simulate
+    from warmfed.runs.backend import simulate
     from warmfed.tasks import Classify
 
     algorithm = FedAvg(rounds=1, local=Training(lr=0.02, steps=20, batch_size=32))

@@ -32,7 +32,8 @@ from deployment import Deployment, arrays, end, free_port
 from warmfed.config import parse
 from warmfed.core import Failure, Round
 from warmfed.run import run
-from warmfed.runs.execute import LOCAL, Backend, client_states_folder, execute, server_side
+from warmfed.runs.backend import LOCAL, Backend, client_states_folder, server_side
+from warmfed.runs.execute import execute
 from warmfed.runs.prepare import PreparedRun
 from warmfed.transports.flower_project import write_project
 from warmfed.transports.in_process import InProcess

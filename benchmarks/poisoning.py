@@ -27,9 +27,10 @@ from warmfed.data import Federation
 from warmfed.data.readers.digits4 import digits4
 from warmfed.diffusion.result_cache import CachedGenerator
 from warmfed.run import run
-from warmfed.runs.execute import RunListener, server_side
+from warmfed.runs.backend import server_side
 from warmfed.runs.generators import build_generator
 from warmfed.runs.prepare import clients_of
+from warmfed.runs.progress import RunListener
 from warmfed.tasks import Classify
 from warmfed.transports.client import Client
 from warmfed.utils.errors import InputError

@@ -18,7 +18,7 @@ from warmfed.core.messages import decode, encode
 from warmfed.deploy import client_app as clientapp
 from warmfed.deploy import keys
 from warmfed.deploy import server_app as serverapp
-from warmfed.runs.execute import read_summary
+from warmfed.runs.folder import read_summary
 from warmfed.transports.flower import FlowerChannel, pack, unpack
 from warmfed.transports.protocol import Answer
 from warmfed.utils.files import read_lines

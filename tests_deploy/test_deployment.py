@@ -17,7 +17,8 @@ from warmfed.config import parse
 from warmfed.core.rng import seeded, stream
 from warmfed.deploy import keys
 from warmfed.diffusion import pipeline
-from warmfed.runs.execute import execute, read_summary
+from warmfed.runs.execute import execute
+from warmfed.runs.folder import read_summary
 from warmfed.runs.predict import predict
 from warmfed.utils.files import read_lines
 

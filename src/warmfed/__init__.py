@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .data import Federation, digits4, load
     from .diffusion.generator import LatentDiffusion
     from .fit import fit
-    from .runs.execute import execute, resume, simulate
+    from .runs.backend import simulate
+    from .runs.execute import execute, resume
     from .tasks import Classify
     from .utils.errors import InputError
 
@@ -31,7 +32,7 @@ _HOME = {
     "load": "data",
     "parse": "config",
     "resume": "runs.execute",
-    "simulate": "runs.execute",
+    "simulate": "runs.backend",
 }
 __all__ = [
     "ALGORITHMS",

@@ -19,7 +19,7 @@ from warmfed.core.training import Training
 from warmfed.data import Federation, folder
 from warmfed.data import build as assembly
 from warmfed.data.image_cache import Cache, Mapped, usual
-from warmfed.runs.execute import simulate
+from warmfed.runs.backend import simulate
 from warmfed.tasks import Classify
 from warmfed.utils.errors import InputError
 

@@ -19,7 +19,8 @@ from warmfed.core import Failure, Round
 from warmfed.core.admission import AdmissionPolicy
 from warmfed.core.tensors import only
 from warmfed.run import run
-from warmfed.runs.execute import execute, read_summary
+from warmfed.runs.execute import execute
+from warmfed.runs.folder import read_summary
 from warmfed.runs.predict import predict
 from warmfed.transports.in_process import InProcess
 

@@ -13,7 +13,9 @@ pytest.importorskip("flwr")
 
 from warmfed.config import Config, parse
 from warmfed.deploy.ray_simulation import simulate_on_ray
-from warmfed.runs.execute import RunListener, execute, read_summary, resume
+from warmfed.runs.execute import execute, resume
+from warmfed.runs.folder import read_summary
+from warmfed.runs.progress import RunListener
 from warmfed.transports import flower
 from warmfed.utils.errors import InputError
 from warmfed.utils.files import read_lines

@@ -28,7 +28,9 @@ from warmfed.core.messages import decode, encode
 from warmfed.core.rng import seeded, stream
 from warmfed.diffusion import pipeline
 from warmfed.evaluation.generators import Evaluation
-from warmfed.runs.execute import Checkpoint, execute, read_summary, resume
+from warmfed.runs.checkpoint import Checkpoint
+from warmfed.runs.execute import execute, resume
+from warmfed.runs.folder import read_summary
 from warmfed.runs.prepare import prepare
 from warmfed.runs.verify import DifferenceError, verify
 from warmfed.utils.errors import InputError

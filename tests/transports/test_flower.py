@@ -23,7 +23,8 @@ from warmfed.algorithms.shared.base import Model
 from warmfed.config import parse
 from warmfed.core.messages import decode, digest, encode
 from warmfed.deploy.site import answer
-from warmfed.runs.execute import execute, read_summary
+from warmfed.runs.execute import execute
+from warmfed.runs.folder import read_summary
 from warmfed.runs.predict import predict
 from warmfed.transports.flower import pack, unpack
 from warmfed.transports.protocol import Answer, Request

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ..algorithms.shared.base import at_sites
-from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage, Workload
+from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext, Stage, Workload
 from ..core.messages import message
 from ..core.tensors import Table, Tensors, join, layout_mismatch, rows
 from ..core.training import Training
 from ..fit import Context, fit
 from ..utils.errors import InputError
 from ..utils.settings import check_choices
-from .shared.base import Model, gathering
+from .shared.base import Model, WithoutGenerator, gathering
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def train_until(
 
 @final
 @dataclass(frozen=True)
-class LocalOnly:
+class LocalOnly(WithoutGenerator):
     """Train each site alone; no weights are exchanged, and there is no global model."""
 
     rounds: int = 5
@@ -67,19 +67,8 @@ class LocalOnly:
     budget: Budget = Budget()
     """Stopping rule."""
 
-    @property
-    def samples_per_class(self) -> int:
-        return 0
-
-    def check_sites(self, count: int) -> None:
-        """Take any number of sites."""
-
     def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
         return (at_sites("local training", self.local, rows, self.rounds),)
-
-    @property
-    def needs_generator(self) -> GeneratorSpec | None:
-        return None
 
     def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(received.model)
@@ -134,7 +123,7 @@ class Images:
 
 @final
 @dataclass(frozen=True)
-class Centralized:
+class Centralized(WithoutGenerator):
     """Train one model on the images of all sites; an upper reference for federated methods."""
 
     rounds: int = 5
@@ -144,19 +133,8 @@ class Centralized:
     budget: Budget = Budget()
     """Stopping rule."""
 
-    @property
-    def samples_per_class(self) -> int:
-        return 0
-
-    def check_sites(self, count: int) -> None:
-        """Take any number of sites."""
-
     def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
         return (Workload("training", "server", self.rounds * self.local.count(sum(rows.values())), self.local),)
-
-    @property
-    def needs_generator(self) -> GeneratorSpec | None:
-        return None
 
     def init(self, ctx: ServerContext) -> Pool:
         return Pool(ctx.task.init(ctx.rng), {}, {})

@@ -38,6 +38,7 @@ from .pdfed import PDFed
 from .perfedavg import PerFedAvg
 from .pfedme import PFedMe
 from .pfedsd import PFedSD
+from .presets import ADAM, CONVERGED, DENOISE, ONLY, PUBLIC, SLOW, TUN, UDEC, ULATDEC, USPLIT, YOGI
 from .scaffold import Scaffold
 from .warmfed import WarmFed
 
@@ -67,26 +68,6 @@ class Entry:
 
 BOTH = ("classify", "denoise")
 DRAWS = ("denoise",)
-DENOISE = {"task": "denoise"}
-CONVERGED = {"algorithm.budget.until": "validation"}
-PUBLIC = {"model.start": "public"}
-ADAM = {"algorithm.server.name": "adam", "algorithm.server.lr": 0.03}
-YOGI = {"algorithm.server.name": "yogi", "algorithm.server.lr": 0.03}
-SLOW = {**DENOISE, "algorithm.correct": "slow"}
-ONLY = {**DENOISE, "algorithm.correct": "only"}
-USPLIT, ULATDEC, UDEC = ({**DENOISE, "algorithm.exchange": word} for word in ("usplit", "ulatdec", "udec"))
-TUN = {
-    **DENOISE,
-    "algorithm.local.optimizer": "adam",
-    "algorithm.local.lr": 2e-4,
-    "denoising.conditional": True,
-    "denoising.dropout": 0.1,
-    "denoising.prediction": "v_prediction",
-    "denoising.schedule": "exponential",
-    "denoising.weighting": "signal",
-    "denoising.sampler": "ddpm",
-    "denoising.steps": 300,
-}
 
 ALGORITHMS: dict[str, Entry] = {
     "warmfed": Entry(

@@ -34,11 +34,11 @@ from ..runs.console import (
     run_table,
     shown,
 )
-from ..runs.execute import RunListener, execute
+from ..runs.execute import execute
 from ..runs.execute import resume as resume_run
 from ..runs.folder import claim_run_folder
 from ..runs.predict import predict as predict_images
-from ..runs.progress import spoken
+from ..runs.progress import RunListener, spoken
 from ..runs.synthesize import synthesize as draw
 from ..runs.verify import DifferenceError
 from ..runs.verify import verify as verify_run

@@ -1,7 +1,6 @@
 """Interfaces between algorithms, tasks and transports; messages, tensors and random streams."""
 
 from .contract import (
-    LARGEST,
     SPLITS,
     Algorithm,
     AnyContext,
@@ -10,17 +9,13 @@ from .contract import (
     ClientFunction,
     ClientState,
     Empty,
-    Exchange,
-    Failure,
     GenerativeTask,
     Generator,
     GeneratorKind,
     GeneratorSpec,
-    Metrics,
     Progress,
     Replies,
     Reply,
-    Round,
     SamplingContext,
     ServerContext,
     ServerFunction,
@@ -29,13 +24,22 @@ from .contract import (
     Task,
     Transport,
     Workload,
-    cap_weights,
     classifier,
     denoiser,
     map_serial,
     no_progress,
+)
+from .prompts import (
     prompt,
     prompts_of,
+)
+from .records import (
+    LARGEST,
+    Exchange,
+    Failure,
+    Metrics,
+    Round,
+    cap_weights,
 )
 
 __all__ = [

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import InputError
-from .contract import LARGEST, Failure, Metrics, Reply, ServerContext, ServerState, Stage, cap_weights
+from .contract import Reply, ServerContext, ServerState, Stage
 from .messages import Message, kind, tensors_of
+from .records import LARGEST, Failure, Metrics, cap_weights
 from .tensors import Tensors, finite, layout_mismatch
 
 T = TypeVar("T")

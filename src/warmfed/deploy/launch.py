@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..runs.execute import RunListener
 from ..runs.folder import read_summary
+from ..runs.progress import RunListener
 from ..transports.flower_project import write_project
 from ..utils.errors import InputError
 from ..utils.files import atomic_write

@@ -15,8 +15,10 @@ from ..config import Config, build
 from ..core import Generator, Round, ServerState
 from ..core.messages import decode, encode
 from ..run import run
-from ..runs.execute import LOCAL, Backend, RunListener, client_states_folder, proceed, server_side
+from ..runs.backend import LOCAL, Backend, client_states_folder, server_side
+from ..runs.execute import proceed
 from ..runs.prepare import PreparedRun, prepare
+from ..runs.progress import RunListener
 from ..transports import flower
 from ..transports.client import Client
 from ..transports.client_state import ClientStates

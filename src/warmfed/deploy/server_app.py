@@ -19,9 +19,11 @@ from ..core import Generator, Round, ServerState
 from ..core.messages import encode
 from ..data import FederationInfo
 from ..run import run
+from ..runs.backend import SITES, Backend, server_side
 from ..runs.console import LineReporter
-from ..runs.execute import SITES, Backend, RunListener, proceed, server_side
+from ..runs.execute import proceed
 from ..runs.prepare import PreparedRun, prepare
+from ..runs.progress import RunListener
 from ..transports import flower
 from ..transports.protocol import HELLO, REFUSED, Refusal, Request, SiteInfo, check_site_info, opened
 from ..transports.remote import Remote

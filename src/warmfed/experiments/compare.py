@@ -19,10 +19,10 @@ from .. import report
 from ..algorithms import ALGORITHMS, entry
 from ..config import Config, nested, read_toml, resolve
 from ..data import Federation
-from ..runs.execute import RunListener, execute, resume
+from ..runs.execute import execute, resume
 from ..runs.folder import read_summary
 from ..runs.prepare import load_data, prepare
-from ..runs.progress import Clock
+from ..runs.progress import Clock, RunListener
 from ..transports.process_pool import ProcessPool, death_told, tell
 from ..utils.errors import InputError, suggest
 from ..utils.files import PUBLIC, atomic_write, occupied, read_bytes, remove_partial_files, write_json

@@ -18,8 +18,7 @@ from ..config import Config
 from ..report.generators import quality_table
 from ..report.parts import Table as Plain
 from ..report.parts import duration, memory, number, size
-from .execute import RunListener
-from .progress import Clock, spoken
+from .progress import Clock, RunListener, spoken
 
 WIDTH = 160
 """Width of tables in characters, if the output is not a terminal."""

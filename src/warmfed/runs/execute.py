@@ -6,244 +6,35 @@ and each site's last reply.
 """
 
 import shutil
-from abc import ABC, abstractmethod
-from collections import abc
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import report
 from ..config import Config
-from ..core import Algorithm, Generator, Round, ServerContext, ServerState, Task, Transport, map_serial
-from ..core.admission import DEFAULT_ADMISSION, AdmissionPolicy
-from ..core.messages import Message, decode, encode, message
-from ..core.tensors import Tensors, join, sha256
-from ..data import Federation, Site
+from ..core import ServerState
+from ..core.tensors import Tensors, sha256
+from ..data import Site
 from ..diffusion.result_cache import CachedGenerator
 from ..evaluation.generators import GeneratorEvaluator
 from ..fit import fit
-from ..run import run
-from ..tasks import Classify
 from ..tasks.denoising import Denoise
 from ..transports.client import Client
-from ..transports.client_state import ClientStates
-from ..transports.in_process import InProcess
 from ..utils.errors import InputError
 from ..utils.files import (
     atomic_write,
     occupied,
-    read_checksummed,
-    read_lines,
     remove_partial_files,
-    write_checksummed,
     write_json,
-    write_lines,
 )
 from ..utils.memory import MemoryMonitor
-from ..utils.version import __version__
+from .backend import LOCAL, SITES, Backend, LocalBackend
+from .checkpoint import Recorder, load_checkpoint
 from .folder import claim_run_folder, lock_run_folder, read_config, read_summary, write_model
-from .prepare import PreparedRun, clients_of, prepare
-from .report_images import write_report_images, write_samples
-from .summary import history_sha256, summarize
-
-
-class RunListener:
-    """Callbacks of a run, which other threads may also call; the defaults do nothing."""
-
-    def plan(self, folder: Path, config: Config, sites: tuple[str, ...], records: Sequence[Mapping[str, Any]]) -> None:
-        """Receive the run folder and the records of stages that are already done, before the first stage."""
-
-    def progress(self, site: str, what: str, done: int, total: int) -> None:
-        """Receive progress within a stage: at a site or, with site "", of the server's work or of finished sites."""
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        """Receive the record of a finished stage, as in rounds.jsonl."""
-
-
-SITES = "sites.json"
-"""File in checkpoint/ with the descriptions of remote sites."""
-
-
-@message("runs.Checkpoint")
-class Checkpoint:
-    """State of the server after `steps` stages."""
-
-    version: str
-    run: str
-    steps: int
-    history: str
-    """SHA-256 of the records so far."""
-    server: Message | None
-
-
-def simulate(
-    algorithm: Algorithm,
-    federation: Federation,
-    task: Task | None = None,
-    *,
-    seed: int = 0,
-    generator: Generator | None = None,
-    workers: int = 1,
-    device: str = "cpu",
-    evaluate: str = "every",
-    admission: AdmissionPolicy = DEFAULT_ADMISSION,
-    folder: Path | None = None,
-    start: tuple[int, ServerState] | None = None,
-    listener: RunListener | None = None,
-) -> abc.Generator[Round, None, None]:
-    """Run an algorithm over a federation on this machine; yield the record of each stage.
-
-    Args:
-        algorithm: the algorithm.
-        federation: sites with their images.
-        task: the task; None: classification with the small CNN.
-        seed: seed of all random streams.
-        generator: the run's generator; None: the algorithm uses none.
-        workers: number of worker processes; results do not depend on it.
-        device: "cpu" or "cuda".
-        evaluate: "every", "last" or "never", as in `run`.
-        admission: checks of the replies, and the number of replies that a stage needs.
-        folder: run folder for artefacts and client states; None: they stay in memory.
-        start: (stages done, the server's state then), to resume.
-        listener: callbacks of the run.
-    """
-    listener = listener or RunListener()
-    task = task or Classify(federation.shape, len(federation.classes))
-    sites = clients_of(algorithm, federation, task, seed, generator, device)
-    with InProcess(
-        sites, min(workers, len(sites)), client_states_folder(folder) if folder else None, listener.progress
-    ) as transport:
-        prompts, rows = federation.prompts, federation.rows
-        central = server_side(task, transport, prompts, generator, device, folder, listener, rows, transport.map_jobs)
-        yield from run(algorithm, central, transport, seed, start=start, evaluate=evaluate, admission=admission)
-
-
-def server_side(
-    task: Task,
-    transport: Transport,
-    prompts: tuple[str, ...],
-    generator: Generator | None,
-    device: str,
-    folder: Path | None,
-    listener: RunListener,
-    rows: Mapping[str, Mapping[str, int]],
-    map_jobs: Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], list[Any]] = map_serial,
-) -> ServerContext:
-    """Return the context of the server functions in a run over this transport.
-
-    Args:
-        rows: declared rows by site and split; entries may be added when sites connect.
-    """
-    return ServerContext(
-        task=task,
-        rng=torch.Generator(),
-        sites=transport.sites,
-        rows=rows,
-        prompts=prompts,
-        generator=generator,
-        device=device,
-        folder=folder,
-        map_jobs=map_jobs,
-        progress=lambda what, done, total: listener.progress("", what, done, total),
-    )
-
-
-def client_states_folder(folder: Path) -> Path:
-    """Return the folder of the client states in a run folder."""
-    return folder / "checkpoint" / "sites"
-
-
-class Backend(ABC):
-    """Place where the sites of a run are executed; it has access to their images and personal models."""
-
-    @abstractmethod
-    def prepare(self, config: Config) -> PreparedRun:
-        """Load and check the configuration's data, task and base; raise `InputError` if they are not valid. Write nothing."""
-
-    @abstractmethod
-    def rounds(
-        self,
-        prepared: PreparedRun,
-        folder: Path,
-        start: tuple[int, ServerState] | None,
-        generator: Generator | None,
-        listener: RunListener,
-    ) -> abc.Generator[Round, None, None]:
-        """Execute the run; yield the record of each stage, as `simulate`."""
-
-    def personal(self, prepared: PreparedRun, folder: Path, server: ServerState) -> dict[str, Tensors]:
-        """Return the personal models by site; empty if they are not accessible."""
-        return {}
-
-    @abstractmethod
-    def finish(self, prepared: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
-        """Make the personal models; return their SHA-256 by site, and their mean accuracy (or loss) on the union of test sets.
-
-        The mean is None if it cannot be measured.
-        """
-
-
-class LocalBackend(Backend):
-    """Backend that executes all sites on this machine."""
-
-    def prepare(self, config: Config) -> PreparedRun:
-        return prepare(config)
-
-    def rounds(
-        self,
-        prepared: PreparedRun,
-        folder: Path,
-        start: tuple[int, ServerState] | None,
-        generator: Generator | None,
-        listener: RunListener,
-    ) -> abc.Generator[Round, None, None]:
-        config = prepared.config
-        return simulate(
-            config.method,
-            prepared.images,
-            prepared.task,
-            seed=config.seed,
-            generator=generator,
-            workers=config.workers,
-            device=config.device,
-            evaluate=config.evaluate,
-            admission=config.server,
-            folder=folder,
-            start=start,
-            listener=listener,
-        )
-
-    def personal(self, prepared: PreparedRun, folder: Path, server: ServerState) -> dict[str, Tensors]:
-        client_states, config = ClientStates(client_states_folder(folder)), prepared.config
-        found = {
-            site: worker.model(config.method.broadcast(server, site), client_states.state(site))
-            for site, worker in prepared.workers().items()
-        }
-        return {site: model for site, model in found.items() if model is not None}
-
-    def finish(self, prepared: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
-        config, federation, task = prepared.config, prepared.images, prepared.task
-        personal = self.personal(prepared, folder, server)
-        for site, model in personal.items():
-            write_model(folder / "models" / "personal" / f"{site}.safetensors", model)
-        everywhere = config.method.global_model(server)
-        shown = everywhere if everywhere is not None else next(iter(personal.values()), None)
-        if shown is not None and isinstance(task, Denoise):
-            write_samples(folder, federation, task, shown, config.seed)
-        if shown is not None and isinstance(task, Classify):
-            write_report_images(folder, federation, task, shown, config.evaluation, config.generator.base)
-        if not personal:
-            return {}, None
-        union = join(task.tables({"test": site.test})["test"] for site in federation.sites.values())
-        found = sum(task.metrics(model, union, config.device)[task.measure] for model in personal.values()) / len(personal)
-        return {site: sha256(model) for site, model in personal.items()}, found
-
-
-LOCAL = LocalBackend()
+from .prepare import PreparedRun
+from .progress import RunListener
+from .summary import summarize
 
 
 def execute(
@@ -304,7 +95,7 @@ def resume(
         )
     with lock_run_folder(folder):
         prepared = backend.prepare(replace(config, workers=workers or config.workers))
-        records, server = _resumed(prepared, folder)
+        records, server = load_checkpoint(prepared, folder)
         remove_partial_files(folder)
         return _run_rounds(prepared, folder, listener or RunListener(), records, server, shared, backend)
 
@@ -321,34 +112,6 @@ def proceed(config: Config, folder: Path, listener: RunListener | None = None, b
     return resume(folder, listener, backend=backend)
 
 
-def _resumed(prepared: PreparedRun, folder: Path) -> tuple[list[dict[str, Any]], ServerState | None]:
-    """Return the records and the server's state of an unfinished run, checked against each other; write nothing."""
-    path = folder / "checkpoint" / "server.safetensors"
-    if not path.exists():
-        if (folder / "rounds.jsonl").exists():
-            raise InputError(f"{path} is missing, but the run has records; restore it or start a new run")
-        return [], None
-    checkpoint = decode(read_checksummed(path, "the checkpoint"), Checkpoint, f"the checkpoint {path}")
-    if checkpoint.version != __version__:
-        raise InputError(
-            f"{folder} was started with warmfed {checkpoint.version}, this is {__version__}; finish it with that version"
-        )
-    if checkpoint.run != prepared.fingerprint:
-        raise InputError(
-            f"{folder} was started with other settings, data or base than config.toml has now; restore them or start a new run"
-        )
-    records = read_lines(folder / "rounds.jsonl", "the run's records")[: checkpoint.steps] if checkpoint.steps else []
-    ledger = read_lines(folder / "ledger.jsonl", "the run's ledger") if checkpoint.steps else []
-    if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in (*records, *ledger)):
-        raise InputError(f"{folder / 'ledger.jsonl'} or rounds.jsonl beside it is damaged; restore it or start a new run")
-    if history_sha256(records) != checkpoint.history:
-        raise InputError(f"{folder / 'rounds.jsonl'} differs from the checkpoint; restore it or start a new run")
-    client_states = ClientStates(client_states_folder(folder))
-    for site in prepared.federation.sites:
-        client_states.load(site)  # raises if the file is damaged, before anything is written
-    return records, checkpoint.server
-
-
 def _run_rounds(
     prepared: PreparedRun,
     folder: Path,
@@ -359,11 +122,8 @@ def _run_rounds(
     backend: Backend,
 ) -> dict[str, Any]:
     config, federation = prepared.config, prepared.federation
-    ledger = read_lines(folder / "ledger.jsonl", "the run's ledger") if records else []
-    ledger = [line for line in ledger if line["step"] < len(records)]
+    recorder = Recorder(prepared, folder, records)
     listener.plan(folder, config, tuple(federation.sites), tuple(records))
-    if not records:
-        _save_checkpoint(prepared, folder, records, None)
     generator = CachedGenerator(prepared.generator, shared) if shared and prepared.generator else prepared.generator
     if shared and isinstance(prepared.task, Denoise):
         prepared = replace(prepared, task=replace(prepared.task, shared=shared))
@@ -374,31 +134,18 @@ def _run_rounds(
     steps = len(config.algorithm.stages())
     with MemoryMonitor() as monitor, closing(rounds):
         for done in rounds:
-            server, seconds, peak = done.server, round(done.seconds, 3), round(monitor.peak(), 1)
-            records.append({**done.results(), "seconds": seconds, "peak_memory_mb": peak})
+            server, record = done.server, recorder.append(done, round(monitor.peak(), 1))
             if evaluator is not None and evaluator.due(done, last=len(records) == steps):
                 listener.progress("", "measure", 0, 1)
                 model = config.method.global_model(server) or backend.personal(prepared, folder, server)
                 if model:
-                    records[-1]["quality"] = evaluator.measure(model, len(records))
+                    record["quality"] = evaluator.measure(model, len(records))
                 monitor.peak()
-            where = {"step": done.step, "stage": done.stage, "number": done.number}
-            for exchange in done.exchanges:
-                ledger.append(where | {key: value for key, value in asdict(exchange).items() if value is not None})
-            ledger.append({**where, "seconds": seconds, "peak_memory_mb": peak})
-            # records first: if the process is killed before the checkpoint, resume drops the surplus record
-            write_lines(folder / "rounds.jsonl", records)
-            write_lines(folder / "ledger.jsonl", ledger)
-            _save_checkpoint(prepared, folder, records, server)
-            listener.round(records[-1])
+            recorder.write(server)
+            listener.round(record)
     listener.progress("", "report", 0, 1)
     assert server is not None, "a run has at least one stage"
     return _finish(prepared, folder, records, server, backend)
-
-
-def _save_checkpoint(prepared: PreparedRun, folder: Path, records: list[dict[str, Any]], server: ServerState | None) -> None:
-    state = Checkpoint(__version__, prepared.fingerprint, len(records), history_sha256(records), server)
-    write_checksummed(folder / "checkpoint" / "server.safetensors", encode(state))
 
 
 def _finish(

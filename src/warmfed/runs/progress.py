@@ -1,9 +1,24 @@
 """Progress of a run and estimate of the time left: expected times, corrected by measured ones."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..config import Config
+
+
+class RunListener:
+    """Callbacks of a run, which other threads may also call; the defaults do nothing."""
+
+    def plan(self, folder: Path, config: Config, sites: tuple[str, ...], records: Sequence[Mapping[str, Any]]) -> None:
+        """Receive the run folder and the records of stages that are already done, before the first stage."""
+
+    def progress(self, site: str, what: str, done: int, total: int) -> None:
+        """Receive progress within a stage: at a site or, with site "", of the server's work or of finished sites."""
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Receive the record of a finished stage, as in rounds.jsonl."""
+
 
 EXPECTED = {
     "adapt": 35.0, "collect": 1.0, "warm": 50.0, "train": 2.5, "gate": 0.5, "personalize": 2.5,

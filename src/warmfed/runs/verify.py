@@ -16,9 +16,10 @@ from ..core.tensors import sha256
 from ..utils.errors import InputError
 from ..utils.files import read_bytes, read_lines
 from ..utils.version import __version__
-from .execute import RunListener, execute
+from .execute import execute
 from .folder import read_config, read_summary
 from .prepare import prepare
+from .progress import RunListener
 from .summary import history_sha256, results
 
 

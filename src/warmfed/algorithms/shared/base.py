@@ -128,7 +128,23 @@ def gathering(
 
 
 @dataclass(frozen=True)
-class Rounds(ABC, Generic[S, M, C, R]):
+class WithoutGenerator:
+    """Abstract: an algorithm without a generator, for any number of sites."""
+
+    @property
+    def needs_generator(self) -> GeneratorSpec | None:
+        return None
+
+    @property
+    def samples_per_class(self) -> int:
+        return 0
+
+    def check_sites(self, count: int) -> None:
+        """Raise `InputError` if so many sites are too few."""
+
+
+@dataclass(frozen=True)
+class Rounds(WithoutGenerator, ABC, Generic[S, M, C, R]):
     """Abstract: rounds of local training; each method aggregates the replies in its own way."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {"sample": "client_fraction"}
@@ -149,17 +165,6 @@ class Rounds(ABC, Generic[S, M, C, R]):
 
     @abstractmethod
     def aggregate(self, server: S, replies: Replies[R], ctx: ServerContext) -> tuple[S, Metrics]: ...
-
-    @property
-    def needs_generator(self) -> GeneratorSpec | None:
-        return None
-
-    @property
-    def samples_per_class(self) -> int:
-        return 0
-
-    def check_sites(self, count: int) -> None:
-        """Raise `InputError` if so many sites are too few."""
 
     def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
         return (at_sites("local training", self.local, rows, self.rounds),)

@@ -1,0 +1,22 @@
+"""Settings that belong to a registered name, below the user's own: keys of the configuration."""
+
+DENOISE = {"task": "denoise"}
+CONVERGED = {"algorithm.budget.until": "validation"}
+PUBLIC = {"model.start": "public"}
+ADAM = {"algorithm.server.name": "adam", "algorithm.server.lr": 0.03}
+YOGI = {"algorithm.server.name": "yogi", "algorithm.server.lr": 0.03}
+SLOW = {**DENOISE, "algorithm.correct": "slow"}
+ONLY = {**DENOISE, "algorithm.correct": "only"}
+USPLIT, ULATDEC, UDEC = ({**DENOISE, "algorithm.exchange": word} for word in ("usplit", "ulatdec", "udec"))
+TUN = {
+    **DENOISE,
+    "algorithm.local.optimizer": "adam",
+    "algorithm.local.lr": 2e-4,
+    "denoising.conditional": True,
+    "denoising.dropout": 0.1,
+    "denoising.prediction": "v_prediction",
+    "denoising.schedule": "exponential",
+    "denoising.weighting": "signal",
+    "denoising.sampler": "ddpm",
+    "denoising.steps": 300,
+}
