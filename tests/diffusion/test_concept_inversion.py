@@ -1,4 +1,4 @@
-"""What FedDEO and FedBiP take from a pipeline: descriptions, concept vectors and noised latents; on one of random weights."""
+"""Descriptions, concept vectors and noised latents of FedDEO and FedBiP, on a pipeline with random weights."""
 
 import warnings
 from dataclasses import replace

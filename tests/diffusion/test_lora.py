@@ -1,4 +1,4 @@
-"""Adapters, the sampler and the loss against diffusers' own, on a pipeline of random weights."""
+"""Adapters, samplers and losses against those of diffusers, on a pipeline with random weights."""
 
 import functools
 import pickle

@@ -1,4 +1,4 @@
-"""Scores of samples, each against an oracle that can be seen."""
+"""Scores of samples, each against a known result."""
 
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def test_the_public_classifier_looks_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_classifier_of_any_network_and_any_classes_looks(name: str, tmp_path: Path) -> None:
-    """As a base's public one may be: of two hundred classes, a ResNet-18."""
+    """A ResNet-18 with two hundred classes, as the public classifier of a base may be."""
     image = torch.randint(256, (3, 3, 32, 32), generator=stream("image"), dtype=torch.uint8)
     task = Classify((3, 32, 32), 7, name)
     model = task.init(stream("classifier"))

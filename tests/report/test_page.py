@@ -1,4 +1,4 @@
-"""The report: what a page shows, what it leaves out, and what it says of damaged files."""
+"""The report: shown and omitted sections, and errors for damaged files."""
 
 import base64
 import itertools
@@ -35,7 +35,7 @@ VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Reads a page; fails on tags that do not nest; keeps ids, headings, links and the cells of every table."""
+    """Parser of a page: it fails on tags that do not nest, and keeps ids, headings, links and table cells."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whenever a run is killed, `resume` finishes it with the same bytes; whatever is damaged, it says so and touches nothing."""
+"""Resumption: a killed run ends with the same bytes; damaged files give an error and stay unchanged."""
 
 import fcntl
 import json
@@ -72,7 +72,7 @@ def same(folder: Path, whole: Path) -> None:
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
-    """`warmfed resume` says these words in one line, exits with 2 and leaves the folder as it is."""
+    """Check that `warmfed resume` prints one line with these words, exits with 2 and does not change the folder."""
     before = tiny.digest(folder)
     capsys.readouterr()
     assert main(["resume", str(folder)]) == 2

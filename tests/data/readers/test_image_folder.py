@@ -1,4 +1,4 @@
-"""Folders, arrays and files as people have them: what is read, and what is refused in one line."""
+"""Readers of folders, arrays and files: accepted data, and errors of one line."""
 
 import os
 import struct
