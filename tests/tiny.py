@@ -43,7 +43,7 @@ def arrays(path: Path, sites: str = "ab", side: int = 8) -> Path:
     return path
 
 
-def eyes(path: Path) -> Path:
+def feature_extractor(path: Path) -> Path:
     """Write a LeNet with random weights to an .npz file, as the feature extractor of tests."""
     with seeded(stream("eyes")):
         weights = FEATURE_EXTRACTORS["lenet"]().state_dict()

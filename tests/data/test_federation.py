@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused(changes: dict[str, object], words: str) ->
 
 
 def test_all_faults_come_at_once() -> None:
-    with pytest.raises(InputError, match=r"template needs.*site 'a', train: labels.*site 'b', test: no images"):
+    with pytest.raises(InputError, match=r"expected a template.*site 'a', train: expected labels.*site 'b', test: no images"):
         pets(template="x", sites={"a": Site(table([5]), table([0]), table([0])), "b": Site(table([1]), table([0]), table([]))})
 
 

@@ -225,7 +225,7 @@ def test_every_fault_of_a_csv_file_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "img" / "I7.png").write_bytes(b"no picture")
     refused(
         lambda: csv(table, site="place", split="set", **COLUMNS),
-        "line 43: an image, a label and a site", "line 44: an image",
+        "line 43: expected an image, a label and a site", "line 44: expected an image",
         "line 45: expected split train, validation or test, got 'sunday'",
         "img/I99.png cannot be read: No such file", "img/I7.png does not decode",
     )  # fmt: skip

@@ -109,8 +109,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sites = {LONG if site == "street" else site: {"train": 9, "validation": 9, "test": 9} for site in SITES}
     classes = ("squamous cell carcinoma", "benign keratosis-like lesions")
     long = run_folder(root / "long", renamed(WARMFED), renamed(LEDGER), classes, sites=sites)
-    panel = long / "report_images" / "report_images.json"
-    panel.write_text(panel.read_text().replace('"street"', f'"{LONG}"'))
+    report_images = long / "report_images" / "report_images.json"
+    report_images.write_text(report_images.read_text().replace('"street"', f'"{LONG}"'))
     return {
         "run": report.write(run_folder(root / "run")),
         "long": report.write(long),

@@ -150,5 +150,5 @@ def test_a_network_without_weights_needs_no_base_loaded_before() -> None:
 
 
 def test_patches_that_do_not_fit() -> None:
-    with pytest.raises(InputError, match="patches of 3 do not fit"):
+    with pytest.raises(InputError, match="patches of 3 do not divide"):
         with_settings(patch=3).build()
