@@ -1,4 +1,4 @@
-"""What every test may rely on: one thread, and toy data made once."""
+"""Shared fixtures: one thread, and toy data made once."""
 
 import atexit
 import os
@@ -26,7 +26,7 @@ def sites() -> Mapping[str, Mapping[str, Table]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a module on one worker if they share a fixture or a cached run that is dear to compute."""
+    """Keep the tests of a module on one worker if they share an expensive fixture or a cached run."""
     for item in items:
         found = getattr(item, "_fixtureinfo", None)
         scopes = {each.scope for fixtures in found.name2fixturedefs.values() for each in fixtures} if found else set()

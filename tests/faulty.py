@@ -1,4 +1,4 @@
-"""A transport some of whose sites fail or answer wrongly."""
+"""A transport with sites that fail or send wrong replies."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from warmfed.transports.in_process import InProcess
 
 @dataclass
 class Faulty:
-    """The sites of the toy federation, of which some go wrong in some steps."""
+    """The sites of the toy federation; some of them fail in some steps."""
 
     inner: InProcess
     faults: Mapping[tuple[int, str], Callable[[Reply], Reply | Failure]]

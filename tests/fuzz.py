@@ -36,12 +36,12 @@ CONFIG = tomli_w.dumps({})
 
 
 class BrokenError(AssertionError):
-    """An answer did what none may do."""
+    """A reply had a forbidden effect."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """An honest answer of site b, and what the server does with it."""
+    """An honest reply of site b, and the server function that processes it."""
 
     name: str
     """Algorithm/stage, or what is asked beside stages."""
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass
 class Bytes:
-    """A `Channel` that brings one answer."""
+    """A `Channel` that delivers one reply."""
 
     data: bytes
 
@@ -146,7 +146,7 @@ def recorded(train: Any, aggregate: Any, evaluation: Any) -> None:
 
 
 def beside() -> list[Case]:
-    """The answers to hello and evaluate."""
+    """Return the replies to hello and evaluate."""
     algorithm = toy.quick("fedavg")
     worker, central = toy.workers(algorithm)[SITE], replace(toy.central(), rows=ROWS)
     server = algorithm.init(replace(central, rng=stream(0, "init")))
@@ -194,7 +194,7 @@ _MARK = "@@here@@"
 
 
 def mutated(data: bytes, bodies: list[Message], rng: random.Random) -> bytes:
-    """Another answer: flipped bits, cut bytes, other values in the header, another kind, or other content."""
+    """Return a mutated reply: flipped bits, cut bytes, other values in the header, another kind, or other content."""
     return rng.choice((_flipped, _cut, _header, _header, _key, _other, _content, _content, _content))(data, bodies, rng)
 
 
@@ -349,10 +349,10 @@ def _bodies(body: Message) -> list[Message]:
 
 
 def share_of(counts: Mapping[str, Mapping[str, int]]) -> float:
-    """Of the changed answers, the share that was refused."""
+    """Return the share of mutated replies that were rejected."""
     return math.fsum(c["refused"] for c in counts.values()) / max(1, sum(sum(c.values()) for c in counts.values()))
 
 
 def kinds_of(cases: list[Case]) -> list[str]:
-    """The kinds of message that the cases send."""
+    """Return the kinds of message of the cases."""
     return sorted({kind(type(body)) for case in cases for body in _bodies(decode(case.data, Answer).body)})

@@ -1,4 +1,4 @@
-"""Small pictures on disk, and how a refusal must read."""
+"""Small pictures on disk, and checks of error messages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Flower's Grid in memory: messages go to the client app at once, each with the node's own configuration."""
+"""Flower's Grid in memory: the client app processes each message at once, with the node's own configuration."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

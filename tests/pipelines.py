@@ -1,4 +1,4 @@
-"""Pipelines of diffusers of every family, of a few thousand random weights each, with tokenizers of a hundred words."""
+"""Pipelines of every family, with a few thousand random weights and tokenizers of a hundred words each."""
 
 import functools
 import warnings
@@ -118,7 +118,7 @@ _MADE = {"sd15": _sd15, "sd21": _sd21, "sdxl": _sdxl, "sana": _sana}
 
 
 def write(kind: str, folder: Path) -> str:
-    """The folder of a pipeline as diffusers itself saves it."""
+    """Return the folder of a pipeline that diffusers saved."""
     with seeded(stream("pipelines", kind)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = _MADE[kind]()
@@ -128,7 +128,7 @@ def write(kind: str, folder: Path) -> str:
 
 @functools.cache
 def opened(folder: str, kind: str) -> Any:
-    """The plain pipeline, as anybody opens it."""
+    """Return the plain diffusers pipeline."""
     pipe = getattr(diffusers, CLASSES[kind]).from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

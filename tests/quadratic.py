@@ -1,4 +1,4 @@
-"""A problem whose training can be written down: f_i(w) = ½·(w - x̄_i)ᵀA_i(w - x̄_i), A_i diagonal, whatever the batches."""
+"""A problem with a closed-form training: f_i(w) = ½·(w - x̄_i)ᵀA_i(w - x̄_i), A_i diagonal, for all batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

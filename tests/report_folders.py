@@ -1,4 +1,4 @@
-"""Small run folders and comparisons, written out by hand, for the tests of the report."""
+"""Small handwritten run folders and comparisons for the tests of the report."""
 
 import io
 import json

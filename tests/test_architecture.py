@@ -1,4 +1,4 @@
-"""The laws of the house that no tool checks: who may train, who may seed, and what nobody imports."""
+"""Architecture rules that no tool checks: training loops, seeds and imports."""
 
 import ast
 import functools
@@ -17,14 +17,14 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 
 @functools.cache
 def calls(name: str) -> set[str]:
-    """The functions and methods that a file calls, by their last name."""
+    """Return the functions and methods that a file calls, by their last name."""
     found = (node.func for node in ast.walk(TREES[name]) if isinstance(node, ast.Call))
     return {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in found}
 
 
 @functools.cache
 def imports(name: str) -> set[str]:
-    """The libraries that a file imports anywhere."""
+    """Return the libraries that a file imports anywhere."""
     found = set()
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""A configuration is checked whole before anything starts."""
+"""A configuration is checked completely before a run starts."""
 
 import tomllib
 from pathlib import Path

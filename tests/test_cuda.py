@@ -1,4 +1,4 @@
-"""On a graphics card, where there is one: the same bytes each time, and models with a datastore go there whole."""
+"""Tests on a GPU: results are reproducible bit for bit, and models with a datastore move completely."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The documents are true: the README's example runs, links lead somewhere, every algorithm has its page."""
+"""Documentation: the README's example runs, links resolve, every algorithm has a page."""
 
 import dataclasses
 import re

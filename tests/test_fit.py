@@ -1,4 +1,4 @@
-"""The training loop, against loops written by hand."""
+"""The training loop against handwritten loops."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The training loop's means for long trainings and small machines: micro-batches, schedules, an early stop, snapshots."""
+"""The training loop's options: micro-batches, schedules, early stopping and snapshots."""
 
 import gc
 import importlib.util

@@ -1,4 +1,4 @@
-"""The round loop: who is asked, what a stage is called, and that a run may stop anywhere."""
+"""The round loop: cohorts, names of stages, and interruptions at any point."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -69,7 +69,7 @@ def test_when_models_are_measured(evaluate: str, measured: list[bool]) -> None:
 
 @dataclass
 class Reversed:
-    """A transport whose last site answers first."""
+    """A transport with the replies in reverse order."""
 
     inner: InProcess
 

@@ -1,4 +1,4 @@
-"""A federation on disk that runs in a second, and ways to interrupt, damage and compare run folders."""
+"""A federation on disk that runs in a second, and helpers to interrupt, damage and compare run folders."""
 
 import hashlib
 import os
@@ -43,8 +43,8 @@ def arrays(path: Path, sites: str = "ab", side: int = 8) -> Path:
     return path
 
 
-def eyes(path: Path) -> Path:
-    """A LeNet of random weights, as .npz: features good enough to tell a run from another."""
+def feature_extractor(path: Path) -> Path:
+    """Write a LeNet with random weights to an .npz file, as the feature extractor of tests."""
     with seeded(stream("eyes")):
         weights = FEATURE_EXTRACTORS["lenet"]().state_dict()
     np.savez(path, **{name: value.numpy() for name, value in weights.items()})
@@ -52,7 +52,7 @@ def eyes(path: Path) -> Path:
 
 
 def pictures(folder: Path, sites: dict[str, dict[str, int]]) -> Path:
-    """A data folder: so many pictures for each class of each site."""
+    """Write a data folder with this number of pictures for each class of each site."""
     for site, classes in sites.items():
         (folder / site).mkdir(parents=True)
         for name, count in classes.items():
@@ -69,7 +69,7 @@ def config(data: Path, **changes: Any) -> Config:
 
 
 def digest(folder: Path) -> str:
-    """Of the names and bytes of all that is in a folder."""
+    """Return a digest of the names and bytes of all files in a folder."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         found.update(str(path.relative_to(folder)).encode() + b"\0" + (path.read_bytes() if path.is_file() else b"/"))
@@ -77,7 +77,7 @@ def digest(folder: Path) -> str:
 
 
 def models(folder: Path) -> dict[str, str]:
-    """Digest of each model in a run folder."""
+    """Return the digest of each model in a run folder."""
     return {
         str(path.relative_to(folder)): sha256(load(path.read_bytes()))
         for path in sorted(folder.glob("models/**/*.safetensors"))
@@ -89,11 +89,11 @@ def names(folder: Path) -> list[str]:
 
 
 class Killed(BaseException):
-    """As little as possible may run after this, as after kill -9."""
+    """End the process with as little cleanup as after kill -9."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, write: int, error: type[BaseException] = Killed) -> None:
-    """From now on, the `write`-th file (from 0) that would be moved to its place ends the process instead."""
+    """End the process at the `write`-th atomic write (from 0)."""
     move, seen = os.replace, []
 
     def stop(source: Any, target: Any) -> None:
@@ -107,13 +107,13 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, write: int, error: type[BaseExcepti
 
 
 def interrupted(config: Config, folder: Path, write: int) -> Path:
-    """The folder of a run that was killed at its `write`-th file."""
+    """Return the folder of a run that was killed at its `write`-th file."""
     assert killed(lambda: execute(config, folder), write)
     return folder
 
 
 def killed(work: Callable[[], object], write: int) -> bool:
-    """Whether the work was killed at its `write`-th file; it came to its end otherwise."""
+    """Return whether the work was killed at its `write`-th file; otherwise it finished."""
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, write)
         try:
@@ -124,7 +124,7 @@ def killed(work: Callable[[], object], write: int) -> bool:
 
 
 def harried(config: Config, folder: Path) -> int:
-    """Run and resume while each process is killed, the n-th at its n-th file; how many it took."""
+    """Run and resume, with the n-th process killed at its n-th file; return the number of processes."""
     processes = 1
     again = killed(lambda: execute(config, folder), processes)
     while again:

@@ -44,7 +44,7 @@ LEARNING = Training(optimizer="adamw", lr=3e-3, batch_size=12, epochs=3)
 
 @dataclass(frozen=True)
 class Layered(Classify):
-    """The same task for a network that has layers: a body with normalisation, and a head."""
+    """The same task for a network with a normalised backbone and a head."""
 
     def build(self) -> Split:
         body = nn.Sequential(nn.Flatten(), nn.Linear(192, 96), nn.GroupNorm(4, 96), nn.ReLU())
@@ -85,7 +85,7 @@ SITES: Mapping[str, Mapping[str, Table]] = {name: site(i) for i, name in enumera
 
 @dataclass(frozen=True)
 class Means:
-    """A `Generator` that knows its prompts' patterns; its adapter is how far a site's class means lie from them."""
+    """A `Generator` with one pattern per prompt; its adapter is the difference of a site's class means from them."""
 
     noise: float = 60.0
     neutral: bool = False
@@ -150,13 +150,13 @@ def quick(name: str, **changes: Any) -> Any:
 
 
 def task_of(name: str) -> Any:
-    """The toy task that an algorithm can learn."""
+    """Return the toy task of an algorithm."""
     return LAYERED if "classify" in entry(name).tasks else DRAWING
 
 
 @dataclass
 class Outcome:
-    """A finished run, and the transport that holds its sites' states."""
+    """A finished run, and the transport with its sites' states."""
 
     algorithm: Any
     rounds: list[Round]
@@ -207,7 +207,7 @@ def play(
     evaluate: str = "every",
     admission: AdmissionPolicy = DEFAULT_ADMISSION,
 ) -> Outcome:
-    """Run an algorithm to its end, one site after another."""
+    """Run an algorithm to the end, one site at a time."""
     transport = InProcess(workers(algorithm, seed=seed, task=task, generator=generator, sites=sites), folder=folder)
     server = central(task=task, generator=generator, sites=sites, folder=artefacts)
     rounds = run(algorithm, server, transport, seed, start=start, evaluate=evaluate, admission=admission)
@@ -216,7 +216,7 @@ def play(
 
 @dataclass
 class Tap:
-    """A transport that keeps what crosses it: (stage, site, down, state before, reply)."""
+    """A transport that records its messages: (stage, site, received message, state before, reply)."""
 
     inner: InProcess
     seen: list[tuple[str, str, Message, Message, Reply]] = field(default_factory=list)
@@ -234,7 +234,7 @@ class Tap:
             yield site, reply, exchanges
 
     def taken(self) -> list[tuple[str, str, Message, Message, Reply]]:
-        """What has crossed since the last call."""
+        """Return the messages since the last call."""
         taken, self.seen = self.seen, []
         return taken
 
@@ -243,16 +243,16 @@ class Tap:
 
 
 def accuracy(record: Round, model: str) -> float:
-    """Mean over the sites of a model's test accuracy, in percent."""
+    """Return the mean test accuracy of a model over the sites, in percent."""
     return mean(record, model, "accuracy")
 
 
 def mean(record: Round, model: str, measure: str) -> float:
-    """Mean over the sites of a measure of a model on their test images."""
+    """Return the mean of a metric of a model over the sites' test images."""
     found = [views[f"{model}/test"][measure] for views in record.evaluation.values()]
     return sum(found) / len(found)
 
 
 def same(a: Tensors, b: Tensors) -> bool:
-    """Bit for bit."""
+    """Return whether all tensors are equal, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,4 +1,4 @@
-"""FedDDPM's identities: what it is without its corrections, and what one correction is."""
+"""Identities of FedDDPM: without corrections, and with one."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""FedDDPM's relatives on the same task: which parts travel, in how many bits, by way of whom, and how wide the network is."""
+"""Generative algorithms: the parts that are sent, their bits, their routes and the width of the network."""
 
 from dataclasses import replace
 from pathlib import Path

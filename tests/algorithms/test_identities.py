@@ -1,4 +1,4 @@
-"""Exact facts about the algorithms. A curve of accuracies does not catch a wrong algorithm; these do."""
+"""Exact identities of the algorithms, which find errors that accuracy curves do not show."""
 
 import functools
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_one_round_of_fedavg_is_the_weighted_mean_of_local_training() -> None:
 
 @pytest.fixture
 def common(tmp_path: Path) -> Classify:
-    """A task whose start is a file: every site begins alike."""
+    """A task that starts from a file, so all sites have the same initial weights."""
     save_file(weights("start"), tmp_path / "start.safetensors")
     return replace(toy.TASK, start=str(tmp_path / "start.safetensors"))
 

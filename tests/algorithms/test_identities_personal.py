@@ -1,4 +1,4 @@
-"""Exact facts about the methods that give each site a model of its own."""
+"""Exact identities of the methods with a personal model for each site."""
 
 import functools
 from dataclasses import replace
@@ -256,7 +256,7 @@ def test_fedala_mixes_its_layers_only() -> None:
 
 @pytest.fixture
 def common(tmp_path: Path) -> object:
-    """A task whose start is a file: every site begins alike."""
+    """A task that starts from a file, so all sites have the same initial weights."""
     save_file(weights("start"), tmp_path / "start.safetensors")
     return replace(toy.TASK, start=str(tmp_path / "start.safetensors"))
 
@@ -377,7 +377,7 @@ def test_denses_ensemble_is_the_mean_of_logits() -> None:
 
 
 def test_dense_of_one_site_keeps_its_model() -> None:
-    """The student is the ensemble already: nothing to disagree about, nothing to learn."""
+    """The student equals the ensemble, so its loss is zero."""
     sites = {"c": toy.SITES["c"]}
     outcome = toy.play(quick("dense", rounds=1, epochs=3, local=TRAINING), sites=sites)
     alone = toy.play(quick("fedavg", rounds=1), sites=sites)

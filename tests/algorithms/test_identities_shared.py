@@ -1,4 +1,4 @@
-"""Exact facts about the methods that share a global model differently, or only a part of it."""
+"""Exact identities of the methods that share a global model in another way, or only a part of it."""
 
 import functools
 from dataclasses import replace
@@ -42,7 +42,7 @@ def close(a: Tensors, b: Tensors, tolerance: float = 1e-6) -> bool:
 
 
 def tapped(algorithm: Any) -> toy.Tap:
-    """The transport of a finished run, with all that crossed it."""
+    """Return the transport of a finished run, with all its messages."""
     tap = toy.Tap(InProcess(toy.workers(algorithm, task=toy.LAYERED)))
     list(run(algorithm, toy.central(task=toy.LAYERED), tap, evaluate="never"))
     return tap

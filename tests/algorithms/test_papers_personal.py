@@ -1,4 +1,4 @@
-"""pFedMe, Per-FedAvg and FedAMP beside the same algorithms line by line in NumPy, on quadratics (`quadratic.py`)."""
+"""pFedMe, Per-FedAvg and FedAMP against implementations in NumPy, on quadratics (`quadratic.py`)."""
 
 from typing import Any
 

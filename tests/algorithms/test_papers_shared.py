@@ -1,4 +1,4 @@
-"""SCAFFOLD and FedDyn against their papers' lines in NumPy, on quadratics whose common minimum is known."""
+"""SCAFFOLD and FedDyn against implementations in NumPy, on quadratics with a known common minimum."""
 
 import numpy as np
 import pytest

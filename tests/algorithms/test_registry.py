@@ -1,4 +1,4 @@
-"""Every registered algorithm passes through here. A new one adds a line to `ALGORITHMS` and nothing to this file."""
+"""Tests of every registered algorithm; a new algorithm needs a line in `ALGORITHMS` and no change here."""
 
 import functools
 import math
@@ -52,7 +52,7 @@ def outcome(name: str, task: Any) -> toy.Outcome:
 
 
 def score(algorithm: Any, server: Any, states: Any, task: Any) -> float:
-    """Mean accuracy (or loss) over the sites of what each of them would use."""
+    """Return the mean accuracy (or loss) over the sites, each with the model that it would use."""
     found = []
     for site, data in toy.SITES.items():
         down = algorithm.broadcast(server, site)
@@ -86,13 +86,13 @@ def test_two_runs_are_equal(name: str, outcome: toy.Outcome, task: Any) -> None:
 
 
 def wire(value: Message) -> bytes | None:
-    """The bytes of a message, or of a state, which may be none."""
+    """Return the bytes of a message or of a state, which may be None."""
     return None if value is None else encode(value)
 
 
 @every
 def test_stages_are_pure_and_what_they_exchange_survives_the_codec(name: str, outcome: toy.Outcome, task: Any) -> None:
-    """Servers, messages and states have the bytes at the end that they had when they were made; so have the data."""
+    """Servers, messages, states and data are never modified in place."""
     algorithm = toy.quick(name)
     tap = toy.Tap(InProcess(toy.workers(algorithm, task=task)))
     data = [sha256(table) for tables in toy.SITES.values() for table in tables.values()]

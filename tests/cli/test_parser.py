@@ -1,4 +1,4 @@
-"""The command line as its user meets it."""
+"""Tests of the command line."""
 
 import hashlib
 import json
@@ -30,14 +30,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
+    """Return the folder of a finished run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     execute(tiny.config(data), folder)
     return folder
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
-    """What the command prints; its exit code must be as expected."""
+    """Return the output of the command, and check its exit code."""
     capsys.readouterr()
     assert main([str(a) for a in arguments]) == code
     out, error = capsys.readouterr()
@@ -46,7 +46,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) 
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that the command says in refusing."""
+    """Return the single line of the command's error message."""
     capsys.readouterr()
     assert main([str(a) for a in arguments]) == 2
     out, error = capsys.readouterr()

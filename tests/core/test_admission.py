@@ -1,4 +1,4 @@
-"""What the border refuses, and that a site that is refused is left out by name while the others go on."""
+"""The admission policy: rejected replies, and runs that go on without the rejected site."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,7 @@ STAGE = Stage("train", lambda server, replies, ctx: (server, {}))
 
 
 def verdict(message: Message, border: AdmissionPolicy = DEFAULT_ADMISSION, weight: float = 1.0, stage: Stage = STAGE) -> str:
-    """Why the reply is refused; empty: it is taken."""
+    """Return the reason of a rejection; empty if the reply is accepted."""
     reply = Reply(message, None, weight, {})
     found = border.admit(reply, "a", DOWN, stage, toy.central())
     assert found is reply or isinstance(found, Failure)
@@ -101,7 +101,7 @@ def test_an_adapter_that_does_not_fit_leaves_its_site_out() -> None:
 
 
 def bent(**changes: Any) -> Callable[[Reply], Reply]:
-    """A reply whose message's fields are made others."""
+    """Return a reply with changed fields of its message."""
 
     def change(reply: Reply) -> Reply:
         values = {name: made(getattr(reply.message, name)) for name, made in changes.items()}

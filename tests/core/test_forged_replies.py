@@ -1,4 +1,4 @@
-"""Forged answers over a loop-back Flower grid, and weights, counts and changes that no honest site has."""
+"""Forged replies over a loop-back Flower grid, and weights, counts and updates that no honest site sends."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def raw(*path: str, text: str) -> Tamper:
-    """An answer whose header says `text` at this place."""
+    """Return a reply with `text` at this position of its header."""
 
     def change(message: Message, reply: Message) -> Message:
         outer, inner, body = fuzz._split(unpack(reply.content))
@@ -88,7 +88,7 @@ MEASURED: dict[str, tuple[Tamper, str]] = {
 
 
 def served(folder: Path, data: Path, action: str, fault: Tamper) -> list[dict[str, Any]]:
-    """The records of a run in which site b's second answer to this action is forged."""
+    """Return the records of a run with a forged second reply of site b to this action."""
     consortium = Consortium(folder, data)
     border = SETTINGS["server"] | {"min_sites": 3, "stage_timeout": 4.0}
     consortium.config = settings(folder / "server.toml", **SETTING | {"server": border})
@@ -105,7 +105,7 @@ def served(folder: Path, data: Path, action: str, fault: Tamper) -> list[dict[st
 
 
 def others(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the records say of everyone but site b, and of all together."""
+    """Return the records of all sites except b, and of all sites together."""
     plain = [{key: value for key, value in r.items() if key not in ("seconds", "peak_memory_mb", "absent")} for r in records]
     return [
         {key: {s: v for s, v in value.items() if s != "b"} if isinstance(value, dict) else value for key, value in r.items()}
@@ -115,7 +115,7 @@ def others(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def silent(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """The records of runs in which site b does not answer."""
+    """Return the records of runs without replies of site b."""
     actions = ("train.train", "evaluate")
     return {action: served(tmp_path_factory.mktemp("silent"), data, action, lambda m, r: None) for action in actions}
 

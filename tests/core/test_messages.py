@@ -1,4 +1,4 @@
-"""The codec: every kind of message survives it, and nothing else does."""
+"""The codec: it round-trips every kind of message and rejects everything else."""
 
 import json
 import pickle
@@ -132,7 +132,7 @@ VERDICT = ValidationVote({"0.0": 3.0}, {"0.0": 1.5}, 4)
 
 
 def forged(change: Any, sent: Message = MODEL) -> bytes:
-    """A message whose header and tensors a stranger has changed."""
+    """Return a message with a changed header and changed tensors."""
     wire = encode(sent)
     size = int.from_bytes(wire[:8], "little")
     header, tensors = json.loads(json.loads(wire[8 : 8 + size])["__metadata__"]["warmfed"]), load(wire)

@@ -1,4 +1,4 @@
-"""Federation: what it promises and what it refuses. Partition rules: each example once, and the skew that was asked for."""
+"""Federation: its guarantees and its errors. Partition rules: each example once, with the requested skew."""
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused(changes: dict[str, object], words: str) ->
 
 
 def test_all_faults_come_at_once() -> None:
-    with pytest.raises(InputError, match=r"template needs.*site 'a', train: labels.*site 'b', test: no images"):
+    with pytest.raises(InputError, match=r"expected a template.*site 'a', train: expected labels.*site 'b', test: no images"):
         pets(template="x", sites={"a": Site(table([5]), table([0]), table([0])), "b": Site(table([1]), table([0]), table([]))})
 
 
@@ -159,7 +159,7 @@ def test_deals_that_cannot_be_say_so() -> None:
 
 
 def pool() -> Federation:
-    """One site; each image's pixels tell its row and split."""
+    """Return one site; the pixels of an image encode its row and split."""
     image = torch.arange(120, dtype=torch.uint8)[:, None, None, None].expand(120, 3, 2, 2).contiguous()
     label = torch.arange(120) % 2
     rows = {"train": slice(0, 60), "validation": slice(60, 80), "test": slice(80, 120)}

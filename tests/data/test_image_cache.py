@@ -1,4 +1,4 @@
-"""Decoded images on disk: made once, whole or not at all, mapped, and never copied to where a name is enough."""
+"""The image cache: arrays are made once, atomically, memory-mapped, and sent to other processes by name."""
 
 import errno
 import os
@@ -126,7 +126,7 @@ def test_pictures_are_decoded_once_by_their_content(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Federation:
-    """The pets, as if they were too many for the memory."""
+    """Return the pets, memory-mapped as a larger set would be."""
     monkeypatch.setattr(assembly, "HELD", 0)
     return folder(pets(tmp_path / "pets"), image_size=8, cache=str(tmp_path / "cache"))
 

@@ -1,4 +1,4 @@
-"""Each kind of data as people have it on their disks: trees with split lists, tables, idx files, Parquet, saved partitions."""
+"""Loading of each kind of data: folders with split lists, tables, idx files, Parquet files and saved partitions."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ def saved(path: Path, seed: int) -> str:
 
 
 def domains(root: Path, each: int = 10) -> dict[str, list[str]]:
-    """DomainNet in small: clipart and "real world", classes The_Tower and bee, numbered bee 0, The_Tower 1 in the lists."""
+    """Write a small DomainNet: clipart and "real world"; the lists number the classes bee 0 and The_Tower 1."""
     files: dict[str, list[str]] = {}
     for s, site in enumerate(("clipart", "real world")):
         for c, name in enumerate(("bee", "The_Tower")):
@@ -163,7 +163,7 @@ def test_more_kinds_of_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["domainnet", "pacs", "camelyon17"])
 def test_the_examples_read_what_they_are_for(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Trees in small, laid out and listed as the originals are."""
+    """Small folders with the layout and the lists of the originals."""
     examples = Path(__file__).parents[2] / "examples"
     options = tomllib.loads((examples / f"{name}.toml").read_text())["data"]["options"]
     if name == "camelyon17":
@@ -225,7 +225,7 @@ def test_every_fault_of_a_csv_file_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "img" / "I7.png").write_bytes(b"no picture")
     refused(
         lambda: csv(table, site="place", split="set", **COLUMNS),
-        "line 43: an image, a label and a site", "line 44: an image",
+        "line 43: expected an image, a label and a site", "line 44: expected an image",
         "line 45: expected split train, validation or test, got 'sunday'",
         "img/I99.png cannot be read: No such file", "img/I7.png does not decode",
     )  # fmt: skip

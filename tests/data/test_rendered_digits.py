@@ -1,4 +1,4 @@
-"""Rendered digits: named by their generator, of the right classes, drawn and legible."""
+"""Rendered digits: reproducible, of the right classes, and legible."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The guard in front of Flower's servers: whom it lets through, and that nobody can hold the door open."""
+"""The guard: which requests it forwards, and its timeouts."""
 
 import http.client
 import os
@@ -29,7 +29,7 @@ head -1 <&3
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """The application behind the guard: it answers with how many bytes it was sent."""
+    """The application behind the guard; it replies with the number of bytes received."""
     if scope["type"] == "lifespan":
         while True:
             event = await receive()
@@ -48,7 +48,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """A guarded server in a thread; it lets in a key that is called "good", and waits half a second."""
+    """A guarded server in a thread, with the accepted key "good" and a timeout of half a second."""
     monkeypatch.setattr(guard, "PATIENCE", 0.5)
     monkeypatch.setattr(guard, "PAUSE", 0.5)
 

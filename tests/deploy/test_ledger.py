@@ -1,4 +1,4 @@
-"""What has left a site, as whoever must answer for it reads it."""
+"""The audit log of the data that a site has sent."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A site that comes late: it joins WarmFed's rounds with its adapter, or personalises the released global model alone."""
+"""Late sites: they join WarmFed's rounds with an adapter, or personalise the released global model alone."""
 
 import json
 import shutil

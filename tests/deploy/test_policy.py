@@ -1,4 +1,4 @@
-"""The site's own policy: what a server may not have a site do, tried as the operator of a server would."""
+"""A site's own policy, tested with requests of a malicious server."""
 
 import logging
 import tomllib
@@ -124,7 +124,7 @@ def asked(changes: Mapping[str, Any] | None = None, **fields: Any) -> Request:
 
 
 def refused(folder: Path, request: Request) -> str:
-    """Why the site refuses a request; its ledger says the same."""
+    """Return the reason why the site rejects a request; its ledger has the same reason."""
     body = decode(answer(folder, encode(request)), Answer).body
     assert isinstance(body, Refusal), body
     assert ledger(folder)[-1]["reason"] == body.reason
@@ -251,7 +251,7 @@ PREPARED = {"model.name"}
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_text_of_a_configuration_is_one_of_a_few_or_is_known_here(name: str) -> None:
-    """A new setting that names a file must be looked at: could a server point a site at any file by it?"""
+    """A new setting with a file's name needs a review: a server might point a site at any file with it."""
     site = SiteConfig(name="a", policy=Policy(algorithms=(name,), images=True))
     passed = set()
     for key in texts(tomllib.loads(resolve({"algorithm": {"name": name}}).toml())):

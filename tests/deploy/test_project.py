@@ -1,4 +1,4 @@
-"""The operator's side of a deployment: the project that is written, its certificates and keys, and preflight."""
+"""The operator's side of a deployment: the project, its certificates and keys, and preflight."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def serving(project: Path, behind: float = 0.0, opened: str = "") -> Iterator[No
 
 
 def failing(folder: Path) -> dict[str, str]:
-    """What fails and why, beside what this environment lacks."""
+    """Return the failed checks with reasons, except those that this environment lacks."""
     return {row.check: row.found for row in check(folder) if row.ok is False and "pip install" not in row.found}
 
 
@@ -333,7 +333,7 @@ def test_a_port_that_is_taken(project: Path) -> None:
 
 
 def test_a_port_is_ours_if_its_superlink_is_of_this_folder(project: Path, tmp_path: Path) -> None:
-    """Another site's program at the port is not taken for one's own."""
+    """Another site's program at the port does not pass as the own one."""
     words = f"import socket; s = socket.create_server(('0.0.0.0', {read_project(project).port})); print(flush=True); input()"
     program = tmp_path / "warmfed-superlink"
     program.write_text(words)

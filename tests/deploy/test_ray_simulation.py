@@ -1,4 +1,4 @@
-"""A run over Flower's simulation on Ray: the same bytes as in process. Skipped where Ray is not installed."""
+"""A run over Flower's simulation on Ray gives the same bytes as in process. Skipped if Ray is not installed."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""What FedDEO and FedBiP take from a pipeline: descriptions, concept vectors and noised latents; on one of random weights."""
+"""Descriptions, concept vectors and noised latents of FedDEO and FedBiP, on a pipeline with random weights."""
 
 import warnings
 from dataclasses import replace
@@ -183,7 +183,7 @@ def test_a_sampler_that_draws_noise_draws_it_from_the_run_s_numbers(plain: Laten
 def test_latents_are_taken_in_turn() -> None:
     of = torch.tensor([1, 0, 1, 0, 1])
     assert Concepts.turns(of, torch.tensor([0, 0, 0, 1, 1])).tolist() == [1, 3, 1, 0, 2]
-    with pytest.raises(InputError, match="no latent of class 2"):
+    with pytest.raises(InputError, match="has class 2, but sent no latent"):
         Concepts.turns(of, torch.tensor([2]))
 
 

@@ -1,4 +1,4 @@
-"""The embedded base with two sites of digits4: an adapter draws its own site, and swapping two of them shows."""
+"""The embedded base with two sites of digits4: an adapter samples images of its own site."""
 
 from collections.abc import Mapping
 
@@ -29,7 +29,7 @@ def local(site: str) -> ClientContext:
 
 @pytest.fixture(scope="module")
 def recognised() -> Mapping[tuple[str, str], float]:
-    """By (site whose classifier judges, site whose adapter draws): the share of samples that it takes for their class."""
+    """Return by (site of the classifier, site of the adapter) the share of samples classified as their class."""
     training = Training(lr=0.02, epochs=25, max_grad_norm=1.0)
     judges: dict[str, Tensors] = {}
     for site in SITES:

@@ -1,4 +1,4 @@
-"""Adapters, the sampler and the loss against diffusers' own, on a pipeline of random weights."""
+"""Adapters, samplers and losses against those of diffusers, on a pipeline with random weights."""
 
 import functools
 import pickle
@@ -220,7 +220,7 @@ def test_the_loss_is_diffusers(prediction: str, gamma: float) -> None:
 
 
 def test_an_unknown_prediction_is_refused() -> None:
-    with pytest.raises(InputError, match="the scheduler predicts 'sample'"):
+    with pytest.raises(InputError, match="got 'sample'"):
         denoising_loss(lambda noisy, time: noisy, torch.zeros(2, 4, 2, 2), torch.linspace(0.9, 0.1, 10), "sample", 5.0)
 
 

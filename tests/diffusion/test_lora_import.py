@@ -1,4 +1,4 @@
-"""Adapters made elsewhere become a site's adapter, and plain diffusers draws the same from the file that they came in."""
+"""Imported adapters: the run and plain diffusers sample the same images from one file."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def made(base: str, file: Path, **changes: Any) -> LatentDiffusion:
 
 
 def taken(generator: LatentDiffusion) -> dict[str, Tensor]:
-    """The adapter of a site that has no images to learn from."""
+    """Return the adapter of a site without images."""
     adapter, info = generator.adapt(ClientContext(None, {}, stream("adapt"), "ink", PROMPTS))
     assert info == {"imported": 1.0}
     generator.check(adapter, PROMPTS, "it")
@@ -59,14 +59,14 @@ def predicted(generator: LatentDiffusion, adapter: dict[str, Tensor]) -> Tensor:
 
 
 def layers(base: str, rank: int, targets: str = "transformer", dora: bool = False) -> dict[str, Tensor]:
-    """Random layers under diffusers' names."""
+    """Return random layers with diffusers' names."""
     model = lora.adapted(base, PROMPTS, rank, targets, "cpu", dora=dora)
     blank = lora.to_diffusers(lora.fresh(model, stream("fresh")))
     return {n: t + torch.randn(t.shape, generator=stream(n)).to(t.dtype) / 4 for n, t in blank.items() if ".lora_" in n}
 
 
 def as_diffusers(adapter: dict[str, Tensor], file: Path) -> None:
-    """With alpha in the header, as diffusers writes it today."""
+    """Write a file with alpha in the header, as diffusers does."""
     modules = sorted({name.removeprefix("unet.").partition(".lora_")[0] for name in adapter})
     config = LoraConfig(r=2, lora_alpha=6, target_modules=modules).to_dict() | {"target_modules": modules}
     told = {f"unet.{name}": value for name, value in config.items()}
@@ -92,7 +92,7 @@ def as_kohya(adapter: dict[str, Tensor], file: Path) -> None:
     ("write", "scale"), [(as_diffusers, 3.0), (as_old_diffusers, 1.0), (as_kohya, 3.0)], ids=["diffusers", "old", "kohya"]
 )
 def test_a_file_of_diffusers_or_kohya_is_a_sites_adapter(write: Callable, scale: float, base: str, tmp_path: Path) -> None:
-    """Of rank 2 with alpha 6, in a run of rank 4; plain diffusers is the judge."""
+    """An adapter of rank 2 with alpha 6 in a run of rank 4, against plain diffusers."""
     file, adapter = tmp_path / "theirs.safetensors", layers(base, 2)
     write(adapter, file)
     generator = made(base, file)
@@ -158,12 +158,12 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, Any], 
     "more layers": (
         lambda a: None,
         {"target_modules": "attention"},
-        r"adapts 'unet\.[\w.]+' and \d+ more, .*set target_modules wider",
+        r"adapts 'unet\.[\w.]+' and \d+ more, .*set more target_modules",
     ),
     "a text encoder": (
         lambda a: a.update({"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 16)}),
         {},
-        "adapts text_encoder; only adapters of unet can be used",
+        "adapts text_encoder; only adapters of unet are supported",
     ),
     "no layers": (lambda a: a.clear(), {}, "has no layers"),
     "half a layer": (lambda a: a.pop(next(iter(a))), {}, "lacks A or B of"),

@@ -1,4 +1,4 @@
-"""Each option of an adapter's training does what it says, on a Stable Diffusion of random weights."""
+"""Options of an adapter's training, on a Stable Diffusion with random weights."""
 
 import re
 from collections.abc import Callable
@@ -93,7 +93,7 @@ def test_the_scale_is_alpha_over_the_rank_or_over_its_root() -> None:
 
 
 def test_an_adapter_leaves_with_its_scale_in_it(plain: LatentDiffusion) -> None:
-    """The layers that learned it, scaled, predict what the model predicts that wears it."""
+    """The scaled layers of the training predict the same as the model with the sent adapter."""
     model, noisy = plain._model(PROMPTS, "cpu"), torch.randn(2, 4, 8, 8, generator=stream("noisy"))
     inner = {
         name: torch.randn(value.shape, generator=stream(name)) / 4
@@ -295,7 +295,7 @@ def test_latents_on_disk_are_those_in_memory_and_are_made_once(
 def test_latents_of_large_images_on_disk_are_made_in_the_same_batches(
     plain: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 48 pixels the autoencoder takes 28 at a time; in 64s it would end a batch elsewhere, and last bits with it."""
+    """At 48 pixels the autoencoder's batch is 28; batches of 64 would change the last bits."""
     monkeypatch.setenv("WARMFED_CACHE", str(tmp_path))
     image = torch.randint(256, (80, 3, 48, 48), generator=stream("large"), dtype=torch.uint8)
     ctx = replace(local(), data={"train": {"image": image, "label": torch.arange(80) % 3}})
@@ -313,7 +313,7 @@ def test_checkpointing_changes_no_bit(plain: LatentDiffusion) -> None:
 
 
 def peak(generator: LatentDiffusion, rows: int) -> float:
-    """Bytes that so many rows at a time need."""
+    """Return the bytes of a micro-batch of this size."""
     return plan(replace(generator, training=replace(TRAINING, batch_size=rows)), 2).train.peak
 
 
@@ -360,7 +360,7 @@ def test_an_automatic_batch_learns_the_same_but_for_rounding(plain: LatentDiffus
 
 
 def test_an_early_stop_returns_the_best_epochs_adapter(plain: LatentDiffusion) -> None:
-    """With steps this bold the loss on other images soon rises."""
+    """With such a large learning rate, the validation loss soon rises."""
     bold = with_(replace(plain, training=replace(TRAINING, lr=0.2, epochs=12)), patience=2)
     adapter, info = bold.adapt(local())
     epochs = int(info["best_step"]) // 2

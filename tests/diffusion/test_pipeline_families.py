@@ -1,4 +1,4 @@
-"""Every family of pipelines goes from images to an adapter's file to samples, and plain diffusers draws the same from it."""
+"""Every family of pipelines: adaptation, files and samples, against plain diffusers."""
 
 import json
 import shutil
@@ -210,7 +210,7 @@ def test_every_sampler_draws(sampler: str, kind: str, bases: dict[str, str]) -> 
 
 
 class Noted(torch.nn.Module):
-    """A denoiser that answers with what it is told, and notes how many rows it was asked for."""
+    """A denoiser that returns its conditioning and records the number of rows."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Work that runs of a comparison share is done once, and gives each of them what it would have made itself."""
+"""The result cache: shared work of a comparison runs once, and its results are those without a cache."""
 
 import warnings
 from dataclasses import replace

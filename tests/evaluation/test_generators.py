@@ -1,4 +1,4 @@
-"""Scores of samples, each against an oracle that can be seen."""
+"""Scores of samples, each against a known result."""
 
 from pathlib import Path
 
@@ -68,16 +68,16 @@ def test_networks_of_a_file(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = FEATURE_EXTRACTORS[name]().eval()
     weights = {key: value.numpy() for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
-    np.savez(tmp_path / "eyes.npz", **weights)
-    look, digest = extractor(str(tmp_path / "eyes.npz"), "digits", (3, 32, 32))
+    np.savez(tmp_path / "features.npz", **weights)
+    extract, digest = extractor(str(tmp_path / "features.npz"), "digits", (3, 32, 32))
     image = torch.randint(256, (3, 3, 32, 32), generator=stream("image"), dtype=torch.uint8)
-    assert torch.allclose(look(image), net(image), atol=1e-6)
+    assert torch.allclose(extract(image), net(image), atol=1e-6)
     assert len(digest) == 64
 
 
 def test_the_public_classifier_looks_too(tmp_path: Path) -> None:
-    look, _ = extractor("public", "digits", (3, 32, 32))
-    assert look(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 128)
+    extract, _ = extractor("public", "digits", (3, 32, 32))
+    assert extract(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 128)
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(InputError, match="holds none of the networks lenet, resnet20"):
         extractor(str(tmp_path / "other.npz"), "digits", (3, 32, 32))
@@ -88,17 +88,17 @@ def test_the_public_classifier_looks_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_classifier_of_any_network_and_any_classes_looks(name: str, tmp_path: Path) -> None:
-    """As a base's public one may be: of two hundred classes, a ResNet-18."""
+    """A ResNet-18 with two hundred classes, as the public classifier of a base may be."""
     image = torch.randint(256, (3, 3, 32, 32), generator=stream("image"), dtype=torch.uint8)
     task = Classify((3, 32, 32), 7, name)
     model = task.init(stream("classifier"))
-    save_file(dict(model), tmp_path / "eyes.safetensors")
-    look, _ = extractor(str(tmp_path / "eyes.safetensors"), "digits", (3, 32, 32))
-    assert torch.equal(look(image), task.features(model, {"image": image}))
-    assert Classify.of(tmp_path / "eyes.safetensors", (3, 32, 32), "it")[0] == task
+    save_file(dict(model), tmp_path / "features.safetensors")
+    extract, _ = extractor(str(tmp_path / "features.safetensors"), "digits", (3, 32, 32))
+    assert torch.equal(extract(image), task.features(model, {"image": image}))
+    assert Classify.of(tmp_path / "features.safetensors", (3, 32, 32), "it")[0] == task
     if name != "resnet18":  # which takes any size
         with pytest.raises(InputError, match="does not fit the model"):
-            extractor(str(tmp_path / "eyes.safetensors"), "digits", (3, 64, 64))
+            extractor(str(tmp_path / "features.safetensors"), "digits", (3, 64, 64))
     save_file({"x": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="holds none of the networks cnn"):
         extractor(str(tmp_path / "other.safetensors"), "digits", (3, 32, 32))
@@ -129,8 +129,8 @@ def test_the_samples_of_each_adapter_are_measured_against_its_own_site() -> None
     federation = Federation("two", ("x", "y"), "a {}", sites)
     good, wrong = table("sa", 0, 30), table("sb", 20, 30)  # b's adapter draws too dark
     samples = {"b": wrong | {"kept": torch.arange(30) < 15}, "a": good | {"kept": torch.ones(30, dtype=torch.bool)}}
-    look = lambda image: image.float().mean((2, 3))  # noqa: E731
-    found = adapter_scores(look, federation, samples, 5)
+    extract = lambda image: image.float().mean((2, 3))  # noqa: E731
+    found = adapter_scores(extract, federation, samples, 5)
     assert found["a"]["fid"] < 0.1 * found["b"]["fid"]
     assert found["a"]["precision"] > 80
     assert found["b"]["precision"] == found["b"]["memorization_rate"] == 0
@@ -139,4 +139,4 @@ def test_the_samples_of_each_adapter_are_measured_against_its_own_site() -> None
     assert found["a"]["fid"] < 20 * found["a"]["floor_fid"]
     assert found["b"]["nearest"] > 100 > found["a"]["nearest"]
     few = Federation("two", ("x", "y"), "a {}", {**sites, "a": Site(table("a", 0, 40), table("v", 0, 4), table("t", 0, 1))})
-    assert found["a"].keys() - adapter_scores(look, few, samples, 5)["a"].keys() == {"floor_fid", "floor_kid"}
+    assert found["a"].keys() - adapter_scores(extract, few, samples, 5)["a"].keys() == {"floor_fid", "floor_kid"}

@@ -1,4 +1,4 @@
-"""A comparison runs each cell once, counts fairly, and goes on after a kill."""
+"""Comparisons: each cell runs once, statistics are correct, and a killed comparison resumes."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Bases: pre-training writes a whole pipeline folder that diffusers opens, and a damaged one is told in one line."""
+"""Pre-training: it writes a complete pipeline folder that diffusers opens; damaged folders give an error of one line."""
 
 import json
 import shutil
@@ -154,7 +154,7 @@ def pets() -> ImageSet:
 
 
 def public(side: int) -> Federation:
-    """Two sites that have set a third of their images aside."""
+    """Two sites with a third of their images public."""
     draw = torch.Generator().manual_seed(0)
     images = {site: torch.randint(256, (30, 3, side, side), generator=draw, dtype=torch.uint8) for site in ("home", "shelter")}
     label = torch.arange(30) % 2

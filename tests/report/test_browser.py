@@ -1,4 +1,4 @@
-"""The report in a real browser, at the widths of a desktop and of a phone: nothing cut off, nothing on the console."""
+"""The report in a browser, at desktop and phone widths: nothing is cut off, and the console is empty."""
 
 import html
 import json
@@ -64,7 +64,7 @@ Browse = Callable[..., tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def browse(tmp_path_factory: pytest.TempPathFactory) -> Browse:
-    """Open a page and give back its document after loading, and what the browser wrote to its log."""
+    """Return the document of a page after loading, and the browser's log."""
     if BROWSER is None:
         pytest.skip("no Chromium or Chrome on the PATH; install one to check the report's layout")
 
@@ -81,7 +81,7 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Browse:
 
 
 def measured(browse: Browse, path: Path, width: int, scheme: int = LIGHT) -> dict[str, Any]:
-    """What `MEASURE` finds in the report at `path`, shown `width` pixels wide."""
+    """Return the result of `MEASURE` for the report at `path`, `width` pixels wide."""
     text = path.read_text()
     policy = re.search(r"<meta http-equiv=[^>]*>", text)
     assert policy is not None  # it would keep the measuring script from running, as it should
@@ -109,8 +109,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sites = {LONG if site == "street" else site: {"train": 9, "validation": 9, "test": 9} for site in SITES}
     classes = ("squamous cell carcinoma", "benign keratosis-like lesions")
     long = run_folder(root / "long", renamed(WARMFED), renamed(LEDGER), classes, sites=sites)
-    panel = long / "report_images" / "report_images.json"
-    panel.write_text(panel.read_text().replace('"street"', f'"{LONG}"'))
+    report_images = long / "report_images" / "report_images.json"
+    report_images.write_text(report_images.read_text().replace('"street"', f'"{LONG}"'))
     return {
         "run": report.write(run_folder(root / "run")),
         "long": report.write(long),

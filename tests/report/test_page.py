@@ -1,4 +1,4 @@
-"""The report: what a page shows, what it leaves out, and what it says of damaged files."""
+"""The report: shown and omitted sections, and errors for damaged files."""
 
 import base64
 import itertools
@@ -35,7 +35,7 @@ VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Reads a page; fails on tags that do not nest; keeps ids, headings, links and the cells of every table."""
+    """Parser of a page: it fails on tags that do not nest, and keeps ids, headings, links and table cells."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -183,8 +183,8 @@ def test_every_value_is_escaped(tmp_path: Path) -> None:
     renamed = json.loads(json.dumps(WARMFED).replace('"ink"', json.dumps(HOSTILE)))
     folder = run_folder(tmp_path, renamed, [], (HOSTILE, "one"), algorithm=HOSTILE, federation=HOSTILE)
     (folder / "summary.json").write_text((folder / "summary.json").read_text().replace('"ink"', json.dumps(HOSTILE)))
-    panel = folder / "report_images" / "report_images.json"
-    panel.write_text(panel.read_text().replace('"ink"', json.dumps(HOSTILE)))
+    report_images = folder / "report_images" / "report_images.json"
+    report_images.write_text(report_images.read_text().replace('"ink"', json.dumps(HOSTILE)))
     (folder / "config.toml").write_text(f"# {HOSTILE}\n")
 
     read = page(folder)
@@ -262,13 +262,13 @@ def cut_picture(folder: Path) -> None:
 
 
 def other_picture(folder: Path) -> None:
-    panel = folder / "report_images" / "report_images.json"
-    panel.write_text(panel.read_text().replace("real-ink.png", "../secret.png"))
+    report_images = folder / "report_images" / "report_images.json"
+    report_images.write_text(report_images.read_text().replace("real-ink.png", "../secret.png"))
 
 
 def wrong_class(folder: Path) -> None:
-    panel = folder / "report_images" / "report_images.json"
-    panel.write_text(panel.read_text().replace('"class": 1', '"class": 2'))
+    report_images = folder / "report_images" / "report_images.json"
+    report_images.write_text(report_images.read_text().replace('"class": 1', '"class": 2'))
 
 
 @pytest.mark.parametrize(
@@ -386,16 +386,16 @@ def test_a_comparison_of_diffusion_models_shows_what_they_draw(tmp_path: Path) -
     folder = comparison_folder(tmp_path, measure="loss")
     assert "What they draw" not in Page(report.write_comparison(folder).read_text()).headings
 
-    panel = folder / "warmfed-0" / "report_images"
-    (panel / "drawn.png").write_bytes(png(200))
-    content = json.loads((panel / "report_images.json").read_text())
+    report_images = folder / "warmfed-0" / "report_images"
+    (report_images / "drawn.png").write_bytes(png(200))
+    content = json.loads((report_images / "report_images.json").read_text())
     content["sites"] = {DRAWN: {"synthetic": "drawn.png"}, **content["sites"]}
-    (panel / "report_images.json").write_text(json.dumps(content))
+    (report_images / "report_images.json").write_text(json.dumps(content))
     text = report.write_comparison(folder).read_text()
     assert Page(text).headings == ["Results", "What they draw"]
     assert base64.b64encode(png(200)).decode() in text
     assert "drawn images of warmfed, one row per class: zero, one" in text
-    (panel / "drawn.png").write_bytes(b"damaged")
+    (report_images / "drawn.png").write_bytes(b"damaged")
     with pytest.raises(InputError, match="images drawn by warmfed"):
         report.write_comparison(folder)
 

@@ -1,4 +1,4 @@
-"""Before a run: what it costs, by count on the meta device, and which files it will read, there or not."""
+"""Checks before a run: its estimated cost, and the files that it will read."""
 
 import csv
 import hashlib

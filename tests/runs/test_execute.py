@@ -1,4 +1,4 @@
-"""Whenever a run is killed, `resume` finishes it with the same bytes; whatever is damaged, it says so and touches nothing."""
+"""Resumption: a killed run ends with the same bytes; damaged files give an error and stay unchanged."""
 
 import fcntl
 import json
@@ -74,7 +74,7 @@ def same(folder: Path, whole: Path) -> None:
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
-    """`warmfed resume` says these words in one line, exits with 2 and leaves the folder as it is."""
+    """Check that `warmfed resume` prints one line with these words, exits with 2 and does not change the folder."""
     before = tiny.digest(folder)
     capsys.readouterr()
     assert main(["resume", str(folder)]) == 2
@@ -184,14 +184,14 @@ def test_every_process_of_warmfed_is_killed(warm: Config, tmp_path: Path) -> Non
 def test_the_samples_of_each_adapter_are_measured(warm: Config, tmp_path: Path) -> None:
     measured = replace(warm, evaluation=replace(warm.evaluation, adapters=True, features="global"))
     summary = execute(measured, tmp_path / "run")
-    panel = json.loads((tmp_path / "run" / "report_images" / "report_images.json").read_text())
-    assert panel["features_sha256"] == summary["models_sha256"]["global"]
-    assert {"fid", "kid", "precision", "recall", "memorization_rate", "diversity", "nearest", "kept"} <= panel["adapters"][
-        "a"
-    ].keys()
+    report_images = json.loads((tmp_path / "run" / "report_images" / "report_images.json").read_text())
+    assert report_images["features_sha256"] == summary["models_sha256"]["global"]
+    assert {"fid", "kid", "precision", "recall", "memorization_rate", "diversity", "nearest", "kept"} <= report_images[
+        "adapters"
+    ]["a"].keys()
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Quality of the adapters" in page
-    assert panel["features_sha256"][:12] in page
+    assert report_images["features_sha256"][:12] in page
     with pytest.raises(InputError, match=r"classifier\.safetensors is not there; set features to global"):
         prepare(replace(warm, evaluation=replace(warm.evaluation, adapters=True)))
 
@@ -213,9 +213,9 @@ def test_samples_are_shown_and_measured_as_those_of_the_sites_whose_adapters_cam
         evaluation=Evaluation(adapters=True, features="global"),
     )
     execute(one, tmp_path / "one")
-    panel = json.loads((tmp_path / "one" / "report_images" / "report_images.json").read_text())
-    assert {site: bool(shown["synthetic"]) for site, shown in panel["sites"].items()} == {"a": False, "b": True}
-    assert panel["adapters"].keys() == {"b"}
+    report_images = json.loads((tmp_path / "one" / "report_images" / "report_images.json").read_text())
+    assert {site: bool(shown["synthetic"]) for site, shown in report_images["sites"].items()} == {"a": False, "b": True}
+    assert report_images["adapters"].keys() == {"b"}
 
 
 @pytest.mark.parametrize("name", ["warmfed", "feddeo"])

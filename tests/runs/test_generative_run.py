@@ -26,8 +26,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("runs") / "x"
     arguments = ["run", "--algorithm", "fedddpm", "--rounds", "2", "--workers", "1", "--out", str(place), "--quiet"]
-    eyes = tiny.eyes(place.parent / "eyes.npz")
-    assert main([*arguments, "--set", f"data.source={data}", f"evaluation.features={eyes}", *QUICK]) == 0
+    features = tiny.feature_extractor(place.parent / "features.npz")
+    assert main([*arguments, "--set", f"data.source={data}", f"evaluation.features={features}", *QUICK]) == 0
     return place
 
 
@@ -50,12 +50,15 @@ def test_another_worker_count_gives_the_same_bytes(folder: Path, capsys: Any) ->
 
 def test_sites_that_share_no_generator_are_measured_by_their_own(data: Path, folder: Path, tmp_path: Path) -> None:
     """Each of the two sites draws half of the samples; the whole network averaged over rounds is one model again."""
-    eyes = folder.parent / "eyes.npz"
+    features = folder.parent / "features.npz"
     models = {}
     for name, more in (("feddiffuse-udec", []), ("fedavg", ["global_ema_decay=0.5"])):
         out = tmp_path / name
         arguments = ["run", "--algorithm", name, "--rounds", "1", "--workers", "1", "--out", str(out), "--quiet", "--set"]
-        assert main([*arguments, "task=denoise", f"data.source={data}", f"evaluation.features={eyes}", *QUICK[:-1], *more]) == 0
+        assert (
+            main([*arguments, "task=denoise", f"data.source={data}", f"evaluation.features={features}", *QUICK[:-1], *more])
+            == 0
+        )
         models[name] = json.loads((out / "summary.json").read_text())["quality"]["models"]
         assert main(["verify", str(out), "--workers", "2"]) == 0
     assert models == {"feddiffuse-udec": 2, "fedavg": 1}
@@ -87,7 +90,7 @@ def test_synthesize(folder: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_comparison_of_diffusion_models(data: Path, folder: Path, tmp_path: Path, capsys: Any) -> None:
-    eyes = folder.parent / "eyes.npz"
+    features = folder.parent / "features.npz"
     arguments = [
         "compare",
         "--algorithms",
@@ -101,7 +104,7 @@ def test_a_comparison_of_diffusion_models(data: Path, folder: Path, tmp_path: Pa
         "--out",
         str(tmp_path / "x"),
     ]
-    arguments += ["--set", "task=denoise", f"data.source={data}", f"evaluation.features={eyes}", *QUICK]
+    arguments += ["--set", "task=denoise", f"data.source={data}", f"evaluation.features={features}", *QUICK]
     assert main(arguments) == 0
     assert "Fréchet distance" in capsys.readouterr().out
     table = json.loads((tmp_path / "x" / "compare.json").read_text())

@@ -1,4 +1,4 @@
-"""The time left: an expectation at first, what was measured later."""
+"""The remaining time: first an estimate, later from measurements."""
 
 import pytest
 

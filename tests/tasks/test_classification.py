@@ -1,4 +1,4 @@
-"""The figures that reports show, against scikit-learn and torchmetrics; and the networks behind them."""
+"""Metrics of classifiers against scikit-learn and torchmetrics; and the networks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_a_start_that_does_not_fit_is_refused(content: object, words: str, tmp_p
 
 
 def test_the_layout_of_images_in_memory_changes_no_bit() -> None:
-    """Samples straight from a generator and those that were written and read are the same data."""
+    """Samples from a generator and samples from a file give the same results."""
     task = Classify((3, 32, 32), 10)
     table = {"image": torch.randint(256, (64, 3, 32, 32), generator=stream("layout"), dtype=torch.uint8)}
     table["label"] = torch.arange(64) % 10

@@ -1,4 +1,4 @@
-"""Learning to draw: the loss and the samplers are diffusers' own, draws are named, tables are encoded once."""
+"""The denoising task: loss and samplers agree with diffusers, samples are reproducible, tables are encoded once."""
 
 import dataclasses
 from typing import Any
@@ -78,7 +78,7 @@ def test_the_loss_is_that_of_diffusers(prediction: str, schedule: str) -> None:
 
 
 class Exact(nn.Module):
-    """The right noise where every image is `image`."""
+    """Predicts the exact noise if every image is `image`."""
 
     def __init__(self, image: torch.Tensor, alphas: torch.Tensor) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def test_bad_settings(changes: dict[str, Any], words: str) -> None:
 
 
 def test_a_network_without_weights_needs_no_base_loaded_before() -> None:
-    """Who asks for shapes alone, and first: the autoencoder that tells them is read as ever."""
+    """A first call on the meta device still loads a usable autoencoder."""
     _autoencoder.cache_clear()
     with torch.device("meta"):
         shapes = Denoise((3, 32, 32), 10).build().state_dict()
@@ -151,5 +151,5 @@ def test_a_network_without_weights_needs_no_base_loaded_before() -> None:
 
 
 def test_patches_that_do_not_fit() -> None:
-    with pytest.raises(InputError, match="patches of 3 do not fit"):
+    with pytest.raises(InputError, match="patches of 3 do not divide"):
         with_settings(patch=3).build()

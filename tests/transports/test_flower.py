@@ -1,4 +1,4 @@
-"""A run over Flower, on a loop-back Grid: the same bytes as in process, and nothing that is not an answer gets in."""
+"""A run over Flower on a loop-back Grid: the same bytes as in process, and rejection of everything except replies."""
 
 import json
 import subprocess

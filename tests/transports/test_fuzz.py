@@ -1,4 +1,4 @@
-"""Changed answers of every kind of message: refused, or a state that can be used. `benchmarks/fuzz_replies.py` feeds more."""
+"""Mutated replies of every kind: rejected, or with a usable state. `benchmarks/fuzz_replies.py` runs more of them."""
 
 import fuzz
 import pytest

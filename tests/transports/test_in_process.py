@@ -1,4 +1,4 @@
-"""Where clients run must not matter; and what a site's memory protects against."""
+"""The in-process transport: results do not depend on the processes; client states protect against repeated requests."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What comes from outside is printed as one bounded line."""
+"""Text from outside is printed as one line of bounded length."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What an attacker hands over: pipes, devices, bombs, nesting, huge labels, code in a base, markup in names, open modes."""
+"""Hostile input: pipes, devices, bombs, nesting, huge labels, code in a base, markup in names, file modes."""
 
 import gzip
 import io
@@ -54,7 +54,7 @@ READERS = {
 
 
 def refused_alone(code: str) -> str:
-    """The one line of a reader that runs in a process of its own, within bounds of time and memory."""
+    """Return the error line of a reader in a separate process with limits of time and memory."""
     script = (
         "import sys, resource; from pathlib import Path; from warmfed.utils.errors import InputError\n"
         "import torch, numpy, warmfed.data, warmfed.config\n"

@@ -260,14 +260,14 @@ def _repartitioned(examples: Examples, path: Path) -> Examples:
     """Return the examples of a saved partition, with its sites and splits."""
     saved = read_json(path, "the partition")
     if not isinstance(saved, dict) or saved.get("format") != 1 or saved.get("sha256") != _digest(saved.get("sites")):
-        raise InputError(f"the partition {path} is damaged or of another kind; write it anew by `warmfed data --save`")
+        raise InputError(f"the partition {path} is damaged or of another kind; write it again with `warmfed data --save`")
     row = {name: i for i, name in enumerate(examples.name.tolist())}
     named = [(site, part, name) for site, parts in saved["sites"].items() for part, names in parts.items() for name in names]
     absent = [name for _, _, name in named if name not in row]
     refuse(f"the partition {path}", [f"{name} is not in the data" for name in absent])
     rows = np.array([row[name] for _, _, name in named])
     if len(set(rows.tolist())) < len(rows):
-        raise InputError(f"the partition {path} names an image twice; write it anew by `warmfed data --save`")
+        raise InputError(f"the partition {path} names an image twice; write it again with `warmfed data --save`")
     site, parts = np.full(len(row), "", dtype=object), np.full(len(row), WHOLE, dtype=object)
     site[rows], parts[rows] = [site for site, _, _ in named], [part for _, part, _ in named]
     mask = site != ""

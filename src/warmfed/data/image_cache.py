@@ -118,7 +118,7 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
     except (OSError, ValueError) as error:
-        raise InputError(f"the decoded images in {path} are gone or damaged; start the command anew") from error
+        raise InputError(f"the decoded images in {path} are gone or damaged; start the command again") from error
 
 
 class Mapped(Mapping[str, Tensor]):

@@ -286,7 +286,7 @@ def _results(compare: Mapping[str, Any]) -> Section:
         else "Test accuracy in percent at the last round, never the best one. Global: one model on all sites’ test images. "
         "Personal: each site’s own model on its own test images. "
     ) + (
-        "★ marks the best settings on validation; the test columns mark nobody, so that no setting is chosen by them."
+        "★ marks the best settings on validation; the test columns have no marks, so that they select no settings."
         if compare.get("swept")
         else "The winner of every column is marked ★; local and centralized training, which share nothing and "
         "everything, are references and win none."

@@ -113,8 +113,8 @@ def _quality(run: Run) -> Section | None:
     last = measured[-1]["quality"]
     how = (
         f"{last['samples']:,} samples, classes as frequent as in the data, against all training images, in the features of a "
-        f"network that is no part of the run (SHA-256 {last['features'][:12]}). Scores compare only within one choice of "
-        "features and one number of samples."
+        f"network that is not part of the run (SHA-256 {last['features'][:12]}). Scores are comparable only for one choice "
+        "of features and one number of samples."
     )
     return Section("quality", "Quality of the samples", how, figures, tables=[quality_table(last)])
 
@@ -138,9 +138,9 @@ def adapters(run: Run) -> Section | None:
     ]
     rows = []
     for site, scores in sorted(run.report_images.adapters.items()):
-        told = [number(scores.get(key), digits) for key, _, digits in shown]
-        told.insert(1, number(scores.get("floor_fid"), 2))
-        rows.append(cells(site, number(scores.get("samples"), 0), *told))
+        texts = [number(scores.get(key), digits) for key, _, digits in shown]
+        texts.insert(1, number(scores.get("floor_fid"), 2))
+        rows.append(cells(site, number(scores.get("samples"), 0), *texts))
     names = [name for _, name, _ in shown]
     names.insert(1, "its floor")
     how = (

@@ -171,7 +171,7 @@ def check(value: Any, shape: Any, where: str) -> None:
                 elif not key.endswith("?"):
                     raise InputError(
                         f"{where} has no {name!r}; it is damaged or of another version of warmfed; "
-                        "restore it or start the run anew"
+                        "restore it or start the run again"
                     )
         case _:
             expected, types = KINDS[shape]
@@ -182,7 +182,7 @@ def _is(value: Any, types: type | tuple[type, ...], expected: str, where: str) -
     if not isinstance(value, types):
         raise InputError(
             f"{where}: expected {expected}; found {str(value)[:40]!r}; "
-            "the file is damaged or of another version of warmfed; restore it or start the run anew"
+            "the file is damaged or of another version of warmfed; restore it or start the run again"
         )
 
 
@@ -267,7 +267,7 @@ def read_rounds(folder: Path) -> tuple[Mapping[str, Any], ...]:
     for number, line in enumerate(rounds, 1):
         check(line, ROUND, f"{path} line {number}")
     if not rounds:
-        raise InputError(f"{path} is empty; expected a line per round; restore it or start the run anew")
+        raise InputError(f"{path} is empty; expected a line per round; restore it or start the run again")
     return tuple(rounds)
 
 
@@ -287,7 +287,7 @@ def read_report_images(folder: Path) -> ReportImages | None:
         if not 0 <= point["class"] < len(found["classes"]):
             raise InputError(
                 f"{path}: features[{place}]: expected a class from 0 to {len(found['classes']) - 1}; "
-                f"found {point['class']}; restore it or start the run anew"
+                f"found {point['class']}; restore it or start the run again"
             )
     return ReportImages(
         tuple(found["classes"]), images, features, found.get("adapters") or {}, found.get("features_sha256") or ""
@@ -299,7 +299,7 @@ def _read_picture(folder: Path, site: str, name: str) -> bytes:
     if Path(name).name != name:
         raise InputError(
             f"{folder / 'report_images.json'}: expected the name of a PNG file beside it; "
-            f"found {name!r}; restore it or start the run anew"
+            f"found {name!r}; restore it or start the run again"
         )
     return read_bytes(folder / name, f"the images of site {site!r}")
 

@@ -45,11 +45,11 @@ def pictures(run: Run) -> Section | None:
         drawn = (
             "samples of that site’s own model, of which the auxiliary set is made"
             if run.summary.get("task") == "denoise"
-            else "what the shared generator draws with that site’s adapter"
+            else "samples of the shared generator with that site’s adapter"
         )
         how += (
             f" On the left are images of the site itself; on the right: {drawn}. "
-            "They should show the left’s look and the row’s class, and copy no image."
+            "They should resemble the left in style and show the row’s class, without copies of images."
         )
     if small:
         how += " Compressed for this page."
@@ -119,12 +119,12 @@ def feature_map(run: Run) -> Section | None:
         )
         figures.append(Figure(site, svg, alt, key=(("●", "real"), ("×", "synthetic")) if both else ()))
     how = (
-        "Each point is an image, as the classifier sees it, laid out by t-SNE; neighbours look alike, distances between far "
-        "groups mean little. Names stand near the middle of a class’s real images."
+        "Each point is the classifier’s features of an image, mapped by t-SNE. Neighbours are similar; distances between "
+        "far groups mean little. Names are near the centre of a class’s real images."
     )
     if not both:
         return replace(section, title="Features of the images", how=how, figures=figures)
-    how += " Where crosses lie among the dots of their class, synthetic images stand in well for real ones."
+    how += " If the crosses are among the dots of their class, synthetic images resemble real ones."
     return replace(section, how=how, figures=figures)
 
 
@@ -168,7 +168,7 @@ def adapters(run: Run) -> Section | None:
         return None
     how = (
         "Each site fine-tunes a small adapter of the frozen generator on its own images and sends only that. “Recognised” "
-        "is the share of its samples in which a classifier finds the class that was asked for."
+        "is the share of its samples that a classifier assigns to the requested class."
     )
     header = ("site", "recognised", "sent", "time", "steps", "first loss", "last loss")
     return Section("adapters", "Adapters", how, tables=[without_gaps("Adapters by site", header, rows)])
@@ -194,8 +194,8 @@ def samples(run: Run) -> Section | None:
     whole = _kept("all sites", record["kept"], record.get("samples"), record.get("recognised"))
     rows.append((*whole, *cells(number(None), number(None))))
     how = (
-        "The server draws images from every adapter and drops those in which a check does not find the class that was "
-        "asked for; the first classifier learns from those kept. Many dropped: the adapter may need more steps. "
+        "The server samples images from every adapter and drops those that a check does not assign to the requested "
+        "class. The first classifier is trained on the others. If many are dropped, the adapter may need more steps. "
         "“Contradicted” is the share of a site's classes that most other sites' samples show as one other class, shown "
         "if a site was set aside or the adapters are in dispute. Samples of a site that was set aside are not used."
     )

@@ -1,4 +1,4 @@
-"""A site that lies in its adapter: who is set aside, who never is, and what the warm start is worth then."""
+"""Screening of adapters: a site with a poisoned adapter is excluded, honest sites never are."""
 
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,7 @@ SETTINGS = Synthesis(per_class=40, filter_training=Training(lr=0.02, epochs=3), 
 
 
 def rolled(adapter: Tensors) -> Tensors:
-    """The prompt of class i draws what class i + 1 looks like at this site."""
+    """The prompt of class i samples images of class i + 1 of this site."""
     base = toy.Means().base(toy.PROMPTS)
     return {"shift": ((base + adapter["shift"].float()).roll(-1, 0) - base).half()}
 
@@ -109,7 +109,7 @@ def test_half_of_the_sites_cannot_have_the_other_half_set_aside() -> None:
 
 
 def test_a_federation_of_real_images_with_four_looks() -> None:
-    """The sites' own training images in the place of samples: every liar is named, no honest site is."""
+    """With training images as samples, every poisoned site is found and no honest one."""
     for alpha in (None, 0.3):
         sites = digits4(alpha=alpha).sites
         tables = [{**site.train, "site": torch.full_like(site.train["label"], i)} for i, site in enumerate(sites.values())]

@@ -1,4 +1,4 @@
-"""Distillation: its divergence, its limits, and how the selector picks a teacher."""
+"""Distillation: divergence, limits and the choice of a teacher by the selector."""
 
 import functools
 from dataclasses import replace
@@ -65,7 +65,7 @@ def test_distillation_of_no_weight_or_no_teacher_is_training() -> None:
 
 
 def selector(hidden: int = 64) -> dict[str, torch.Tensor]:
-    """A selector that scores both teachers alike, whatever it sees."""
+    """A selector with equal scores for both teachers."""
     inputs = 2 * toy.CLASSES
     return {
         "0.weight": torch.zeros(hidden, inputs),

@@ -1,4 +1,4 @@
-"""Robust combination against numbers by hand, and against Flower's own implementations where Flower is installed."""
+"""Robust aggregation against values computed by hand, and against Flower's implementations if Flower is installed."""
 
 from dataclasses import replace
 

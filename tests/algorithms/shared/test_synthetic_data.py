@@ -1,4 +1,4 @@
-"""Which samples are asked for, by which prompts, and which of them count."""
+"""Synthetic data: which samples are drawn, with which prompts, and which of them are kept."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_a_prompt_names_class_and_site() -> None:
 
 
 def test_sites_and_server_use_the_prompts_of_the_site() -> None:
-    """The toy generator knows three texts only, so any other would be an error."""
+    """The toy generator supports only three texts; any other raises an error."""
     workers = toy.workers(toy.quick("warmfed"))
     worker = replace(workers["a"], prompts=SITED)
     assert worker.local("adapt", 0).prompts == toy.PROMPTS

@@ -1,4 +1,4 @@
-"""The embedded federation: its bytes, its splits, its looks."""
+"""The embedded federation: its bytes, its splits and its styles."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def federation() -> Federation:
 
 
 def test_the_bytes_are_the_same_everywhere(federation: Federation) -> None:
-    """If this fails on your machine only, your Pillow decodes JPEG differently; if you changed a look, say so in the log."""
+    """If this fails on one machine only, its Pillow decodes JPEG differently; log a change of a style."""
     assert federation.fingerprint == FINGERPRINT
 
 

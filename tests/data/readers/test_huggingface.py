@@ -1,4 +1,4 @@
-"""Parquet, saved data sets and flwr-datasets' partitioners, where the extra "data" is installed; never the network."""
+"""Parquet files, saved data sets and flwr-datasets' partitioners, without a network; needs the extra "data"."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Folders, arrays and files as people have them: what is read, and what is refused in one line."""
+"""Readers of folders, arrays and files: accepted data, and errors of one line."""
 
 import os
 import struct
@@ -214,7 +214,7 @@ def test_too_few_images_for_a_split_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("validation", "test"), [(0.0, 0.2), (0.2, -1.0), (0.5, 0.5)])
 def test_shares_that_leave_nothing_are_refused(tmp_path: Path, validation: float, test: float) -> None:
-    refused(lambda: folder(tmp_path, validation=validation, test=test), "shares above 0, together below 1")
+    refused(lambda: folder(tmp_path, validation=validation, test=test), "shares above 0, and a sum")
 
 
 # Arrays
