@@ -33,7 +33,7 @@ def personalize(folder: Path, site: SiteConfig, out: Path | None = None, trainin
     """
     config, summary = read_config(folder), read_summary(folder)
     if config.task != "classify":
-        raise InputError(f"the run in {folder} has no classifier to personalise; choose a run with task = \"classify\"")
+        raise InputError(f'the run in {folder} has no classifier to personalise; choose a run with task = "classify"')
     classes, shape = described(folder, summary)
     out = out or site.path(site.work) / "runs" / f"late-{folder.resolve().name}"
     if out.exists():
