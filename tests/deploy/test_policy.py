@@ -53,7 +53,7 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
     [
         ({}, 'algorithms = ["centralized"] below [policy]'),
         (OPEN | {"algorithms": ["ditto"]}, "algorithm.name is 'centralized', only ditto may"),
-        (OPEN | {"images": False}, "stage 'collect' sends images of the site; they leave only with images = true"),
+        (OPEN | {"images": False}, "stage 'collect' sends images of the site, which needs images = true"),
     ],
     ids=["no policy", "another algorithm", "no images"],
 )
@@ -142,8 +142,8 @@ OUTSIDE = [
     ({"generator.base": "/etc"}, "generator.base is '/etc', this site has only digits"),
     ({"generator.base": "stabilityai/sdxl"}, "generator.base is 'stabilityai/sdxl'"),
     ({"denoising.latent": "../secrets"}, "denoising.latent is '../secrets'"),
-    ({"model.start": "/etc/passwd"}, "the run starts from a file; name this site's copy"),
-    ({"generator.adapters.a": "/etc/passwd"}, "the run names adapters by files of the server"),
+    ({"model.start": "/etc/passwd"}, "the run starts from a file; set start in site.toml"),
+    ({"generator.adapters.a": "/etc/passwd"}, "the run sets generator.adapters to files of the server"),
     ({"algorithm.local.optimizer": "adam"}, "algorithm.local.optimizer is 'adam', only 'sgd' is allowed"),
     ({"model.name": "../x"}, "there is no model '../x'"),
 ]
@@ -163,12 +163,12 @@ def test_what_was_not_agreed_is_refused(changes: dict[str, Any], told: str, stag
     [
         ({"number": 1, "stage": "train"}, "step 0 is number 0 of stage 'train', not 1"),
         ({"step": -1, "stage": "train"}, "step -1 is not stage 'train'"),
-        ({"step": 10**30, "stage": "evaluate"}, "a request to evaluate is at step 0"),
-        ({"run": ""}, "is no run's name"),
-        ({"run": "../../etc/passwd"}, "is no run's name"),
+        ({"step": 10**30, "stage": "evaluate"}, "a request to evaluate must have step 0"),
+        ({"run": ""}, "is not a run's name"),
+        ({"run": "../../etc/passwd"}, "is not a run's name"),
         ({"config": "a = " + "[" * 5000}, "nested too deeply"),
         ({"config": "seed = " + "{a=" * 900 + "1" + "}" * 900}, "nested too deeply"),
-        ({"config": "#" * 10**6}, "has 1,000,000 characters, at most 65,536 are read"),
+        ({"config": "#" * 10**6}, "has 1,000,000 characters, expected at most 65,536"),
         ({"body": Model({"w": torch.zeros(10**6)})}, "the request has 4,0"),
     ],
     ids=str,

@@ -141,7 +141,7 @@ def test_the_project_is_complete_and_its_secrets_are_private(made: Path) -> None
         ("fedavg",), False, agreed.algorithm.local.epochs,
     )  # fmt: skip
     assert site.policy.excess(agreed) == []
-    assert "# Whether images of this site may leave it" in (made / "sites/ink/site.toml").read_text()
+    assert "# Whether this site may send its images" in (made / "sites/ink/site.toml").read_text()
     assert parse(made / "server" / "config.toml").server.sites == ("ink", "paper")
     assert (made / "sites/ink/node.pub").read_bytes() == (made / "server/nodes/ink.pub").read_bytes()
     assert read_project(made).app == app_sha256()
@@ -196,7 +196,7 @@ def test_whole_or_not_at_all(made: Path, tmp_path: Path) -> None:
         written += 7
     assert written > 20
     before = tiny.digest(tmp_path)
-    with pytest.raises(InputError, match="there already"):
+    with pytest.raises(InputError, match="exists already"):
         init(tmp_path / "new", ["a"], "localhost", config=config)
     assert tiny.digest(tmp_path) == before
 
@@ -273,8 +273,8 @@ def test_commands_that_are_not_installed(project: Path, monkeypatch: pytest.Monk
         (lambda p: shutil.rmtree(p / "data"), "data", "there is no data"),
         (lambda p: next((p / "data/ink/cat").iterdir()).write_bytes(b"no"), "data", "ink/cat"),
         (lambda p: change(p / "site.toml", "image_size = 8", "image_size = 9"), "images", "image_size = 8"),
-        (lambda p: change(p / "site.toml", '"cat",\n    "dog"', '"dog",\n    "cat"'), "classes", "were agreed"),
-        (lambda p: change(p / "site.toml", "a picture", "a photo"), "prompts", "were agreed"),
+        (lambda p: change(p / "site.toml", '"cat",\n    "dog"', '"dog",\n    "cat"'), "classes", "expected"),
+        (lambda p: change(p / "site.toml", "a picture", "a photo"), "prompts", "expected"),
         (lambda p: change_json(p / "project.json", base="0" * 64, base_name="digits"), "base", "000000000000"),
         (lambda p: change_json(p / "project.json", start="0" * 64, base_name="digits"), "start", "000000000000"),
         (lambda p: (p / "ca.crt").unlink(), "authority", "ca.crt"),
@@ -328,7 +328,7 @@ def test_a_server_that_lets_strangers_in(path: str, row: str, project: Path) -> 
 def test_a_port_that_is_taken(project: Path) -> None:
     with serving(project):
         found = failing(project / "server")["port"]
-    assert "cannot be taken" in found
+    assert "is not free" in found
     assert f"by process {os.getpid()}" in found
 
 
@@ -361,7 +361,7 @@ def test_a_host_is_a_name_or_an_address(host: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["..", "a b", "a.b", "x" * 65])
 def test_a_key_s_file_names_a_site(name: str, project: Path) -> None:
     shutil.copy(project / "server/nodes/ink.pub", project / f"server/nodes/{name}.pub")
-    assert "a site's name has letters" in failing(project / "server")["sites' keys"]
+    assert "a site's name must have" in failing(project / "server")["sites' keys"]
 
 
 def test_each_site_has_a_key_of_its_own(project: Path) -> None:

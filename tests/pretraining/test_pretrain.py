@@ -283,7 +283,7 @@ def test_the_same_command_goes_on_with_a_base_that_was_begun(tmp_path: Path, cap
         *(f"{n}={list(v) if isinstance(v, tuple) else v}" for n, v in changed),
     ]
     assert main(asked) == 2
-    assert "there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert main([*asked, "--work", str(work)]) == 0
     assert (base / "classifier.safetensors").exists()
     assert main([*asked, "--work", str(work)]) == 2

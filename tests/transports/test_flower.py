@@ -238,7 +238,7 @@ def request(**changes: Any) -> Request:
     ("changes", "told"),
     [
         ({"site": "b"}, "is for site 'b', this is 'a'"),
-        ({"run": "../../../etc"}, "is no run's name"),
+        ({"run": "../../../etc"}, "is not a run's name"),
         ({"step": 9}, "step 9 is not stage 'train'"),
         ({"stage": "distil"}, "step 0 is not stage 'distil'"),
         ({"config": "seed = x"}, "is not TOML"),

@@ -1,6 +1,6 @@
-"""Preflight: whether a party's machine is ready, and what to do where it is not.
+"""Checks of a party's machine before a run (`warmfed deploy check`), with advice for each fault.
 
-A check is a function that returns what it found; `InputError` says what was expected, what came and what to do.
+A check is a function that returns its finding, or raises `InputError` with the expected value, the actual value and advice.
 """
 
 import hashlib
@@ -35,18 +35,18 @@ from .project_file import Project, environment, read_project, versions
 from .site import SiteConfig, read_site
 
 DISK, MEMORY = 1_000_000_000, 1_000_000_000
-"""Free bytes that a party needs at least, beside three times the base's weights of memory."""
+"""Smallest free disk space and memory in bytes; memory also needs three times the size of the base's weights."""
 SKEW = 4.0
-"""Seconds that a site's clock may differ: Flower refuses a site that is 5 s ahead."""
+"""Largest difference of a site's clock in seconds; Flower refuses a site that is 5 s ahead."""
 PATIENCE = 5.0
-"""Seconds to wait for the server."""
-_AGAIN = "ask the coordinator for a new certificate (warmfed deploy renew)"
+"""Time limit of a request to the server in seconds."""
+_AGAIN = "get a new certificate from the coordinator (warmfed deploy renew)"
 _RESTORE = "restore it from the coordinator's copy"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One check: ok is None where it could not be made, which `found` explains."""
+    """Result of one check; `ok` is None if it could not run, and `found` gives the reason."""
 
     check: str
     ok: bool | None
@@ -54,16 +54,16 @@ class Row:
 
 
 class _Open(Exception):  # noqa: N818
-    """A check that cannot be made here, and why."""
+    """Reason why a check cannot run here."""
 
 
 def check(folder: Path) -> list[Row]:
-    """All checks of the folder of a server or of a site; raises `InputError` where it is neither."""
+    """Return the results of all checks of a server's or a site's folder; raise `InputError` if it is neither."""
     if (folder / "site.toml").exists():
         return list(_rows(_site(folder)))
     if (folder / "server.crt").exists():
         return list(_rows(_server(folder)))
-    raise InputError(f"{folder} is neither a site's folder (site.toml) nor a server's (server.crt); name one of them")
+    raise InputError(f"{folder} is neither a site's folder (site.toml) nor a server's (server.crt); choose one of them")
 
 
 Checks = Iterator[tuple[str, Callable[[], str]]]
@@ -103,7 +103,7 @@ def _server(folder: Path) -> Checks:
     running = _running(folder / SERVER)
     yield "SuperLink", lambda: "is running" if running else "is not running"
     yield "port", lambda: _port(values["WARMFED_LISTEN"], int(values["WARMFED_PORT"]), folder if running else None)
-    yield from _doors("127.0.0.1", int(values["WARMFED_PORT"]), folder, running)
+    yield from _access("127.0.0.1", int(values["WARMFED_PORT"]), folder, running)
     yield "base", lambda: _equal("base", project.base, lambda: settings.generator.fingerprint())
     yield "start", lambda: _equal("classifier to start from", project.start, lambda: start_digest(settings))
     yield from _machine(folder, settings.device, settings.generator.base if project.base else "")
@@ -117,26 +117,26 @@ def _site(folder: Path) -> Checks:
     def data() -> str:
         loaded.append(site.federation())
         table = loaded[0].sites[site.name].splits
-        told = []
+        counts = []
         for split in SPLITS:
             labels = table[split]["label"].bincount(minlength=len(site.classes)).tolist()
             each = ", ".join(f"{name} {count}" for name, count in zip(loaded[0].classes, labels, strict=True) if count)
-            told.append(f"{split} {rows(table[split])} ({each})")
-        return "; ".join(told)
+            counts.append(f"{split} {rows(table[split])} ({each})")
+        return "; ".join(counts)
 
     def images() -> str:
         if not loaded:
             raise _Open("the data have not been read")
         side, shape = project.side or loaded[0].shape[1], loaded[0].shape
         if shape[1:] != (side, side):
-            raise InputError(f"images of {side}×{side} were agreed, these have {shape[1]}×{shape[2]}; set image_size = {side}")
+            raise InputError(f"expected images of {side}×{side}, these have {shape[1]}×{shape[2]}; set image_size = {side}")
         return f"{side}×{side}"
 
     yield "node key", lambda: keys.pair(_bytes(folder / "node"), _bytes(folder / "node.pub"))
     yield "node", lambda: _private(folder / "node")
     yield "SuperNode", lambda: "is running" if _running(folder / SITE) else "is not running"
     yield from _reached(folder, project)
-    yield from _doors(project.host, project.port, folder, True)
+    yield from _access(project.host, project.port, folder, True)
     yield "data", data
     yield "images", images
     yield "classes", lambda: _same("classes", site.classes, project.classes)
@@ -153,7 +153,7 @@ def _common(folder: Path, project: Project, commands: tuple[str, ...], values: d
             if not have:
                 raise InputError(f"{name} is not installed; pip install 'warmfed[flower]=={project.warmfed}'")
             if wanted and have != wanted:
-                raise InputError(f"the project has {name} {wanted}, here is {have}; install {wanted}, as all parties do")
+                raise InputError(f"the project has {name} {wanted}, this machine has {have}; install {wanted}")
             return have
 
         return made
@@ -174,18 +174,18 @@ def _common(folder: Path, project: Project, commands: tuple[str, ...], values: d
         from ..transports.flower_processes import app_sha256
 
         if (here := app_sha256()) != project.app:
-            raise InputError(f"SHA-256 {here[:12]}…, {project.app[:12] or 'none'}… was agreed; install the project's versions")
-        return f"SHA-256 {here[:12]}…, as agreed; the sites run no other"
+            raise InputError(f"SHA-256 {here[:12]}…, expected {project.app[:12] or 'none'}…; install the project's versions")
+        return f"SHA-256 {here[:12]}…, as agreed; the sites run no other app"
 
     yield "commands", found
     yield "app", app
-    last = "make a new project; this one's time is over"
+    last = "create a new project; this one has expired"
     yield "authority", lambda: keys.dates(_bytes(folder / "ca.crt"), "the authority's certificate", keys.now(), last)
 
 
 def _reached(folder: Path, project: Project) -> Checks:
-    """Reaches the server as a SuperNode does, and reads the clock in its answer's `Date`, which has whole seconds."""
-    clock: list[tuple[float, float]] = []  # difference, and by how much it may be wrong
+    """Connect to the server like a SuperNode, and compare clocks by the answer's header `Date`, which has whole seconds."""
+    clock: list[tuple[float, float]] = []  # difference and its error, in seconds
 
     def reached() -> str:
         ca = str(folder / "ca.crt")
@@ -203,8 +203,9 @@ def _reached(folder: Path, project: Project) -> Checks:
                 f"{project.address}: its certificate is not accepted ({error.verify_message}); {_AGAIN}"
             ) from error
         except (OSError, http.client.HTTPException) as error:
-            why = "it is started, and let out of your network to its port"
-            raise InputError(f"{project.address} does not answer ({error}); see that {why}") from error
+            raise InputError(
+                f"{project.address} does not answer ({error}); check that it runs and that your network allows its port"
+            ) from error
         if date is not None:
             wait = ended - began
             clock.append(((began + ended) / 2 - parsedate_to_datetime(date).timestamp() - 0.5, wait / 2 + 0.5))
@@ -212,7 +213,7 @@ def _reached(folder: Path, project: Project) -> Checks:
 
     def skew() -> str:
         if not clock:
-            raise _Open("the server's clock is not known: it does not answer, or without its time")
+            raise _Open("the server's clock is unknown: it does not answer, or its answer has no time")
         ((difference, error),) = clock
         if abs(difference) - error > SKEW:
             raise InputError(
@@ -236,11 +237,11 @@ def _machine(folder: Path, device: str, base: str) -> Checks:
 
     def card() -> str:
         if device == "cpu":
-            return "not asked for (device is cpu)"
+            return "not used (device is cpu)"
         import torch
 
         if not torch.cuda.is_available():
-            raise InputError("device is cuda, but torch finds no graphics card; install its driver, or set device to cpu")
+            raise InputError("device is cuda, but torch finds no GPU; install its driver, or set device to cpu")
         free, total = torch.cuda.mem_get_info()
         return f"{torch.cuda.get_device_name()}, {size(free)} of {size(total)} free"
 
@@ -261,12 +262,12 @@ def _private(path: Path) -> str:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; {_RESTORE}") from error
     if mode & 0o077:
-        raise InputError(f"{path} is private but others may read it (mode {mode:o}); chmod 600 {path}")
+        raise InputError(f"{path} must be private, but others may read it (mode {mode:o}); chmod 600 {path}")
     return f"mode {mode:o}"
 
 
 def _running(path: Path) -> bool:
-    """Whether a party's server holds the lock of its folder's file."""
+    """Return whether a party's server holds the lock of its folder's file."""
     try:
         with file_lock(path, "it is running"):
             return False
@@ -275,7 +276,7 @@ def _running(path: Path) -> bool:
 
 
 def _port(address: str, port: int, ours: Path | None) -> str:
-    """Whether the port is free, or taken by the SuperLink of this folder."""
+    """Return that the port is free, or used by the SuperLink of this folder; raise `InputError` if another program uses it."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -286,14 +287,14 @@ def _port(address: str, port: int, ours: Path | None) -> str:
                 return f"{port}: the SuperLink of this folder"
             who = f" by process {holder.pid}: {' '.join(holder.cmdline())[:80]}" if holder is not None else ""
             raise InputError(
-                f"port {port} of {address} cannot be taken ({error.strerror}{who}); end what uses it, "
+                f"port {port} of {address} is not free ({error.strerror}{who}); end the program that uses it, "
                 "or set another WARMFED_PORT"
             ) from error
     return f"{port} is free"
 
 
 def _listener(port: int) -> psutil.Process | None:
-    """Who listens at a port, where it is one of this user's processes."""
+    """Return the process of this user that listens on a port, or None."""
     for process in psutil.process_iter():
         try:
             if any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp")):
@@ -305,14 +306,14 @@ def _listener(port: int) -> psutil.Process | None:
 
 
 def _folder_of(process: psutil.Process) -> Path | None:
-    """The folder whose SuperLink a process is."""
+    """Return the folder of a SuperLink's process, or None if it is another program."""
     words = process.cmdline()
     place = next((i for i, word in enumerate(words) if Path(word).name == "warmfed-superlink"), None)
     return None if place is None else (Path(process.cwd()) / words[place + 1]).resolve()
 
 
-def _doors(host: str, port: int, folder: Path, running: bool) -> Checks:
-    """Whether the server lets in whom it should not: each of Flower's paths is tried as somebody without any rights."""
+def _access(host: str, port: int, folder: Path, running: bool) -> Checks:
+    """Check that the server refuses unauthorised callers: request each of Flower's paths without any rights."""
 
     def asked(path: str, headers: Mapping[str, str]) -> int:
         try:
@@ -322,32 +323,32 @@ def _doors(host: str, port: int, folder: Path, running: bool) -> Checks:
                 connection.request("POST", path, headers={**headers, STRANGER.decode(): "1"})
                 return connection.getresponse().status
         except (OSError, http.client.HTTPException) as error:
-            raise _Open(f"not tried: the server does not answer ({error})") from error
+            raise _Open(f"not checked: the server does not answer ({error})") from error
 
     def closed() -> str:
         if not running:
-            raise _Open("not tried: the SuperLink is not running")
+            raise _Open("not checked: the SuperLink is not running")
         from ..transports.flower_processes import PATHS
 
         tried = (*PATHS, "/docs", "/openapi.json", "/v1/fleet/../control/start-run")
         opened = [path for path in tried if asked(path, {}) not in (401, 403)]
         if opened:
             raise InputError(
-                f"{len(opened)} of {len(tried)} paths let a stranger in ({', '.join(opened[:3])}); close the port at once: "
-                "the server must be started by ./start.sh, and reached directly, not through a proxy of its user"
+                f"{len(opened)} of {len(tried)} paths accept an unauthorised caller ({', '.join(opened[:3])}); close the port "
+                "at once: start the server with ./start.sh, and connect directly, not through a proxy of its user"
             )
-        return f"{len(tried)} paths refuse a stranger"
+        return f"{len(tried)} paths refuse an unauthorised caller"
 
     def unregistered() -> str:
         if not running:
-            raise _Open("not tried: the SuperLink is not running")
+            raise _Open("not checked: the SuperLink is not running")
         from ..transports.flower_processes import FLEET, KEY, SIGNATURE, SIGNED
 
         public, stamp, signature = keys.signature_of_a_new_key()
         headers = {KEY.decode(): public, SIGNED.decode(): stamp, SIGNATURE.decode(): signature}
         opened = [path for path in sorted(FLEET) if asked(path, headers) != 401]
         if opened:
-            raise InputError(f"a key that nobody registered may call {', '.join(opened[:3])}; start the server by ./start.sh")
+            raise InputError(f"an unregistered key may call {', '.join(opened[:3])}; start the server with ./start.sh")
         return "a key that is not in nodes/ is refused"
 
     yield "closed door", closed
@@ -356,16 +357,16 @@ def _doors(host: str, port: int, folder: Path, running: bool) -> Checks:
 
 def _same(what: str, here: object, agreed: object) -> str:
     if here != agreed:
-        raise InputError(f"{what} in site.toml are {here!r}, {agreed!r} were agreed; correct site.toml")
+        raise InputError(f"{what} in site.toml are {here!r}, expected {agreed!r}; correct site.toml")
     return "as agreed"
 
 
 def _equal(what: str, agreed: str, digest: Callable[[], str]) -> str:
     if not agreed:
-        return "none is used"
+        return "not used"
     here = digest()
     if here != agreed:
-        raise InputError(f"the {what} has SHA-256 {here[:12]}…, {agreed[:12]}… was agreed; copy the coordinator's")
+        raise InputError(f"the {what} has SHA-256 {here[:12]}…, expected {agreed[:12]}…; copy the coordinator's")
     return f"SHA-256 {here[:12]}…, as agreed"
 
 

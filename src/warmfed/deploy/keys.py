@@ -117,7 +117,7 @@ def registered(folder: Path) -> dict[bytes, str]:
     found: dict[bytes, str] = {}
     for path in sorted(folder.glob("*.pub")):
         if not NAME.fullmatch(path.stem):  # the name becomes part of paths
-            raise InputError(f"{path}: a site's name has letters, digits, - and _, 64 at most; rename the file")
+            raise InputError(f"{path}: a site's name must have at most 64 letters, digits, - and _; rename the file")
         key = b" ".join(read_bytes(path, f"the public key of site {path.stem!r}").split()[:2])
         _key(key, f"the public key {path}", lambda data, _: serialization.load_ssh_public_key(data))
         if key in found:

@@ -1,6 +1,6 @@
-"""A site's own policy: which runs it takes part in, and what may leave it. What the policy does not allow is refused.
+"""Policy of a site: the runs it takes part in, and the data it may send. All other requests are refused.
 
-The site checks every request against its policy before it reads an image, and every reply before it records or sends it.
+The site checks every request before it reads an image, and every reply before it records or sends it.
 """
 
 import functools
@@ -21,37 +21,39 @@ from ..core.training import Training
 from ..utils.errors import InputError, suggest
 
 _APART = ("seed", "workers", "server", "holdout", "data", "evaluation")
-"""Tables and settings of a run that a site replaces by its own or does not use."""
+"""Tables and settings of a run that a site replaces or does not use."""
 _ALIKE = 0.999
-"""Correlation from which a row of a reply is an image of the site, whatever its brightness and contrast."""
+"""Correlation above which a row of a reply counts as an image of the site, for any brightness and contrast."""
 _REPLY = 100_000_000
-"""Bytes of a reply that a new policy reckons with, if the run does not bound them."""
+"""Assumed size of a reply in bytes for a new policy, if the run has no limit."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a site allows. Every default allows nothing, but for `limits`, whose defaults are those of warmfed."""
+    """Settings of `[policy]`. The defaults allow nothing, except `limits`, which default to those of warmfed."""
 
     algorithms: tuple[str, ...] = ()
-    """The algorithms that the site takes part in; empty: none."""
+    """Algorithms that the site takes part in. Default empty: none."""
     images: bool = False
-    """Whether the site's images may leave, raw or encoded."""
+    """Whether the site may send its images, raw or encoded. Default false."""
     max_runs: int = 0
-    """Runs that are answered at the most, as the site's ledger counts them."""
+    """Largest number of answered runs, counted in the site's ledger. Default 0."""
     max_requests: int = 0
-    """Requests of one run that are answered at the most; a measurement is one, too."""
+    """Largest number of answered requests in one run, evaluations included. Default 0."""
     max_bytes: int = 0
-    """Bytes that may leave in one run; no single request may be larger either."""
+    """Largest number of bytes that the site sends in one run, and largest size of a request. Default 0."""
     min_batch: int = 1
-    """Fewest images of an optimizer step: a gradient of one image tells that image."""
+    """Smallest number of images in an optimizer step: the gradient of one image reveals that image. Default 1."""
     limits: Mapping[str, Any] = field(default_factory=dict)
-    """Bounds of the run's configuration: the largest value of a whole number ("algorithm.local.epochs" = 5), the only value of
-    an algorithm's text ("algorithm.private" = "head."). What is not listed is bounded by warmfed's default."""
+    """Bounds of the run's configuration by dotted key. Default: warmfed's own default of each setting.
+
+    A whole number is the largest value ("algorithm.local.epochs" = 5). A text is the only value of an algorithm's setting
+    ("algorithm.private" = "head.")."""
 
     def __post_init__(self) -> None:
         for name in self.algorithms:
             if name not in ALGORITHMS:
-                raise InputError(f"policy.algorithms: there is no algorithm {name!r}{suggest(name, sorted(ALGORITHMS))}")
+                raise InputError(f"policy.algorithms: unknown algorithm {name!r}{suggest(name, sorted(ALGORITHMS))}")
         if min(self.max_runs, self.max_requests, self.max_bytes) < 0 or self.min_batch < 1:
             raise InputError("max_runs, max_requests and max_bytes must be at least 0, min_batch at least 1; check [policy]")
         known = {key for name in self.algorithms if self.limits for key, _ in _usual(name)}
@@ -64,7 +66,7 @@ class Policy:
                 )
 
     def excess(self, config: Config) -> list[str]:
-        """Return what of a run's configuration is outside the policy: setting, asked value and bound, one text each."""
+        """Return the violations of the policy in a run's configuration: one text each, with setting, value and bound."""
         if config.name not in self.algorithms:
             there = f"only {', '.join(self.algorithms)} may" if self.algorithms else "the site takes part in no algorithm"
             return [
@@ -86,20 +88,22 @@ class Policy:
         ]
 
     def sending(self, plan: Iterable[Stage]) -> list[str]:
-        """Return why stages of a plan may not be asked of the site, as far as images are concerned."""
+        """Return the reasons why the site refuses stages of a plan because of images."""
         found = []
         for stage in dict.fromkeys((stage.name, stage.images) for stage in plan if stage.client is not None):
             name, images = stage
             if images is None:
                 found.append(f"stage {name!r} does not declare whether its replies hold images")
             elif images and not self.images:
-                found.append(f"stage {name!r} sends images of the site; they leave only with images = true below [policy]")
+                found.append(f"stage {name!r} sends images of the site, which needs images = true below [policy]")
         return found
 
 
 def bounded(config: Config) -> Iterator[tuple[str, Any]]:
-    """Yield the settings that a policy bounds, by their dotted names: whole numbers (of a list, the largest), and the texts of
-    the algorithm, which say what stays at a site."""
+    """Yield (dotted key, value) of the settings that a policy bounds.
+
+    These are whole numbers (of a list, the largest), and the algorithm's texts, which determine the data that stay at a site.
+    """
     table = {key: value for key, value in tomllib.loads(config.toml()).items() if key not in _APART}
     table["algorithm"] = {key: value for key, value in table["algorithm"].items() if key != "name"}
     for key, value in _leaves(table):
@@ -111,12 +115,12 @@ def bounded(config: Config) -> Iterator[tuple[str, Any]]:
 
 
 def _beyond(value: Any, bound: Any) -> bool:
-    """Whether a setting is outside its bound: another text, or a larger number."""
+    """Return whether a setting exceeds its bound: another text, or a larger number."""
     return value != bound if isinstance(value, str) else type(bound) is not int or value > bound
 
 
 def _leaves(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values in nested tables by their dotted names."""
+    """Yield (dotted key, value) of nested tables."""
     for name, value in table.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{above}{name}.")
@@ -125,7 +129,7 @@ def _leaves(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
 
 
 def trainings(settings: Any, above: str = "") -> Iterator[tuple[str, Training]]:
-    """Yield every training in a configuration by its dotted name, but for those of no concern to a site."""
+    """Yield (dotted key, training) of a configuration, except trainings that a site does not use."""
     for f in fields(settings):
         value, key = getattr(settings, f.name), f"{above}{f.name}"
         if key in _APART:
@@ -138,15 +142,15 @@ def trainings(settings: Any, above: str = "") -> Iterator[tuple[str, Training]]:
 
 @functools.cache
 def _usual(name: str) -> tuple[tuple[str, Any], ...]:
-    """The bounds of an algorithm's settings that no policy has to list: warmfed's defaults."""
+    """Return the default bounds of an algorithm's settings: warmfed's defaults."""
     return tuple(bounded(resolve({"algorithm": {"name": name}})))
 
 
 def images_in(reply: Message, tables: Iterable[Tensor]) -> str:
-    """Return the name of a tensor that holds images of the site, whatever their scale and offset; empty: there is none.
+    """Return the name of a tensor with images of the site, at any scale and offset; empty if there is none.
 
     Args:
-        reply: what is to leave.
+        reply: the message to send.
         tables: the site's images, uint8 [n, c, h, w] each.
     """
     for images in tables:
@@ -165,7 +169,7 @@ def images_in(reply: Message, tables: Iterable[Tensor]) -> str:
 
 
 def _ends_in(tensor: Tensor, width: int) -> bool:
-    """Whether the last dimensions of a tensor hold so many numbers together."""
+    """Return whether the last dimensions of a tensor hold `width` numbers together."""
     size = 1
     for length in reversed(tensor.shape):
         size *= length
@@ -175,7 +179,7 @@ def _ends_in(tensor: Tensor, width: int) -> bool:
 
 
 def _standard(rows: Tensor) -> Tensor:
-    """Rows of mean 0 and norm 1; constant rows become zeros."""
+    """Return rows with mean 0 and norm 1; constant rows become zeros."""
     plain = rows.detach().cpu().float().nan_to_num(0.0, 0.0, 0.0)
     plain = plain - plain.mean(1, keepdim=True)
     norm = plain.norm(dim=1, keepdim=True)
@@ -183,7 +187,7 @@ def _standard(rows: Tensor) -> Tensor:
 
 
 def agreed(config: Config) -> Policy:
-    """Return the policy that allows a run with these very settings, and no images."""
+    """Return the policy that allows runs with these settings, and no images."""
     usual = dict(_usual(config.name))
     limits = {
         key: value
@@ -205,26 +209,24 @@ def agreed(config: Config) -> Policy:
 
 _COMMENTS = {
     "algorithms": "Algorithms that this site takes part in. Empty: none.",
-    "images": "Whether images of this site may leave it, raw or encoded. Only the site itself writes true here.",
-    "max_runs": "Runs that are answered, counted in work/ledger.jsonl.",
-    "max_requests": "Requests of one run that are answered; the server repeats requests after a failure.",
-    "max_bytes": "Bytes that may leave in one run.",
-    "min_batch": "Fewest images of a training step: what is learned from one image alone tells that image.",
-    "limits": "Largest numbers, and texts, of the run's settings, as agreed. What is not listed: warmfed's own default.",
+    "images": "Whether this site may send its images, raw or encoded. Only the site itself sets this to true.",
+    "max_runs": "Largest number of answered runs, counted in work/ledger.jsonl.",
+    "max_requests": "Largest number of answered requests in one run; the server repeats requests after a failure.",
+    "max_bytes": "Largest number of bytes that this site sends in one run.",
+    "min_batch": "Smallest number of images in a training step: the gradient of one image reveals that image.",
+    "limits": "Agreed bounds of the run's settings: largest numbers, and texts. Default: warmfed's own defaults.",
 }
 
 
 def table(policy: Policy) -> dict[str, Any]:
-    """Return a policy as the table of site.toml that says the same."""
+    """Return a policy as a table of site.toml."""
     found = {f.name: getattr(policy, f.name) for f in fields(policy)}
     return {**found, "algorithms": list(policy.algorithms), "limits": dict(_leaves(policy.limits))}
 
 
 def toml(policy: Policy) -> str:
-    """Return a policy as the commented text that `warmfed deploy init` writes into site.toml."""
-    text = (
-        "# What the server may ask of this site. What is not allowed here is refused; `warmfed site-report .` shows refusals.\n"
-    )
+    """Return a policy as commented TOML, which `warmfed deploy init` writes into site.toml."""
+    text = "# Requests that this site answers. All others are refused; `warmfed site-report .` lists refusals.\n"
     text += "[policy]\n"
     for name, value in table(policy).items():
         head = f"# {_COMMENTS[name]}\n"

@@ -1,7 +1,7 @@
-"""A ready project for a deployment: the Flower app, the server's folder, one folder for each site, and an authority.
+"""Creates projects for deployments: the Flower app, the server's folder, one folder for each site, and an authority.
 
-DIR/README.md  project.json          what all parties must have in common
-DIR/authority/ca.crt  ca.key         who signs the server's certificate
+DIR/README.md  project.json          values that are equal for all parties
+DIR/authority/ca.crt  ca.key         certificate authority of the server's certificate
 DIR/server/                          config.toml, app/, nodes/SITE.pub, certificate and key, scripts, systemd unit
 DIR/sites/SITE/                      site.toml, node and node.pub, ca.crt, script, systemd unit
 """
@@ -32,9 +32,9 @@ from .project_file import Project, read_project, versions
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
 SHARE = 0.5
-"""Largest part of the total weight that one site of a deployment may have, if the configuration names none."""
+"""Default of server.max_weight_share in a deployment."""
 _READ = ("image_size", "validation", "test", "seed")
-"""Options that say how a folder of pictures is read, whosever it is."""
+"""Options of the data that apply to the folders of all sites."""
 
 
 def init(
@@ -46,22 +46,26 @@ def init(
     classes: Sequence[str] = (),
     prompts: str = "",
 ) -> Project:
-    """Write a new project into `folder`, whole or not at all.
+    """Write a new project into `folder`, atomically.
 
     Args:
-        config: the run's configuration; its data, where they can be read here, say what classes and template are.
-        classes: in the order of their labels, where the data cannot be read here.
-        prompts: the template, likewise.
+        folder: new folder of the project.
+        sites: names of the sites.
+        host: name or address of the server.
+        port: port of the server.
+        config: the run's configuration. Its data give classes and template, if they can be read on this machine.
+        classes: class names in the order of their labels, if the data cannot be read on this machine.
+        prompts: template of the prompts, likewise.
 
     Raises:
-        InputError: the folder is there, a name that cannot be one, data that cannot be read and no classes given.
+        InputError: The folder exists, a name is not valid, or classes are missing and the data cannot be read.
     """
     if occupied(folder):
-        raise InputError(f"{folder} is there already; choose another folder, or add a site to it: warmfed deploy add-site")
+        raise InputError(f"{folder} exists already; choose another folder, or add a site to it: warmfed deploy add-site")
     for place, site in enumerate(sites):
         _check_name(site, sites[:place])
     if not sites:
-        raise InputError("a deployment needs sites; name them: --sites ink,paper")
+        raise InputError("a deployment needs sites; set them: --sites ink,paper")
     _check_host(host)
     if not 1 <= port <= 65535:
         raise InputError(f"port must be from 1 to 65535; got {port}")
@@ -85,10 +89,10 @@ def init(
 
 
 def add_site(folder: Path, name: str) -> Path:
-    """Add a site to a project, or give one whose folder was moved away new keys; its folder, which is returned.
+    """Add a site to a project, or create new keys for a site whose folder was moved away; return the site's folder.
 
     Raises:
-        InputError: no project, a name that cannot be one, a site whose folder is there.
+        InputError: The project does not exist, the name is not valid, or the site's folder exists.
     """
     project, settings = read_project(folder), parse(folder / "server" / "config.toml")
     made = folder / "sites" / name
@@ -103,7 +107,7 @@ def add_site(folder: Path, name: str) -> Path:
 
 
 def renew(folder: Path) -> Path:
-    """Give the server a new certificate of the same authority; its path. The sites need nothing new."""
+    """Write a new certificate of the server, signed by the same authority, and return its path; sites need no change."""
     project = read_project(folder)
     _certify(folder, project.host, keys.now())
     return folder / "server" / "server.crt"
@@ -124,33 +128,33 @@ _SITE = {
     "warmfed-site@.service": "unit.service",
     "README.md": "site.md",
 }
-"""Templates by the names that they get."""
+"""Templates by the names of the written files."""
 
 
 _INSTALLED = ("digits4",)
-"""Federations that come with warmfed, so that every party has them."""
+"""Federations that are installed with warmfed, so that every party has them."""
 
 
 def _data_here(settings: Config, needed: bool) -> Federation | None:
-    """The configuration's data, where they are needed or come with warmfed."""
+    """Return the configuration's data if they are needed or installed with warmfed, else None."""
     source, options = settings.data.source, settings.data.options
     return load(source, **options) if needed or source in _INSTALLED else None
 
 
 def _own(settings: Config, data: Federation | None) -> Collection[str]:
-    """The sites whose images come with warmfed."""
+    """Return the sites whose images are installed with warmfed."""
     return data.sites if data is not None and settings.data.source in _INSTALLED else ()
 
 
 def _project(settings: Config, asked: Project, data: Federation | None) -> Project:
-    """What was asked for, with versions and what the configuration and its data say."""
+    """Return the project with versions, and with the values of the configuration and its data."""
     classes, prompts, side = asked.classes, asked.prompts, int(settings.data.options.get("image_size", 0))
     if data is not None:
         classes, prompts, side = classes or data.classes, prompts or data.template, data.shape[1]
     if len(set(classes)) < max(len(classes), 2):
-        raise InputError(f"two or more different classes were expected; got {', '.join(classes)}")
+        raise InputError(f"expected two or more different classes; got {', '.join(classes)}")
     if not describe_names(prompts):
-        raise InputError(f"prompts must hold one {{}} for the class; got {prompts!r}")
+        raise InputError(f"prompts must have one {{}} for the class; got {prompts!r}")
     have, draws = versions(), settings.algorithm.needs_generator is not None
     return replace(
         asked,
@@ -177,7 +181,7 @@ def _app(flwr: str) -> str:
 
 
 def start_digest(settings: Config, start: str = "") -> str:
-    """SHA-256 of the classifier that the run starts from, or of the file `start` in its place; empty: there is none."""
+    """Return the SHA-256 of the run's initial classifier, or of the file `start` instead; empty if there is none."""
     path = Path(start or settings.model.start)
     if settings.model.start == "public":
         path = pipeline.find(settings.generator.base) / "classifier.safetensors"
@@ -185,7 +189,7 @@ def start_digest(settings: Config, start: str = "") -> str:
 
 
 def _absolute(settings: Config) -> Config:
-    """With whole paths, as the server works in another folder."""
+    """Return the settings with absolute paths, because the server runs in another folder."""
     base, start = settings.generator.base, settings.model.start
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     start = str(Path(start).resolve()) if start not in ("", "public") else start
@@ -194,7 +198,7 @@ def _absolute(settings: Config) -> Config:
 
 
 def _write_site(root: Path, folder: Path, project: Project, settings: Config, name: str, own: Collection[str]) -> None:
-    """A site's folder, and its public key for the server."""
+    """Write a site's folder, and its public key for the server."""
     private, public = keys.node()
     atomic_write(folder / "node", private, 0o600)
     atomic_write(folder / "node.pub", public, PUBLIC)
@@ -218,7 +222,7 @@ _HEADER = """\
 
 
 def _data(project: Project, settings: Config, own: bool) -> dict[str, Any]:
-    """Where a site's images are: in a federation that comes with warmfed, or in the folder data below the site's."""
+    """Return the data table of a site: a federation that is installed with warmfed, or the folder data in the site's folder."""
     source, options = settings.data.source, dict(settings.data.options)
     if own:
         return {"source": source, "options": options}
@@ -227,11 +231,11 @@ def _data(project: Project, settings: Config, own: bool) -> dict[str, Any]:
 
 
 def _write_common(root: Path, project: Project, settings: Config) -> None:
-    """What names the sites; project.json at the root is written last."""
-    border = replace(settings.server, sites=project.sites)
-    if border.max_weight_share == 1 and len(project.sites) > 2:  # with two sites, one has half of the weight or more
-        border = replace(border, max_weight_share=SHARE)
-    settings = replace(settings, server=border)
+    """Write all files with the names of the sites; project.json at the root is written last."""
+    server = replace(settings.server, sites=project.sites)
+    if server.max_weight_share == 1 and len(project.sites) > 2:  # with two sites, one has half of the weight or more
+        server = replace(server, max_weight_share=SHARE)
+    settings = replace(settings, server=server)
     atomic_write(root / "server" / "config.toml", settings.toml())
     for folder in (*(root / "sites" / site for site in project.sites), root / "server"):
         if folder.is_dir():
@@ -263,7 +267,7 @@ def _render(folder: Path, names: Mapping[str, str], **values: Any) -> None:
 
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` when all is there, and vanishes where something goes wrong."""
+    """Yield a temporary folder; it is renamed to `folder` at the end, or removed after an error."""
     try:
         make_folder(folder.parent)
         made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -281,15 +285,15 @@ def _aside(folder: Path) -> Iterator[Path]:
 def _check_name(site: str, others: Sequence[str]) -> None:
     if not keys.NAME.fullmatch(site):
         raise InputError(
-            f"a site's name has letters, digits, - and _, 64 at most, and begins with none of these signs; got {site!r}"
+            f"a site's name must have at most 64 letters, digits, - and _, and begin with a letter or digit; got {site!r}"
         )
     if site.lower() in [other.lower() for other in others]:
-        raise InputError(f"there is a site {site!r} already; give each site its own name")
+        raise InputError(f"the site {site!r} exists already; choose another name")
 
 
 def _check_host(host: str) -> None:
     try:
-        if "%" in host:  # a scope may be any text, and no certificate can name one
+        if "%" in host:  # an IPv6 scope may be any text, and a certificate cannot contain it
             raise ValueError
         ipaddress.ip_address(host)
     except ValueError:

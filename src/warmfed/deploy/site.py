@@ -1,7 +1,7 @@
-"""A site of a deployment: its folder, and how it answers. Its images and its state never leave it.
+"""A site of a deployment: its folder and its answers. Its images and its state are never sent, unless the policy allows it.
 
-The folder holds site.toml and, by default, work/: for each run the site's memory and its models (`warmfed predict` reads
-them), and ledger.jsonl, a line for each message that has left.
+The folder holds site.toml and, by default, work/. For each run, work/ holds the client state and the models, which
+`warmfed predict` reads. work/ledger.jsonl has a line for each message that the site has sent.
 """
 
 import re
@@ -50,41 +50,45 @@ from .policy import Policy, images_in
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """What site.toml says; paths are relative to its folder."""
+    """Settings of site.toml; paths are relative to its folder."""
 
     name: str = ""
-    """The site's name in the consortium."""
+    """Name of the site in the consortium."""
     work: str = "work"
-    """Where the site keeps its state, models and ledger."""
+    """Folder of the site's state, models and ledger. Default work."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """cpu or cuda."""
+    """Device: cpu (default) or cuda."""
     base: str = ""
-    """The generator: its folder, or the agreed name of one; empty: only those that come with warmfed."""
+    """Base of the generator: its folder, or its agreed name. Default empty: only bases that are installed with warmfed."""
     adapter: str = ""
-    """An adapter that was made elsewhere, a safetensors file: the site then learns none."""
+    """Imported adapter, a safetensors file, which replaces the site's own. Default empty: the site trains one."""
     start: str = ""
-    """The classifier to start from, where the run starts from a file."""
+    """File of the initial classifier, if the run starts from a file."""
     classes: tuple[str, ...] = ()
-    """The consortium's classes in order; empty: those of the data."""
+    """Classes of the consortium in order. Default empty: those of the data."""
     prompts: str = ""
-    """The template of the prompts, with one {} for the class; empty: that of the data."""
+    """Template of the prompts, with one {} for the class. Default empty: that of the data."""
     policy: Policy = field(default_factory=Policy)
-    """What the server may ask of this site; without it every run is refused."""
+    """Policy of the site. By default, every run is refused."""
     data: Data = field(default_factory=Data)
-    """Where its images are; of a federation, the site of this name."""
+    """Source of the images; of a federation, the site of this name is used."""
     folder: Path = Path()
-    """Where site.toml lies."""
+    """Folder of site.toml."""
 
     def path(self, name: str) -> Path:
         return (self.folder / name).resolve()
 
     def generator(self, asked: str) -> str:
-        """The base that the site uses where the run or the project names one: its own folder, or the agreed name."""
+        """Return the base that the site uses instead of `asked`: its own folder, or the agreed name."""
         own = self.path(self.base) if self.base else None
         return str(own) if own is not None and own.is_dir() else self.base or asked
 
     def federation(self) -> Federation:
-        """The site's tables, as a federation of one site with the consortium's classes; raises `InputError`."""
+        """Return the site's tables as a federation of one site with the consortium's classes.
+
+        Raises:
+            InputError: The data cannot be read, or lack the site, or have other classes.
+        """
         source, path = self.data.source, self.data.path
         reader, colon, rest = source.partition(":")
         if colon and not path:
@@ -111,7 +115,7 @@ def _relabelled(table: Mapping[str, Any], was: tuple[str, ...], now: tuple[str, 
 
 
 def read_site(folder: Path) -> SiteConfig:
-    """The configuration of a site's folder; raises `InputError`."""
+    """Return the configuration of a site's folder; raise `InputError` if it is missing or not valid."""
     path = folder / "site.toml"
     table = read_toml(path)
     if "algorithms" in table:
@@ -123,19 +127,23 @@ def read_site(folder: Path) -> SiteConfig:
 
 
 _CONFIG = 65_536
-"""Bytes of a request's configuration at the most."""
+"""Largest configuration of a request, in characters."""
 _LEAST = 1_000_000
-"""Bytes that a request may have in any case."""
+"""Size in bytes up to which a request is accepted by every policy."""
 _RUN = re.compile(r"[0-9a-f]{16}")
 
 
 def answer(folder: Path, request_bytes: bytes) -> bytes:
-    """Return a site's answer to a request; it is in the site's ledger before it leaves.
+    """Return a site's answer to a request, recorded in the site's ledger before it is sent.
 
-    A request that makes no sense, or that the site's policy does not allow, is refused: the answer holds the reason alone.
+    A request that is not valid, or that the site's policy does not allow, is refused: the answer holds only the reason.
+
+    Args:
+        folder: the site's folder.
+        request_bytes: the encoded request.
 
     Raises:
-        InputError: the site's folder cannot be read or written, or `request_bytes` is not a request; the ledger says so.
+        InputError: The site's folder cannot be read or written, or `request_bytes` is not a request; the ledger records it.
     """
     site = read_site(folder)
     work = site.path(site.work)
@@ -153,8 +161,8 @@ def answer(folder: Path, request_bytes: bytes) -> bytes:
 
 
 def answered(asked: Request, site: str, work: Callable[[], tuple[float, Message]]) -> Answer:
-    """The answer of a site to a request: what its work yields, or the refusal that it ends in."""
-    torch.set_num_threads(1)  # sums depend on how many there are
+    """Return a site's answer: the result of work(), or a refusal if it raises `InputError`."""
+    torch.set_num_threads(1)  # sums depend on the number of threads
     try:
         seconds, body = work()
     except InputError as error:
@@ -163,7 +171,7 @@ def answered(asked: Request, site: str, work: Callable[[], tuple[float, Message]
 
 
 def _refusal(reason: str, asked: Request | None = None) -> Refusal:
-    """The refusal for a reason, which is also printed here."""
+    """Print the reason of a refusal and return the refusal."""
     refusal = Refusal(printable(reason))
     stage = f" ({printable(asked.stage, 40)})" if asked else ""
     print(f"this site has refused a request{stage}: {refusal.reason}", flush=True)
@@ -179,10 +187,10 @@ def _answered(
     if asked.stage != HELLO and asked.site != site.name:
         raise InputError(f"the request is for site {asked.site!r}, this is {site.name!r}")
     if not _RUN.fullmatch(asked.run):
-        raise InputError(f"{asked.run!r} is no run's name")
+        raise InputError(f"{asked.run!r} is not a run's name; expected 16 hexadecimal digits")
     config = _local(site, asked.config)
     if asked.stage in (HELLO, EVALUATE, FINISH) and (asked.step, asked.number) != (0, 0):
-        raise InputError(f"a request to {asked.stage} is at step 0, number 0; got {asked.step}, {asked.number}")
+        raise InputError(f"a request to {asked.stage} must have step 0 and number 0; got {asked.step}, {asked.number}")
     _within(site.policy, asked, size, before)
     prepared = prepare(config, site.federation(), weights=asked.stage == HELLO)
     if asked.stage == HELLO:
@@ -198,7 +206,7 @@ def _answered(
 
 
 def _of(lines: Sequence[Mapping[str, Any]], run: str) -> list[Mapping[str, Any]]:
-    """The lines of a ledger that record answers to a run, not refusals."""
+    """Return the lines of a ledger that record answers to a run, without refusals."""
     return [line for line in lines if line.get("run") == run and "reason" not in line]
 
 
@@ -208,7 +216,7 @@ def _size(line: Mapping[str, Any]) -> int:
 
 
 def _within(policy: Policy, asked: Request, size: int, before: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `InputError` where a request is beyond what the policy allows of runs, requests and bytes."""
+    """Raise `InputError` if a request exceeds the policy's limits on runs, requests or bytes."""
     begun = {line.get("run") for line in before if "reason" not in line and line.get("stage") not in (HELLO, REFUSED)}
     if (runs := len(begun | {asked.run})) > policy.max_runs:
         raise InputError(f"this is run {runs} of the site, at most {policy.max_runs} are answered (policy.max_runs)")
@@ -217,30 +225,31 @@ def _within(policy: Policy, asked: Request, size: int, before: Sequence[Mapping[
             f"this is request {count} of the run, at most {policy.max_requests} are answered (policy.max_requests)"
         )
     if size > max(policy.max_bytes, _LEAST):
-        raise InputError(f"the request has {size:,} bytes, at most {policy.max_bytes:,} are taken (policy.max_bytes)")
+        raise InputError(f"the request has {size:,} bytes, at most {policy.max_bytes:,} are allowed (policy.max_bytes)")
 
 
 def _leaving(site: SiteConfig, prepared: PreparedRun, body: Message, left: int) -> None:
-    """Raise `InputError` where a reply may not leave: too many bytes of the run would have, or it holds images."""
+    """Raise `InputError` if the policy forbids a reply: it exceeds the run's bytes, or holds images."""
     message = body.message if isinstance(body, Reply) else body
     size, most = len(encode(message)), site.policy.max_bytes
     if left + size > most:
         raise InputError(
-            f"the reply has {size:,} bytes, {left:,} of this run have left, at most {most:,} may (policy.max_bytes)"
+            f"the reply has {size:,} bytes after {left:,} bytes of this run, at most {most:,} are allowed (policy.max_bytes)"
         )
     if not site.policy.images:
         tables = (split["image"] for split in prepared.images.sites[site.name].splits.values())
         if name := images_in(message, tables):
-            raise InputError(
-                f"tensor {name!r} of the reply holds images of the site; they leave only with images = true below [policy]"
-            )
+            raise InputError(f"tensor {name!r} of the reply holds images of the site, which needs images = true below [policy]")
 
 
 def perform(asked: Request, worker: Client, client_states: ClientStates) -> tuple[float, Message]:
-    """Measure or do a stage's work, or repeat its answer: how long the site worked for it, and the answer's body.
+    """Evaluate the models or do a stage's work; a repeated request returns the saved reply.
+
+    Returns:
+        Seconds of work, and the body of the answer.
 
     Raises:
-        InputError: the request makes no sense, or the work cannot be done.
+        InputError: The request is not valid, or the work fails.
     """
     site, plan = worker.site, worker.algorithm.stages()
     match asked.stage, asked.body:
@@ -259,9 +268,9 @@ def perform(asked: Request, worker: Client, client_states: ClientStates) -> tupl
                 raise InputError(f"step {asked.step} is number {number} of stage {asked.stage!r}, not {asked.number}")
             if asked.body is None:
                 raise InputError(f"a request to stage {asked.stage!r} without a message")
-            memory = client_states.answered(site, asked.step)
-            if memory is not None:
-                return memory.seconds, replace(memory.answer, state=None)
+            record = client_states.answered(site, asked.step)
+            if record is not None:
+                return record.seconds, replace(record.answer, state=None)
             began = time.perf_counter()
             reply = worker.work(asked.stage, asked.number, asked.body, client_states.state(site))
             seconds = time.perf_counter() - began
@@ -270,9 +279,9 @@ def perform(asked: Request, worker: Client, client_states: ClientStates) -> tupl
 
 
 def _tables(text: str) -> dict[str, Any]:
-    """The tables of a request's configuration; raises `InputError`."""
+    """Return the tables of a request's configuration; raise `InputError` if it is too long or not TOML."""
     if len(text) > _CONFIG:
-        raise InputError(f"the request's configuration has {len(text):,} characters, at most {_CONFIG:,} are read")
+        raise InputError(f"the request's configuration has {len(text):,} characters, expected at most {_CONFIG:,}")
     try:
         return loads_toml(text)
     except ValueError as error:
@@ -280,14 +289,14 @@ def _tables(text: str) -> dict[str, Any]:
 
 
 def _local(site: SiteConfig, text: str) -> Config:
-    """The run's configuration with what is the site's own business; raises `InputError` where the policy does not allow it."""
+    """Return the run's configuration with the site's own settings; raise `InputError` if the policy does not allow it."""
     config = build(_tables(text))
     if config.generator.adapters:
-        raise InputError("the run names adapters by files of the server; name this site's own by adapter in site.toml")
+        raise InputError("the run sets generator.adapters to files of the server; set adapter in site.toml instead")
     start = config.model.start
     if start and start != "public":
         if not site.start:
-            raise InputError("the run starts from a file; name this site's copy of it by start in site.toml")
+            raise InputError("the run starts from a file; set start in site.toml to this site's copy of it")
         start = str(site.path(site.start))
     local = replace(
         config,
@@ -305,7 +314,7 @@ def _local(site: SiteConfig, text: str) -> Config:
         denoising=replace(config.denoising, latent=_base(site, "denoising.latent", config.denoising.latent)),
         model=replace(config.model, start=start),
     )
-    # first the numbers: a plan of a thousand million rounds is not to be made
+    # check the numbers first: a plan with a billion rounds must not be built
     if outside := site.policy.excess(local) or site.policy.sending(local.algorithm.stages()):
         more = f"; and {len(outside) - 2} more" if len(outside) > 2 else ""
         raise InputError(f"site {site.name!r} does not allow this run: {'; '.join(outside[:2])}{more}")
@@ -313,7 +322,7 @@ def _local(site: SiteConfig, text: str) -> Config:
 
 
 def _base(site: SiteConfig, setting: str, asked: str) -> str:
-    """The base that a site uses where the run names one; raises `InputError` where it is another than was agreed."""
+    """Return the base that a site uses for the run's; raise `InputError` if it is not the agreed one."""
     if not asked or (asked in pipeline.embedded() and setting != "generator.base"):
         return asked
     found = site.generator(asked)
@@ -321,7 +330,7 @@ def _base(site: SiteConfig, setting: str, asked: str) -> str:
         return found
     if found != asked or (not site.base and asked not in pipeline.embedded()):
         agreed = f"{site.base!r} was agreed" if site.base else f"this site has only {', '.join(pipeline.embedded())}"
-        raise InputError(f"{setting} is {asked!r}, {agreed}; name this site's own by base in site.toml")
+        raise InputError(f"{setting} is {asked!r}, {agreed}; set base in site.toml to this site's base")
     return asked
 
 
@@ -335,7 +344,7 @@ def _card(site: SiteConfig, prepared: PreparedRun) -> SiteInfo:
 
 
 def _finished(site: SiteConfig, folder: Path, prepared: PreparedRun, body: Models, client_states: ClientStates) -> FinishReply:
-    """The run's folder at the site: what `warmfed predict` needs."""
+    """Write the run's folder at the site, which `warmfed predict` reads; return the digest of the personal model."""
     models = {"global": body.model}
     models[f"personal/{site.name}"] = prepared.workers()[site.name].model(body.down, client_states.state(site.name))
     there = {name: model for name, model in models.items() if model is not None}
@@ -356,7 +365,7 @@ def _finished(site: SiteConfig, folder: Path, prepared: PreparedRun, body: Model
 
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
-    """One answer at a time: a SuperNode may start two apps."""
+    """Lock the work folder within this context, because a SuperNode may run two apps at the same time."""
     try:
         make_folder(work)
         (work / ".lock").touch(PRIVATE)
@@ -367,7 +376,7 @@ def _alone(work: Path) -> Iterator[None]:
 
 
 def _ledger(work: Path) -> list[dict[str, Any]]:
-    """The lines of the site's ledger so far; raises `InputError` where it is damaged."""
+    """Return the lines of the site's ledger; raise `InputError` if it is damaged."""
     path = work / "ledger.jsonl"
     lines = read_lines(path, "the site's ledger") if path.exists() else []
     if not all(isinstance(line, dict) for line in lines):
@@ -376,7 +385,7 @@ def _ledger(work: Path) -> list[dict[str, Any]]:
 
 
 def _asked(text: str) -> str:
-    """The algorithm's name in a request's configuration; empty: it has none."""
+    """Return the algorithm's name in a request's configuration, or an empty text."""
     try:
         found = _tables(text).get("algorithm", {})
     except InputError:
@@ -385,7 +394,7 @@ def _asked(text: str) -> str:
 
 
 def _record(work: Path, before: Sequence[Mapping[str, Any]], asked: Request, body: Message) -> None:
-    """A line in the site's ledger; it is there before the message leaves."""
+    """Append a line to the site's ledger, before the message is sent."""
     what = body.message if isinstance(body, Reply) else body
     crossed = exchange("", "up", what)
     line: dict[str, Any] = {
@@ -408,11 +417,13 @@ def _record(work: Path, before: Sequence[Mapping[str, Any]], asked: Request, bod
 
 
 def refused(site: SiteConfig, stage: str, reason: str, sha256: str) -> None:
-    """Record in the site's ledger what was refused before it was opened; nothing but the refusal left the site.
+    """Record a refusal of content that was not opened in the site's ledger; the site sent nothing but the refusal.
 
     Args:
-        stage: what it was, as "app".
-        sha256: of what the server sent.
+        site: the site.
+        stage: kind of the content: "app".
+        reason: reason of the refusal.
+        sha256: SHA-256 of the content.
     """
     work = site.path(site.work)
     with _alone(work):
@@ -427,10 +438,10 @@ def _now() -> str:
 
 
 def roster(infos: Mapping[str, SiteInfo], sites: tuple[str, ...]) -> FederationInfo:
-    """The federation as these infos describe it; a site that has shown none has no rows yet.
+    """Return the federation of these descriptions; a site without one has no rows.
 
     Raises:
-        InputError: a info is not one, or two differ in what must be equal everywhere, naming the sites and both values.
+        InputError: A description is not valid, or two differ in a value that must be equal everywhere.
     """
     for info in infos.values():
         check_site_info(info)
@@ -445,7 +456,7 @@ def roster(infos: Mapping[str, SiteInfo], sites: tuple[str, ...]) -> FederationI
 
 
 def agree(info: SiteInfo, site: str, other: SiteInfo, whose: str) -> None:
-    """Raise `InputError` where two infos differ in what must be equal everywhere."""
+    """Raise `InputError` if two descriptions differ in a value that must be equal everywhere."""
     for name in ("version", "classes", "template", "shape", "base", "start"):
         if getattr(info, name) != getattr(other, name):
             raise InputError(
