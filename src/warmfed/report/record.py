@@ -102,7 +102,7 @@ REPORT_IMAGES = {
     "sites": Each({"real?": Maybe(str), "synthetic?": Maybe(str)}),
     "features?": Maybe([POINT]),
     "adapters?": Maybe(Each(Each(float))),
-    "eyes?": Maybe(str),
+    "features_sha256?": Maybe(str),
 }
 COMPARISON = {
     "rows": [
