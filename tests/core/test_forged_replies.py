@@ -72,8 +72,8 @@ TRAIN: dict[str, tuple[Tamper, str]] = {
     "many metrics": (body(metrics={str(i): 0.0 for i in range(65)}), "it has 65 metrics"),
     "a metric's name": (metric("\x1b[2J", 0.0), "printable characters"),
     "seconds": (spoil(lambda a: replace(a, seconds=NAN)), "it worked for nan seconds"),
-    "x 1000": (models(lambda m: {n: 1000 * t for n, t in m.items()}), "times the others' median, at most 8"),
-    "1e30": (models(lambda m: {n: 0 * t + 1e30 for n, t in m.items()}), "the change of its 'model' is 1e+30"),
+    "x 1000": (models(lambda m: {n: 1000 * t for n, t in m.items()}), "times the others' median, expected at most 8"),
+    "1e30": (models(lambda m: {n: 0 * t + 1e30 for n, t in m.items()}), "the change of its 'model' has a root mean square of 1e+30"),
 }
 MEASURED: dict[str, tuple[Tamper, str]] = {
     "accuracy NaN": (metric("global/test/accuracy", NAN), "accuracy of global/test is nan"),
@@ -196,11 +196,11 @@ def scaled(factor: float) -> Callable[[Reply], Reply]:
 def test_a_far_change_is_left_out_by_name_and_by_default() -> None:
     for fault in (scaled(1000.0), scaled(1e30)):
         found = played("fedavg", {(0, "b"): fault})
-        assert "the change of its 'model' is" in found[0].absent["b"]
+        assert "the change of its 'model' " in found[0].absent["b"]
     assert not played("fedavg", {(0, "b"): scaled(1000.0)}, AdmissionPolicy(max_update_ratio=0))[0].absent
     both = played("fedavg", {(0, "b"): scaled(1000.0), (0, "c"): scaled(-1000.0)}, AdmissionPolicy(min_sites=2))
     assert both[0].absent.keys() == {"b", "c"}
-    with pytest.raises(InputError, match=r"3 of 4 sites gave a valid reply .* \(site 'b': the change of its 'model' is"):
+    with pytest.raises(InputError, match=r"3 of 4 sites gave a valid reply .* \(site 'b': the change of its 'model' "):
         played("fedavg", {(0, "b"): scaled(1000.0)}, AdmissionPolicy())
 
 
@@ -315,4 +315,4 @@ def test_a_bad_card_is_refused_and_the_run_goes_on(tmp_path: Path, data: Path, c
 
     consortium.serve(tamper)
     assert [sorted(r["train"]) for r in consortium.records()] == [["a", "c", "d"]] * 2
-    assert "card's rows is" in caplog.text
+    assert "its rows is" in caplog.text

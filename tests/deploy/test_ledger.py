@@ -85,7 +85,7 @@ def test_the_ledger_of_a_run_on_one_machine(tmp_path: Path, capsys: pytest.Captu
     assert "not named here" in [row[2].text for row in tables(ledger)[1].rows]
     assert main(["site-report", str(tmp_path / "run"), "--site", "b"]) == 0
     assert ledger.lines[0]["sha256"] in capsys.readouterr().out
-    with pytest.raises(InputError, match="there are a, b"):
+    with pytest.raises(InputError, match="set --site to one of: a, b"):
         read(tmp_path / "run")
 
 

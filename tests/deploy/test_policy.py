@@ -202,7 +202,7 @@ def test_a_reason_is_bounded_and_has_no_control_characters(
     [
         ({"max_runs": 1}, "this is run 2 of the site, at most 1 are answered (policy.max_runs)"),
         ({"max_requests": 1}, "this is request 2 of the run, at most 1 are answered (policy.max_requests)"),
-        ({"max_bytes": 3000}, "3,000 may (policy.max_bytes)"),
+        ({"max_bytes": 3000}, "3,000 are allowed (policy.max_bytes)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -324,7 +324,7 @@ def _empty_prototypes() -> Any:
     [
         ('algorithms = ["fedavg"]', r"site\.toml: algorithms is a setting of \[policy\] now"),
         ("[policy]\nalgoritms = []", "unknown key 'policy.algoritms'; did you mean 'algorithms'"),
-        ('[policy]\nalgorithms = ["fedavgg"]', "no algorithm 'fedavgg'; did you mean 'fedavg'"),
+        ('[policy]\nalgorithms = ["fedavgg"]', "unknown algorithm 'fedavgg'; did you mean 'fedavg'"),
         ("[policy]\nimages = 1", "policy.images must be of type bool"),
         ("[policy]\nmax_runs = -1", "must be at least 0"),
         (

@@ -206,7 +206,7 @@ def test_a_learned_token_stands_in_the_place_of_the_last_word(base: str, plain: 
 
 def test_tokens_are_for_one_clip_text_encoder(tmp_path: Path, plain: LatentDiffusion) -> None:
     generator = with_(replace(plain, base=pipelines.write("sdxl", tmp_path / "sdxl")), textual_inversion=True)
-    with pytest.raises(InputError, match="textual_inversion is for one CLIP text encoder, Stable Diffusion XL has others"):
+    with pytest.raises(InputError, match="textual_inversion needs one CLIP text encoder, Stable Diffusion XL has others"):
         generator.adapt(local())
 
 
