@@ -253,7 +253,7 @@ def test_a_pretraining_that_is_killed_goes_on_to_the_same_bytes(pets: ImageSet, 
         ({"channels": 0}, "channels must be at least 1"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"dropout": 2.0}, "dropout must be from 0 to 1"),
-        ({"snapshot": -1}, "snapshot are not negative"),
+        ({"snapshot": -1}, "snapshot at least 0"),
         ({"lr": -1e-3}, "lr and decoder_lr must be above 0"),
         ({"decoder_noise": float("nan")}, "decoder_noise at least 0"),
     ],
@@ -313,4 +313,4 @@ def test_a_file_says_what_a_base_is_made_of(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "other").exists()
     capsys.readouterr()
     assert main(["pretrain", "--out", str(tmp_path / "other"), "--set", "side=64"]) == 2
-    assert "images of your own" in capsys.readouterr().err
+    assert "set your own images" in capsys.readouterr().err
