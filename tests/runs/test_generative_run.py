@@ -75,7 +75,7 @@ def test_synthesize(folder: Path, tmp_path: Path, capsys: Any) -> None:
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (3 * side, 2 * side)
     assert main(["synthesize", str(folder), "--label", "nothing", *both]) == 2
-    assert "no class 'nothing'" in capsys.readouterr().err
+    assert "unknown class 'nothing'" in capsys.readouterr().err
     for option, place, words in (
         ("--grid", "a.jpg", "--grid must end in .png"),
         ("--out", "", "it exists and is not a regular file"),
