@@ -64,7 +64,7 @@ def test_values_of_the_command_line(text: str, value: Any) -> None:
         ("generator.guidance", float("nan"), "generator.guidance must be finite and not below zero; got nan"),
         ("server.max_update_norm", float("inf"), "correct [server]"),
         ("server.stage_timeout", 0.0, "stage_timeout above 0"),
-        ("generator.size", -1, "generator.size is a number of pixels"),
+        ("generator.size", -1, "expected generator.size in pixels"),
         ("generator.adapters", "a.safetensors", "generator.adapters must be a table of settings; got 'a.safetensors'"),
         ("border.least", 1, "border is now called server; rename it"),
         ("server.least", 1, "server.least is now called server.min_sites; rename it"),
