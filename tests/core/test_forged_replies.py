@@ -73,7 +73,7 @@ TRAIN: dict[str, tuple[Tamper, str]] = {
     "a metric's name": (metric("\x1b[2J", 0.0), "printable characters"),
     "seconds": (spoil(lambda a: replace(a, seconds=NAN)), "it worked for nan seconds"),
     "x 1000": (models(lambda m: {n: 1000 * t for n, t in m.items()}), "times the others' median, expected at most 8"),
-    "1e30": (models(lambda m: {n: 0 * t + 1e30 for n, t in m.items()}), "the change of its 'model' has a root mean square of 1e+30"),
+    "1e30": (models(lambda m: {n: 0 * t + 1e30 for n, t in m.items()}), "has a root mean square of 1e+30"),
 }
 MEASURED: dict[str, tuple[Tamper, str]] = {
     "accuracy NaN": (metric("global/test/accuracy", NAN), "accuracy of global/test is nan"),
