@@ -115,6 +115,11 @@ def test_leaves_are_final_and_every_module_says_what_it_is() -> None:
                     assert all(ast.unparse(base).partition("[")[0] in families for base in node.bases)
 
 
+def test_an_algorithm_calls_super_only_to_make_a_network() -> None:
+    text = {name: text for name, text in FILES.items() if name.startswith("algorithms/")}
+    assert not [name for name, each in text.items() if re.search(r"super\(\)(?!\.__init__\(\))", each)]
+
+
 def test_stage_functions_name_their_messages() -> None:
     """A leaf's functions say what comes, what stays and what goes: `Any` and `Message` say nothing."""
     for name in FILES:

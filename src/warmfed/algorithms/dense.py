@@ -131,11 +131,10 @@ class DENSE(Rounds[Model, Model, None, Model]):
     student: Literal["average", "own"] = "average"
     """Initial student: average (mean of the sites' models) or own (the server's random weights, as in the paper)."""
 
-    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
         # the pool of images grows with each turn
         steps = sum(self.distillation.count(self.images * (turn + 1)) for turn in range(self.epochs))
         return (
-            *super().workload(rows, pairs),
             Workload(
                 "images of the ensemble", "server", self.rounds * self.epochs * self.drawing.count(self.images), self.drawing
             ),

@@ -27,8 +27,8 @@ class Ditto(Averaging[Model]):
     personal: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """Training of the personal model in one round."""
 
-    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
-        return (*super().workload(rows, pairs), at_sites("personal models", self.personal, rows, self.rounds))
+    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (at_sites("personal models", self.personal, rows, self.rounds),)
 
     def init_client_state(self, received: Model, ctx: ClientContext) -> Model:
         return Model(received.model)  # v_k

@@ -26,8 +26,8 @@ class FedAvgFineTune(Personalized[Model]):
     personal: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
     """Fine-tuning after the last round."""
 
-    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
-        return (*super().workload(rows, pairs), at_sites("personal models", self.personal, rows, 1))
+    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (at_sites("personal models", self.personal, rows, 1),)
 
     def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])

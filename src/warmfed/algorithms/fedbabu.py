@@ -39,8 +39,8 @@ class FedBABU(Personalized[Body]):
     """Fine-tuning at the end."""
     replies: ClassVar[tuple[type, ...]] = (Body,)
 
-    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
-        return (*super().workload(rows, pairs), at_sites("personal models", self.personal, rows, 1))
+    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (at_sites("personal models", self.personal, rows, 1),)
 
     def train(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Body]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"], trainable=self.body)

@@ -60,8 +60,8 @@ class FedBSD(SplitByName):
     local: Training = Training(lr=0.02, epochs=4, max_grad_norm=1.0)
     """Training of the backbone in one round, after the head's."""
 
-    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
-        return (*super().workload(rows, pairs), at_sites("heads", self.head, rows, self.rounds))
+    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (at_sites("heads", self.head, rows, self.rounds),)
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -27,8 +27,8 @@ class FedRep(SplitByName):
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
     """Training of the body in one round, after the head's."""
 
-    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
-        return (*super().workload(rows, pairs), at_sites("heads", self.head, rows, self.rounds))
+    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (at_sites("heads", self.head, rows, self.rounds),)
 
     def train(self, received: Model, state: Model, ctx: ClientContext) -> Reply[Model]:
         mine, shared, data = self.mine(ctx.task), self.shared(ctx.task), ctx.data["train"]

@@ -43,8 +43,8 @@ class PerFedAvg(Personalized[Model]):
     personal: Training = Training(lr=0.01, momentum=0.0)
     """Training that adapts the last global model to a site."""
 
-    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
-        return (*super().workload(rows, pairs), at_sites("personal models", self.personal, rows, 1))
+    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        return (at_sites("personal models", self.personal, rows, 1),)
 
     def __post_init__(self) -> None:
         check_choices(self)

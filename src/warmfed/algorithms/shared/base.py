@@ -167,7 +167,11 @@ class Rounds(WithoutGenerator, ABC, Generic[S, M, C, R]):
     def aggregate(self, server: S, replies: Replies[R], ctx: ServerContext) -> tuple[S, Metrics]: ...
 
     def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
-        return (at_sites("local training", self.local, rows, self.rounds),)
+        return (at_sites("local training", self.local, rows, self.rounds), *self.further_work(rows, pairs))
+
+    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        """Return the trainings beside the local ones; see `Algorithm.workload`."""
+        return ()
 
     def init(self, ctx: ServerContext) -> S:
         return cast(S, Model(ctx.task.init(ctx.rng)))

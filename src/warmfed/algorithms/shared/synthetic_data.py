@@ -352,10 +352,9 @@ class WarmStarted(Combined[Server, Model, None, Model], Generic[Offered]):
     def samples_per_class(self) -> int:
         return self.synthesis.per_class
 
-    def workload(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
         tuning = self.rounds * self.tune_training.count(self.synthesis.subset) if self.tune else 0
         return (
-            *super().workload(rows, pairs),
             Workload("fine-tuning", "server", tuning, self.tune_training),
             *self.synthesis.workload(pairs),
         )
