@@ -61,7 +61,7 @@ class _Joint:
 
 @final
 @dataclass(frozen=True)
-class APFL(Averaging[Site]):
+class APFL(Averaging[Site, Model]):
     """Run FedAvg, and train a personal branch through its mixture with the global model."""
 
     alpha: float = 0.25

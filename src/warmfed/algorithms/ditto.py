@@ -19,7 +19,7 @@ from .shared.base import Averaging, Model, upload
 
 @final
 @dataclass(frozen=True)
-class Ditto(Averaging[Model]):
+class Ditto(Averaging[Model, Model]):
     """Train the global model by FedAvg, and a personal model with the penalty lam/2·||v - w^t||²."""
 
     lam: float = 0.1

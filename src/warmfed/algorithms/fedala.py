@@ -59,7 +59,7 @@ def mixed(mine: Tensors, theirs: Tensors, weights: Tensors) -> dict[str, Tensor]
 
 @final
 @dataclass(frozen=True)
-class FedALA(Averaging[Site]):
+class FedALA(Averaging[Site, Model]):
     """Run FedAvg; each site starts from a learned mixture of the global model and its last model."""
 
     adaptive: str = "head."

@@ -16,7 +16,7 @@ from .shared.base import Averaging, Model, upload
 
 @final
 @dataclass(frozen=True)
-class FedAvg(Averaging[None]):
+class FedAvg(Averaging[None, Model]):
     """Train locally from the global model and average the models, weighted by the sites' numbers of images."""
 
     def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:

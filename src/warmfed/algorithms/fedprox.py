@@ -15,7 +15,7 @@ from .shared.base import Averaging, Model, upload
 
 @final
 @dataclass(frozen=True)
-class FedProx(Averaging[None]):
+class FedProx(Averaging[None, Model]):
     """Run FedAvg with the penalty mu/2·||w - w^t||² in the local loss."""
 
     mu: float = 0.01

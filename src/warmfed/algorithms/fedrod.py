@@ -39,7 +39,7 @@ def balanced(ctx: ClientContext) -> Loss:
 
 @final
 @dataclass(frozen=True)
-class FedRoD(Averaging[Model]):
+class FedRoD(Averaging[Model, Model]):
     """Train a generic model with a balanced loss, and a personal head beside its head."""
 
     head: str = "head."

@@ -31,7 +31,7 @@ def contrast(now: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tens
 
 @final
 @dataclass(frozen=True)
-class MOON(Averaging[Personal]):
+class MOON(Averaging[Personal, Model]):
     """Run FedAvg with a contrastive loss between the local, the global and the last local features."""
 
     mu: float = 1.0

@@ -21,7 +21,7 @@ from .shared.base import Averaging, Model, upload
 
 @final
 @dataclass(frozen=True)
-class PFedMe(Averaging[Model]):
+class PFedMe(Averaging[Model, Model]):
     """Average the sites' w; the personal model is θ̃, held near w."""
 
     local: Training = Training(lr=0.05, momentum=0.0, steps=5)

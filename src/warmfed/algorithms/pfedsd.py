@@ -19,7 +19,7 @@ from .shared.distillation import Distillation, distilled
 
 @final
 @dataclass(frozen=True)
-class PFedSD(Averaging[Personal]):
+class PFedSD(Averaging[Personal, Model]):
     """Run FedAvg with local training distilled from the site's model of the previous round."""
 
     local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)

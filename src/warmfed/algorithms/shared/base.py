@@ -221,15 +221,15 @@ class Combined(Rounds[S, M, C, R]):
 
 
 @dataclass(frozen=True)
-class Averaging(Combined[Model, Model, C, Model], Generic[C]):
-    """Abstract: rounds of local training and weighted averaging."""
+class Averaging(Combined[Model, Model, C, R], Generic[C, R]):
+    """Abstract: rounds of local training and weighted averaging of the tensors that the sites return."""
 
-    def aggregate(self, server: Model, replies: Replies[Model], ctx: ServerContext) -> tuple[Model, Metrics]:
+    def aggregate(self, server: Model, replies: Replies[R], ctx: ServerContext) -> tuple[Model, Metrics]:
         return Model({**server.model, **self.robust.combine(server.model, replies)}), {}
 
 
 @dataclass(frozen=True)
-class PartlyShared(Averaging[Model]):
+class PartlyShared(Averaging[Model, Model]):
     """Abstract: some tensors never leave the site; by default, the whole model is trained at once.
 
     The server holds and sends only the shared part. There is no global model, since the server has no private part.
@@ -278,7 +278,7 @@ class SplitByName(PartlyShared):
 
 
 @dataclass(frozen=True)
-class Personalized(Combined[Model, Model, Model | None, R], Generic[R]):
+class Personalized(Averaging[Model | None, R]):
     """Abstract: the rounds of `Averaging`, and a last stage that adapts the last global model to each site."""
 
     @abstractmethod
@@ -288,9 +288,6 @@ class Personalized(Combined[Model, Model, Model | None, R], Generic[R]):
     def stages(self) -> tuple[Stage, ...]:
         personalize = Stage("personalize", self.done, self.personalize, replies=(Empty,), images=False)
         return (self.round,) * self.rounds + (personalize,)
-
-    def aggregate(self, server: Model, replies: Replies[R], ctx: ServerContext) -> tuple[Model, Metrics]:
-        return Model({**server.model, **self.robust.combine(server.model, replies)}), {}
 
     def personalize(self, received: Model, state: Model | None, ctx: ClientContext) -> Reply[Empty]:
         model, info = self.own(received.model, ctx)
