@@ -31,8 +31,7 @@ from deployment import Deployment, arrays, end, free_port
 
 from warmfed.config import parse
 from warmfed.core import Failure, Round
-from warmfed.run import run
-from warmfed.runs.backend import LOCAL, Backend, client_states_folder, server_side
+from warmfed.runs.backend import LOCAL, Backend, Execution, client_states_folder
 from warmfed.runs.execute import execute
 from warmfed.runs.prepare import PreparedRun
 from warmfed.transports.flower_project import write_project
@@ -118,11 +117,9 @@ class Without(Backend):
     def finish(self, prepared: PreparedRun, folder: Path, server: Any) -> Any:
         return LOCAL.finish(prepared, folder, server)
 
-    def rounds(
-        self, prepared: PreparedRun, folder: Path, start: Any, generator: Any, listener: Any
-    ) -> Generator[Round, None, None]:
-        config = prepared.config
-        with InProcess(prepared.workers(), folder=client_states_folder(folder)) as transport:
+    def rounds(self, execution: Execution) -> Generator[Round, None, None]:
+        prepared = execution.prepared
+        with InProcess(prepared.workers(), folder=client_states_folder(execution.folder)) as transport:
             send = transport.send
 
             def sent(step: int, *rest: Any) -> Iterator[Any]:
@@ -130,10 +127,7 @@ class Without(Backend):
                     yield (site, Failure(self.reason), ()) if (site, step) == (SITE, self.step) else (site, answer, crossed)
 
             transport.send = sent  # type: ignore[method-assign]
-            central = server_side(
-                prepared.task, transport, prepared.images.prompts, generator, "cpu", folder, listener, prepared.images.rows
-            )
-            yield from run(config.algorithm, central, transport, config.seed, evaluate=config.evaluate, admission=config.server)
+            yield from execution.over(transport, prepared.images.rows)
 
 
 @dataclass

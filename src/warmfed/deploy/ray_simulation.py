@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, build
-from ..core import Generator, Round, ServerState
+from ..core import Round, ServerState
 from ..core.messages import decode, encode
-from ..run import run
-from ..runs.backend import LOCAL, Backend, client_states_folder, server_side
+from ..runs.backend import LOCAL, Backend, Execution, client_states_folder
 from ..runs.execute import proceed
 from ..runs.prepare import PreparedRun, prepare
 from ..runs.progress import RunListener
@@ -36,21 +35,10 @@ class RayBackend(Backend):
     def prepare(self, config: Config) -> PreparedRun:
         return LOCAL.prepare(config)
 
-    def rounds(
-        self,
-        prepared: PreparedRun,
-        folder: Path,
-        start: tuple[int, ServerState] | None,
-        generator: Generator | None,
-        listener: RunListener,
-    ) -> abc.Generator[Round, None, None]:
-        config = prepared.config
-        transport = Remote(self.channel, tuple(sorted(prepared.images.sites)), "", config.toml(), config.server)
-        images = prepared.images
-        central = server_side(prepared.task, transport, images.prompts, generator, config.device, folder, listener, images.rows)
-        yield from run(
-            config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, admission=config.server
-        )
+    def rounds(self, execution: Execution) -> abc.Generator[Round, None, None]:
+        config, images = execution.prepared.config, execution.prepared.images
+        transport = Remote(self.channel, tuple(sorted(images.sites)), "", config.toml(), config.server)
+        yield from execution.over(transport, images.rows)
 
     def finish(self, prepared: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
         return LOCAL.finish(prepared, folder, server)

@@ -15,15 +15,13 @@ from typing import Any
 import torch
 
 from ..config import Config, parse
-from ..core import Generator, Round, ServerState
+from ..core import Round, ServerState
 from ..core.messages import encode
 from ..data import FederationInfo
-from ..run import run
-from ..runs.backend import SITES, Backend, server_side
+from ..runs.backend import SITES, Backend, Execution
 from ..runs.console import LineReporter
 from ..runs.execute import proceed
 from ..runs.prepare import PreparedRun, prepare
-from ..runs.progress import RunListener
 from ..transports import flower
 from ..transports.protocol import HELLO, REFUSED, Refusal, Request, SiteInfo, check_site_info, opened
 from ..transports.remote import Remote
@@ -111,24 +109,12 @@ class FlowerBackend(Backend):
         self._infos[site] = info
         self._rows.setdefault(site, {split: int(count) for split, count in info.rows.items()})
 
-    def rounds(
-        self,
-        prepared: PreparedRun,
-        folder: Path,
-        start: tuple[int, ServerState] | None,
-        generator: Generator | None,
-        listener: RunListener,
-    ) -> abc.Generator[Round, None, None]:
-        config = prepared.config
-        assert isinstance(prepared.federation, FederationInfo)
-        sites = {"run": self._run, "sites": self._sites, "roster": asdict(prepared.federation)}
-        write_json(folder / "checkpoint" / SITES, sites)
-        transport = self._transport(config)
-        prompts = prepared.federation.prompts
-        central = server_side(prepared.task, transport, prompts, generator, config.device, folder, listener, self._rows)
-        yield from run(
-            config.method, central, transport, config.seed, start=start, evaluate=config.evaluate, admission=config.server
-        )
+    def rounds(self, execution: Execution) -> abc.Generator[Round, None, None]:
+        known = execution.prepared.federation
+        assert isinstance(known, FederationInfo)
+        sites = {"run": self._run, "sites": self._sites, "roster": asdict(known)}
+        write_json(execution.folder / "checkpoint" / SITES, sites)
+        yield from execution.over(self._transport(execution.prepared.config), self._rows)
 
     def finish(self, prepared: PreparedRun, folder: Path, server: ServerState) -> tuple[dict[str, str], float | None]:
         algorithm = prepared.config.method

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,46 @@ def client_states_folder(folder: Path) -> Path:
     return folder / "checkpoint" / "sites"
 
 
+@dataclass(frozen=True)
+class Execution:
+    """The stages of a prepared run that are still to do, and where their results go."""
+
+    prepared: PreparedRun
+    folder: Path
+    """The run folder."""
+    start: tuple[int, ServerState] | None
+    """(stages done, the server's state then), or None for the whole run."""
+    generator: Generator | None
+    listener: RunListener
+
+    def over(self, transport: Transport, rows: Mapping[str, Mapping[str, int]]) -> Iterator[Round]:
+        """Run the stages over a transport; yield the record of each.
+
+        Args:
+            rows: as in `server_side`.
+        """
+        prepared, config = self.prepared, self.prepared.config
+        central = server_side(
+            prepared.task,
+            transport,
+            prepared.federation.prompts,
+            self.generator,
+            config.device,
+            self.folder,
+            self.listener,
+            rows,
+        )
+        return run(
+            config.method,
+            central,
+            transport,
+            config.seed,
+            start=self.start,
+            evaluate=config.evaluate,
+            admission=config.server,
+        )
+
+
 class Backend(ABC):
     """Place where the sites of a run are executed; it has access to their images and personal models."""
 
@@ -112,14 +153,7 @@ class Backend(ABC):
         """Load and check the configuration's data, task and base; raise `InputError` if they are not valid. Write nothing."""
 
     @abstractmethod
-    def rounds(
-        self,
-        prepared: PreparedRun,
-        folder: Path,
-        start: tuple[int, ServerState] | None,
-        generator: Generator | None,
-        listener: RunListener,
-    ) -> abc.Generator[Round, None, None]:
+    def rounds(self, execution: Execution) -> abc.Generator[Round, None, None]:
         """Execute the run; yield the record of each stage, as `simulate`."""
 
     def personal(self, prepared: PreparedRun, folder: Path, server: ServerState) -> dict[str, Tensors]:
@@ -140,28 +174,21 @@ class LocalBackend(Backend):
     def prepare(self, config: Config) -> PreparedRun:
         return prepare(config)
 
-    def rounds(
-        self,
-        prepared: PreparedRun,
-        folder: Path,
-        start: tuple[int, ServerState] | None,
-        generator: Generator | None,
-        listener: RunListener,
-    ) -> abc.Generator[Round, None, None]:
-        config = prepared.config
+    def rounds(self, execution: Execution) -> abc.Generator[Round, None, None]:
+        prepared, config = execution.prepared, execution.prepared.config
         return simulate(
             config.method,
             prepared.images,
             prepared.task,
             seed=config.seed,
-            generator=generator,
+            generator=execution.generator,
             workers=config.workers,
             device=config.device,
             evaluate=config.evaluate,
             admission=config.server,
-            folder=folder,
-            start=start,
-            listener=listener,
+            folder=execution.folder,
+            start=execution.start,
+            listener=execution.listener,
         )
 
     def personal(self, prepared: PreparedRun, folder: Path, server: ServerState) -> dict[str, Tensors]:

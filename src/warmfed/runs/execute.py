@@ -29,7 +29,7 @@ from ..utils.files import (
     write_json,
 )
 from ..utils.memory import MemoryMonitor
-from .backend import LOCAL, SITES, Backend, LocalBackend
+from .backend import LOCAL, SITES, Backend, Execution, LocalBackend
 from .checkpoint import Recorder, load_checkpoint
 from .folder import claim_run_folder, lock_run_folder, read_config, read_summary, write_model
 from .prepare import PreparedRun
@@ -127,7 +127,8 @@ def _run_rounds(
     generator = CachedGenerator(prepared.generator, shared) if shared and prepared.generator else prepared.generator
     if shared and isinstance(prepared.task, Denoise):
         prepared = replace(prepared, task=replace(prepared.task, shared=shared))
-    rounds = backend.rounds(prepared, folder, (len(records), server) if server is not None else None, generator, listener)
+    start = (len(records), server) if server is not None else None
+    rounds = backend.rounds(Execution(prepared, folder, start, generator, listener))
     evaluator = GeneratorEvaluator.for_run(
         config.evaluation, prepared.task, federation, config.denoising.latent or "digits", config.seed, config.device
     )
