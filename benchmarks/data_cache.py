@@ -92,7 +92,7 @@ class Read:
 def train(federation: Federation) -> float:
     """Seconds of FedAvg's round of 20 steps on each site, in two worker processes."""
     from warmfed.algorithms.fedavg import FedAvg
-    from warmfed.fit import Training
+    from warmfed.core.training import Training
     from warmfed.runs.backend import simulate
     from warmfed.tasks import Classify
 
