@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,7 +37,7 @@ from warmfed.transports.client import Client
 from warmfed.utils.errors import InputError
 from warmfed.utils.files import atomic_write, read_checksummed, read_json, write_checksummed, write_json
 
-Tamper = Callable[[Reply, Message], Reply]
+Tamper = Callable[[Reply[Any], Message], Reply[Any]]
 SHARE = 0.5
 """What `warmfed deploy init` writes for `server.max_weight_share`: no site weighs more than all others together."""
 FACTOR = 10**6
@@ -46,7 +47,7 @@ FACTOR = 10**6
 def moved(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Tamper:
     """A model made of what was sent and of what the site has learned."""
 
-    def tamper(reply: Reply, down: Message) -> Reply:
+    def tamper(reply: Reply[Any], down: Any) -> Reply[Any]:
         sent = down.model
         model = {
             name: change(sent[name].double(), value.double()).to(value.dtype) for name, value in reply.message.model.items()
@@ -65,7 +66,7 @@ def both(first: Tamper, second: Tamper) -> Tamper:
 
 
 def adapter(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Tamper:
-    def tamper(reply: Reply, down: Message) -> Reply:
+    def tamper(reply: Reply[Any], down: Message) -> Reply[Any]:
         changed = {name: change(name, value) for name, value in reply.message.adapter.items()}
         return replace(reply, message=replace(reply.message, adapter=changed))
 
@@ -128,7 +129,7 @@ class Tampered:
 
     def send(
         self, step: int, stage: str, number: int, down: Mapping[str, Message]
-    ) -> Iterator[tuple[str, Reply, tuple[Exchange, ...]]]:
+    ) -> Iterator[tuple[str, Reply[Any], tuple[Exchange, ...]]]:
         for site, content in down.items():
             reply = self._work(site, stage, number, content)
             self.states[site] = reply.state
@@ -136,7 +137,7 @@ class Tampered:
                 reply = self.tampers[stage](reply, content)
             yield site, reply, ()
 
-    def _work(self, site: str, stage: str, number: int, down: Message) -> Reply:
+    def _work(self, site: str, stage: str, number: int, down: Message) -> Reply[Any]:
         """What the site answers; equal work of another cell is not done again."""
         worker, state = self.workers[site], self.states.get(site)
         settings = [
@@ -296,17 +297,15 @@ def main() -> None:
     command = f"python benchmarks/poisoning.py --work {asked.work.name} --seeds {' '.join(map(str, asked.seeds))}"
     date = datetime.now(UTC).date().isoformat()
     write_json(asked.out.with_suffix(".json"), {"machine": machine, "date": date, "command": command, "cells": found})
-    atomic_write(
-        asked.out.with_suffix(".md"),
-        "# One poisoned site of four\n\n"
-        f"`{command}`. {machine}, {date}. digits4, five rounds; accuracy of the final global model on the tests of the\n"
-        "honest sites, mean over seeds. The poisoned site goes round with the seed. “Against left out” is the difference\n"
-        "to a run without the poisoned site, seed by seed; for attacks of which only the warm start is measured, that of\n"
-        "the warm starts. Krum against one faulty site needs five answers; here it has f = 0.\n"
-        "“Set aside” counts the runs in which the poisoned site was set aside or left out of a round.\n\n"
-        + table(found)
-        + "\n",
+    text = (
+        f"`{command}`. {machine}, {date}. digits4, five rounds; accuracy of the final global model on the tests of the "
+        "honest sites, mean over seeds. The poisoned site goes round with the seed. “Against left out” is the difference "
+        "to a run without the poisoned site, seed by seed; for attacks of which only the warm start is measured, that of "
+        "the warm starts. Krum against one faulty site needs five answers; here it has f = 0. “Set aside” counts the runs "
+        "in which the poisoned site was set aside or left out of a round."
     )
+    page = f"# One poisoned site of four\n\n{textwrap.fill(text, 116, break_on_hyphens=False)}\n\n{table(found)}\n"
+    atomic_write(asked.out.with_suffix(".md"), page)
 
 
 if __name__ == "__main__":
