@@ -11,7 +11,6 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from ..algorithms.shared.base import at_sites
 from ..core import ClientContext, Empty, Metrics, Replies, Reply, ServerContext, Stage, Workload
 from ..core.messages import message
 from ..core.tensors import Table, Tensors, join, layout_mismatch, rows
@@ -19,7 +18,7 @@ from ..core.training import Training
 from ..fit import Context, fit
 from ..utils.errors import InputError
 from ..utils.settings import check_choices
-from .shared.base import Model, WithoutGenerator, gathering
+from .shared.base import Model, WithoutGenerator, at_sites, gathering
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,16 @@ class Budget:
         check_choices(self)
 
 
-def train_until(
+def train_once(
     ctx: Context, start: Tensors, training: Training, train: Table, check: Table, budget: Budget
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Train in pieces until validation stops improving; return the best weights and their metrics."""
+    """Train as one stage of the baseline does; return the weights and their metrics.
+
+    With `until` budget, this is one training. With `until` validation, it is as many as improve the result on `check`, and
+    the weights are the best ones.
+    """
+    if budget.until == "budget":
+        return fit(ctx, start, training, train)
     task = ctx.task
     model, info = dict(start), {"loss": 0.0}
     best, score, waited = model, (-1.0, 0.0), 0
@@ -88,10 +93,7 @@ class LocalOnly(WithoutGenerator):
 
     def train(self, received: Model | Empty, state: Model, ctx: ClientContext) -> Reply[Empty]:
         data = ctx.data
-        if self.budget.until == "budget":
-            model, metrics = fit(ctx, state.model, self.local, data["train"])
-        else:
-            model, metrics = train_until(ctx, state.model, self.local, data["train"], data["validation"], self.budget)
+        model, metrics = train_once(ctx, state.model, self.local, data["train"], data["validation"], self.budget)
         return Reply(Empty(), Model(model), float(rows(data["train"])), metrics)
 
     def done(self, server: Model, replies: Replies[Empty], ctx: ServerContext) -> tuple[Model, Metrics]:
@@ -174,10 +176,7 @@ class Centralized(WithoutGenerator):
         return replace(server, train=train, validation=validation), {}
 
     def train(self, server: Pool, replies: Replies[Empty], ctx: ServerContext) -> tuple[Pool, Metrics]:
-        if self.budget.until == "budget":
-            model, info = fit(ctx, server.model, self.local, server.train)
-        else:
-            model, info = train_until(ctx, server.model, self.local, server.train, server.validation, self.budget)
+        model, info = train_once(ctx, server.model, self.local, server.train, server.validation, self.budget)
         return replace(server, model=model), info
 
     def global_model(self, server: Pool) -> Tensors | None:
