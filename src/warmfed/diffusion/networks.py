@@ -20,9 +20,6 @@ SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "exponential": "
 SAMPLERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
 
 
-PREDICTIONS = ("epsilon", "v_prediction")
-
-
 @dataclass(frozen=True)
 class DenoiserSettings:
     """Settings of a denoiser: network, training and sampling."""

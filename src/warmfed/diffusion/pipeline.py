@@ -181,7 +181,7 @@ def find(base: str | Path, *, weights: bool = True) -> Path:
         weights: whether the weights must exist.
 
     Raises:
-        InputError: if there is no such base, or a file of the pipeline is missing, not JSON or not supported.
+        InputError: The base does not exist, or a file of the pipeline is missing, not JSON or not supported.
     """
     folder, fetch = _named(base)
     if not folder.is_dir():
@@ -343,7 +343,7 @@ def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
         dtype: type of the weights: fp32, bf16 or fp16. An autoencoder that overflows in fp16 stays in fp32.
 
     Raises:
-        InputError: if there is no such base, a part does not load, or a weight is not finite.
+        InputError: The base does not exist, a part does not load, or a weight is not finite.
     """
     folder = find(base)
     import diffusers

@@ -19,8 +19,6 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Class of diffusers for each sampler: DPM-Solver++ (Lu et al., 2022, arXiv:2211.01095), DDIM (Song et al., ICLR 2021), UniPC
 (Zhao et al., NeurIPS 2023, arXiv:2302.04867), and LCM (arXiv:2310.04378) for bases that are distilled for few steps."""
 
-SPACINGS = ("", "leading", "linspace", "trailing")
-
 
 def flows(config: Mapping[str, Any]) -> float:
     """Return the shift of a rectified flow's noise levels from a scheduler's configuration; 0 for a diffusion process."""
