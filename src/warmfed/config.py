@@ -15,9 +15,9 @@ from .core.training import Training
 from .diffusion.generator import LatentDiffusion
 from .diffusion.networks import DenoiserSettings
 from .evaluation.generators import Evaluation
-from .utils.errors import InputError, suggest
+from .utils.errors import InputError
 from .utils.files import loads_toml, read_bytes
-from .utils.settings import check_choices, construct
+from .utils.settings import check_choices, check_key, construct
 
 T = TypeVar("T")
 STUDIES = ("compare", "arms", "sweep", "pretraining")
@@ -203,10 +203,7 @@ def build(values: dict[str, Any]) -> Config:
             raise InputError(f"{name} has no setting algorithm.{key}; remove it, or choose one that has: {', '.join(owners)}")
     known = {f.name for f in dataclasses.fields(Config)} - {"name"}
     for key in values:
-        if key in Config.RENAMED:
-            raise InputError(f"{key} is now called {Config.RENAMED[key]}; rename it")
-        if key not in known:
-            raise InputError(f"unknown key {key!r}{suggest(key, sorted(known))}")
+        check_key(key, "", known, Config.RENAMED)
     algorithm: Any = construct(entry(name).cls, table, "algorithm")
     rest = construct(Config, {**values, "name": name}, "", skip=("algorithm",))
     return dataclasses.replace(rest, algorithm=algorithm)

@@ -26,6 +26,7 @@ from ..runs.progress import Clock, RunListener
 from ..transports.process_pool import ProcessPool, death_told, tell
 from ..utils.errors import InputError, suggest
 from ..utils.files import PUBLIC, atomic_write, occupied, read_bytes, remove_partial_files, write_json
+from ..utils.settings import check_key
 from ..utils.version import __version__
 from .aggregate import aggregate
 
@@ -88,10 +89,7 @@ def plan(
     if not all(isinstance(table, dict) for table in tables):
         raise InputError("[compare], [sweep] and [arms.NAME] of a comparison must be tables")
     for key in asked:
-        if key == "unseen":
-            raise InputError("compare.unseen is now called compare.holdout; rename it")
-        if key not in _ASKED:
-            raise InputError(f"unknown key 'compare.{key}'{suggest(key, list(_ASKED))}")
+        check_key(key, "compare", _ASKED, {"unseen": "holdout"})
     for name in arms:
         if not _ARM.fullmatch(name):
             raise InputError(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -23,11 +23,33 @@ def _choices(cls: Any) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def check_choices(settings: object) -> None:
+def check_choices(settings: Any) -> None:
     """Raise `InputError` if a field declared as `Literal` has none of its choices."""
-    for name, choices in _choices(typing.cast(Hashable, type(settings))).items():
-        if (value := getattr(settings, name)) not in choices:
-            raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    cls: Any = type(settings)
+    for name, choices in _choices(cls).items():
+        _check_choice(name, getattr(settings, name), choices)
+
+
+def _check_choice(where: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{where} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_key(key: str, path: str, known: Iterable[str], renamed: Mapping[str, str]) -> None:
+    """Raise `InputError` if a key of a table is not known.
+
+    Args:
+        key: the key.
+        path: dotted name of the table; empty for the whole configuration.
+        known: keys of the table.
+        renamed: today's keys by former ones, which the error names.
+    """
+    prefix = f"{path}." if path else ""
+    if key in known:
+        return
+    if key in renamed:
+        raise InputError(f"{prefix}{key} is now called {prefix}{renamed[key]}; rename it")
+    raise InputError(f"unknown key {f'{prefix}{key}'!r}{suggest(key, sorted(known))}")
 
 
 def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[str, ...] = (), base: T | None = None) -> T:
@@ -51,11 +73,8 @@ def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[st
     fields = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name not in skip}  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
+        check_key(key, path, fields, getattr(cls, "RENAMED", {}))
         where = f"{path}.{key}" if path else key
-        if key not in fields:
-            if new := getattr(cls, "RENAMED", {}).get(key):
-                raise InputError(f"{where} is now called {f'{path}.' if path else ''}{new}; rename it")
-            raise InputError(f"unknown key {where!r}{suggest(key, sorted(fields))}")
         arguments[key] = _typed(fields[key], value, where, getattr(base, key))
     made = dataclasses.replace(base, **arguments)  # type: ignore[type-var]
     for key, value in arguments.items():  # after the class's own checks, whose errors are more precise
@@ -79,8 +98,7 @@ def _typed(declared: Any, value: Any, where: str, default: Any) -> Any:
         choices = typing.get_args(declared)
         if not isinstance(value, str):
             raise InputError(f"{where} must be of type str; got {value!r}")
-        if value not in choices:
-            raise InputError(f"{where} must be one of {', '.join(choices)}; got {value!r}")
+        _check_choice(where, value, choices)
         return value
     if type(value) is not declared:
         wanted = getattr(declared, "__name__", str(declared))
