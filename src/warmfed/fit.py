@@ -274,13 +274,12 @@ def _model(ctx: Context, start: Tensors, trainable: Callable[[str], bool] | None
 
 def _judged(state: TrainState, loop: _Loop, stop: Stop, start: Tensors, tail: int) -> bool:
     """Evaluate the model, record it if it is the best so far, and return whether the training ends."""
-    parameters = dict(loop.parameters)
-    _exchange(parameters, state.average)
+    _exchange(loop.parameters, state.average)
     state.model.eval()
     with torch.no_grad(), loop.autocast:
         figure = stop.judge(state.model)
     state.model.train()
-    _exchange(parameters, state.average)
+    _exchange(loop.parameters, state.average)
     if figure < state.best_figure:
         state.best, state.best_step, state.best_figure = state.tensors(start), state.step, figure
         return False
@@ -314,7 +313,7 @@ def _key(rng: torch.Generator, start: Tensors, training: Training, data: Table, 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _exchange(parameters: dict[str, nn.Parameter], average: dict[str, Tensor]) -> None:
+def _exchange(parameters: Mapping[str, nn.Parameter], average: dict[str, Tensor]) -> None:
     """Swap the weights and their moving averages; a second call restores them."""
     for name, smooth in average.items():
         weight = parameters[name].data

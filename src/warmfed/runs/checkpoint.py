@@ -40,7 +40,7 @@ class Recorder:
 
     def __init__(self, prepared: PreparedRun, folder: Path, records: list[dict[str, Any]]) -> None:
         """Continue after `records`; write an empty checkpoint if there are none."""
-        self.prepared, self.folder, self.records = prepared, folder, records
+        self.run, self.folder, self.records = prepared.fingerprint, folder, records
         ledger = read_lines(folder / "ledger.jsonl", "the run's ledger") if records else []
         self._ledger = [line for line in ledger if line["step"] < len(records)]
         if not records:
@@ -68,7 +68,7 @@ class Recorder:
         self._save(server)
 
     def _save(self, server: ServerState | None) -> None:
-        state = Checkpoint(__version__, self.prepared.fingerprint, len(self.records), history_sha256(self.records), server)
+        state = Checkpoint(__version__, self.run, len(self.records), history_sha256(self.records), server)
         write_checksummed(self.folder / "checkpoint" / "server.safetensors", encode(state))
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config
-from ..diffusion import known_pipelines as outlines
-from ..diffusion import pipeline
+from ..diffusion import known_pipelines, pipeline
 from ..utils.errors import InputError
 
 _BLOCK = 2**24
@@ -58,7 +57,7 @@ def _base(config: Config) -> Iterator[File]:
 def _expected(base: str, folder: Path, advice: str) -> Iterator[File]:
     """Yield the files of a missing base."""
     try:
-        kind, made = outlines.outline(base)
+        kind, made = known_pipelines.outline(base)
     except InputError:
         yield File(f"base {base}: model_index.json", str(folder / "model_index.json"), note=advice)
         return

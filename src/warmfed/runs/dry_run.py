@@ -65,12 +65,13 @@ def dry_run(config: Config) -> dict[str, Any]:
         "adapter": 0,
         "base": None,
     }
-    work = list(_trained(prepared, rows))
+    pairs = sum(len(classes) for classes in prepared.federation.present.values())
+    work = list(_trained(prepared, rows, pairs))
     weights = 0
     if config.algorithm.needs_generator is not None:
         costs = plan_generator(config.generator, len(prepared.federation.classes))
         weights = costs.weights
-        work = [*_generated(prepared, rows, stages, costs), *work]
+        work = [*_generated(prepared, rows, pairs, stages, costs), *work]
         found |= {"adapter": costs.adapter * ("adapt" in stages)}
         found["base"] = {"name": config.generator.base, "bytes": weights, "there": _there(config.generator.base)}
     processes = max(1, min(config.workers, len(rows)))
@@ -85,10 +86,17 @@ def _there(base: str) -> bool:
     return len(files) > 1 and all(path.is_file() for path in files.values())
 
 
-def _generated(prepared: PreparedRun, rows: dict[str, int], stages: dict[str, int], costs: Plan) -> Iterator[Work]:
-    """Yield the generator's work: latents and adapters at the sites, samples at the server."""
+def _generated(prepared: PreparedRun, rows: dict[str, int], pairs: int, stages: dict[str, int], costs: Plan) -> Iterator[Work]:
+    """Yield the generator's work: latents and adapters at the sites, samples at the server.
+
+    Args:
+        prepared: the run.
+        rows: training images by site.
+        pairs: number of pairs of a site and a class that it holds.
+        stages: number of stages by name.
+        costs: the generator's costs per unit.
+    """
     config, generator = prepared.config, prepared.config.generator
-    assert isinstance(prepared.federation, Federation)
     speed = machine(config.device, generator.dtype)
 
     def row(what: str, where: str, count: int, unit: str, cost: Cost) -> Work:
@@ -99,17 +107,14 @@ def _generated(prepared: PreparedRun, rows: dict[str, int], stages: dict[str, in
         steps = sum(generator.training.count(n) for n in rows.values())
         yield row("latents", "sites", images, "images", costs.encode.times(images))
         yield row("adapters", "sites", steps, f"steps of {generator.training.batch_size}", costs.train.times(steps))
-    held = sum(len(classes) for classes in prepared.federation.present.values())
-    samples = held * config.algorithm.samples_per_class
+    samples = pairs * config.algorithm.samples_per_class
     batches = -(-samples // generator.batch_size)
     drawn = costs.sample.times(batches * generator.steps) + costs.decode.times(batches)
     yield row("samples", "sites", samples, f"images of {generator.steps} steps", drawn)
 
 
-def _trained(prepared: PreparedRun, rows: dict[str, int]) -> Iterator[Work]:
-    """Return the work of the trainings that the algorithm names, without those of no step."""
-    assert isinstance(prepared.federation, Federation)
-    pairs = sum(len(classes) for classes in prepared.federation.present.values())
+def _trained(prepared: PreparedRun, rows: dict[str, int], pairs: int) -> Iterator[Work]:
+    """Yield the work of the trainings that the algorithm names, without those of no step."""
     for each in prepared.config.algorithm.workload(rows, pairs):
         if each.steps:
             yield _learned(prepared, each.what, each.where, each.steps, each.training)

@@ -122,8 +122,8 @@ def _run_rounds(
     backend: Backend,
 ) -> dict[str, Any]:
     config, federation = prepared.config, prepared.federation
-    recorder = Recorder(prepared, folder, records)
     listener.plan(folder, config, tuple(federation.sites), tuple(records))
+    recorder = Recorder(prepared, folder, records)
     generator = CachedGenerator(prepared.generator, shared) if shared and prepared.generator else prepared.generator
     if shared and isinstance(prepared.task, Denoise):
         prepared = replace(prepared, task=replace(prepared.task, shared=shared))

@@ -13,11 +13,10 @@ from ..algorithms import ALGORITHMS, entry
 from ..config import Config, Data
 from ..core import Algorithm, Generator, Task, prompts_of
 from ..data import Federation, FederationInfo, Site, load
-from ..diffusion import known_pipelines as outlines
-from ..diffusion import pipeline
+from ..diffusion import known_pipelines, pipeline
 from ..diffusion.concept_inversion import Concepts
 from ..diffusion.generator import LatentDiffusion
-from ..evaluation import generators as quality
+from ..evaluation import generators
 from ..tasks import Classify
 from ..tasks.denoising import Denoise
 from ..transports.client import Client
@@ -134,7 +133,7 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
         raise InputError(
             f"{config.generator.base} generates colour images, those of {federation.name} are grey; set channels to 3"
         )
-    side = config.generator.size or outlines.side(config.generator.base) if uses else 0
+    side = config.generator.size or known_pipelines.side(config.generator.base) if uses else 0
     if uses and federation.shape[1:] != (side, side):
         raise InputError(
             f"{config.generator.base} generates images of {side}×{side} pixels, those of {federation.name} have "
@@ -147,7 +146,7 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
     drawn = config.task == "denoise"
     if isinstance(federation, Federation) and (uses or drawn):
         base = (config.denoising.latent or "digits") if drawn else config.generator.base
-        quality.check(config.evaluation, base, federation, drawn=drawn, weights=weights)
+        generators.check(config.evaluation, base, federation, drawn=drawn, weights=weights)
     return PreparedRun(
         config,
         federation,
