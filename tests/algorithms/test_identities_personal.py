@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+from one_site import local, weights
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
@@ -34,14 +35,6 @@ TRAINING = toy.TRAINING
 PLAIN = Training(lr=0.03, momentum=0.0, batch_size=12)
 play = functools.cache(toy.play)
 quick = toy.quick
-
-
-def local(site: str = "c", purpose: str = "identity") -> ClientContext:
-    return ClientContext(toy.TASK, toy.SITES[site], stream(purpose), site, toy.PROMPTS, toy.Means())
-
-
-def weights(*key: object) -> dict[str, torch.Tensor]:
-    return dict(toy.TASK.init(stream(*key)))
 
 
 def near(a: dict, b: dict, atol: float = 1e-6) -> bool:

@@ -211,7 +211,7 @@ def test_a_site_that_does_not_agree_is_refused(
     config: dict[str, Any], told: str, consortium: Consortium, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     consortium.site("d", data={"source": str(data)}, **config)
-    settings(consortium.config, server=SETTINGS["server"] | {"stage_timeout": 0.5})
+    settings(consortium.config, server=SETTINGS["server"] | {"stage_timeout": 2.0})
     with pytest.raises(InputError):
         consortium.serve()
     (heard,) = {line for line in capsys.readouterr().out.splitlines() if line.startswith("the server has refused this site: ")}
