@@ -79,8 +79,12 @@ def test_imported_where_it_belongs(library: str, home: set[str]) -> None:
         (r"weights_only=False|torch\.(load|save)\(", set()),
         (r"for \w+ in range\([^)]*rounds|for [\w, ]+ in .*\bstages\(\).*:$", {"run.py"}),
         (r"except( BaseException)?:", set()),
+        (
+            r"\.(exists|is_file|is_dir|iterdir|expanduser|resolve)\(\)|\.rglob\(",
+            {"utils/paths.py", "utils/files.py"},
+        ),
     ],
-    ids=["unpickled weights", "loops over rounds", "bare except"],
+    ids=["unpickled weights", "loops over rounds", "bare except", "paths examined without utils/paths.py"],
 )
 def test_written_in_one_place(pattern: str, home: set[str]) -> None:
     assert {name for name, text in FILES.items() if re.search(pattern, text, re.MULTILINE)} <= home

@@ -44,6 +44,7 @@ from ..runs.verify import DifferenceError
 from ..runs.verify import verify as verify_run
 from ..utils.errors import InputError
 from ..utils.files import occupied
+from ..utils.paths import children, exists
 from ..utils.settings import construct
 from .tables import dry_run_facts, dry_run_table, files_table
 
@@ -65,7 +66,7 @@ def run(asked: Namespace) -> int:
     try:
         return _finished(asked, lambda reporter: _over_flower(asked, config, folder, reporter))
     except InputError:
-        if asked.out is None and not any(folder.iterdir()):
+        if asked.out is None and not any(children(folder)):
             folder.rmdir()
         raise
 
@@ -153,7 +154,7 @@ def sweep(asked: Namespace) -> int:
 def _study(asked: Namespace, cells: Sequence[Cell]) -> int:
     """Run the cells and print their table; return the exit code."""
     folder = asked.out or next(
-        path for n in count(1) if not (path := Path("runs") / (asked.command + (f"-{n}" if n > 1 else ""))).exists()
+        path for n in count(1) if not exists(path := Path("runs") / (asked.command + (f"-{n}" if n > 1 else "")))
     )
     with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
         try:
@@ -208,7 +209,7 @@ class _ForwardProgress(Cells):
 
 
 def report(asked: Namespace) -> int:
-    comparison = (asked.folder / "compare.json").exists()
+    comparison = exists(asked.folder / "compare.json")
     print(pages.write_comparison(asked.folder) if comparison else pages.write(asked.folder))
     return 0
 

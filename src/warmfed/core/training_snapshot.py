@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..utils.errors import InputError
 from ..utils.files import read_checksummed, write_checksummed
+from ..utils.paths import exists
 from .tensors import Tensors, add_prefix, strip_prefix, to
 
 
@@ -29,7 +30,7 @@ class Snapshots:
 
         A damaged snapshot is ignored: the training restarts.
         """
-        if not self.path.exists():
+        if not exists(self.path):
             return None
         try:
             content = read_checksummed(self.path, "the training snapshot")

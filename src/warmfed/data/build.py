@@ -16,6 +16,7 @@ from ..core.rng import random_state
 from ..core.tensors import Table, rows
 from ..utils.errors import InputError, suggest
 from ..utils.files import read_json, write_json
+from ..utils.paths import expanded
 from .decode import Entry, pictures
 from .examples import WHOLE, Examples, ReaderOptions, digests, names_in_order, refuse, texts
 from .federation import Federation, Site
@@ -101,7 +102,7 @@ def assemble(
         if partitioning.rule == "file":
             if options.public:
                 raise InputError("a saved partition has no public images; remove the option public")
-            examples = _repartitioned(examples, Path(partitioning.path).expanduser())
+            examples = _repartitioned(examples, expanded(partitioning.path))
         else:
             parts = partitioning.parts(examples.label, {"site": examples.site, "name": examples.name})
             site = np.full(len(examples.label), "", dtype=f"<U{5 + len(str(len(parts)))}")

@@ -11,6 +11,7 @@ import numpy as np
 import PIL
 
 from ..utils.files import read_regular
+from ..utils.paths import is_file
 from .examples import WHOLE, Examples, ReaderOptions, digests, texts
 from .image_cache import Bytes
 from .image_io import MOST, UnreadableError, picture, quiet
@@ -83,7 +84,7 @@ def pictures(entries: Sequence[Entry], classes: Sequence[str], options: ReaderOp
         if failed:
             decode(None)  # so that one report names every fault
         images = store.array(name, shape, decode)
-        if not had.any() and len(entries) and not store.path(f"{name}-facts").is_file():
+        if not had.any() and len(entries) and not is_file(store.path(f"{name}-facts")):
             store.path(name).unlink()  # its digests are lost: make both again
             images = store.array(name, shape, decode)
         facts = store.array(f"{name}-facts", (len(entries), 40), describe)

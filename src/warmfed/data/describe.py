@@ -11,6 +11,7 @@ from ..core import SPLITS
 from ..core.tensors import rows
 from ..utils.errors import InputError
 from ..utils.files import PUBLIC, atomic_write
+from ..utils.paths import expanded
 from .federation import Federation
 from .image_cache import Cache, usual
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def describe(federation: Federation, cache: str = "") -> dict[str, Any]:
     """Return the output of `warmfed data --json`; counts are images by site, split and class."""
-    store = Cache(Path(cache).expanduser() if cache else usual())
+    store = Cache(expanded(cache) if cache else usual())
     return {
         "name": federation.name,
         "classes": list(federation.classes),

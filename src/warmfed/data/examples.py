@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..utils.errors import InputError, suggest
+from ..utils.paths import expanded
 from .image_cache import Bytes, Cache, usual
 
 Texts = NDArray[np.str_]
@@ -86,7 +87,7 @@ class ReaderOptions:
     @property
     def store(self) -> Cache:
         """Cache of the decoded images."""
-        return Cache((Path(self.cache).expanduser() if self.cache else usual()).absolute())
+        return Cache((expanded(self.cache) if self.cache else usual()).absolute())
 
 
 def reader_options(options: Mapping[str, Any]) -> ReaderOptions:

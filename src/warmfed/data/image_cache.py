@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..utils.errors import InputError
 from ..utils.files import make_folder as make_folder
+from ..utils.paths import expanded, is_file, is_folder, matching
 
 Bytes = NDArray[np.uint8]
 _PARTIAL = ".partial"
@@ -26,17 +27,24 @@ _DAY = 86_400.0
 
 
 def usual() -> Path:
-    """Return the default cache folder: $WARMFED_CACHE, or `warmfed` in the user's cache folder."""
+    """Return the default cache folder: $WARMFED_CACHE, or `warmfed` in the user's cache folder.
+
+    Raises:
+        InputError: The user has no home folder, as in a container with another user id.
+    """
     if named := os.environ.get("WARMFED_CACHE"):
-        return Path(named).expanduser()
-    match sys.platform:
-        case "win32":
-            base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-        case "darwin":
-            base = Path.home() / "Library" / "Caches"
-        case _:
-            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "warmfed"
+        return expanded(named)
+    own = {"win32": "LOCALAPPDATA", "darwin": ""}.get(sys.platform, "XDG_CACHE_HOME")
+    if own and (base := os.environ.get(own)):
+        return expanded(base) / "warmfed"
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise InputError(
+            "this user has no home folder for the cache of decoded images; set data.cache or WARMFED_CACHE to a folder"
+        ) from error
+    places = {"win32": ("AppData", "Local"), "darwin": ("Library", "Caches")}
+    return home.joinpath(*places.get(sys.platform, (".cache",)), "warmfed")
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Cache:
         size, path = math.prod(shape), self.path(name)
         if not size:
             return np.zeros(shape, np.uint8)
-        if not path.is_file() or path.stat().st_size != size:
+        if not is_file(path) or path.stat().st_size != size:
             try:
                 self._make(path, shape, make)
             except OSError as error:
@@ -81,11 +89,11 @@ class Cache:
 
     def size(self) -> int:
         """Return the bytes of all arrays in the folder."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.u8")) if self.folder.is_dir() else 0
+        return sum(path.stat().st_size for path in matching(self.folder, "*.u8")) if is_folder(self.folder) else 0
 
     def _make(self, path: Path, shape: tuple[int, ...], make: Callable[[Bytes], None]) -> None:
         make_folder(self.folder)
-        for left in self.folder.glob(f".*{_PARTIAL}"):  # of a killed process; a running one writes to its own file
+        for left in matching(self.folder, f".*{_PARTIAL}"):  # of a killed process; a running one writes to its own file
             if time.time() - left.stat().st_mtime > _DAY:
                 left.unlink(missing_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{path.stem[:12]}.", suffix=_PARTIAL)

@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..utils.errors import InputError, suggest
+from ..utils.paths import expanded, is_file, is_folder, matching
 from .build import partition
 from .examples import ReaderOptions
 from .federation import Federation
@@ -56,7 +57,7 @@ def _found(name: str, path: str) -> tuple[str, str]:
             readers = [each for each in READERS if each != "digits4"]
             raise InputError(f"data source {reader!r} takes no path; expected a reader{suggest(reader, readers)}")
         return reader, place
-    where = Path(name).expanduser()
+    where = expanded(name)
     if name == "digits4":
         return name, ""
     if name in READERS:
@@ -64,7 +65,7 @@ def _found(name: str, path: str) -> tuple[str, str]:
     for kind, pattern in (("npz", ".npz"), ("csv", ".csv"), ("parquet", ".parquet")):
         if where.suffix == pattern:
             return kind, name
-    if where.is_dir():
+    if is_folder(where):
         return _kind(where), name
     expected = "expected digits4, a reader with a path, a folder or an .npz file"
     raise InputError(f"there is no data {name!r}: {expected}{suggest(name, list(READERS))}")
@@ -72,11 +73,11 @@ def _found(name: str, path: str) -> tuple[str, str]:
 
 def _kind(where: Path) -> str:
     """Return the reader for a folder."""
-    if (where / "metadata.csv").is_file() and (where / "patches").is_dir():
+    if is_file(where / "metadata.csv") and is_folder(where / "patches"):
         return "camelyon17"
-    if (where / "dataset_info.json").is_file() or (where / "dataset_dict.json").is_file() or any(where.glob("*.parquet")):
+    if is_file(where / "dataset_info.json") or is_file(where / "dataset_dict.json") or any(matching(where, "*.parquet")):
         return "parquet"
-    return "idx" if any(where.glob("*-idx3-ubyte*")) else "folder"
+    return "idx" if any(matching(where, "*-idx3-ubyte*")) else "folder"
 
 
 def _known(reader: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ..diffusion import pipeline
 from ..report.parts import size
 from ..utils.errors import InputError
 from ..utils.files import file_lock, read_bytes
+from ..utils.paths import exists, matching, resolved
 from . import keys
 from .guard import STRANGER
 from .node import SERVER, SITE
@@ -59,9 +60,9 @@ class _Open(Exception):  # noqa: N818
 
 def check(folder: Path) -> list[Row]:
     """Return the results of all checks of a server's or a site's folder; raise `InputError` if it is neither."""
-    if (folder / "site.toml").exists():
+    if exists(folder / "site.toml"):
         return list(_rows(_site(folder)))
-    if (folder / "server.crt").exists():
+    if exists(folder / "server.crt"):
         return list(_rows(_server(folder)))
     raise InputError(f"{folder} is neither a site's folder (site.toml) nor a server's (server.crt); choose one of them")
 
@@ -228,11 +229,11 @@ def _reached(folder: Path, project: Project) -> Checks:
 
 def _machine(folder: Path, device: str, base: str) -> Checks:
     def disk() -> str:
-        there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        there = next(path for path in (folder, *resolved(folder).parents) if exists(path))
         return _enough("disk", shutil.disk_usage(there).free, DISK, "free some space, or move the folder")
 
     def memory() -> str:
-        weights = sum(path.stat().st_size for path in pipeline.find(base).rglob("*.safetensors")) if base else 0
+        weights = sum(path.stat().st_size for path in matching(pipeline.find(base), "*.safetensors", below=True)) if base else 0
         return _enough("memory", psutil.virtual_memory().available, MEMORY + 3 * weights, "end other programs")
 
     def card() -> str:
@@ -272,7 +273,7 @@ def _running(path: Path) -> bool:
         with file_lock(path, "it is running"):
             return False
     except InputError:
-        return path.exists()
+        return exists(path)
 
 
 def _port(address: str, port: int, ours: Path | None) -> str:
@@ -283,7 +284,7 @@ def _port(address: str, port: int, ours: Path | None) -> str:
             probe.bind((address, port))
         except OSError as error:
             holder = _listener(port)
-            if ours is not None and holder is not None and _folder_of(holder) == ours.resolve():
+            if ours is not None and holder is not None and _folder_of(holder) == resolved(ours):
                 return f"{port}: the SuperLink of this folder"
             who = f" by process {holder.pid}: {' '.join(holder.cmdline())[:80]}" if holder is not None else ""
             raise InputError(
@@ -309,7 +310,7 @@ def _folder_of(process: psutil.Process) -> Path | None:
     """Return the folder of a SuperLink's process, or None if it is another program."""
     words = process.cmdline()
     place = next((i for i, word in enumerate(words) if Path(word).name == "warmfed-superlink"), None)
-    return None if place is None else (Path(process.cwd()) / words[place + 1]).resolve()
+    return None if place is None else resolved(Path(process.cwd()) / words[place + 1])
 
 
 def _access(host: str, port: int, folder: Path, running: bool) -> Checks:

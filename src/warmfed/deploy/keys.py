@@ -12,6 +12,7 @@ from typing import Any
 
 from ..utils.errors import InputError
 from ..utils.files import read_bytes
+from ..utils.paths import matching
 
 try:
     from cryptography import x509
@@ -115,7 +116,7 @@ def registered(folder: Path) -> dict[bytes, str]:
         InputError: A file is not a public key, two names have one key, or a name is not valid for a site.
     """
     found: dict[bytes, str] = {}
-    for path in sorted(folder.glob("*.pub")):
+    for path in matching(folder, "*.pub"):
         if not NAME.fullmatch(path.stem):  # the name becomes part of paths
             raise InputError(f"{path}: a site's name must have at most 64 letters, digits, - and _; rename the file")
         key = b" ".join(read_bytes(path, f"the public key of site {path.stem!r}").split()[:2])

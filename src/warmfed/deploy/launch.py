@@ -16,6 +16,7 @@ from ..runs.progress import RunListener
 from ..transports.flower_project import write_project
 from ..utils.errors import InputError
 from ..utils.files import atomic_write
+from ..utils.paths import exists, resolved
 
 _LOOK, _ASK = 0.5, 15.0
 
@@ -35,17 +36,17 @@ def launch(config: Config, folder: Path, superlink: str, listener: RunListener) 
     with tempfile.TemporaryDirectory(prefix="warmfed-app-") as temporary:
         app = write_project(Path(temporary) / "app")
         atomic_write(Path(temporary) / "run.toml", config.toml())
-        settings = {"config": str(Path(temporary) / "run.toml"), "out": str(folder.resolve())}
+        settings = {"config": str(Path(temporary) / "run.toml"), "out": str(resolved(folder))}
         words = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
         run = str(_flwr("run", str(app), superlink, "-c", words)["run-id"])
         reported, asked = _follow(folder, 10**9, listener), time.monotonic()
         listener.plan(folder, config, config.server.sites, ())
-        while not (folder / "summary.json").exists():
+        while not exists(folder / "summary.json"):
             reported = _follow(folder, reported, listener)
             if time.monotonic() - asked > _ASK:
                 asked = time.monotonic()
                 state = str(_flwr("list", superlink, "--run-id", run)["runs"][0]["status"])
-                if state.startswith("finished") and not (folder / "summary.json").exists():
+                if state.startswith("finished") and not exists(folder / "summary.json"):
                     raise InputError(
                         f"the run {run} has ended ({state}) before it finished; see `flwr log {run} {superlink}` for the "
                         f"reason, and resume with the same command and --out {folder}"
@@ -58,7 +59,7 @@ def launch(config: Config, folder: Path, superlink: str, listener: RunListener) 
 def _follow(folder: Path, reported: int, listener: RunListener) -> int:
     """Report new records to the listener; return the number of reported records."""
     path = folder / "rounds.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = [json.loads(line) for line in path.read_text().splitlines()] if exists(path) else []
     for record in records[reported:]:
         listener.round(record)
     return len(records)

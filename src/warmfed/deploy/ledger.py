@@ -15,6 +15,7 @@ from ..report.page import publish
 from ..report.parts import MISSING, Section, Table, cells, size
 from ..utils.errors import InputError
 from ..utils.files import read_lines
+from ..utils.paths import exists
 from .policy import Policy, table
 from .site import read_site
 
@@ -43,12 +44,12 @@ def read(folder: Path, site: str = "") -> Ledger:
     Raises:
         InputError: The ledger is missing or damaged, or has no such site.
     """
-    if (folder / "site.toml").exists():
+    if exists(folder / "site.toml"):
         config = read_site(folder)
         if site not in ("", config.name):
             raise InputError(f"{folder} is the folder of site {config.name!r}, not of {site!r}; remove --site")
         site, policy, path = config.name, config.policy, config.path(config.work) / "ledger.jsonl"
-        lines = read_lines(path, "the site's ledger") if path.exists() else []
+        lines = read_lines(path, "the site's ledger") if exists(path) else []
     else:
         policy, path = None, folder / "ledger.jsonl"
         sent = [_line(line, path) for line in read_lines(path, "the run's ledger")]

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from ..utils.errors import InputError
 from ..utils.files import file_lock
+from ..utils.paths import is_folder, resolved
 from . import keys
 from .guard import SERVED, Guard, Listener
 from .project_file import environment, read_project
@@ -33,9 +34,9 @@ def supernode() -> NoReturn:
 def _main(name: str, run: Callable[[Path], None]) -> NoReturn:
     os.umask(0o077)  # Flower's files are private to this user
     try:
-        if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        if len(sys.argv) != 2 or not is_folder(Path(sys.argv[1])):
             raise InputError(f"usage: {name} FOLDER; FOLDER is a folder of `warmfed deploy init`")
-        run(Path(sys.argv[1]).resolve())
+        run(resolved(Path(sys.argv[1])))
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         os._exit(2)

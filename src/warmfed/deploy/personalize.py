@@ -13,6 +13,7 @@ from ..tasks import Classify
 from ..transports.client import Client
 from ..utils.errors import InputError
 from ..utils.files import atomic_write, write_json
+from ..utils.paths import exists, resolved
 from ..utils.version import __version__
 from .site import SiteConfig
 
@@ -36,8 +37,8 @@ def personalize(folder: Path, site: SiteConfig, out: Path | None = None, trainin
     if config.task != "classify":
         raise InputError(f'the run in {folder} has no classifier to personalise; choose a run with task = "classify"')
     classes, shape = described(folder, summary)
-    out = out or site.path(site.work) / "runs" / f"late-{folder.resolve().name}"
-    if out.exists():
+    out = out or site.path(site.work) / "runs" / f"late-{resolved(folder).name}"
+    if exists(out):
         raise InputError(f"{out} exists already; choose another --out")
     if site.classes not in ((), classes):
         raise InputError(f"site {site.name!r} has classes {list(site.classes)}, the run has {list(classes)}; correct site.toml")

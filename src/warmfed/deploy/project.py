@@ -27,6 +27,7 @@ from ..diffusion import pipeline
 from ..transports.flower_project import write_project
 from ..utils.errors import InputError
 from ..utils.files import PUBLIC, atomic_write, make_folder, occupied, read_bytes, write_json
+from ..utils.paths import exists, is_folder, resolved
 from . import keys, policy
 from .project_file import Project, read_project, versions
 
@@ -96,7 +97,7 @@ def add_site(folder: Path, name: str) -> Path:
     """
     project, settings = read_project(folder), parse(folder / "server" / "config.toml")
     made = folder / "sites" / name
-    _check_name(name, [site for site in project.sites if site != name or made.exists()])
+    _check_name(name, [site for site in project.sites if site != name or exists(made)])
     project = replace(project, sites=tuple(dict.fromkeys((*project.sites, name))))
     with _aside(made) as aside:
         own = _own(settings, _data_here(settings, needed=False))
@@ -167,7 +168,7 @@ def _project(settings: Config, asked: Project, data: Federation | None) -> Proje
         prompts=prompts,
         side=side,
         base=settings.generator.fingerprint() if draws else "",
-        base_name="" if Path(settings.generator.base).is_dir() else settings.generator.base,
+        base_name="" if is_folder(Path(settings.generator.base)) else settings.generator.base,
         start=start_digest(settings),
     )
 
@@ -191,8 +192,8 @@ def start_digest(settings: Config, start: str = "") -> str:
 def _absolute(settings: Config) -> Config:
     """Return the settings with absolute paths, because the server runs in another folder."""
     base, start = settings.generator.base, settings.model.start
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base
-    start = str(Path(start).resolve()) if start not in ("", "public") else start
+    base = str(resolved(Path(base))) if is_folder(Path(base)) else base
+    start = str(resolved(Path(start))) if start not in ("", "public") else start
     generator, model = replace(settings.generator, base=base), replace(settings.model, start=start)
     return replace(settings, generator=generator, model=model)
 
@@ -238,7 +239,7 @@ def _write_common(root: Path, project: Project, settings: Config) -> None:
     settings = replace(settings, server=server)
     atomic_write(root / "server" / "config.toml", settings.toml())
     for folder in (*(root / "sites" / site for site in project.sites), root / "server"):
-        if folder.is_dir():
+        if is_folder(folder):
             _copy(project, folder)
     _render(root, {"README.md": "project.md"}, address=project.address, sites=project.sites)
     _copy(project, root)

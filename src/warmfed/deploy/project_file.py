@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..utils.errors import InputError
 from ..utils.files import read_bytes, read_json
+from ..utils.paths import exists
 from ..utils.settings import construct
 from ..utils.version import __version__
 
@@ -76,6 +77,6 @@ def environment(folder: Path) -> dict[str, str]:
         raise InputError(f"{path} is damaged ({error}); restore it from the coordinator's copy") from error
     values = {"WARMFED_BIN": "", "WARMFED_LISTEN": "0.0.0.0", **dict(word.split("=", 1) for word in words if "=" in word)}
     port = values.get("WARMFED_PORT", "")
-    if (folder / "server.crt").exists() and not (port.isdecimal() and 1 <= int(port) <= 65535):
+    if exists(folder / "server.crt") and not (port.isdecimal() and 1 <= int(port) <= 65535):
         raise InputError(f"{path}: WARMFED_PORT must be from 1 to 65535; got {port!r}")
     return values

@@ -27,6 +27,7 @@ from ..transports.protocol import HELLO, REFUSED, Refusal, Request, SiteInfo, ch
 from ..transports.remote import Remote
 from ..utils.errors import InputError
 from ..utils.files import read_json, write_json
+from ..utils.paths import exists
 from .keys import openssh, registered
 from .site import agree, roster
 
@@ -48,7 +49,7 @@ class FlowerBackend(Backend):
 
     def prepare(self, config: Config) -> PreparedRun:
         kept = self.folder / "checkpoint" / SITES
-        begun = read_json(kept, "the run's sites") if kept.exists() else None
+        begun = read_json(kept, "the run's sites") if exists(kept) else None
         self._run = begun["run"] if begun else secrets.token_hex(8)
         self._rows = {site: rows for site, rows in begun["roster"]["rows"].items() if any(rows.values())} if begun else {}
         asked = Request(self._run, "", config.toml(), HELLO, 0, 0, None)

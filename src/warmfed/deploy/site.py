@@ -43,6 +43,7 @@ from ..transports.protocol import (
 )
 from ..utils.errors import InputError, printable, suggest
 from ..utils.files import PRIVATE, atomic_write, file_lock, loads_toml, make_folder, read_lines, write_json, write_lines
+from ..utils.paths import exists, is_folder, resolved
 from ..utils.settings import construct
 from ..utils.version import __version__
 from .policy import Policy, images_in
@@ -76,12 +77,12 @@ class SiteConfig:
     """Folder of site.toml."""
 
     def path(self, name: str) -> Path:
-        return (self.folder / name).resolve()
+        return resolved(self.folder / name)
 
     def generator(self, asked: str) -> str:
         """Return the base that the site uses instead of `asked`: its own folder, or the agreed name."""
         own = self.path(self.base) if self.base else None
-        return str(own) if own is not None and own.is_dir() else self.base or asked
+        return str(own) if own is not None and is_folder(own) else self.base or asked
 
     def federation(self) -> Federation:
         """Return the site's tables as a federation of one site with the consortium's classes.
@@ -95,7 +96,7 @@ class SiteConfig:
             source, path = reader, rest
         if path:
             path = str(self.path(path))
-        elif self.path(source).exists():
+        elif exists(self.path(source)):
             source = str(self.path(source))
         loaded = load_data(replace(self.data, source=source, path=path))
         if self.name not in loaded.sites:
@@ -123,7 +124,7 @@ def read_site(folder: Path) -> SiteConfig:
     found = construct(SiteConfig, table, "", skip=("folder",))
     if not found.name or found.name != Path(found.name).name or found.name.startswith("."):
         raise InputError(f"{path}: name must be the site's name, without slashes; got {found.name!r}")
-    return replace(found, folder=folder.resolve())
+    return replace(found, folder=resolved(folder))
 
 
 _CONFIG = 65_536
@@ -378,7 +379,7 @@ def _alone(work: Path) -> Iterator[None]:
 def _ledger(work: Path) -> list[dict[str, Any]]:
     """Return the lines of the site's ledger; raise `InputError` if it is damaged."""
     path = work / "ledger.jsonl"
-    lines = read_lines(path, "the site's ledger") if path.exists() else []
+    lines = read_lines(path, "the site's ledger") if exists(path) else []
     if not all(isinstance(line, dict) for line in lines):
         raise InputError(f"{path} is damaged: a line is not a table; restore it from a backup")
     return lines

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.tensors import Tensors, only
 from ..utils.errors import InputError
 from ..utils.files import atomic_write, read_bytes
+from ..utils.paths import exists
 from . import pipeline
 from .pipeline_families import STABLE, Condition, ids
 
@@ -296,7 +297,7 @@ def read(folder: Path, site: str) -> dict[str, Tensor]:
     """Return an adapter that `write` wrote; raise `InputError` if a file is missing or damaged."""
     path, who = folder / f"{site}.safetensors", f"the adapter of site {site!r}"
     words = beside(path, who, PROMPTS, TOKENS)
-    return opened(path, who) | words if path.exists() or not words else words
+    return opened(path, who) | words if exists(path) or not words else words
 
 
 def beside(path: Path, who: str, *kinds: str) -> dict[str, Tensor]:
@@ -304,7 +305,7 @@ def beside(path: Path, who: str, *kinds: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for kind in kinds:
         other = path.with_name(f"{path.name.removesuffix('.safetensors')}.{kind}.safetensors")
-        if other.exists():
+        if exists(other):
             words = opened(other, who)
             order = sorted(words, key=lambda name: (len(name), name))
             found |= words if kind == PROMPTS else {TOKENS: torch.stack([words[name] for name in order])}

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..core.tensors import finite
 from ..utils.errors import InputError
 from ..utils.files import loads_json, make_folder, open_regular, read_bytes, read_regular, restrict_access
+from ..utils.paths import children, exists, is_file, is_folder, matching, resolved
 from .pipeline_families import AUTOENCODERS, STABLE, Condition, Family, family, library
 
 BASES = Path(__file__).parent.parent / "bases"
@@ -149,14 +150,14 @@ def _named(base: str | Path) -> tuple[Path, str]:
     """Return the folder of a base, whether or not it exists, and the download command of a repository of the hub."""
     if str(base) in embedded():
         return BASES / base, ""
-    if Path(base).is_dir() or not _REPOSITORY.fullmatch(str(base)):
+    if is_folder(Path(base)) or not _REPOSITORY.fullmatch(str(base)):
         return Path(base), ""
     from huggingface_hub import constants
 
     name, _, revision = str(base).partition("@")
     cache = Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     reference = cache / "refs" / (revision or "main")
-    saved = read_bytes(reference, "the hub cache's reference", 1024).decode(errors="replace") if reference.is_file() else ""
+    saved = read_bytes(reference, "the hub cache's reference", 1024).decode(errors="replace") if is_file(reference) else ""
     commit = saved.strip() or revision or "main"
     return cache / "snapshots" / commit, f"hf download {name}{f' --revision {revision}' if revision else ''} {_WANTED}"
 
@@ -184,7 +185,7 @@ def find(base: str | Path, *, weights: bool = True) -> Path:
         InputError: The base does not exist, or a file of the pipeline is missing, not JSON or not supported.
     """
     folder, fetch = _named(base)
-    if not folder.is_dir():
+    if not is_folder(folder):
         sought = f"the hub's cache has no {folder}" if fetch else "it is not a folder"
         raise InputError(
             f"expected a pipeline folder or an embedded base ({', '.join(embedded())}); {base} is neither, and {sought}; "
@@ -193,7 +194,7 @@ def find(base: str | Path, *, weights: bool = True) -> Path:
     for name, path in files(base).items():
         if path.suffix == ".safetensors" and not weights:
             continue
-        if not path.is_file():
+        if not is_file(path):
             kind = " (other formats of weights are not read)" if path.suffix == ".safetensors" else ""
             raise InputError(f"{folder} is not a complete diffusers pipeline: {name} is missing{kind}; {advice(base)}")
         if path.suffix == ".json":
@@ -214,18 +215,18 @@ def _enclosed(base: str | Path, folder: Path) -> None:
     """
     if str(base) in embedded():
         return
-    root = folder.resolve()
+    root = resolved(folder)
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         root = root.parent.parent
     for part in index_of(folder)[0].parts:
-        if not (folder / part).resolve().is_relative_to(root):
+        if not resolved(folder / part).is_relative_to(root):
             raise InputError(f"{folder / part} leads out of {root}; copy the folder into the base")
-        for path in (folder / part).iterdir():
+        for path in children(folder / part):
             if path.name == "adapter_config.json":
                 raise InputError(f"{path} replaces the base by another; remove it, or set generator.adapters")
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
+            if path.is_symlink() and not resolved(path).is_relative_to(root):
                 raise InputError(f"{path} leads out of {root}; copy the file into the base")
-            if path.exists() and not (path.is_file() or path.is_dir()):
+            if exists(path) and not (is_file(path) or is_folder(path)):
                 raise InputError(f"{path} is not a regular file; save or download the pipeline again")
 
 
@@ -279,7 +280,7 @@ def files(base: str | Path) -> dict[str, Path]:
     """
     folder, _ = _named(base)
     found = {"model_index.json": folder / "model_index.json"}
-    if not found["model_index.json"].is_file():
+    if not is_file(found["model_index.json"]):
         return found
     kind, _ = index_of(folder)
     for part in kind.parts:
@@ -288,7 +289,7 @@ def files(base: str | Path) -> dict[str, Path]:
         elif part == "scheduler":
             names = ["scheduler_config.json"]
         else:
-            names = [path.name for path in (folder / part).glob("*") if path.suffix in (".json", ".txt", ".model")]
+            names = [path.name for path in matching(folder / part, "*") if path.suffix in (".json", ".txt", ".model")]
             names = names or ["tokenizer_config.json"]
         found |= {f"{part}/{name}": folder / part / name for name in names}
     return dict(sorted(found.items()))
@@ -298,7 +299,7 @@ def _weights(folder: Path, stem: str) -> Iterator[str]:
     """Yield the names of a part's weights: in full precision if they exist, else the 16-bit variant."""
     for variant in ("", ".fp16"):
         whole, shards = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
-        if (folder / shards).is_file():
+        if is_file(folder / shards):
             yield shards
             metadata = json_of(folder / shards)
             held = metadata.get("weight_map") if isinstance(metadata, dict) else None
@@ -307,7 +308,7 @@ def _weights(folder: Path, stem: str) -> Iterator[str]:
                 raise InputError(f"{folder / shards} names files that are not safetensors beside it; save the pipeline again")
             yield from sorted(names)
             return
-        if (folder / whole).is_file():
+        if is_file(folder / whole):
             yield whole
             return
     yield f"{stem}.safetensors"
@@ -459,7 +460,7 @@ def save(parts: Parts, folder: Path, extra: dict[str, str] | None = None) -> Non
     restrict_access(partial)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if exists(folder):
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

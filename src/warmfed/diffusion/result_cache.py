@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core import AnyContext, ClientContext, Metrics
 from ..core.tensors import Tensors, add_prefix, sha256, strip_prefix
 from ..utils.files import read_checksummed, write_checksummed
+from ..utils.paths import exists
 
 Made = tuple[Tensors, Metrics]
 
@@ -39,7 +40,7 @@ def cached(
         return make()
     text = repr((made_of, sha256({**given, "rng": rng.get_state()})))
     path = folder / f"{what}-{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
-    if path.exists():
+    if exists(path):
         found = load(read_checksummed(path, "a cached result of the comparison"))
         rng.set_state(found["rng"])
         return strip_prefix(found, "made/"), {name: value.item() for name, value in strip_prefix(found, "metric/").items()}

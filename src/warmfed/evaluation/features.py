@@ -17,6 +17,7 @@ from ..diffusion import pipeline
 from ..tasks.classification import Classify
 from ..utils.errors import InputError
 from ..utils.files import read_bytes
+from ..utils.paths import is_folder
 
 Extractor = Callable[[Tensor], Tensor]
 """Function from uint8 images [n, 3, h, w] to features, float [n, width]."""
@@ -37,7 +38,7 @@ def extractor(features: str, base: str, shape: tuple[int, int, int]) -> tuple[Ex
         InputError: if the file or folder is missing, damaged, or holds no supported network.
     """
     path = pipeline.find(base) / "classifier.safetensors" if features == "public" else Path(features)
-    if path.is_dir():
+    if is_folder(path):
         return _hugging(path), f"{path.name}"
     data = read_bytes(path, "the network whose features measure samples")
     digest = hashlib.sha256(data).hexdigest()

@@ -25,6 +25,7 @@ from ..metrics.images import distances, diversity, memorization_rate, nearest, n
 from ..tasks.classification import Classify
 from ..tasks.denoising import Denoise
 from ..utils.errors import InputError
+from ..utils.paths import exists
 from ..utils.settings import check_choices
 from .features import Extractor, extractor
 
@@ -72,7 +73,7 @@ def check(settings: Evaluation, base: str, federation: Federation, *, drawn: boo
     path = Path(settings.features)
     if settings.features == "public":
         path = pipeline.find(base, weights=weights) / "classifier.safetensors"
-    if not path.exists():
+    if not exists(path):
         other = "a file" if drawn else "global, or to a file"
         raise InputError(f"the feature extractor (evaluation.features) {path} is not there; set features to {other}")
     if weights:

@@ -26,6 +26,7 @@ from ..runs.progress import Clock, RunListener
 from ..transports.process_pool import ProcessPool, death_told, tell
 from ..utils.errors import InputError, suggest
 from ..utils.files import PUBLIC, atomic_write, occupied, read_bytes, remove_partial_files, write_json
+from ..utils.paths import exists, is_folder
 from ..utils.settings import check_key
 from ..utils.version import __version__
 from .aggregate import aggregate
@@ -208,7 +209,7 @@ def compare(
         InputError: A setting is not valid, or the folder holds something else; raised before any cell runs.
     """
     listener = listener or Cells()
-    if occupied(folder) and not (folder / "cells").is_dir():
+    if occupied(folder) and not is_folder(folder / "cells"):
         raise InputError(f"{folder} exists already and is not a comparison; choose another --out")
     if len({cell.name for cell in cells}) < len(cells):
         raise InputError("two runs of this comparison have the same name; rename an arm or change a swept value")
@@ -252,11 +253,11 @@ def _finished(cell: Cell, folder: Path, data: str) -> dict[str, Any] | None:
     """Return the summary of a cell, or None if it has not finished."""
     cell_folder = folder / "cells" / cell.name
     path = cell_folder / "config.toml"
-    if not path.exists():
+    if not exists(path):
         return None
     if read_bytes(path, "a cell's configuration").decode(errors="replace") != cell.config.toml():
         raise InputError(f"{cell_folder} was run with other settings than these; choose another --out for this comparison")
-    if not (cell_folder / "summary.json").exists():
+    if not exists(cell_folder / "summary.json"):
         return None
     summary = read_summary(cell_folder)
     if (summary.get("warmfed"), summary.get("data_sha256")) != (__version__, data):
@@ -315,7 +316,7 @@ class _ProgressSender(RunListener):
 
 def _cell(index: int, config: Config, folder: Path) -> dict[str, Any]:
     shared = folder.parent.parent / "shared"
-    if (folder / "config.toml").exists():
+    if exists(folder / "config.toml"):
         return resume(folder, _ProgressSender(index), shared=shared)
     remove_partial_files(folder)
     return execute(config, folder, _ProgressSender(index), shared)

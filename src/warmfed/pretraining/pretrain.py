@@ -36,6 +36,7 @@ from ..fit import Problem, fit
 from ..tasks import Classify
 from ..utils.errors import InputError
 from ..utils.files import atomic_write, loads_json, open_regular, read_bytes, read_json
+from ..utils.paths import exists, is_file
 from .captions import Captions, ImageSet, digits, drawn, mirrored, tokenizer
 
 Phase = tuple[Mapping[str, Tensor], Mapping[str, float]]
@@ -412,7 +413,7 @@ def public_classifier(
 def resumable(out: Path, settings: Pretraining) -> bool:
     """Return whether a folder has a base of these settings without its public classifier, which is written last."""
     path = out / "pretraining.json"
-    if not path.is_file() or (out / "classifier.safetensors").exists():
+    if not is_file(path) or exists(out / "classifier.safetensors"):
         return False
     found = read_json(path, "the record of the pre-training")
     return bool(found.get("settings") == json.loads(json.dumps(asdict(settings))))
@@ -424,7 +425,7 @@ def _claim(work: Path | None, made_of: Mapping[str, Any]) -> None:
         return
     note = work / "made_of.json"
     text = json.dumps(made_of, indent=2, sort_keys=True) + "\n"
-    if note.exists() and read_bytes(note, "the inputs of the phases").decode(errors="replace") != text:
+    if exists(note) and read_bytes(note, "the inputs of the phases").decode(errors="replace") != text:
         raise InputError(f"{work} has phases of other settings or images; set another --work, or remove the folder")
     atomic_write(note, text.encode())
 
@@ -436,7 +437,7 @@ def kept(work: Path | None, name: str, make: Callable[[], Phase]) -> Phase:
         InputError: if the file is damaged.
     """
     path = work and work / f"{name}.safetensors"
-    if path and path.exists():
+    if path and exists(path):
         try:
             open_regular(path).close()
             with safe_open(path, "pt") as file:

@@ -11,6 +11,7 @@ from typing import Any
 
 from warmfed.utils.errors import InputError
 from warmfed.utils.files import read_bytes, read_json, read_lines
+from warmfed.utils.paths import exists, is_folder
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,10 @@ def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Run:
     Raises:
         InputError: if a file is missing or damaged, or the run has not finished.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"expected a run folder; {folder} is not a folder; set the folder of a `warmfed run`")
     path = folder / "summary.json"
-    if summary is None and not path.exists():
+    if summary is None and not exists(path):
         raise InputError(
             f"{path} does not exist: the run has not finished, or this is not a run folder; "
             f"`warmfed resume {folder}` finishes a run"
@@ -274,7 +275,7 @@ def read_rounds(folder: Path) -> tuple[Mapping[str, Any], ...]:
 def read_report_images(folder: Path) -> ReportImages | None:
     """Return the images in `folder`, or None if the run kept none; raise `InputError` if they are damaged."""
     path = folder / "report_images.json"
-    if not path.exists():
+    if not exists(path):
         return None
     found = read_json(path, "the run's report images")
     check(found, REPORT_IMAGES, str(path))
@@ -307,7 +308,7 @@ def _read_picture(folder: Path, site: str, name: str) -> bytes:
 def read_comparison(folder: Path) -> Mapping[str, Any]:
     """Return compare.json of `folder`; raise `InputError` if it is missing or damaged."""
     path = folder / "compare.json"
-    if not path.exists():
+    if not exists(path):
         raise InputError(f"{path} does not exist; `warmfed compare --out {folder}` writes it")
     compare = read_json(path, "the comparison")
     check(compare, COMPARISON, str(path))

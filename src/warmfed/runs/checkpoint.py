@@ -14,6 +14,7 @@ from ..utils.files import (
     write_checksummed,
     write_lines,
 )
+from ..utils.paths import exists
 from ..utils.version import __version__
 from .backend import client_states_folder
 from .prepare import PreparedRun
@@ -75,8 +76,8 @@ class Recorder:
 def load_checkpoint(prepared: PreparedRun, folder: Path) -> tuple[list[dict[str, Any]], ServerState | None]:
     """Return the records and the server's state of an unfinished run, checked against each other; write nothing."""
     path = folder / "checkpoint" / "server.safetensors"
-    if not path.exists():
-        if (folder / "rounds.jsonl").exists():
+    if not exists(path):
+        if exists(folder / "rounds.jsonl"):
             raise InputError(f"{path} is missing, but the run has records; restore it or start a new run")
         return [], None
     checkpoint = decode(read_checksummed(path, "the checkpoint"), Checkpoint, f"the checkpoint {path}")

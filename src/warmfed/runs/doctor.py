@@ -8,6 +8,7 @@ from pathlib import Path
 from ..config import Config
 from ..diffusion import known_pipelines, pipeline
 from ..utils.errors import InputError
+from ..utils.paths import is_file, is_folder, matching
 
 _BLOCK = 2**24
 
@@ -47,7 +48,7 @@ def _base(config: Config) -> Iterator[File]:
     for base in names:
         advice = pipeline.advice(base)
         found = pipeline.files(base)
-        if not found["model_index.json"].is_file():
+        if not is_file(found["model_index.json"]):
             yield from _expected(base, found["model_index.json"].parent, advice)
             continue
         for name, path in found.items():
@@ -98,8 +99,8 @@ _READERS = ("folder", "npz", "idx", "csv", "camelyon17", "parquet")
 
 
 def _file(what: str, path: Path, advice: str) -> File:
-    if path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.is_file())
+    if is_folder(path):
+        files = sorted(each for each in matching(path, "*", below=True) if is_file(each))
         total = hashlib.sha256()
         for each in files:
             total.update(f"{each.relative_to(path).as_posix()}:{each.stat().st_size}:{_digest(each)};".encode())
@@ -107,7 +108,7 @@ def _file(what: str, path: Path, advice: str) -> File:
         return File(
             f"{what} ({len(files):,} files)", str(path), size, total.hexdigest() if files else "", "" if files else advice
         )
-    if not path.is_file():
+    if not is_file(path):
         return File(what, str(path), note=advice)
     return File(what, str(path), path.stat().st_size, _digest(path))
 

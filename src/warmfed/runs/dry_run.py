@@ -18,6 +18,7 @@ from ..diffusion.cost import Cost, Plan, counted, machine
 from ..diffusion.cost import plan as plan_generator
 from ..tasks import Classify
 from ..tasks.denoising import Denoise
+from ..utils.paths import is_file
 from .prepare import PreparedRun, prepare
 
 
@@ -83,7 +84,7 @@ def dry_run(config: Config) -> dict[str, Any]:
 
 def _there(base: str) -> bool:
     files = pipeline.files(base)
-    return len(files) > 1 and all(path.is_file() for path in files.values())
+    return len(files) > 1 and all(is_file(path) for path in files.values())
 
 
 def _generated(prepared: PreparedRun, rows: dict[str, int], pairs: int, stages: dict[str, int], costs: Plan) -> Iterator[Work]:

@@ -29,6 +29,7 @@ from ..utils.files import (
     write_json,
 )
 from ..utils.memory import MemoryMonitor
+from ..utils.paths import exists
 from .backend import LOCAL, SITES, Backend, Execution, LocalBackend
 from .checkpoint import Recorder, load_checkpoint
 from .folder import claim_run_folder, lock_run_folder, read_config, read_summary, write_model
@@ -84,12 +85,12 @@ def resume(
     Raises:
         InputError: The folder is damaged, or its settings, data or base differ from the checkpoint's.
     """
-    if (folder / "summary.json").exists():
+    if exists(folder / "summary.json"):
         summary = read_summary(folder)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         return summary
     config = read_config(folder)
-    if isinstance(backend, LocalBackend) and (folder / "checkpoint" / SITES).exists():
+    if isinstance(backend, LocalBackend) and exists(folder / "checkpoint" / SITES):
         raise InputError(
             f"the run in {folder} has remote sites; finish it with `warmfed run --transport flower --out {folder}`"
         )
@@ -102,7 +103,7 @@ def resume(
 
 def proceed(config: Config, folder: Path, listener: RunListener | None = None, backend: Backend = LOCAL) -> dict[str, Any]:
     """Run a configuration into `folder`, or finish its run there; raise `InputError` if the folder holds another run."""
-    if not (folder / "config.toml").exists():
+    if not exists(folder / "config.toml"):
         return execute(config, folder, listener, backend=backend)
     begun = read_config(folder)
     # of [server], max_weight_share is the only setting that changes results

@@ -11,6 +11,7 @@ from ..config import Config, build
 from ..core.tensors import Tensors
 from ..utils.errors import InputError
 from ..utils.files import atomic_write, file_lock, loads_toml, make_folder, read_bytes, read_json
+from ..utils.paths import exists
 
 
 def claim_run_folder(config: Config) -> Path:
@@ -52,7 +53,7 @@ def read_config(folder: Path) -> Config:
 def read_summary(folder: Path) -> dict[str, Any]:
     """Return the summary of a finished run; raise `InputError` if it has not finished or is damaged."""
     path = folder / "summary.json"
-    if not path.exists() and (folder / "config.toml").exists():
+    if not exists(path) and exists(folder / "config.toml"):
         raise InputError(f"the run in {folder} has not finished; finish it with `warmfed resume {folder}`")
     summary = read_json(path, "the run's summary (is this a run folder?)")
     found = summary if isinstance(summary, dict) else {}

@@ -11,6 +11,7 @@ from ..core.tensors import Tensors, sha256
 from ..data.image_io import UnreadableError, decode
 from ..tasks.classification import Classify, load_model
 from ..utils.errors import InputError, suggest
+from ..utils.paths import is_file
 from .folder import read_config, read_summary
 
 
@@ -67,7 +68,7 @@ def predict(folder: Path, images: Sequence[Path], site: str = "") -> list[dict[s
     pixels = []
     for image in images:
         try:
-            if not image.is_file():
+            if not is_file(image):
                 raise UnreadableError("is not a file; check the path")
             pixels.append(torch.from_numpy(decode(image, height, channels).copy()))
         except UnreadableError as error:

@@ -22,6 +22,7 @@ from ..tasks import Classify
 from ..tasks.denoising import Denoise
 from ..utils.errors import InputError
 from ..utils.files import atomic_write, read_bytes, read_json, write_json
+from ..utils.paths import exists
 
 _COLUMNS = 8
 _POINTS = 60
@@ -94,7 +95,7 @@ def write_samples(folder: Path, federation: Federation, task: Denoise, model: Te
 def read_synthetic(folder: Path) -> dict[str, Table]:
     """Return the synthetic samples of a run, {"image", "label", "kept"} by the adapter's site; empty if there are none."""
     path = folder / "synthetic" / "samples.safetensors"
-    if not path.exists():
+    if not exists(path):
         return {}
     sites = read_json(folder / "synthetic" / "manifest.json", "the synthetic set's manifest")["sites"]
     try:

@@ -15,6 +15,7 @@ from ..diffusion import lora as lora
 from ..tasks.denoising import Denoise
 from ..utils.errors import InputError, suggest
 from ..utils.files import atomic_write, check_writable
+from ..utils.paths import matching
 from .folder import read_config, read_summary
 from .generators import build_generator
 from .predict import described, released
@@ -97,7 +98,7 @@ def _label(name: str, classes: Sequence[str]) -> int:
 
 
 def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor, site: str, ctx: SamplingContext) -> Tensor:
-    files = [path.name.removesuffix(".safetensors") for path in (folder / "adapters").glob("*.safetensors")]
+    files = [path.name.removesuffix(".safetensors") for path in matching(folder / "adapters", "*.safetensors")]
     kinds = (f".{lora.PROMPTS}", f".{lora.TOKENS}")  # files beside the LoRA layers, or alone without them
     sites = sorted({name.removesuffix(kinds[0]).removesuffix(kinds[1]) for name in files if not name.endswith(".concepts")})
     if not sites:

@@ -15,6 +15,7 @@ from ..config import Config
 from ..core.tensors import sha256
 from ..utils.errors import InputError
 from ..utils.files import read_bytes, read_lines
+from ..utils.paths import is_file, matching
 from ..utils.version import __version__
 from .execute import execute
 from .folder import read_config, read_summary
@@ -112,9 +113,9 @@ def _compare_sent(folder: Path, again: Path) -> None:
         found = first_difference(kept, now)
         if found:
             raise DifferenceError(f"ledger.jsonl, message {number}, {found[0]}: {found[1]} in the folder, {found[2]} now")
-    for path in (path for part in ("adapters", "synthetic") for path in sorted((again / part).glob("*.*"))):
+    for path in (path for part in ("adapters", "synthetic") for path in matching(again / part, "*.*")):
         name = path.relative_to(again)
-        if not (folder / name).is_file() or (folder / name).read_bytes() != path.read_bytes():
+        if not is_file(folder / name) or (folder / name).read_bytes() != path.read_bytes():
             raise DifferenceError(f"{name}: it is missing or differs from the rerun; it has changed since the run")
 
 

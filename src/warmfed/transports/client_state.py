@@ -8,6 +8,7 @@ from ..core import ClientState, Reply
 from ..core.messages import Message, decode, encode, message
 from ..utils.errors import InputError
 from ..utils.files import read_checksummed, write_checksummed
+from ..utils.paths import exists
 
 
 @message("memories.Memory")
@@ -52,7 +53,7 @@ class ClientStates:
 
     def load(self, site: str) -> ClientRecord | None:
         """Return the record of a site, or None if none is on disk; raise `InputError` if its file is damaged."""
-        if self.folder is None or not self._path(site).exists():
+        if self.folder is None or not exists(self._path(site)):
             return None
         what = f"the client state of site {site!r}"
         return decode(read_checksummed(self._path(site), what), ClientRecord, f"{what} ({self._path(site)})")

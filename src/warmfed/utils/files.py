@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .paths import children, exists, is_file, is_folder, matching, unusable
 
 _PARTIAL = ".partial"
 PRIVATE = 0o600
@@ -41,7 +42,7 @@ _KINDS = (
 
 def occupied(folder: Path) -> bool:
     """Return whether the path is a file or a folder that is not empty."""
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    return exists(folder) and (not is_folder(folder) or bool(children(folder)))
 
 
 def make_folder(folder: Path, mode: int = 0o700) -> None:
@@ -82,7 +83,7 @@ def atomic_write(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = None
-    if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
+    if exists(path) and not is_file(path):  # a device or a pipe would be replaced by a file
         raise InputError(f"cannot write {path}: it exists and is not a regular file; choose another path")
     try:
         make_folder(path.parent, 0o700 | (mode & 0o044) | (mode & 0o044) >> 2)
@@ -98,14 +99,16 @@ def atomic_write(path: Path, content: bytes | str, mode: int = PRIVATE) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another path") from error
+    except ValueError as error:
+        raise unusable(path, error) from error
 
 
 def check_writable(path: Path) -> None:
     """Raise `InputError` if `atomic_write` to `path` would fail; for a check before long work."""
-    if path.exists() and not path.is_file():
+    if exists(path) and not is_file(path):
         raise InputError(f"cannot write {path}: it exists and is not a regular file; choose another path")
     try:
-        with tempfile.TemporaryFile(dir=next(above for above in path.absolute().parents if above.exists())):
+        with tempfile.TemporaryFile(dir=next(above for above in path.absolute().parents if exists(above))):
             pass
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another path") from error
@@ -113,7 +116,7 @@ def check_writable(path: Path) -> None:
 
 def remove_partial_files(folder: Path) -> None:
     """Remove temporary files of killed processes in `folder` and below."""
-    for path in folder.rglob(f".*{_PARTIAL}"):
+    for path in matching(folder, f".*{_PARTIAL}", below=True):
         path.unlink(missing_ok=True)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ...core import SPLITS
 from ...utils.errors import InputError, suggest
 from ...utils.files import check_size, open_regular
+from ...utils.paths import expanded, is_file, matching, resolved
 from ..build import assemble
 from ..examples import WHOLE, Examples, ReaderOptions, Texts, digests, reader_options, refuse, texts
 from ..federation import SPLIT_NAMES, Federation
@@ -185,7 +186,7 @@ def npz(path: str | Path, **options: Any) -> Federation:
     Raises:
         InputError: if the file is not such an .npz file; objects in it are never unpickled.
     """
-    common, path = reader_options(options), Path(path).expanduser()
+    common, path = reader_options(options), expanded(path)
     try:
         with open_regular(path) as file:
             if file.read(6) == b"\x93NUMPY":
@@ -272,8 +273,8 @@ def idx(path: str | Path, **options: Any) -> Federation:
     Raises:
         InputError: if files are missing or damaged.
     """
-    common, root = reader_options(options), Path(path).expanduser()
-    found = sorted(p for p in root.rglob("*images*") if p.is_file() and _IDX.fullmatch(p.name)) if root.is_dir() else []
+    common, root = reader_options(options), expanded(path)
+    found = [file for file in matching(root, "*images*", below=True) if is_file(file) and _IDX.fullmatch(file.name)]
     if not found:
         raise InputError(f"{root} has no idx files; expected train-images-idx3-ubyte and train-labels-idx1-ubyte")
     blocks, faults, key = [], [], hashlib.sha256()
@@ -281,10 +282,10 @@ def idx(path: str | Path, **options: Any) -> Federation:
     for file in found:
         match = _IDX.fullmatch(file.name)
         assert match
-        site = match["prefix"] or (root.resolve().name if plain else file.parent.relative_to(root).parts[0])
+        site = match["prefix"] or (resolved(root).name if plain else file.parent.relative_to(root).parts[0])
         partner = file.with_name(file.name.replace("-images", "-labels").replace("idx3", "idx1"))
         other = partner.with_suffix("") if partner.suffix == ".gz" else partner.with_name(f"{partner.name}.gz")
-        label_file = next((each for each in (partner, other) if each.is_file()), None)
+        label_file = next((each for each in (partner, other) if is_file(each)), None)
         if label_file is None:
             faults.append(f"{file.name} has no {partner.name} in its folder")
             continue
@@ -301,7 +302,7 @@ def idx(path: str | Path, **options: Any) -> Federation:
         blocks.append(Block(site, split, shape[0], chunks, label, f"{site}/{split}"))
     refuse(root.name, faults)
     try:
-        return _gathered(root.resolve().name, blocks, common, key.hexdigest(), faults)
+        return _gathered(resolved(root).name, blocks, common, key.hexdigest(), faults)
     except InputError:
         raise
     except DAMAGE as error:

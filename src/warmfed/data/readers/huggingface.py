@@ -7,6 +7,7 @@ from typing import Any
 
 from ...utils.errors import InputError, suggest
 from ...utils.files import make_folder, open_regular, read_regular
+from ...utils.paths import expanded, is_file, is_folder, matching
 from ..build import finished
 from ..decode import Entry
 from ..examples import WHOLE, ReaderOptions, reader_options
@@ -28,17 +29,19 @@ def parquet(path: str | Path, **options: Any) -> Federation:
     Raises:
         InputError: if the files are missing, damaged or not one table.
     """
-    datasets, where = hf_datasets(), Path(path).expanduser()
-    if (where / "dataset_info.json").is_file() or (where / "dataset_dict.json").is_file():
+    datasets, where = hf_datasets(), expanded(path)
+    if is_file(where / "dataset_info.json") or is_file(where / "dataset_dict.json"):
         try:
-            for file in where.rglob("*"):
-                if not file.is_dir():
+            for file in matching(where, "*", below=True):
+                if not is_folder(file):
                     open_regular(file).close()
             found = datasets.load_from_disk(str(where))
         except (OSError, ValueError) as error:
             raise InputError(f"the data set saved in {where} is damaged ({error}); save it again") from error
         return _federation(where.stem, found if isinstance(found, Mapping) else {WHOLE: found}, options)
-    files = sorted(where.rglob("*.parquet")) if where.is_dir() else [Path(each) for each in sorted(glob.glob(str(where)))]
+    files = (
+        matching(where, "*.parquet", below=True) if is_folder(where) else [Path(each) for each in sorted(glob.glob(str(where)))]
+    )
     kept = _prepared(options)
     if not files:
         raise InputError(f"there are no Parquet files at {where}; check the path")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...utils.errors import InputError, suggest
 from ...utils.files import open_regular, read_bytes
+from ...utils.paths import children, exists, expanded, is_folder, matching, resolved
 from ..build import finished
 from ..decode import Entry
 from ..examples import WHOLE, reader_options
@@ -45,19 +46,19 @@ def folder(path: str | Path, *, lists: str = "", **options: Any) -> Federation:
         raise InputError(f"{root} is not an image folder: {_LAYOUT}, got no image")
     order: tuple[str, ...] = ()
     if lists != "off":
-        where = Path(lists).expanduser() if lists else root
-        found = sorted(each for each in where.glob("*.txt") if _LIST.fullmatch(each.name)) if where.is_dir() else []
+        where = expanded(lists) if lists else root
+        found = sorted(each for each in matching(where, "*.txt") if _LIST.fullmatch(each.name)) if is_folder(where) else []
         if lists and not found:
             raise InputError(f"{where} has no split lists; expected SITE_train.txt and SITE_test.txt")
         if found:
             entries, order = _listed(root, entries, found, faults, notes)
-    return finished(root.resolve().name, entries, common, faults, notes, order)
+    return finished(resolved(root).name, entries, common, faults, notes, order)
 
 
 def _root(path: str | Path) -> Path:
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
+    root = expanded(path)
+    if not is_folder(root):
+        what = "is not a folder" if exists(root) else "does not exist"
         raise InputError(f"data folder {root} {what}; {_LAYOUT}")
     return root
 
@@ -65,7 +66,7 @@ def _root(path: str | Path) -> Path:
 def _inside(path: Path, *, folders: bool) -> list[Path]:
     """Return the folders or the files in a folder, sorted by name, without hidden ones."""
     try:
-        return sorted(p for p in path.iterdir() if not p.name.startswith(".") and p.is_dir() == folders)
+        return sorted(p for p in children(path) if not p.name.startswith(".") and is_folder(p) == folders)
     except OSError as error:
         raise InputError(f"data folder {path} cannot be read: {error.strerror}; check its permissions") from error
 
@@ -83,7 +84,7 @@ def _entries(root: Path, faults: list[str], notes: list[str]) -> list[Entry]:
     )
     entries = []
     for site in [root] if one else below:
-        name = site.resolve().name if one else site.name
+        name = resolved(site).name if one else site.name
         held = _site(root, name, site, faults, notes)
         if not held:
             faults.append(f"site {name!r} is empty; give it images or leave it out")
@@ -189,8 +190,8 @@ def csv(
         InputError: with all faults: missing columns or files, empty fields, unknown splits, …
     """
     common = reader_options(options)
-    file = Path(path).expanduser()
-    base = Path(root).expanduser() if root else file.parent
+    file = expanded(path)
+    base = expanded(root) if root else file.parent
     columns = {"label": label, "site": site, "split": split, "group": group}
     pattern = image if "{" in image else "{" + image + "}"
     faults: list[str] = []
