@@ -8,7 +8,8 @@ from .load import load
 from .readers.arrays import arrays, idx, npz
 from .readers.digits4 import digits4
 from .readers.huggingface import hub, parquet
-from .readers.image_folder import camelyon17, csv, folder
+from .readers.image_folder import folder
+from .readers.image_table import camelyon17, csv
 
 __all__ = [
     "SPLITS",

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,29 @@ from ..core.rng import random_state
 from ..core.tensors import Table, rows
 from ..utils.errors import InputError, suggest
 from ..utils.files import read_json, write_json
+from ..utils.names import lookalikes, plain_name
 from ..utils.paths import expanded
 from .decode import Entry, pictures
-from .examples import WHOLE, Examples, ReaderOptions, digests, names_in_order, refuse, texts
+from .examples import WHOLE, Examples, ReaderOptions, Texts, digests, names_in_order, refuse, texts
 from .federation import Federation, Site
 from .image_cache import Cache, Mapped
 from .partition import Partition, Rule
 from .splits import DROPPED, PUBLIC, remarks, split
 
+DARK = 31
+"""Largest pixel value of a site whose images are called dark."""
 HELD = 256 * 2**20
 """Bytes of images that are kept in memory; a larger set is memory-mapped from a file of the cache."""
 
 
 def finished(
-    name: str, entries: list[Entry], common: ReaderOptions, faults: list[str], notes: list[str], order: tuple[str, ...] = ()
+    name: str,
+    entries: list[Entry],
+    common: ReaderOptions,
+    faults: list[str],
+    notes: list[str],
+    order: tuple[str, ...] = (),
+    sites: Collection[str] = (),
 ) -> Federation:
     """Return the federation of encoded pictures, restricted to the sites and classes of the options.
 
@@ -40,12 +49,13 @@ def finished(
         faults: faults that the reader found; this function adds its own.
         notes: remarks that the reader made; this function adds its own.
         order: class names in the source's order, used if they are exactly the classes found.
+        sites: names of all sites of the source, if the reader gives only the pictures of `common.sites`.
 
     Raises:
         DataError: if there are faults.
     """
     if common.sites is not None:
-        here = sorted({entry.site for entry in entries})
+        here = sorted({*sites, *(entry.site for entry in entries)})
         faults += [f"there is no site {site!r}{suggest(site, here)}" for site in common.sites if site not in here]
         entries = [entry for entry in entries if entry.site in common.sites]
     found = {entry.label for entry in entries}
@@ -57,7 +67,7 @@ def finished(
             notes.append(f"the classes {', '.join(names_in_order(left))} were left out")
         classes, entries = tuple(common.classes), [entry for entry in entries if entry.label in common.classes]
     partitioning = None if common.partition is None else Partition(**common.partition)
-    examples = pictures(entries, classes, common, faults)
+    examples = pictures(entries, classes, common, faults, notes)
     options = replace(common, sites=None)
     return assemble(common.name or name, examples, classes, options, partitioning, faults=faults, notes=notes)
 
@@ -90,9 +100,13 @@ def assemble(
     faults, notes = list(faults), list(notes)
     if options.sites is not None:
         here = set(examples.site.tolist())
-        faults += [f"there is no site {site!r} among {', '.join(sorted(here))}" for site in options.sites if site not in here]
+        faults += [f"there is no site {site!r}{suggest(site, sorted(here))}" for site in options.sites if site not in here]
         examples = _only(examples, np.isin(examples.site, list(options.sites)))
+    examples = replace(examples, name=_numbered(examples.name))
     sound = _checked(examples, classes, partitioned=partitioning is not None, faults=faults, notes=notes)
+    notes += lookalikes(classes, "classes", "if they are one class, give them one name")
+    if partitioning is None:
+        notes += lookalikes(sound, "sites", "if they are one site, give them one name")
     if not len(examples.label) and not faults:
         faults.append("expected at least one site, got none")
     if options.limit:
@@ -122,8 +136,42 @@ def assemble(
     sites, origin, public = _laid_out(replace(good, split=splits), options.store)
     if public:
         notes.append(f"{rows(public)} images are public: no site has them, and a base may be pre-trained on them")
-    notes += remarks(good, splits)
+    notes += remarks(good, splits) + _dark(good)
     return Federation(name, tuple(classes), options.template, sites, tuple(notes), origin, examples.sides, public)
+
+
+def _numbered(names: Texts) -> Texts:
+    """Return the names, with " (2)", " (3)", … after repeated ones: a saved partition tells the rows of a table apart."""
+    if len(np.unique(names)) == len(names):
+        return names
+    seen: set[str] = set()
+    last: dict[str, int] = {}
+    found = []
+    for name in names.tolist():
+        new, turn = name, last.get(name, 1)
+        while new in seen:
+            turn += 1
+            new = f"{name} ({turn})"
+        last[name] = turn
+        seen.add(new)
+        found.append(new)
+    return texts(found)
+
+
+def _dark(examples: Examples) -> list[str]:
+    """Return a note for each site whose images are nearly black, such as masks and class indices saved as pixels."""
+    found = []
+    for site in np.unique(examples.site).tolist():
+        rows = np.flatnonzero(examples.site == site)
+        rows = rows if examples.at is None else examples.at[rows]
+        top = 0
+        for start in range(0, len(rows), 256):  # the first ones suffice, unless all are dark
+            top = max(top, int(examples.images[rows[start : start + 256]].max(initial=0)))
+            if top > DARK:
+                break
+        else:
+            found.append(f"no pixel of site {site!r} is above {top} of 255: its images look black; check how they were saved")
+    return found
 
 
 def _only(examples: Examples, mask: NDArray[np.bool_]) -> Examples:
@@ -263,7 +311,12 @@ def _repartitioned(examples: Examples, path: Path) -> Examples:
     if not isinstance(saved, dict) or saved.get("format") != 1 or saved.get("sha256") != _digest(saved.get("sites")):
         raise InputError(f"the partition {path} is damaged or of another kind; write it again with `warmfed data --save`")
     row = {name: i for i, name in enumerate(examples.name.tolist())}
-    named = [(site, part, name) for site, parts in saved["sites"].items() for part, names in parts.items() for name in names]
+    named = [
+        (plain_name(site), part, name)
+        for site, parts in saved["sites"].items()
+        for part, names in parts.items()
+        for name in names
+    ]
     absent = [name for _, _, name in named if name not in row]
     refuse(f"the partition {path}", [f"{name} is not in the data" for name in absent])
     rows = np.array([row[name] for _, _, name in named])

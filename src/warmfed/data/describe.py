@@ -1,7 +1,8 @@
 """Describe a federation before training: counts, sizes, notes and a plot."""
 
 import io
-from collections.abc import Mapping
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 
 from ..core import SPLITS
 from ..core.tensors import rows
-from ..utils.errors import InputError
+from ..utils.errors import InputError, printable
 from ..utils.files import PUBLIC, atomic_write
 from ..utils.paths import expanded
 from .federation import Federation
@@ -17,6 +18,7 @@ from .image_cache import Cache, usual
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def describe(federation: Federation, cache: str = "") -> dict[str, Any]:
@@ -53,40 +55,49 @@ def plot(federation: Federation, path: Path) -> None:
     Raises:
         InputError: if the file cannot be written, or matplotlib has no format for its suffix.
     """
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names, classes = list(federation.sites), federation.classes
-    height = max(2.5, 0.4 * len(names) + 1.5)
-    figure = Figure(figsize=(11, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    by_class = {
-        name: [counts(site.train["label"], len(classes))[i] for site in federation.sites.values()]
-        for i, name in enumerate(classes)
-    }
-    by_split = {split: [rows(site.splits[split]) for site in federation.sites.values()] for split in SPLITS}
-    _bars(left, names, by_class, "tab20", "training images by class", legend=len(classes) <= 20)
-    _bars(right, names, by_split, "tab10", "images by split", legend=True)
-    left.invert_yaxis()
-    figure.suptitle(federation.name)
     drawn = io.BytesIO()
-    try:
-        figure.savefig(drawn, format=path.suffix.removeprefix(".").lower())
-    except ValueError as error:
-        raise InputError(f"cannot draw to {path}: {error}; set a file that ends in .png, .svg or .pdf") from error
+    # Names are text, not formulas, and may be in a script that the font lacks.
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from|Matplotlib currently does not support")
+        figure = Figure(figsize=(11, max(2.5, 0.4 * len(federation.sites) + 1.5)), layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw(figure, federation)
+        try:
+            figure.savefig(drawn, format=path.suffix.removeprefix(".").lower())
+        except ValueError as error:
+            raise InputError(f"cannot draw to {path}: {error}; set a file that ends in .png, .svg or .pdf") from error
     atomic_write(path, drawn.getvalue(), PUBLIC)
 
 
-def _bars(axes: "Axes", names: list[str], parts: Mapping[str, list[int]], colours: str, title: str, *, legend: bool) -> None:
+def _draw(figure: "Figure", federation: Federation) -> None:
+    sites, classes = federation.sites, federation.classes
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    found = [counts(site.train["label"], len(classes)) for site in sites.values()]
+    by_class = [(name, [each[i] for each in found]) for i, name in enumerate(classes)]
+    by_split = [(split, [rows(site.splits[split]) for site in sites.values()]) for split in SPLITS]
+    _bars(left, by_class, "tab20", "training images by class", legend=len(classes) <= 20)
+    _bars(right, by_split, "tab10", "images by split", legend=True)
+    left.set_yticks(range(len(sites)), [printable(name, 60) for name in sites])
+    left.invert_yaxis()
+    figure.suptitle(printable(federation.name))
+
+
+def _bars(axes: "Axes", parts: Sequence[tuple[str, list[int]]], colours: str, title: str, *, legend: bool) -> None:
     import matplotlib
 
-    start = [0] * len(names)
-    palette = matplotlib.colormaps[colours]
-    for turn, (part, values) in enumerate(parts.items()):
-        axes.barh(names, values, left=start, label=part, color=palette(turn % palette.N))
+    start = [0] * len(parts[0][1])
+    palette, bars = matplotlib.colormaps[colours], []
+    for turn, (_, values) in enumerate(parts):
+        bars.append(axes.barh(range(len(values)), values, left=start, color=palette(turn % palette.N)))
         start = [a + b for a, b in zip(start, values, strict=True)]
     axes.set_title(title, fontsize="medium")
     if legend:
         place = "outside lower left" if colours == "tab20" else "outside lower right"
-        axes.figure.legend(*axes.get_legend_handles_labels(), loc=place, ncols=5, fontsize="small")
+        # matplotlib omits labels that begin with "_", so the names are set afterwards
+        drawn = axes.figure.legend(bars, [str(turn) for turn in range(len(parts))], loc=place, ncols=5, fontsize="small")
+        for text, (part, _) in zip(drawn.get_texts(), parts, strict=True):
+            text.set_text(printable(part, 60))

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..utils.errors import InputError, suggest
+from ..utils.names import plain_name, plain_names
 from ..utils.paths import expanded
 from .image_cache import Bytes, Cache, usual
+from .image_io import DEEP
 
 Texts = NDArray[np.str_]
 WHOLE = "all"
@@ -48,6 +50,8 @@ class ReaderOptions:
     """Side of the square images in pixels; none: 32 for pictures, unchanged for arrays."""
     channels: int = 3
     """Channels of the images: 3 (colour) or 1 (grey, ITU-R 601 luma)."""
+    max_value: int = 0
+    """Pixel value of 16-bit grey pictures that becomes white, such as 4095 for 12-bit scans; 0: 65535."""
     validation: float = 0.2
     """Share of the validation split, above 0, if the data have no such split."""
     test: float = 0.2
@@ -79,8 +83,13 @@ class ReaderOptions:
             raise InputError(f"expected a public share of 0 (none) or more, got {self.public:g}")
         if self.image_size is not None and self.image_size < 1:
             raise InputError(f"expected an image_size of 1 pixel or more, got {self.image_size}")
+        for key in ("classes", "sites"):
+            if (names := getattr(self, key)) is not None:
+                object.__setattr__(self, key, plain_names(names, f"the option {key}"))
         if self.limit < 0:
             raise InputError(f"expected a limit of 0 images (all) or more, got {self.limit}")
+        if not 0 <= self.max_value <= DEEP:
+            raise InputError(f"expected a max_value from 1 to {DEEP} (0: {DEEP}), got {self.max_value}")
         if self.channels not in (1, 3):
             raise InputError(f"channels must be 3 (colour) or 1 (grey); got {self.channels}")
 
@@ -129,6 +138,22 @@ class Examples:
 
 LONGEST = 1024
 """Maximum length of a name in characters; each row of a column uses the memory of the longest name."""
+
+
+class Names:
+    """Reads names of sites and classes in their plain form (`utils.names`), and notes each that had another."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+        self._plain: dict[str, str] = {}
+
+    def __call__(self, name: str) -> str:
+        found = self._plain.get(name)
+        if found is None:
+            found = self._plain[name] = plain_name(name)
+            if found != name and found:
+                self.notes.append(f"the name {name!r} was read as {found!r}")
+        return found
 
 
 def texts(values: Iterable[str]) -> Texts:

@@ -12,6 +12,7 @@ import torch
 from ..core import SPLITS, prompt, prompts_of
 from ..core.tensors import Table, rows, sha256
 from ..utils.errors import InputError, suggest
+from ..utils.names import fault_of_name
 
 SPLIT_NAMES = {
     "train": "train", "training": "train",
@@ -160,6 +161,8 @@ def _faults(federation: Federation) -> list[str]:
     count = len(federation.classes)
     if count < 2 or len(set(federation.classes)) != count:
         faults.append(f"expected two or more different class names, got {federation.classes}")
+    faults += [f"class {name!r} {why}" for name in federation.classes if (why := fault_of_name(name))]
+    faults += [f"site {name!r} {why}" for name in federation.sites if name and (why := fault_of_name(name))]
     if not describe_names(federation.template):
         faults.append(f"expected a template with one {{}} for the class name, got {federation.template!r}")
     if not federation.sites:

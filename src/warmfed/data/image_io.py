@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +23,35 @@ MOST = 2**30
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 
 
+DEEP = 65535
+"""Largest value of a 16-bit pixel."""
+
+
+class Facts(NamedTuple):
+    """What a picture was before its conversion."""
+
+    width: int
+    height: int
+    deep: int
+    """Largest value of its 16-bit grey pixels plus 1; 0 if it has 8 bits."""
+    frames: int
+    """1 if it has more frames or pages than the one that is used, else 0."""
+
+
 class UnreadableError(ValueError):
     """One picture or array cannot be used; callers collect these errors and report them together."""
 
 
-def decode(path: Path, size: int, channels: int = 3) -> Pixels:
+def decode(path: Path, size: int, channels: int = 3, max_value: int = 0) -> Pixels:
     """Return the picture at `path`, resized to a square: uint8 [channels, size, size].
 
-    The EXIF orientation is applied; transparent pixels become white; 16-bit grey keeps its upper 8 bits.
+    The EXIF orientation is applied; transparent pixels become white; of several frames the first is used.
+
+    Args:
+        path: the picture.
+        size: side of the square in pixels.
+        channels: 3 (colour) or 1 (grey).
+        max_value: value of 16-bit grey pixels that becomes white; 0: their upper 8 bits are kept.
 
     Raises:
         UnreadableError: if the file cannot be read, is not a regular file, has no complete picture, or has more than about
@@ -41,7 +62,7 @@ def decode(path: Path, size: int, channels: int = 3) -> Pixels:
     except OSError as error:
         raise UnreadableError(f"cannot be read: {error.strerror or error}; check the path and its permissions") from error
     with quiet():
-        return picture(data, size, channels)[0]
+        return picture(data, size, channels, max_value)[0]
 
 
 @contextmanager
@@ -53,14 +74,18 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def picture(source: bytes, size: int, channels: int) -> tuple[Pixels, tuple[int, int]]:
-    """Return the decoded picture, as `decode` does, and its original width and height; call it within `quiet`."""
+def picture(source: bytes, size: int, channels: int, max_value: int = 0) -> tuple[Pixels, Facts]:
+    """Return the decoded picture, as `decode` does, and what it was before; call it within `quiet`."""
     try:
         with Image.open(io.BytesIO(source), formats=FORMATS) as opened:
             had = opened.size
+            # a photograph of a phone (MPO) has a preview or a depth map as its second frame
+            frames = opened.format != "MPO" and bool(getattr(opened, "is_animated", False))
             opened.draft(None, (4 * size, 4 * size))  # a large JPEG need not be decoded at full size
             upright = ImageOps.exif_transpose(opened)
-            return _square(_colour(upright) if channels == 3 else _colour(upright).convert("L"), size), had
+            shown, deep = _eight_bits(upright, max_value)
+            shown = _colour(shown) if channels == 3 else _colour(shown).convert("L")
+            return _square(shown, size), Facts(*had, deep, int(frames))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from error
     except UnreadableError:
@@ -69,12 +94,22 @@ def picture(source: bytes, size: int, channels: int) -> tuple[Pixels, tuple[int,
         raise UnreadableError("does not decode as an image; replace or remove it") from error
 
 
+def _eight_bits(picture: Image.Image, max_value: int) -> tuple[Image.Image, int]:
+    """Return the picture with 8 bits, and `Facts.deep`."""
+    if not picture.mode.startswith("I"):
+        return picture, 0
+    wide = np.asarray(picture).astype(np.int64)
+    low, high = int(wide.min(initial=0)), int(wide.max(initial=0))
+    if low < 0 or high > (max_value or DEEP):
+        advice = "set data.options.max_value to the largest value" if max_value and low >= 0 else "save it with 8 or 16 bits"
+        raise UnreadableError(f"has pixel values from {low} to {high}, expected 0 to {max_value or DEEP}; {advice}")
+    small = (wide * 510 + max_value) // (2 * max_value) if max_value else wide >> 8
+    return Image.fromarray(small.astype(np.uint8)), high + 1
+
+
 def _colour(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
         raise UnreadableError("holds floating-point pixels, of unknown range; save it with 8 or 16 bits")
-    if picture.mode.startswith("I"):
-        wide = np.asarray(picture).astype(np.int32).clip(0, 65535)
-        return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")

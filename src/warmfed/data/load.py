@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..utils.errors import InputError, suggest
 from ..utils.paths import expanded, is_file, is_folder, matching
+from ..utils.settings import check_seed
 from .build import partition
 from .examples import ReaderOptions
 from .federation import Federation
@@ -105,6 +106,8 @@ def _checked(options: Mapping[str, Any], known: Mapping[str, Any], what: str) ->
         if not any(_is_a(value, kind) for kind in kinds):
             names = " or ".join("none" if kind is type(None) else kind.__name__.lower() for kind in kinds)
             raise InputError(f"option {key!r} of {what}: expected {names}, got {value!r}")
+        if key == "seed":
+            check_seed(value, f"option {key!r} of {what}")
 
 
 def _kinds(declared: Any) -> list[type]:

@@ -54,12 +54,15 @@ def dirichlet(
         parts: list[list[Ints]] = [[] for _ in range(sites)]
         for group in groups:
             shares = random.dirichlet(np.full(sites, float(alpha)))
+            if not np.isfinite(shares).all():  # alpha is so small that every site's share was rounded to 0
+                break
             cuts = np.rint(np.cumsum(shares)[:-1] * len(group)).astype(np.int64)
             for part, piece in zip(parts, np.split(group, cuts), strict=True):
                 part.append(piece)
-        merged = [np.concatenate(part) for part in parts]
-        if all(len(part) >= min_partition_size and len(np.unique(labels[part])) >= 2 for part in merged):
-            return merged
+        else:
+            merged = [np.concatenate(part) for part in parts]
+            if all(len(part) >= min_partition_size and len(np.unique(labels[part])) >= 2 for part in merged):
+                return merged
     raise InputError(
         f"{tries} draws with alpha {alpha:g} gave no partition of {len(labels)} examples into {sites} sites with at least "
         f"{min_partition_size} examples and two classes each; set a larger alpha or fewer sites"
@@ -102,6 +105,8 @@ def quantity(
 ) -> list[Ints]:
     """Return a partition with size skew: sizes follow Dirichlet(alpha), and the classes stay mixed.
 
+    Each site has `min_partition_size` examples (1 or more); the shares partition the rest.
+
     Raises:
         InputError: if alpha is not above 0, or there are too few examples for `min_partition_size` per site.
     """
@@ -112,6 +117,8 @@ def quantity(
     if free < 0:
         raise InputError(f"expected {sites * min_partition_size} examples or more, got {len(labels)}; set fewer sites")
     shares = random_state(*key, "sizes").dirichlet(np.full(sites, float(alpha)))
+    if not np.isfinite(shares).all():
+        raise InputError(f"alpha {alpha:g} is too small to draw shares of {sites} sites; 0.5 is a strong skew, 10 a weak one")
     cuts = np.rint(np.cumsum(shares)[:-1] * free).astype(np.int64) + min_partition_size * np.arange(1, sites)
     return list(np.split(order, cuts))
 
@@ -150,6 +157,8 @@ class Partition:
             raise InputError(f"there is no partition rule {self.rule!r}{suggest(self.rule, rules)}")
         if not self.sites and self.rule not in ("flwr", "file"):
             raise InputError("data.options.partition needs sites; set the number of sites")
+        if self.min_partition_size < 1:
+            raise InputError(f"expected a min_partition_size of 1 image or more, got {self.min_partition_size}")
         if self.rule == "file" and not self.path:
             raise InputError("data.options.partition needs path; set the file that `warmfed data --save` wrote")
 
@@ -160,6 +169,15 @@ class Partition:
             labels: int [n].
             columns: columns that a partitioner of flwr-datasets may use, beside "label".
         """
+        parts = self._parts(labels, columns)
+        if empty := sum(not len(part) for part in parts):
+            raise InputError(
+                f"the partition by {self.rule} leaves {empty} of {len(parts)} sites without images; set fewer sites, "
+                "or a larger alpha or min_partition_size"
+            )
+        return parts
+
+    def _parts(self, labels: NDArray[Any], columns: Mapping[str, NDArray[Any]] | None) -> list[Ints]:
         key = ("deal", self.rule, self.seed)
         match self.rule:
             case "iid":

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from image_files import picture, refused, sizes
 
-from warmfed.data import load, parquet
+from warmfed.data import hub, load, parquet
 from warmfed.data.partition import dirichlet, iid, shards
-from warmfed.data.readers import huggingface as hub
 
 datasets: Any = pytest.importorskip("datasets", reason="needs the extra: pip install 'warmfed[data]'")
 datasets.disable_progress_bars()
@@ -63,8 +62,40 @@ def test_rows_without_a_label_or_a_picture_are_named(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(table, features=digits(1).features).to_parquet(str(tmp_path / "x.parquet"))
     refused(
         lambda: parquet(tmp_path / "x.parquet", image_size=8),
-        "all/3: expected a label, got None", "all/4 cannot be read: the row has no picture", "all/5 does not decode",
+        "all/3: expected a label and a site", "all/4 cannot be read: the row has no picture", "all/5 does not decode",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "told"),
+    [
+        ("writer", [None, "a"], "all/0: expected a label and a site"),
+        ("writer", [float("nan"), 1.0], "all/0: expected a label and a site"),
+        ("fine", [0.0, float("nan")], "all/1: expected a label and a site"),
+        ("fine", [0.0, 1.5], "all/1: expected a label and a site"),
+        ("fine", [[1], [2]], "all/0: expected a label and a site"),
+        ("img", [{"bytes": None, "path": None}] * 2, "all/0 cannot be read: the row has no picture"),
+        ("img", [1.5, 2.5], "column 'img' has no pictures (float64)"),
+    ],
+)
+def test_cells_that_are_no_name_and_no_picture(column: str, cells: list[Any], told: str, tmp_path: Path) -> None:
+    columns = {"img": [encoded(i) for i in range(20)], "fine": ["cat", "dog"] * 10, "writer": ["a", "b"] * 10}
+    table = datasets.Dataset.from_dict(columns | {column: cells * 10})
+    table.to_parquet(str(tmp_path / "x.parquet"))
+    refused(lambda: parquet(tmp_path / "x.parquet", image="img", label="fine", site="writer", image_size=8), told)
+
+
+def test_whole_floats_and_chosen_sites(tmp_path: Path) -> None:
+    columns = {
+        "img": [encoded(i) for i in range(40)],
+        "fine": [1.0, 2.0] * 20,
+        "writer": [" a"] * 20 + [None] * 10 + ["b"] * 10,
+    }
+    datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "x.parquet"))
+    options = {"image": "img", "label": "fine", "site": "writer", "image_size": 8}
+    federation = parquet(tmp_path / "x.parquet", sites=["a"], **options)
+    assert (federation.classes, list(federation.sites)) == (("1", "2"), ["a"])
+    refused(lambda: parquet(tmp_path / "x.parquet", sites=["c"], **options), "there is no site 'c'; known: a, b")
 
 
 def test_the_hub_is_not_asked_offline() -> None:

@@ -85,7 +85,11 @@ def test_all_kinds_of_pictures_become_rgb(tmp_path: Path) -> None:
         if (image == image[:, :1, :1]).all()
     }
     assert plain == {(255, 0, 0), (7, 7, 7), (255, 255, 255), (50, 50, 50)}
-    assert federation.notes == ("3 images repeat others exactly; each stays on one side of the splits",)
+    assert federation.notes == (
+        "no 16-bit picture of site 'home' has a value above 12,899 (14 bits), so they are dark; "
+        "set data.options.max_value=16383 to brighten them",
+        "3 images repeat others exactly; each stays on one side of the splits",
+    )
 
 
 def test_exif_rotation_is_undone(tmp_path: Path) -> None:
@@ -288,7 +292,7 @@ def test_given_splits_lose_the_copies_outside_of_test() -> None:
         ({"a": (IMAGES[:0], LABELS[:0])}, "site 'a' is empty"),
         ({"a": (IMAGES, LABELS[:3])}, "expected whole-number labels [20]"),
         ({"a": (IMAGES, LABELS / 1)}, "got float64 [20]"),
-        ({"a": (IMAGES, LABELS - 1)}, "expected labels 0 to 0, got -1 to 0"),
+        ({"a": (IMAGES, LABELS - 1)}, "expected labels from 0 to 2147483647, got -1 to 0"),
         ({"a": (IMAGES.astype(np.int32), LABELS)}, "expected uint8 images or floats from 0 to 1, got int32, 0 to 255"),
         ({"a": (np.full((20, 4, 4), np.nan), LABELS)}, "got float64, nan to nan"),
         ({"a": (IMAGES[:, 0, 0, 0], LABELS)}, "got [20]"),

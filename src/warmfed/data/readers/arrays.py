@@ -19,7 +19,7 @@ from ...utils.errors import InputError, suggest
 from ...utils.files import check_size, open_regular
 from ...utils.paths import expanded, is_file, matching, resolved
 from ..build import assemble
-from ..examples import WHOLE, Examples, ReaderOptions, Texts, digests, reader_options, refuse, texts
+from ..examples import WHOLE, Examples, Names, ReaderOptions, Texts, digests, reader_options, refuse, texts
 from ..federation import SPLIT_NAMES, Federation
 from ..image_cache import Bytes
 from ..image_io import UnreadableError, from_array
@@ -31,8 +31,8 @@ _VERSION = 1
 _IDX = re.compile(r"(?P<prefix>.*?)-?(?P<split>train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
 _PIECE = 2**28
 """Maximum bytes of one read, unless one row has more."""
-_LABELS = 1000
-"""Maximum number of classes without names, unless there are more images."""
+_SPARSE = 20
+"""Number of classes without names from which at least half must have images."""
 Chunks = Callable[[], Iterator[NDArray[Any]]]
 
 
@@ -57,7 +57,7 @@ class Block:
         return site + (f", {self.split}" if self.split != WHOLE else "")
 
 
-def arrays(sites: Mapping[str, Any], **options: Any) -> Federation:
+def arrays(sites: Mapping[str, Any], /, **options: Any) -> Federation:
     """Return the federation of arrays in memory.
 
     Args:
@@ -74,8 +74,11 @@ def arrays(sites: Mapping[str, Any], **options: Any) -> Federation:
     """
     common = reader_options(options)
     faults: list[str] = []
+    notes: list[str] = []
     blocks = []
-    for site, given in sites.items():
+    names = Names(notes)
+    for each, given in sites.items():
+        site = names(str(each))
         for key, pair in (given if isinstance(given, Mapping) else {WHOLE: given}).items():
             where = f"site {site!r}" + (f", {key}" if key != WHOLE else "")
             if isinstance(given, Mapping) and key not in SPLITS:
@@ -87,7 +90,21 @@ def arrays(sites: Mapping[str, Any], **options: Any) -> Federation:
                 blocks.append(Block(site, key, len(images), _whole(images), pair[1], f"{site}/{key}"))
         if isinstance(given, Mapping) and "train" not in given:
             faults.append(f"site {site!r}: expected a train split, got {', '.join(given) or 'nothing'}")
-    return _gathered("arrays", blocks, common, "", faults)
+    return _gathered("arrays", blocks, common, "", faults, notes)
+
+
+def _check_numbers(values: NDArray[Any], count: int, what: str, most: int | None = None) -> None:
+    """Raise `UnreadableError` if the values are not `count` whole numbers from 0, below `most` if it is given."""
+    if values.shape != (count,) or values.dtype.kind not in "iu":
+        raise UnreadableError(f"expected whole-number {what} [{count}], got {values.dtype} {list(values.shape)}")
+    low, high = (int(values.min()), int(values.max())) if count else (0, 0)
+    limit = 2**31 if most is None else most
+    if low < 0 or high >= limit:
+        raise UnreadableError(f"expected {what} from 0 to {limit - 1}, got {low} to {high}; number them from 0")
+
+
+def _absent(sites: Sequence[str], here: set[str]) -> list[str]:
+    return [f"there is no site {site!r}{suggest(site, sorted(here))}" for site in sites if site not in here]
 
 
 def _names(site: str | Sequence[str]) -> Texts:
@@ -100,17 +117,21 @@ def _whole(values: NDArray[Any]) -> Chunks:
     return lambda: (values[start : start + _ROWS] for start in range(0, max(1, len(values)), _ROWS))
 
 
-def _gathered(name: str, blocks: Sequence[Block], common: ReaderOptions, key: str, faults: list[str]) -> Federation:
+def _gathered(
+    name: str, blocks: Sequence[Block], common: ReaderOptions, key: str, faults: list[str], notes: list[str]
+) -> Federation:
     """Return the federation of these blocks; `key` identifies their images in the cache, "" keeps them in memory."""
     name = common.name or name
+    if common.sites is not None:  # before their arrays are examined; `assemble` chooses among sites of single images
+        if all(isinstance(block.site, str) for block in blocks):
+            faults += _absent(common.sites, {str(block.site) for block in blocks})
+        blocks = [block for block in blocks if not isinstance(block.site, str) or block.site in common.sites]
     labels, sides = [], set()
     for block in blocks:
         label = np.asarray(block.label)
         label = label[:, 0] if label.ndim == 2 and label.shape[1] == 1 else label
         try:
-            if label.shape != (block.count,) or label.dtype.kind not in "iu":
-                found_kind = f"{label.dtype} {list(label.shape)}"
-                raise UnreadableError(f"expected whole-number labels [{block.count}], got {found_kind}")
+            _check_numbers(label, block.count, "labels")
             side = from_array(next(block.chunks()), None, common.channels).shape[1:]
         except UnreadableError as error:
             faults.append(f"{block.where}: {error}")
@@ -148,9 +169,9 @@ def _gathered(name: str, blocks: Sequence[Block], common: ReaderOptions, key: st
         fill(images)
         digests(images, found)
     label = np.concatenate(labels)
-    most, last = max(_LABELS, len(label)), int(label.max(initial=0))
-    if not common.classes and last >= most:
-        refuse(name, [f"expected labels 0 to {most - 1}, got {last}; number the classes from 0, or set classes"])
+    if not common.classes:
+        _check_labels(name, label)
+    last = int(label.max(initial=0))
     classes = common.classes or [str(value) for value in range(last + 1)]
     examples = Examples(
         images,
@@ -162,8 +183,23 @@ def _gathered(name: str, blocks: Sequence[Block], common: ReaderOptions, key: st
         key=key,
     )
     return assemble(
-        name, examples, classes, common, None if common.partition is None else Partition(**common.partition), faults=faults
+        name,
+        examples,
+        classes,
+        common,
+        None if common.partition is None else Partition(**common.partition),
+        faults=faults,
+        notes=notes,
     )
+
+
+def _check_labels(name: str, label: NDArray[np.int64]) -> None:
+    """Raise `DataError` if labels without class names leave most classes empty, as identifiers and dates do."""
+    used = np.unique(label)
+    count = int(label.max(initial=0)) + 1
+    if count > max(_SPARSE, 2 * len(used)):
+        some = ", ".join(map(str, used[:3].tolist())) + (", …" if len(used) > 3 else "")
+        refuse(name, [f"the labels {some} leave {count - len(used):,} of {count:,} classes empty; number them from 0"])
 
 
 def npz(path: str | Path, **options: Any) -> Federation:
@@ -194,9 +230,10 @@ def npz(path: str | Path, **options: Any) -> Federation:
             archive = Archive(path)
             file.seek(0)
             key = hashlib.file_digest(file, "sha256").hexdigest()
-        if common.classes is None and "classes" in archive and archive.header("classes")[2].kind == "U":
-            common = replace(common, classes=[str(name) for name in archive["classes"]])
-        return _gathered(path.stem, _grouped(archive, path), common, key, [])
+        if common.classes is None and "classes" in archive:
+            common = replace(common, classes=_texts_of(archive, "classes", path))
+        notes: list[str] = []
+        return _gathered(path.stem, _grouped(archive, path, Names(notes)), common, key, [], notes)
     except InputError:
         raise
     except OSError as error:
@@ -208,22 +245,45 @@ def npz(path: str | Path, **options: Any) -> Federation:
         ) from error
 
 
-def _grouped(archive: Archive, path: Path) -> list[Block]:
+def _texts_of(archive: Archive, key: str, path: Path) -> list[str]:
+    """Return an array of texts or whole numbers as texts; raise `InputError` if it holds anything else."""
+    shape, _, kind = archive.header(key)
+    if len(shape) != 1 or kind.kind not in "USiu":
+        raise InputError(f"{path}: expected {key!r} as texts [n], got {kind} {list(shape)}; save it as an array of texts")
+    try:
+        return [name.decode() if isinstance(name, bytes) else str(name) for name in archive[key].tolist()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {key!r} has texts that are not UTF-8 ({error.reason}); save them as texts") from error
+
+
+def _sites_of(archive: Archive, path: Path, names: Names) -> list[str]:
+    """Return the site of each image: `domains[domain[i]]`."""
+    given, number = [names(name) for name in _texts_of(archive, "domains", path)], archive["domain"]
+    try:
+        _check_numbers(number, number.size, "numbers of 'domain'", len(given))
+    except UnreadableError as error:
+        raise InputError(f"{path}: {error}; they are places in 'domains', which has {len(given)} names") from error
+    return [given[place] for place in number.tolist()]
+
+
+def _grouped(archive: Archive, path: Path, names: Names) -> list[Block]:
     blocks = []
     for key in archive.files:
         head, _, tail = key.rpartition("_")
-        sites: Any = path.stem
+        sites: Any = names(path.stem)
         if tail == "images" and head in SPLIT_NAMES:
             split, partner = SPLIT_NAMES[head], f"{head}_labels"
         elif head == "x" and tail in SPLIT_NAMES:
             split, partner = SPLIT_NAMES[tail], f"y_{tail}"
         elif head.endswith("_x") and tail in SPLIT_NAMES:
-            sites, split, partner = head[:-2], SPLIT_NAMES[tail], f"{head[:-1]}y_{tail}"
+            sites, split, partner = names(head[:-2]), SPLIT_NAMES[tail], f"{head[:-1]}y_{tail}"
         elif key == "x":
             split, partner = WHOLE, "y"
             if "domain" in archive and "domains" in archive:
-                names = archive["domains"].tolist()
-                sites = [names[number] for number in archive["domain"].tolist()]
+                sites = _sites_of(archive, path, names)
+                rows = archive.header(key)[0][:1]
+                if (len(sites),) != rows:
+                    raise InputError(f"{path}: 'domain' has {len(sites)} numbers, 'x' {list(rows)} images; save one for each")
         else:
             continue
         count, chunks = _member(archive, key)
@@ -278,11 +338,16 @@ def idx(path: str | Path, **options: Any) -> Federation:
     if not found:
         raise InputError(f"{root} has no idx files; expected train-images-idx3-ubyte and train-labels-idx1-ubyte")
     blocks, faults, key = [], [], hashlib.sha256()
+    notes: list[str] = []
+    names, here = Names(notes), set()
     plain = len({file.parent for file in found}) == 1
     for file in found:
         match = _IDX.fullmatch(file.name)
         assert match
-        site = match["prefix"] or (resolved(root).name if plain else file.parent.relative_to(root).parts[0])
+        site = names(match["prefix"] or (resolved(root).name if plain else file.parent.relative_to(root).parts[0]))
+        here.add(site)
+        if common.sites is not None and site not in common.sites:
+            continue
         partner = file.with_name(file.name.replace("-images", "-labels").replace("idx3", "idx1"))
         other = partner.with_suffix("") if partner.suffix == ".gz" else partner.with_name(f"{partner.name}.gz")
         label_file = next((each for each in (partner, other) if is_file(each)), None)
@@ -300,9 +365,10 @@ def idx(path: str | Path, **options: Any) -> Federation:
             continue
         split = "test" if match["split"] == "t10k" else SPLIT_NAMES[match["split"]]
         blocks.append(Block(site, split, shape[0], chunks, label, f"{site}/{split}"))
+    faults += _absent(common.sites or (), here)
     refuse(root.name, faults)
     try:
-        return _gathered(resolved(root).name, blocks, common, key.hexdigest(), faults)
+        return _gathered(resolved(root).name, blocks, common, key.hexdigest(), faults, notes)
     except InputError:
         raise
     except DAMAGE as error:

@@ -10,7 +10,7 @@ from ...utils.files import make_folder, open_regular, read_regular
 from ...utils.paths import expanded, is_file, is_folder, matching
 from ..build import finished
 from ..decode import Entry
-from ..examples import WHOLE, ReaderOptions, reader_options
+from ..examples import WHOLE, Names, ReaderOptions, reader_options
 from ..extras import hf_datasets
 from ..federation import SPLIT_NAMES, Federation
 from ..image_io import MOST
@@ -114,6 +114,8 @@ def _federation(name: str, tables: Mapping[str, Any], options: Mapping[str, Any]
     The columns are `image` and `label` (by default the only ones of these types), `site` and `group`, if set.
     """
     options = dict(options)
+    notes: list[str] = []
+    read, sites = Names(notes), set()
     chosen = {key: str(options.pop(key, "")) for key in ("image", "label", "site", "group")}
     common = reader_options(options)
     datasets = hf_datasets()
@@ -125,26 +127,50 @@ def _federation(name: str, tables: Mapping[str, Any], options: Mapping[str, Any]
         columns = {
             key: _column(datasets, table, key, column) for key, column in chosen.items() if column or key in ("image", "label")
         }
+        table = _with_pictures(datasets, table, columns["image"])
+        cells = {key: _texts(datasets, table, column) for key, column in columns.items() if key != "image"}
         kind = table.features[columns["label"]]
-        table = table.cast_column(columns["image"], datasets.Image(decode=False))
-        named = {key: table[column] for key, column in columns.items() if key != "image"}
-        names = list(kind.names) if isinstance(kind, datasets.ClassLabel) else None
-        order = tuple(names or order)
-        for row, label in enumerate(named["label"]):
-            if label is None or (names and not 0 <= label < len(names)):
-                faults.append(f"{split}/{row}: expected a label, got {label}")
+        order = tuple(map(read, kind.names)) if isinstance(kind, datasets.ClassLabel) else order
+        for row, label in enumerate(cells["label"]):
+            where, site = f"{split}/{row}", read(cells["site"][row] if "site" in cells else name)
+            sites |= {site} - {""}
+            if common.sites is not None and site not in common.sites:
                 continue
-            entries.append(
-                Entry(
-                    f"{split}/{row}",
-                    _Row(table, columns["image"], row),
-                    names[label] if names else str(label),
-                    str(named["site"][row]) if "site" in named else name,
-                    part,
-                    str(named["group"][row]) if "group" in named else "",
+            if not site or not label:
+                faults.append(
+                    f"{where}: expected a label and a site, texts or whole numbers; a cell is empty or of another type"
                 )
-            )
-    return finished(name, entries, common, faults, [], order)
+                continue
+            group = cells["group"][row] if "group" in cells else ""
+            entries.append(Entry(where, _Row(table, columns["image"], row), read(label), site, part, group))
+    return finished(name, entries, common, faults, notes, order, sites)
+
+
+def _with_pictures(datasets: Any, table: Any, column: str) -> Any:
+    """Return the table with undecoded pictures in a column; raise `InputError` if it cannot hold pictures."""
+    try:
+        return table.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors are of these types
+        kind = getattr(table.features[column], "dtype", type(table.features[column]).__name__)
+        raise InputError(f"column {column!r} has no pictures ({kind}); set the option image to the column that has") from error
+
+
+def _texts(datasets: Any, table: Any, column: str) -> list[str]:
+    """Return the cells of a column as texts; "" if a cell is missing, not a number, or of another type.
+
+    A class's number becomes its name. pandas stores whole numbers as floats if a cell is missing: 2.0 becomes "2".
+    """
+    kind = table.features[column]
+    names = kind.names if isinstance(kind, datasets.ClassLabel) else None
+
+    def text(cell: Any) -> str:
+        if isinstance(cell, float) and cell.is_integer():
+            cell = int(cell)
+        if names is not None:
+            return str(names[cell]) if isinstance(cell, int) and 0 <= cell < len(names) else ""
+        return str(cell).strip() if isinstance(cell, str | int) else ""
+
+    return [text(cell) for cell in table[column]]
 
 
 def _column(datasets: Any, table: Any, what: str, given: str) -> str:
@@ -168,7 +194,7 @@ class _Row:
 
     def __call__(self) -> bytes:
         cell = self._table[self._row][self._column]
-        if cell is None:
+        if cell is None or (cell["bytes"] is None and not cell["path"]):
             raise OSError("the row has no picture")
         if cell["bytes"] is not None:
             return bytes(cell["bytes"])

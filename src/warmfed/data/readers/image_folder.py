@@ -1,23 +1,31 @@
-"""Readers of pictures in folders and of pictures that a CSV table lists."""
+"""Reader of pictures in folders."""
 
-import csv as tables
-import io
+import posixpath
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...utils.errors import InputError, suggest
-from ...utils.files import open_regular, read_bytes
+from ...utils.errors import InputError
+from ...utils.files import read_bytes
+from ...utils.names import plain_name
 from ...utils.paths import children, exists, expanded, is_folder, matching, resolved
 from ..build import finished
 from ..decode import Entry
-from ..examples import WHOLE, reader_options
+from ..examples import WHOLE, Names, ReaderOptions, reader_options
 from ..federation import SPLIT_NAMES, Federation
 from ..image_io import SUFFIXES
 
 _LAYOUT = "expected folders site/class/image, site/{train,validation,test}/class/image or class/image"
+_FOREIGN = {
+    "__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__",
+}  # fmt: skip
+"""Folders that operating systems, network storage and archives make beside a user's own."""
+_LEVELS = 5
+"""Levels of folders that are read, as in SITE/images/train/CLASS."""
 _LIST = re.compile(r"(?P<site>.+)_(?P<split>train|val|validation|crossval|test)(?P<kfold>_kfold)?\.txt")
 
 
@@ -41,8 +49,8 @@ def folder(path: str | Path, *, lists: str = "", **options: Any) -> Federation:
     root = _root(path)
     faults: list[str] = []
     notes: list[str] = []
-    entries = _entries(root, faults, notes)
-    if not entries and not faults:
+    entries, sites = _entries(_tree(root), common, faults, notes)
+    if not entries and not faults and not common.sites:
         raise InputError(f"{root} is not an image folder: {_LAYOUT}, got no image")
     order: tuple[str, ...] = ()
     if lists != "off":
@@ -51,8 +59,8 @@ def folder(path: str | Path, *, lists: str = "", **options: Any) -> Federation:
         if lists and not found:
             raise InputError(f"{where} has no split lists; expected SITE_train.txt and SITE_test.txt")
         if found:
-            entries, order = _listed(root, entries, found, faults, notes)
-    return finished(resolved(root).name, entries, common, faults, notes, order)
+            entries, order = _listed(root, entries, found, set(sites), faults, notes)
+    return finished(resolved(root).name, entries, common, faults, notes, order, sites)
 
 
 def _root(path: str | Path) -> Path:
@@ -63,198 +71,169 @@ def _root(path: str | Path) -> Path:
     return root
 
 
-def _inside(path: Path, *, folders: bool) -> list[Path]:
-    """Return the folders or the files in a folder, sorted by name, without hidden ones."""
-    try:
-        return sorted(p for p in children(path) if not p.name.startswith(".") and is_folder(p) == folders)
-    except OSError as error:
-        raise InputError(f"data folder {path} cannot be read: {error.strerror}; check its permissions") from error
+@dataclass(frozen=True, eq=False)
+class _Folder:
+    """A folder: its folders and files, sorted by name, without hidden ones and those that operating systems make."""
+
+    path: Path
+    folders: tuple["_Folder", ...]
+    files: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @cached_property
+    def images(self) -> tuple[Path, ...]:
+        """Pictures directly in the folder."""
+        return tuple(file for file in self.files if file.suffix.lower() in SUFFIXES)
+
+    @cached_property
+    def deep(self) -> tuple["_Folder", ...]:
+        """Folders that have pictures at any depth."""
+        return tuple(each for each in self.folders if each.images or each.deep)
 
 
-def _images(path: Path) -> list[Path]:
-    return [file for file in _inside(path, folders=False) if file.suffix.lower() in SUFFIXES]
+def _tree(path: Path, levels: int = _LEVELS) -> _Folder:
+    """Return a folder and what is below it, so many levels deep."""
+    folders: list[Path] = []
+    files: list[Path] = []
+    for each in children(path) if levels else ():
+        if not each.name.startswith(".") and each.name not in _FOREIGN:
+            (folders if is_folder(each) else files).append(each)
+    return _Folder(path, tuple(_tree(each, levels - 1) for each in folders), tuple(files))
 
 
-def _entries(root: Path, faults: list[str], notes: list[str]) -> list[Entry]:
-    """Return all pictures below a folder."""
-    below = _inside(root, folders=True)
-    one = any(_images(each) for each in below) or (
-        {"train"} <= {each.name for each in below} <= set(SPLIT_NAMES)
-        and any(_images(c) for c in _inside(root / "train", folders=True))
-    )
+def _entries(root: _Folder, common: ReaderOptions, faults: list[str], notes: list[str]) -> tuple[list[Entry], list[str]]:
+    """Return all pictures below a folder, and the names of all sites."""
+    names = Names(notes)
+    sites = {names(resolved(root.path).name): [root]} if _is_one_site(root) else {}
+    for folder in root.folders if not sites else ():
+        sites.setdefault(names(folder.name), []).append(folder)
     entries = []
-    for site in [root] if one else below:
-        name = resolved(site).name if one else site.name
-        held = _site(root, name, site, faults, notes)
-        if not held:
-            faults.append(f"site {name!r} is empty; give it images or leave it out")
-        entries += held
-    return entries
+    for name, folders in sites.items():
+        if common.sites is None or name in common.sites:
+            held = [entry for site in folders for entry in _site(root, name, site, names, faults)]
+            if not held:
+                faults.append(f"site {name!r} is empty; give it images or leave it out")
+            entries += held
+    return entries, list(sites)
 
 
-def _site(root: Path, name: str, site: Path, faults: list[str], notes: list[str]) -> list[Entry]:
-    below = _inside(site, folders=True)
-    if [each.name for each in below] == ["images"] and _inside(below[0], folders=True):  # the layout of Office-31
-        site, below = below[0], _inside(below[0], folders=True)
-    if not any(part.name in ("train", "training") and _inside(part, folders=True) for part in below):  # else it is a class
-        return list(_members(root, name, site, WHOLE, notes))
-    splits = [SPLIT_NAMES.get(part.name, "") for part in below]
+def _is_one_site(root: _Folder) -> bool:
+    """Return whether the folders below are classes (or splits) of one site, not sites.
+
+    A folder that has both pictures and folders of pictures is a site with stray pictures if it has two such folders or more,
+    and a class with a stray folder if it has one.
+
+    Raises:
+        InputError: Some folders look like sites and others like classes.
+    """
+    if {"train"} <= {each.name for each in root.folders} <= set(SPLIT_NAMES):
+        return any(each.images for part in root.folders if part.name == "train" for each in part.folders)
+    sites = [each for each in root.folders if len(each.deep) > 1 or (each.deep and not each.images)]
+    classes = [each for each in root.folders if each.images and each not in sites]
+    if sites and classes:
+        raise InputError(
+            f"cannot tell sites from classes in {root.path}: {classes[0].name!r} has images directly in it "
+            f"({classes[0].images[0].name}), {sites[0].name!r} has them in folders ({sites[0].deep[0].name!r}); {_LAYOUT}"
+        )
+    return bool(classes)
+
+
+def _site(root: _Folder, name: str, site: _Folder, names: Names, faults: list[str]) -> list[Entry]:
+    if [each.name for each in site.folders] == ["images"] and site.folders[0].folders:  # the layout of Office-31
+        site = site.folders[0]
+    if not any(part.name in ("train", "training") and part.folders for part in site.folders):  # else it is a class
+        return list(_members(root, name, site, WHOLE, names))
+    splits = [SPLIT_NAMES.get(part.name, "") for part in site.folders]
     if "" in splits or len(set(splits)) < len(splits):
-        found = ", ".join(part.name for part in below)
+        found = ", ".join(part.name for part in site.folders)
         faults.append(f"site {name!r}: expected the folders train, validation and test, got {found}")
-    return [e for split, part in zip(splits, below, strict=True) if split for e in _members(root, name, part, split, notes)]
+    _ignored(site, list(site.files), names.notes)
+    parts = zip(splits, site.folders, strict=True)
+    return [entry for split, part in parts if split for entry in _members(root, name, part, split, names)]
 
 
-def _members(root: Path, site: str, path: Path, split: str, notes: list[str]) -> Iterable[Entry]:
-    other = _inside(path, folders=False)
-    for group in _inside(path, folders=True):
-        for file in _inside(group, folders=False):
-            if file.suffix.lower() in SUFFIXES:
-                yield Entry(file.relative_to(root).as_posix(), file, group.name, site, split)
-            else:
-                other.append(file)
-        other += _inside(group, folders=True)
-    other = [each for each in other if not _LIST.fullmatch(each.name)]
-    if other:
-        where = "/".join(path.parts[-2:])
-        notes.append(f"{len(other)} entries in {where} are not images of a class and were ignored, {other[0].name} first")
+def _members(root: _Folder, site: str, part: _Folder, split: str, names: Names) -> Iterator[Entry]:
+    other = list(part.files)
+    for group in part.folders:
+        for file in group.images:
+            yield Entry(file.relative_to(root.path).as_posix(), file, names(group.name), site, split)
+        held = set(group.images)
+        other += [file for file in group.files if file not in held] + [each.path for each in group.folders]
+    _ignored(part, other, names.notes)
+
+
+def _ignored(place: _Folder, files: list[Path], notes: list[str]) -> None:
+    files = [each for each in files if not _LIST.fullmatch(each.name)]
+    if files:
+        where = "/".join(place.path.parts[-2:])
+        notes.append(f"{len(files)} entries in {where} are not images of a class and were ignored, {files[0].name} first")
+
+
+def _path_in_list(text: str) -> str:
+    """Return a path as the reader names it: with slashes, without ./, in Unicode's form NFC."""
+    return unicodedata.normalize("NFC", posixpath.normpath(text.replace("\\", "/")))
 
 
 def _listed(
-    root: Path, entries: list[Entry], lists: list[Path], faults: list[str], notes: list[str]
+    root: Path, entries: list[Entry], lists: list[Path], sites: set[str], faults: list[str], notes: list[str]
 ) -> tuple[list[Entry], tuple[str, ...]]:
-    """Return the pictures in the lists, with the lists' splits, and the classes in the order of the lists' labels."""
-    known = {entry.name: entry for entry in entries}
+    """Return the pictures in the lists, with the lists' splits, and the classes in the order of the lists' labels.
+
+    Args:
+        root: the folder of the pictures.
+        entries: the pictures.
+        lists: the files.
+        sites: names of the sites whose lists are read.
+        faults: list of faults, extended here.
+        notes: list of remarks, extended here.
+    """
+    known = {_path_in_list(entry.name): entry for entry in entries}
     given: dict[str, str] = {}
     numbers: dict[str, set[int]] = {}
-    sites = {entry.site for entry in entries}
+    here = {entry.site for entry in entries}
     used = []
     for path in lists:
         match = _LIST.fullmatch(path.name)
         assert match
-        split = SPLIT_NAMES[match["split"]]
+        split, site = SPLIT_NAMES[match["split"]], plain_name(match["site"])
         if match["kfold"] and split == "test":
             continue  # PACS: all images of the site, the other two lists together
-        if match["site"] not in sites:
-            notes.append(f"{path.name} was ignored, since there is no site {match['site']!r}")
+        if site not in here:
+            if site not in sites:
+                notes.append(f"{path.name} was ignored, since there is no site {site!r}")
             continue
-        used.append(match["site"])
-        for number, line in enumerate(read_bytes(path, "the split list").decode(errors="replace").splitlines(), 1):
+        used.append(site)
+        # names of files that are not UTF-8 keep their bytes, as in `Entry.name`
+        text = read_bytes(path, "the split list").decode("utf-8-sig", "surrogateescape")
+        for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
-            file, _, label = line.strip().rpartition(" ")
-            if not file or not label.isdecimal() or len(label) > 9:
+            # the label follows the last blank or tab; the path may have blanks
+            words = line.strip().rsplit(maxsplit=1)
+            if len(words) < 2 or not words[1].isdecimal() or len(words[1]) > 9:
                 faults.append(f"{path.name}, line {number}: expected `path label`, got {line.strip()[:60]!r}")
-            elif file not in known:
+                continue
+            file, label = _path_in_list(words[0]), int(words[1])
+            if file not in known:
                 faults.append(f"{path.name}, line {number}: {file} is not in the folder")
             elif given.setdefault(file, split) != split:
                 faults.append(f"{path.name}, line {number}: {file} is in the {given[file]} list as well")
             else:
-                numbers.setdefault(known[file].label, set()).add(int(label))
-    for label, found in sorted(numbers.items()):
+                numbers.setdefault(known[file].label, set()).add(label)
+    for name, found in sorted(numbers.items()):
         if len(found) > 1:
-            faults.append(f"the lists give class {label!r} several labels, {', '.join(map(str, sorted(found)))}")
-    kept = [replace(e, split=given[e.name]) if e.name in given else e for e in entries if e.name in given or e.site not in used]
+            faults.append(f"the lists give class {name!r} several labels, {', '.join(map(str, sorted(found)))}")
+    kept = [
+        replace(entry, split=given.get(file, entry.split))
+        for file, entry in ((_path_in_list(entry.name), entry) for entry in entries)
+        if file in given or entry.site not in used
+    ]
     notes.append(f"{len(set(used))} sites are split by the lists in {lists[0].parent.name}")
     if len(kept) < len(entries):
         notes.append(f"{len(entries) - len(kept)} images were left out, since no list has them")
     first = {label: min(found) for label, found in numbers.items()}
     different = len(set(first.values())) == len(first)
     return kept, tuple(sorted(first, key=lambda label: first[label])) if different else ()
-
-
-def csv(
-    path: str | Path,
-    *,
-    image: str = "image",
-    label: str = "label",
-    site: str = "",
-    split: str = "",
-    group: str = "",
-    root: str = "",
-    **options: Any,
-) -> Federation:
-    """Return the federation of pictures in a CSV file, one per row, such as HAM10000's or CheXpert's.
-
-    Args:
-        path: the CSV file.
-        image: column of the picture's path, or a pattern of columns: "patches/{patient}_{x}.png".
-        label: column of the class.
-        site: column of the site (the natural partition); empty: one site, with the file's name.
-        split: column of train, validation or test; empty: random splits.
-        group: column (patient, slide) whose images share one split.
-        root: folder to which the paths are relative; empty: the folder of the CSV file.
-        options: the fields of `ReaderOptions`.
-
-    Raises:
-        InputError: with all faults: missing columns or files, empty fields, unknown splits, …
-    """
-    common = reader_options(options)
-    file = expanded(path)
-    base = expanded(root) if root else file.parent
-    columns = {"label": label, "site": site, "split": split, "group": group}
-    pattern = image if "{" in image else "{" + image + "}"
-    faults: list[str] = []
-    notes: list[str] = []
-    entries = []
-    for number, row in enumerate(_rows(file), 2):
-        try:
-            name = pattern.format_map(row)
-            value = {what: row[column] if column else "" for what, column in columns.items()}
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise InputError(f"{file} has no column {error}{suggest(str(error.args[0]), list(row))}") from error
-        if not name or not value["label"] or (site and not value["site"]):
-            faults.append(f"line {number}: expected an image, a label and a site, got an empty field")
-        elif split and value["split"] not in SPLIT_NAMES:
-            faults.append(f"line {number}: expected split train, validation or test, got {value['split']!r}")
-        else:
-            part = SPLIT_NAMES[value["split"]] if split else WHOLE
-            entries.append(Entry(name, base / name, value["label"], value["site"] or file.stem, part, value["group"]))
-    return finished(file.stem, entries, common, faults, notes)
-
-
-def _rows(file: Path) -> Iterable[Mapping[str, str]]:
-    try:
-        with io.TextIOWrapper(open_regular(file), encoding="utf-8-sig", newline="") as lines:
-            for row in tables.DictReader(lines):
-                yield {key or "": value or "" for key, value in row.items() if isinstance(value, str | None)}
-    except OSError as error:
-        raise InputError(f"table {file} cannot be read: {error.strerror}; check the path") from error
-    except (UnicodeDecodeError, tables.Error) as error:
-        raise InputError(f"table {file} is not a CSV file in UTF-8 ({error}); save it again") from error
-
-
-def camelyon17(path: str | Path, **options: Any) -> Federation:
-    """Return WILDS's Camelyon17: each hospital is a site, and the images of a slide share one split.
-
-    WILDS's own splits hold out whole hospitals; here each hospital has training, validation and test images.
-
-    Args:
-        path: folder with metadata.csv and patches.
-        options: the fields of `ReaderOptions`.
-
-    Raises:
-        InputError: with all faults, if the data cannot be used.
-
-    References:
-        WILDS: Koh et al., 2021.
-    """
-    options = {"template": "a histology image of {} tissue", **options}
-    common = reader_options(options)
-    root = _root(path)
-    faults: list[str] = []
-    entries = []
-    for number, row in enumerate(_rows(root / "metadata.csv"), 2):
-        try:
-            patient, node, slide = row["patient"], row["node"], row["slide"]
-            stem = f"patient_{patient}_node_{node}"
-            name = f"patches/{stem}/patch_{stem}_x_{row['x_coord']}_y_{row['y_coord']}.png"
-            label = {"0": "normal", "1": "tumor"}.get(row["tumor"], "")
-            site = f"hospital-{row['center']}"
-        except KeyError as error:
-            raise InputError(f"{root}/metadata.csv has no column {error}; expected WILDS's Camelyon17") from error
-        if label:
-            entries.append(Entry(name, root / name, label, site, WHOLE, f"slide-{slide}"))
-        else:
-            faults.append(f"metadata.csv, line {number}: expected tumor 0 or 1, got {row['tumor']!r}")
-    return finished("camelyon17", entries, common, faults, [])
