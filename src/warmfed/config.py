@@ -17,7 +17,7 @@ from .diffusion.networks import DenoiserSettings
 from .evaluation.generators import Evaluation
 from .utils.errors import InputError
 from .utils.files import loads_toml, read_bytes
-from .utils.settings import check_choices, check_key, construct
+from .utils.settings import check_choices, check_key, check_seed, construct, demand_texts
 
 T = TypeVar("T")
 STUDIES = ("compare", "arms", "sweep", "pretraining")
@@ -80,7 +80,7 @@ class Config:
     global_ema_decay: float = 0.0
     """Decay of a moving average that replaces the global model after each round, from 0 to below 1. Default 0: none."""
     seed: int = 0
-    """Seed of all random streams. Default 0."""
+    """Seed of all random streams, from 0 to 2**63 - 1. Default 0."""
     data: Data = Data()
     model: Model = Model()
     task: Literal["classify", "denoise"] = "classify"
@@ -102,6 +102,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_seed(self.seed)
         if not 0 <= self.global_ema_decay < 1:
             raise InputError(f"global_ema_decay must be from 0 to below 1; got {self.global_ema_decay}")
 
@@ -113,7 +114,10 @@ class Config:
     def toml(self) -> str:
         algorithm = {"name": self.name, **_plain(self.algorithm)}
         rest = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in ("name", "algorithm")}
-        return tomli_w.dumps({"algorithm": algorithm, **rest})
+        tables = {"algorithm": algorithm, **rest}
+        for key, table in tables.items():
+            demand_texts(table, key)  # the folder that relative paths start from may have another encoding
+        return tomli_w.dumps(tables)
 
 
 def _plain(value: Any) -> Any:

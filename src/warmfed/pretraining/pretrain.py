@@ -37,6 +37,7 @@ from ..tasks import Classify
 from ..utils.errors import InputError
 from ..utils.files import atomic_write, loads_json, open_regular, read_bytes, read_json
 from ..utils.paths import exists, is_file
+from ..utils.settings import check_seed
 from .captions import Captions, ImageSet, digits, drawn, mirrored, tokenizer
 
 Phase = tuple[Mapping[str, Tensor], Mapping[str, float]]
@@ -107,9 +108,10 @@ class Pretraining:
     snapshot: int = 500
     """Steps between two snapshots of the denoiser's training in the work folder; 0: none."""
     seed: int = 0
-    """Seed of all random numbers."""
+    """Seed of all random numbers, from 0 to 2**63 - 1."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         counts = (
             "images", "channels", "decoder_width", "decoder_steps", "decoder_batch_size", "text_layers", "text_steps", "steps",
             "batch_size", "classifier_epochs", "threads",

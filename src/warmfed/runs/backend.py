@@ -19,6 +19,7 @@ from ..tasks import Classify
 from ..tasks.denoising import Denoise
 from ..transports.client_state import ClientStates
 from ..transports.in_process import InProcess
+from ..utils.settings import check_seed
 from .folder import write_model
 from .prepare import PreparedRun, clients_of, prepare
 from .progress import RunListener
@@ -49,7 +50,7 @@ def simulate(
         algorithm: the algorithm.
         federation: sites with their images.
         task: the task; None: classification with the small CNN.
-        seed: seed of all random streams.
+        seed: seed of all random streams, from 0 to 2**63 - 1.
         generator: the run's generator; None: the algorithm uses none.
         workers: number of worker processes; results do not depend on it.
         device: "cpu" or "cuda".
@@ -59,6 +60,7 @@ def simulate(
         start: (stages done, the server's state then), to resume.
         listener: callbacks of the run.
     """
+    check_seed(seed)
     listener = listener or RunListener()
     task = task or Classify(federation.shape, len(federation.classes))
     sites = clients_of(algorithm, federation, task, seed, generator, device)

@@ -18,6 +18,7 @@ from ..config import Config
 from ..report.generators import quality_table
 from ..report.parts import Table as Plain
 from ..report.parts import duration, memory, number, size
+from ..utils.errors import shown
 from .progress import Clock, RunListener, spoken
 
 WIDTH = 160
@@ -37,11 +38,6 @@ def console() -> Console:
     """Return a console for standard output."""
     plain: dict[str, Any] = {"markup": False, "emoji": False}
     return _Plain(**plain) if sys.stdout.isatty() else _Plain(**plain, width=WIDTH, soft_wrap=True)
-
-
-def shown(text: str) -> str:
-    """Return text without control characters, except line feeds; names from files or sites may contain them."""
-    return "".join(c if c.isprintable() or c == "\n" else " " * c.isspace() for c in text)
 
 
 class ProgressReporter(RunListener, ABC):

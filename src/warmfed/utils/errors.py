@@ -16,6 +16,33 @@ def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
 
 
+def demand_text(text: str, what: str) -> None:
+    """Raise `InputError` if a text cannot be stored as UTF-8, as of a command line or file name in another encoding.
+
+    Args:
+        text: the text.
+        what: what the text is, for the error.
+    """
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise InputError(f"{what} is not UTF-8: {printable(text, 80)!r}; write it in UTF-8")
+
+
+def shown(text: str) -> str:
+    """Return untrusted text as lines that are safe to print, log or record.
+
+    Returns:
+        The text without control, format and other unprintable characters, except line feeds. White space is a space. A byte
+        of a file name that is not UTF-8 is shown as `\\xe9`.
+    """
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(c: str) -> str:
+    if c.isprintable() or c == "\n":
+        return c
+    return f"\\x{ord(c) - 0xDC00:x}" if "\udc80" <= c <= "\udcff" else " " * c.isspace()
+
+
 def printable(text: str, limit: int = 300) -> str:
     """Return untrusted text as one line that is safe to print, log or record.
 
@@ -24,8 +51,8 @@ def printable(text: str, limit: int = 300) -> str:
         limit: largest number of characters to return; a longer text ends in "…".
 
     Returns:
-        The text without control, format, surrogate and other unprintable characters; any white space is one space.
+        The text as of `shown`; any white space is one space.
     """
     cut = text[: 2 * limit + 2]  # a text may be as large as a message
-    line = " ".join("".join(c for c in cut if c.isprintable() or c.isspace()).split())
+    line = " ".join(shown(cut).split())
     return line if len(line) <= limit and len(cut) == len(text) else f"{line[: limit - 1]}…"

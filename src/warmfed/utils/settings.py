@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
-from .errors import InputError, suggest
+from .errors import InputError, demand_text, suggest
 
 T = TypeVar("T")
 
@@ -75,6 +75,7 @@ def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[st
     for key, value in values.items():
         check_key(key, path, fields, getattr(cls, "RENAMED", {}))
         where = f"{path}.{key}" if path else key
+        demand_texts(value, where)
         arguments[key] = _typed(fields[key], value, where, getattr(base, key))
     made = dataclasses.replace(base, **arguments)  # type: ignore[type-var]
     for key, value in arguments.items():  # after the class's own checks, whose errors are more precise
@@ -82,6 +83,25 @@ def construct(cls: type[T], values: Mapping[str, Any], path: str, skip: tuple[st
         if any(isinstance(number, float) and not 0 <= number < math.inf for number in numbers):
             raise InputError(f"{f'{path}.' if path else ''}{key} must be finite and not below zero; got {value!r}")
     return made
+
+
+def check_seed(seed: int, where: str = "seed") -> None:
+    """Raise `InputError` if a seed is below 0, or is not below 2**63 and so not an integer of TOML."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"{where} must be from 0 to 2**63 - 1; got {seed}")
+
+
+def demand_texts(value: Any, where: str) -> None:
+    """Raise `InputError` if a text within `value` is not UTF-8: it could not be written to config.toml."""
+    if isinstance(value, str):
+        demand_text(value, where)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            demand_text(str(key), where)
+            demand_texts(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            demand_texts(inner, where)
 
 
 def _typed(declared: Any, value: Any, where: str, default: Any) -> Any:
