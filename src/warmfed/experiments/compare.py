@@ -23,7 +23,7 @@ from ..runs.execute import execute, resume
 from ..runs.folder import read_summary
 from ..runs.prepare import load_data, prepare
 from ..runs.progress import Clock, RunListener
-from ..transports.process_pool import ProcessPool, death_told, tell
+from ..transports.process_pool import ProcessPool, tell
 from ..utils.errors import InputError, suggest
 from ..utils.files import PUBLIC, atomic_write, occupied, read_bytes, remove_partial_files, write_json
 from ..utils.paths import exists, is_folder
@@ -281,7 +281,7 @@ def _run(todo: Sequence[Cell], folder: Path, processes: int, summaries: dict[Cel
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 cell = waiting.pop(future)
                 try:
-                    with death_told():
+                    with pool.death_told():
                         summaries[cell] = future.result()
                 except InputError as error:
                     raise InputError(f"cell {cell.name}: {error}") from error

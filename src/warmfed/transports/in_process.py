@@ -15,7 +15,7 @@ from ..core.messages import Message, decode, encode
 from ..core.tensors import Tensors
 from .client import Client, exchange
 from .client_state import ClientStates, snapshot_path
-from .process_pool import ProcessPool, death_told, tell
+from .process_pool import ProcessPool, tell
 
 Progress = Callable[[str, str, int, int], None]
 T = TypeVar("T")
@@ -128,7 +128,7 @@ class InProcess:
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     site = waiting.pop(future)
-                    with death_told():
+                    with self._pool.death_told():
                         data, seconds = future.result()
                     yield site, decode(data, Reply, f"the reply of site {site!r}"), seconds
         finally:
