@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -113,6 +115,68 @@ def test_interrupting_says_how_to_go_on(data: Path, tmp_path: Path, capsys: Any,
     assert said(capsys, "resume", tmp_path / "x", "--quiet") == f"{tmp_path / 'x'}\n"
 
 
+def test_sigterm_does_what_an_interrupt_does(data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedulers and service managers send SIGTERM; some send it twice."""
+
+    before, move = signal.getsignal(signal.SIGTERM), os.replace
+
+    def stop(source: Any, target: Any) -> None:
+        if Path(target).name == "rounds.jsonl":
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        assert main(["run", "--algorithm", "fedavg", "--out", str(tmp_path / "x"), *QUICK, f"data.source={data}"]) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert capsys.readouterr().err == f"warmfed: interrupted; resume with: warmfed resume {tmp_path / 'x'}\n"
+    assert said(capsys, "resume", tmp_path / "x", "--quiet") == f"{tmp_path / 'x'}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_a_run_whose_output_is_full_can_be_resumed(data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert main(["run", "--algorithm", "fedavg", "--out", str(tmp_path / "x"), *QUICK, f"data.source={data}"]) == 2
+    told = f"cannot write the output: No space left on device; resume with: warmfed resume {tmp_path / 'x'}"
+    assert capsys.readouterr().err == f"warmfed: {told}\n"
+    assert said(capsys, "resume", tmp_path / "x", "--quiet") == f"{tmp_path / 'x'}\n"
+    for arguments in (["--version"], ["run", "--help"], ["algorithms"], ["algorithms", "--json"]):
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            assert main(arguments) == 2
+        assert capsys.readouterr().err == "warmfed: cannot write the output: No space left on device\n"
+
+
+def test_a_run_folder_whose_name_is_not_utf8(data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with (tmp_path / "out").open("w", encoding="ascii") as out, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        words = ["--algorithm", "fedavg", "--out", "caf\udce9", *QUICK, f"data.source={data}"]
+        assert main(["run", *words]) == 0
+        picture(tmp_path / "\udce9.png", 0)
+        assert main(["report", "caf\udce9"]) == 0
+        assert main(["predict", "caf\udce9", "\udce9.png"]) == 0
+    assert capsys.readouterr().err == ""
+    printed = (tmp_path / "out").read_bytes()
+    assert b"1 stages -> caf\\xe9\n" in printed
+    assert b"caf\xe9/report.html\n" in printed
+
+
+def test_closed_outputs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    try:
+        assert main(["run", "--algorithm", "fedavg", "--out", str(tmp_path / "x"), *QUICK, f"data.source={data}"]) == 0
+        assert main(["runn"]) == 2
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.close()
+
+
 def test_resume_of_a_finished_run(folder: Path, capsys: Any) -> None:
     before = tiny.digest(folder)
     assert "report.html" in said(capsys, "resume", folder)
@@ -151,6 +215,19 @@ def test_resume_of_a_finished_run(folder: Path, capsys: Any) -> None:
         ("pretrain --out good", "good exists already"),
         ("pretrain --out x --set stepz=1", "did you mean 'steps'"),
         ("pretrain", "--out"),
+        ("run --seed -1", "expected a seed from 0 to 2**63 - 1, got -1"),
+        ("run --seed 9223372036854775808", "expected a seed from 0 to 2**63 - 1"),
+        ("run --set seed=-1", "seed must be from 0 to 2**63 - 1; got -1"),
+        ("run --set data.source=good data.options.seed=-1", "must be from 0 to 2**63 - 1; got -1"),
+        ("run --set data.source=good data.options.partition={sites=2,seed=-1}", "must be from 0 to 2**63 - 1; got -1"),
+        ("data --set data.options.seed=-1", "must be from 0 to 2**63 - 1; got -1"),
+        ("compare --seeds 0 -1", "expected a seed from 0 to 2**63 - 1, got -1"),
+        ("synthesize good --seed -1 --grid x.png", "expected a seed from 0 to 2**63 - 1, got -1"),
+        ("pretrain --out x --set seed=-1", "seed must be from 0 to 2**63 - 1; got -1"),
+        ("run --set data.path=caf\udce9", "an argument is not UTF-8: 'data.path=caf\\\\xe9'"),
+        ("run caf\udce9.toml", "caf\\xe9.toml"),
+        ("run --algorithm caf\udce9", "is not UTF-8"),
+        ("predict caf\udce9 \udce9.png", "caf\\xe9"),
     ],
 )
 def test_bad_input_changes_nothing(arguments: str, words: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -2,13 +2,14 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from .. import report as pages
@@ -22,17 +23,18 @@ from ..experiments.compare import plan as plan_cells
 from ..report.parts import duration
 from ..runs.console import (
     JsonReporter,
+    PlainTable,
     ProgressReporter,
     SilentReporter,
     console,
     data_counts,
     data_facts,
     emit,
+    print_path,
     progress_reporter,
     rich_table,
     run_facts,
     run_table,
-    shown,
 )
 from ..runs.execute import execute
 from ..runs.execute import resume as resume_run
@@ -42,8 +44,9 @@ from ..runs.progress import RunListener, spoken
 from ..runs.synthesize import synthesize as draw
 from ..runs.verify import DifferenceError
 from ..runs.verify import verify as verify_run
-from ..utils.errors import InputError
+from ..utils.errors import InputError, shown
 from ..utils.files import occupied
+from ..utils.output import OutputError, output_fails
 from ..utils.paths import children, exists
 from ..utils.settings import construct
 from .tables import dry_run_facts, dry_run_table, files_table
@@ -114,16 +117,16 @@ def resume(asked: Namespace) -> int:
 
 def _finished(asked: Namespace, work: Callable[[ProgressReporter], dict[str, Any]]) -> int:
     """Run `work` with a progress reporter and print its result; return the exit code."""
-    with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
-        try:
-            summary = work(reporter)
-        except KeyboardInterrupt:
-            raise _stopped(reporter.folder and f"resume with: warmfed resume {reporter.folder}") from None
+    with (
+        progress_reporter(quiet=asked.quiet, events=asked.json) as reporter,
+        _resumable(lambda: f"resume with: warmfed resume {quote(str(reporter.folder))}" if reporter.folder else ""),
+    ):
+        summary = work(reporter)
     folder = reporter.folder or asked.folder
     if isinstance(reporter, JsonReporter):
         emit("finished", folder=str(folder), summary=summary)
     elif isinstance(reporter, SilentReporter):
-        print(folder)
+        print_path(folder)
     else:
         out = console()
         out.print()
@@ -133,8 +136,19 @@ def _finished(asked: Namespace, work: Callable[[ProgressReporter], dict[str, Any
     return 0
 
 
-def _stopped(advice: object) -> KeyboardInterrupt:
-    return KeyboardInterrupt(advice) if advice else KeyboardInterrupt()
+@contextmanager
+def _resumable(advice: Callable[[], str]) -> Iterator[None]:
+    """Add how to finish the work to an interrupt, and to the error of an output that cannot be written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*filter(None, [advice()])) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if output_fails() is None:
+            raise
+        raise OutputError(advice()) from error
 
 
 def compare(asked: Namespace) -> int:
@@ -156,15 +170,15 @@ def _study(asked: Namespace, cells: Sequence[Cell]) -> int:
     folder = asked.out or next(
         path for n in count(1) if not exists(path := Path("runs") / (asked.command + (f"-{n}" if n > 1 else "")))
     )
-    with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
-        try:
-            table = compare_cells(cells, folder, asked.workers, _ForwardProgress(reporter), asked.reference)
-        except KeyboardInterrupt:
-            raise _stopped(f"resume with the same command and --out {folder}") from None
+    with (
+        progress_reporter(quiet=asked.quiet, events=asked.json) as reporter,
+        _resumable(lambda: f"resume with the same command and --out {quote(str(folder))}"),
+    ):
+        table = compare_cells(cells, folder, asked.workers, _ForwardProgress(reporter), asked.reference)
     if isinstance(reporter, JsonReporter):
         emit("finished", folder=str(folder), comparison=table)
     elif isinstance(reporter, SilentReporter):
-        print(folder)
+        print_path(folder)
     else:
         out = console()
         for part in pages.by_rounds(table):
@@ -210,7 +224,7 @@ class _ForwardProgress(Cells):
 
 def report(asked: Namespace) -> int:
     comparison = exists(asked.folder / "compare.json")
-    print(pages.write_comparison(asked.folder) if comparison else pages.write(asked.folder))
+    print_path(pages.write_comparison(asked.folder) if comparison else pages.write(asked.folder))
     return 0
 
 
@@ -248,7 +262,7 @@ def predict(asked: Namespace) -> int:
     if asked.json:
         print(json.dumps(found, indent=1))
         return 0
-    table = Table(box=None, pad_edge=False)
+    table = PlainTable(box=None, pad_edge=False)
     for header in ("image", "class", "probability"):
         table.add_column(header, justify="right" if header == "probability" else "left")
     for each in found:
@@ -268,7 +282,7 @@ def personalize(asked: Namespace) -> int:
     for name in ("global", "personal"):
         told = ", ".join(f"{split} {metrics['accuracy']:.1f} %" for split, metrics in found[name].items())
         print(shown(f"{name} model at site {found['site']}: {told}"))
-    print(found["folder"])
+    print_path(found["folder"])
     return 0
 
 
@@ -287,7 +301,7 @@ def synthesize(asked: Namespace) -> int:
     if isinstance(reporter, JsonReporter):
         emit("finished", **made)
     elif isinstance(reporter, SilentReporter):
-        print(made.get("grid") or made["out"])
+        print_path(made.get("grid") or made["out"])
     else:
         places = ", ".join(made[key] for key in ("grid", "out") if key in made)
         print(shown(f"{made['images']} images by {made['by']}: {places}"))
@@ -305,16 +319,15 @@ def pretrain(asked: Namespace) -> int:
     if occupied(asked.out) and not (asked.work and resumable(asked.out, settings)):
         raise InputError(f"{asked.out} exists already; choose another --out")
     images = pictures(load_data(data), settings.side) if data else None
-    with progress_reporter(quiet=asked.quiet, events=asked.json) as reporter:
-        try:
-            record = make(settings, asked.out, reporter.phase, asked.work, asked.device, images)
-        except KeyboardInterrupt:
-            kept = f"resume with the same command from {asked.work}" if asked.work else ""
-            raise _stopped(kept) from None
+    with (
+        progress_reporter(quiet=asked.quiet, events=asked.json) as reporter,
+        _resumable(lambda: f"resume with the same command from {asked.work}" if asked.work else ""),
+    ):
+        record = make(settings, asked.out, reporter.phase, asked.work, asked.device, images)
     if isinstance(reporter, JsonReporter):
         emit("finished", folder=str(asked.out), record=record)
     else:
-        print(asked.out)
+        print_path(asked.out)
     return 0
 
 
@@ -326,7 +339,7 @@ def algorithms(asked: Namespace) -> int:
         ]
         print(json.dumps(rows, indent=1))
         return 0
-    table = Table(box=None, pad_edge=False)
+    table = PlainTable(box=None, pad_edge=False)
     for header in ("name", "paper", "what it does", "a site sends", "and keeps"):
         table.add_column(header)
     for name, each in ALGORITHMS.items():
@@ -353,21 +366,21 @@ def deploy_init(asked: Namespace) -> int:
 
     classes = tuple(asked.classes.split(",")) if asked.classes else ()
     init(asked.folder, asked.sites.split(","), asked.host, asked.port, asked.config, classes, asked.prompts)
-    print(asked.folder / "README.md")
+    print_path(asked.folder / "README.md")
     return 0
 
 
 def deploy_add_site(asked: Namespace) -> int:
     from ..deploy.project import add_site
 
-    print(add_site(asked.folder, asked.name))
+    print_path(add_site(asked.folder, asked.name))
     return 0
 
 
 def deploy_renew(asked: Namespace) -> int:
     from ..deploy.project import renew
 
-    print(renew(asked.folder))
+    print_path(renew(asked.folder))
     return 0
 
 
@@ -375,7 +388,7 @@ def deploy_register(asked: Namespace) -> int:
     from ..deploy.register import register
 
     for line in register(asked.folder):
-        print(line, flush=True)
+        print(shown(line), flush=True)
     return 0
 
 
@@ -386,7 +399,7 @@ def deploy_check(asked: Namespace) -> int:
     if asked.json:
         print(json.dumps([{"check": row.check, "ok": row.ok, "found": row.found} for row in rows], indent=1))
     else:
-        table = Table(box=None, pad_edge=False)
+        table = PlainTable(box=None, pad_edge=False)
         for header in ("check", "", "found"):
             table.add_column(header)
         marks = {True: Text("ok", "green"), False: Text("fails", "bold red"), None: Text("open", "yellow")}
@@ -401,7 +414,7 @@ def site_report(asked: Namespace) -> int:
 
     ledger = read(asked.folder, asked.site)
     if asked.html is not None:
-        print(write(ledger, asked.html))
+        print_path(write(ledger, asked.html))
     elif asked.json:
         policy = {} if ledger.policy is None else {"policy": asdict(ledger.policy)}
         print(json.dumps({"site": ledger.site, "bytes": ledger.bytes, "messages": ledger.lines, **policy}, indent=1))

@@ -1,13 +1,16 @@
 """Parser of the command line. Commands import their modules when they run, so that `warmfed --help` is fast."""
 
 import argparse
-import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..utils.errors import InputError, printable
+from ..utils.errors import InputError, demand_text, printable
+from ..utils.output import OutputError, complain, discard, output_fails, prepare_output
 from ..utils.version import __version__
 
 _MOST = 4000
@@ -17,7 +20,8 @@ CODES = """exit codes:
   1    verify found a difference
   2    invalid input: one line gives the expected and the actual value, and how to fix it; nothing is changed;
        or a check failed
-  130  interrupted; the line says how to resume
+       or the output cannot be written: the line says how to resume
+  130  interrupted (143: by SIGTERM); the line says how to resume
 """
 
 
@@ -34,27 +38,71 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
+    prepare_output()
+    terminated: list[int] = []
+    with _interrupted_by_sigterm(terminated):
+        try:
+            code = _run(arguments)
+            if fault := output_fails():
+                raise fault
+            return code
+        except InputError as error:
+            complain(f"warmfed: {printable(str(error), _MOST)}")
+            return 2
+        except RecursionError:
+            complain("warmfed: the input is nested too deeply; expected a few levels of tables and lists")
+            return 2
+        except KeyboardInterrupt as stop:
+            complain(f"warmfed: interrupted{''.join(f'; {printable(str(words), _MOST)}' for words in stop.args)}")
+            return 143 if terminated else 130
+        except BrokenPipeError:
+            discard(sys.stdout)  # the reader of the output has ended (`| head`)
+            return 141
+        except (OSError, OutputError) as error:
+            fault = output_fails()
+            if fault is None:
+                raise
+            discard(sys.stdout)
+            advice = f"; {printable(str(error), _MOST)}" if isinstance(error, OutputError) and str(error) else ""
+            complain(f"warmfed: cannot write the output: {fault.strerror}{advice}")
+            return 2
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         asked = parser().parse_args(arguments)
-        if asked.command is None:
-            parser().print_help()
-            return 0
-        from . import commands
+    except SystemExit as end:  # --help and --version
+        return int(end.code or 0)
+    for value in vars(asked).values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                demand_text(text, "an argument")
+    if asked.command is None:
+        parser().print_help()
+        return 0
+    from . import commands
 
-        return int(getattr(commands, asked.command)(asked))
-    except InputError as error:
-        print(f"warmfed: {printable(str(error), _MOST)}", file=sys.stderr)
-        return 2
-    except RecursionError:
-        print("warmfed: the input is nested too deeply; expected a few levels of tables and lists", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"warmfed: interrupted{''.join(f'; {printable(str(words), _MOST)}' for words in stop.args)}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # the reader of the output has ended (`| head`); nothing may be written any more, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return int(getattr(commands, asked.command)(asked))
+
+
+@contextmanager
+def _interrupted_by_sigterm(terminated: list[int]) -> Iterator[None]:
+    """Let SIGTERM, which schedulers and service managers send, do what Ctrl-C does; then append to `terminated`."""
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # some senders send it twice
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield  # another program decides
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "run an algorithm over a federation (default: WarmFed on digits4)")
     run.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="configuration; see docs/cli.md")
     run.add_argument("--algorithm", metavar="NAME", help="name of an algorithm; see `warmfed algorithms`")
-    run.add_argument("--seed", type=int, metavar="N", help="seed of all random streams (default 0)")
+    run.add_argument("--seed", type=_seed, metavar="N", help="seed of all random streams (default 0)")
     run.add_argument("--rounds", type=int, metavar="R", help="rounds of training; 0: one shot, if the algorithm supports it")
     run.add_argument("--out", type=Path, metavar="DIR", help="new run folder (default runs/ALGORITHM-SEED)")
     run.add_argument("--dry-run", action="store_true", help="check the run and estimate steps, time and memory; run nothing")
@@ -143,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
         "--label", nargs="+", default=[], dest="labels", metavar="CLASS", help="names of classes (default all)"
     )
     synthesize.add_argument("--count", type=_positive, default=8, metavar="N", help="images of each class (default 8)")
-    synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random streams (default 0)")
+    synthesize.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of all random streams (default 0)")
     synthesize.add_argument("--grid", type=Path, dest="picture", metavar="FILE.png", help="PNG to write, a row per class")
     synthesize.add_argument("--out", type=Path, metavar="FILE.safetensors", help="file to write, images with labels")
     _voices(synthesize)
@@ -215,7 +263,7 @@ def _command(commands: Any, name: str, about: str, above: str = "") -> argparse.
 
 def _study(command: argparse.ArgumentParser) -> None:
     """Add the arguments of compare and sweep."""
-    command.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="seeds (default 0 1 2)")
+    command.add_argument("--seeds", nargs="+", type=_seed, default=[], metavar="N", help="seeds (default 0 1 2)")
     command.add_argument("--rounds", nargs="+", type=int, default=[], metavar="R", help="rounds (default: the configuration's)")
     command.add_argument(
         "--holdout-site",
@@ -239,6 +287,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    try:
+        seed = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a seed from 0 to 2**63 - 1, got {seed}")
+    return seed
 
 
 def _settings(command: argparse.ArgumentParser) -> None:

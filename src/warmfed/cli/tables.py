@@ -3,16 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from ..report.parts import duration, memory, size
+from ..runs.console import PlainTable
 from ..runs.doctor import File
 
 
-def files_table(files: Sequence[File]) -> Table:
+def files_table(files: Sequence[File]) -> PlainTable:
     """Return a table with a row for each file."""
-    table = Table(box=None, pad_edge=False)
+    table = PlainTable(box=None, pad_edge=False)
     for header in ("file", "", "size", "SHA-256", "where"):
         table.add_column(header, justify="right" if header == "size" else "left", overflow="fold")
     for each in files:
@@ -21,9 +21,9 @@ def files_table(files: Sequence[File]) -> Table:
     return table
 
 
-def dry_run_table(found: Mapping[str, Any]) -> Table:
+def dry_run_table(found: Mapping[str, Any]) -> PlainTable:
     """Return a table with a row for each kind of work."""
-    table = Table(box=None, pad_edge=False)
+    table = PlainTable(box=None, pad_edge=False)
     for header in ("work", "at", "how much", "about", "memory"):
         table.add_column(header, justify="left" if header in ("work", "at") else "right")
     for each in found["work"]:

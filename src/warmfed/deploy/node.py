@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from ..utils.errors import InputError
+from ..utils.errors import InputError, printable
 from ..utils.files import file_lock
+from ..utils.output import complain, prepare_output
 from ..utils.paths import is_folder, resolved
 from . import keys
 from .guard import SERVED, Guard, Listener
@@ -32,13 +33,14 @@ def supernode() -> NoReturn:
 
 
 def _main(name: str, run: Callable[[Path], None]) -> NoReturn:
+    prepare_output()
     os.umask(0o077)  # Flower's files are private to this user
     try:
         if len(sys.argv) != 2 or not is_folder(Path(sys.argv[1])):
             raise InputError(f"usage: {name} FOLDER; FOLDER is a folder of `warmfed deploy init`")
         run(resolved(Path(sys.argv[1])))
     except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        complain(f"{name}: {printable(str(error), 4000)}")
         os._exit(2)
     os._exit(1)
 

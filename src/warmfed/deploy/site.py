@@ -43,6 +43,7 @@ from ..transports.protocol import (
 )
 from ..utils.errors import InputError, printable, suggest
 from ..utils.files import PRIVATE, atomic_write, file_lock, loads_toml, make_folder, read_lines, write_json, write_lines
+from ..utils.output import announce
 from ..utils.paths import exists, is_folder, resolved
 from ..utils.settings import construct
 from ..utils.version import __version__
@@ -175,7 +176,7 @@ def _refusal(reason: str, asked: Request | None = None) -> Refusal:
     """Print the reason of a refusal and return the refusal."""
     refusal = Refusal(printable(reason))
     stage = f" ({printable(asked.stage, 40)})" if asked else ""
-    print(f"this site has refused a request{stage}: {refusal.reason}", flush=True)
+    announce(f"this site has refused a request{stage}: {refusal.reason}")
     return refusal
 
 
@@ -183,7 +184,7 @@ def _answered(
     site: SiteConfig, work: Path, asked: Request, size: int, before: Sequence[Mapping[str, Any]]
 ) -> tuple[float, Message]:
     if asked.stage == REFUSED and isinstance(asked.body, Refusal):
-        print(f"the server has refused this site: {printable(asked.body.reason)}", flush=True)
+        announce(f"the server has refused this site: {printable(asked.body.reason)}")
         return 0.0, Empty()
     if asked.stage != HELLO and asked.site != site.name:
         raise InputError(f"the request is for site {asked.site!r}, this is {site.name!r}")

@@ -1,6 +1,8 @@
 """Output of the command line: progress with the time left, and tables."""
 
 import json
+import os
+import re
 import sys
 import threading
 import time
@@ -36,8 +38,35 @@ class _Plain(Console):
 
 def console() -> Console:
     """Return a console for standard output."""
-    plain: dict[str, Any] = {"markup": False, "emoji": False}
+    # rich raises for some values of these variables, and draws nothing if they are 0
+    sizes = ("COLUMNS", "LINES")
+    known = {key: value for key, value in os.environ.items() if key not in sizes or re.fullmatch(r"[1-9][0-9]{0,4}", value)}
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "_environ": known}
     return _Plain(**plain) if sys.stdout.isatty() else _Plain(**plain, width=WIDTH, soft_wrap=True)
+
+
+def one_line(text: str) -> str:
+    """Return text as of `shown`, with blanks for line feeds: names from files or sites may have them."""
+    return shown(text).replace("\n", " ")
+
+
+def print_path(path: object) -> None:
+    """Print a path: as it is for other programs, without control characters on a terminal."""
+    print(one_line(str(path)) if sys.stdout.isatty() else path, flush=True)
+
+
+class PlainTable(Table):
+    """Table whose text cells are single lines without control characters."""
+
+    def add_column(self, header: Any = "", *others: Any, **options: Any) -> None:
+        super().add_column(_cell(header), *others, **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*map(_cell, cells), **options)
+
+
+def _cell(content: Any) -> Any:
+    return one_line(content) if isinstance(content, str) else content
 
 
 class ProgressReporter(RunListener, ABC):
@@ -142,18 +171,18 @@ class LineReporter(ProgressReporter):
 
     def begin(self, config: Config, sites: tuple[str, ...]) -> None:
         self._last = time.monotonic()
-        print(shown(begun(config, sites, self.clock, self.folder)), flush=True)
+        print(one_line(begun(config, sites, self.clock, self.folder)), flush=True)
 
     def work(self, site: str, what: str, done: int, total: int) -> None:
         self._print_rarely(f"  {percent(self.clock)}, {spoken(self.clock.left(time.monotonic()))}")
 
     def stage(self, record: Mapping[str, Any]) -> None:
         self._last = time.monotonic()
-        print(shown(line(record)), flush=True)
+        print(one_line(line(record)), flush=True)
 
     def phase(self, what: str, done: int, total: int) -> None:
         if done == total:
-            print(shown(f"{what}: {done:,} of {total:,}"), flush=True)
+            print(one_line(f"{what}: {done:,} of {total:,}"), flush=True)
         else:
             self._print_rarely(f"  {what}: {done:,} of {total:,}")
 
@@ -164,7 +193,7 @@ class LineReporter(ProgressReporter):
         now = time.monotonic()
         if now - self._last >= LINE_EVERY:
             self._last = now
-            print(shown(text), flush=True)
+            print(one_line(text), flush=True)
 
 
 class _Left(ProgressColumn):
@@ -208,10 +237,10 @@ class BarReporter(ProgressReporter):
         return spoken(self.clock.left(time.monotonic()))
 
     def begin(self, config: Config, sites: tuple[str, ...]) -> None:
-        self._console.print(begun(config, sites, self.clock, self.folder), highlight=False)
-        self.main = self._progress.add_task(percent(self.clock), total=1.0)
+        self._console.print(one_line(begun(config, sites, self.clock, self.folder)), highlight=False)
+        self.main = self._progress.add_task(one_line(percent(self.clock)), total=1.0)
         if len(sites) <= MOST_SITES:
-            self._sites = {site: self._progress.add_task(f"  {shown(site)}", total=None, visible=False) for site in sites}
+            self._sites = {site: self._progress.add_task(f"  {one_line(site)}", total=None, visible=False) for site in sites}
 
     def work(self, site: str, what: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -222,17 +251,17 @@ class BarReporter(ProgressReporter):
             self._progress.update(self._sites[site], completed=done, total=total, visible=True)
         if self.main is not None:
             doing = "" if site or what == "sites" else f": {what} {done:,} of {total:,}"
-            self._progress.update(self.main, description=shown(percent(self.clock) + doing))
+            self._progress.update(self.main, description=one_line(percent(self.clock) + doing))
 
     def stage(self, record: Mapping[str, Any]) -> None:
-        self._console.print(line(record), highlight=False)
+        self._console.print(one_line(line(record)), highlight=False)
         for task in self._sites.values():
             self._progress.update(task, completed=0, total=None, visible=False)
         if self.main is not None:
-            self._progress.update(self.main, description=percent(self.clock))
+            self._progress.update(self.main, description=one_line(percent(self.clock)))
 
     def phase(self, what: str, done: int, total: int) -> None:
-        what, _, self._spoken = shown(what).partition(", ")
+        what, _, self._spoken = one_line(what).partition(", ")
         if self.main is None:
             self.main = self._progress.add_task(what, total=total)
         self._spoken = self._spoken or f"{done:,} of {total:,}"
@@ -292,7 +321,7 @@ def run_table(summary: Mapping[str, Any]) -> Table:
     """Return a table of a finished run: accuracies in percent, or the quality of its samples."""
     if summary["task"] == "denoise":
         return rich_table(quality_table(summary["quality"] or {}))
-    table = Table("test accuracy, %", box=None, pad_edge=False)
+    table = PlainTable("test accuracy, %", box=None, pad_edge=False)
     for header in ("all images", "mean of sites", "worst site"):
         table.add_column(header, justify="right")
     once = summary["one_shot"] or {}
@@ -317,11 +346,11 @@ def run_facts(summary: Mapping[str, Any]) -> str:
 
 def rich_table(plain: Plain) -> Table:
     """Return a report's table for the terminal; the best cell of a column has a star."""
-    table = Table(title=shown(plain.title), title_justify="left", box=None, pad_edge=False)
+    table = PlainTable(title=one_line(plain.title), title_justify="left", box=None, pad_edge=False)
     for place, header in enumerate(plain.header):
         table.add_column(header, justify="right" if place and header not in plain.words else "left")
     for row in plain.rows:
-        table.add_row(*(Text(f"★ {shown(cell.text)}", "bold green") if cell.best else shown(cell.text) for cell in row))
+        table.add_row(*(Text(f"★ {one_line(cell.text)}", "bold green") if cell.best else cell.text for cell in row))
     return table
 
 
@@ -333,7 +362,7 @@ def data_counts(found: Mapping[str, Any]) -> Table:
     """Return the table of `warmfed data`: image counts by site, split and class."""
     classes = found["classes"]
     many = len(classes) > MOST_CLASSES
-    table = Table(box=None, pad_edge=False)
+    table = PlainTable(box=None, pad_edge=False)
     for header in ("site", "split"):
         table.add_column(header)
     for header in ("images", *(("classes", "fewest of one", "most of one") if many else classes)):
