@@ -3,6 +3,7 @@
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 from tiny import arrays
 
+from warmfed.algorithms import fedala
 from warmfed.algorithms.dense import Ensemble, Imagination, frozen
 from warmfed.algorithms.fedala import FedALA, Site, mixed
 from warmfed.algorithms.fedproto import nearest, prototypes
@@ -235,6 +237,21 @@ def test_fedalas_weights_take_projected_gradient_steps() -> None:
         assert torch.allclose(value, (0.5 - 8.0 * slope).clamp(0, 1), atol=1e-4)
     assert found.keys() == mine.keys()
     assert torch.cat([w.flatten() for w in found.values()]).std() > 0
+
+
+def test_fedalas_first_learning_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that falls by ever less would not end it: patience is never used up."""
+    passes = []
+
+    def counted(*arguments: Any) -> Any:
+        passes.append(0)
+        return minibatches(*arguments)
+
+    monkeypatch.setattr(fedala, "minibatches", counted)
+    play(quick("fedala", rounds=2, patience=10**6, passes=7))
+    assert len(passes) == 7 * 4
+    with pytest.raises(InputError, match="passes at least 1"):
+        FedALA(passes=0)
 
 
 def test_fedala_mixes_its_layers_only() -> None:

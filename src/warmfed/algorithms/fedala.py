@@ -6,8 +6,8 @@ Algorithm 1.
 Before its local training, a site learns for each element of the last layers how much of the global model it takes. η = 1 and
 s = 80 % are the paper's.
 
-Departures: the first learning of the weights ends after `patience` passes without a lower loss; in the paper, it ends when
-the loss's spread is small.
+Departures: the first learning of the weights ends after `patience` passes without a lower loss, or after `passes` passes; in
+the paper, it ends when the loss's spread is small.
 """
 
 from dataclasses import dataclass, replace
@@ -70,10 +70,12 @@ class FedALA(Averaging[Site, Model]):
     """Learning rate η of the weights."""
     patience: int = 3
     """Passes without a lower loss that end the first learning of the weights; at least 1. Later rounds have one pass."""
+    passes: int = 100
+    """Most passes of the first learning of the weights, at least 1: a loss that falls by ever less would not end it."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1 or self.patience < 1:
-            raise InputError("share must be above 0 and at most 1, patience at least 1; check [algorithm]")
+        if not 0 < self.share <= 1 or min(self.patience, self.passes) < 1:
+            raise InputError("share must be above 0 and at most 1, patience and passes at least 1; check [algorithm]")
 
     def init_client_state(self, received: Model, ctx: ClientContext) -> Site:
         return Site(received.model, None)
@@ -98,7 +100,9 @@ class FedALA(Averaging[Site, Model]):
         mixes = only(model, lambda name: name.startswith(self.adaptive))
         weights = dict(state.weights) if state.weights else {name: torch.ones_like(value) for name, value in mixes.items()}
         best, waited = float("inf"), 0
-        while weights and waited < self.patience:
+        for _ in range(1 if state.weights else self.passes):
+            if not weights or waited >= self.patience:
+                break
             losses = []
             for solve, batch in minibatches(inner, one, select(data, chosen)):
                 found, info = fit(solve, add_prefix(weights, "weight."), one, batch)
@@ -106,8 +110,6 @@ class FedALA(Averaging[Site, Model]):
                 losses.append(info["loss"])
             loss = sum(losses) / len(losses)
             best, waited = (loss, 0) if loss < best else (best, waited + 1)
-            if state.weights:
-                break
         return weights
 
     def client_model(self, received: Model, state: Site) -> Tensors | None:
