@@ -10,6 +10,7 @@ import pipelines
 import pytest
 import tiny
 import torch
+from adapter_files import PROMPTS, layers, made, taken
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,7 +31,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",  # diffusers' schedulers, NumPy 2
     "ignore:`num_attention_heads`:UserWarning",
 )
-PROMPTS = ("a photo of a cat", "a photo of a dog")
 NOISY, TIME = torch.randn(2, 4, 8, 8, generator=stream("noisy")), torch.tensor([10, 500])
 
 
@@ -39,30 +39,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return pipelines.write("sd15", tmp_path_factory.mktemp("bases") / "sd15")
 
 
-def made(base: str, file: Path, **changes: Any) -> LatentDiffusion:
-    settings = {"rank": 4, "target_modules": "transformer", "prompts": False, "steps": 3, "adapters": {"ink": str(file)}}
-    return LatentDiffusion(base, **settings | changes)
-
-
-def taken(generator: LatentDiffusion) -> dict[str, Tensor]:
-    """Return the adapter of a site without images."""
-    adapter, info = generator.adapt(ClientContext(None, {}, stream("adapt"), "ink", PROMPTS))
-    assert info == {"imported": 1.0}
-    generator.check(adapter, PROMPTS, "it")
-    return dict(adapter)
-
-
 def predicted(generator: LatentDiffusion, adapter: dict[str, Tensor]) -> Tensor:
     model = generator._model(PROMPTS, "cpu")
     with torch.no_grad(), lora.applied(model, {**lora.fresh(model, stream("fresh")), **lora.to_peft(adapter)}):
         return model(NOISY, TIME, model.condition(torch.tensor([0, 1])))
-
-
-def layers(base: str, rank: int, targets: str = "transformer", dora: bool = False) -> dict[str, Tensor]:
-    """Return random layers with diffusers' names."""
-    model = lora.adapted(base, PROMPTS, rank, targets, "cpu", dora=dora)
-    blank = lora.to_diffusers(lora.fresh(model, stream("fresh")))
-    return {n: t + torch.randn(t.shape, generator=stream(n)).to(t.dtype) / 4 for n, t in blank.items() if ".lora_" in n}
 
 
 def as_diffusers(adapter: dict[str, Tensor], file: Path) -> None:

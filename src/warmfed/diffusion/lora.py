@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..core.tensors import Tensors, only
-from ..utils.errors import InputError
+from ..utils.errors import InputError, printable
 from ..utils.files import atomic_write, read_bytes
 from ..utils.paths import exists
 from . import pipeline
@@ -307,9 +307,22 @@ def beside(path: Path, who: str, *kinds: str) -> dict[str, Tensor]:
         other = path.with_name(f"{path.name.removesuffix('.safetensors')}.{kind}.safetensors")
         if exists(other):
             words = opened(other, who)
-            order = sorted(words, key=lambda name: (len(name), name))
-            found |= words if kind == PROMPTS else {TOKENS: torch.stack([words[name] for name in order])}
+            found[kind] = _stacked(words, f"{who} ({other})") if kind == TOKENS else words.pop(PROMPTS, torch.empty(0))
+            if kind == PROMPTS and words:
+                raise InputError(f"{who} ({other}) has the tensor {min(words)!r}, expected only {PROMPTS!r}; adapt again")
     return found
+
+
+def _stacked(words: Tensors, who: str) -> Tensor:
+    """Return the tokens `<NAME-0>`, `<NAME-1>`, … as one tensor; raise `InputError` if one is missing or of another shape."""
+    order = sorted(words, key=lambda name: (len(name), name))
+    first = order[0].removesuffix("-0>") if order else ""
+    if not order or order != [f"{first}-{i}>" for i in range(len(order))]:
+        got = printable(", ".join(order[:3]), 80)
+        raise InputError(f"{who} has the tokens {got}, expected <NAME-0>, <NAME-1>, …; adapt again")
+    if len({(words[name].shape, words[name].dtype) for name in order}) > 1:
+        raise InputError(f"{who} has tokens of several shapes or types; adapt again")
+    return torch.stack([words[name] for name in order])
 
 
 def opened(path: Path, who: str) -> dict[str, Tensor]:
@@ -318,3 +331,5 @@ def opened(path: Path, who: str) -> dict[str, Tensor]:
         return load(read_bytes(path, who))
     except SafetensorError as error:
         raise InputError(f"{who} at {path} is damaged or not a safetensors file ({error}); request it again") from error
+    except KeyError as error:
+        raise InputError(f"{who} at {path} has numbers of type {error}, which torch lacks; export it in 16 bits") from error
