@@ -174,6 +174,23 @@ def test_what_a_base_learns_of_pictures_is_what_is_public(pets: ImageSet) -> Non
         pictures(public(32), 64)
 
 
+@pytest.mark.parametrize(
+    ("classes", "template", "words"),
+    [
+        (("犬", "猫"), "a photo of a {}", "classes '犬' and '猫' have a caption with equal tokens: the letters 犬 猫"),
+        (("cat", "dog"), "a very long sentence of many words before the only word that is different {}", "it reads 16 tokens"),
+        (("a photo of a cat", "cat"), "a {}", "classes 'a photo of a cat' and 'cat'"),
+    ],
+)
+def test_classes_with_a_caption_of_equal_tokens_are_refused(
+    classes: tuple[str, str], template: str, words: str, tmp_path: Path
+) -> None:
+    images = pictures(replace(public(64), classes=classes, template=template), 64)
+    with pytest.raises(InputError, match=words):
+        pretrain(PHOTOS, tmp_path / "base", work=tmp_path / "work", pictures=images)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_base_of_pictures_draws_at_their_size(pets: ImageSet, tmp_path: Path) -> None:
     record = pretrain(PHOTOS, tmp_path / "pets", pictures=pets)
     assert record["pictures"]["classes"] == ["cat", "guinea_pig"]

@@ -234,6 +234,15 @@ def test_a_run_whose_sites_learned_prompts_alone_draws_again(
     assert main(["synthesize", str(tmp_path / "run"), "--site", "a", "--count", "2", "--out", str(out)]) == 0
     assert "by the adapter of a" in capsys.readouterr().out
     assert len(load_file(out)["image"])
+    # of prompts that the base reads alike, only the learned ones can be told apart
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary["prompts"] = ["a photo of a 犬", "a photo of a 猫", *summary["prompts"][2:]]
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert main(["synthesize", str(tmp_path / "run"), "--site", "a", "--count", "2", "--out", str(out)]) == 0
+    assert main(["synthesize", str(tmp_path / "run"), "--count", "2", "--label", "1", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["synthesize", str(tmp_path / "run"), "--count", "2", "--out", str(out)]) == 2
+    assert "have the same prompt for the base" in capsys.readouterr().err
 
 
 def test_a_base_that_draws_images_of_another_size(warm: Config, data: Path) -> None:

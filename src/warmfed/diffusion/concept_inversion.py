@@ -1,6 +1,6 @@
 """Bi-level personalisation of a frozen pipeline (FedBiP): learned concept vectors and noised latents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,10 @@ class Concepts:
         if flows({"_class_name": type(noise).__name__, **noise.config}):
             raise InputError(f"FedBiP needs a diffusion process, but {self.diffusion.base} is a flow; set another base")
         timed(noise, self.diffusion.sampler, self.diffusion.steps, self.diffusion.spacing, self.begin(noise.alphas_cumprod))
+
+    def check_prompts(self, classes: Sequence[str], prompts: Mapping[str, Sequence[str]]) -> None:
+        """Raise `InputError` if two classes have equal tokens at a site; their vectors would begin equal too."""
+        self.diffusion.check_prompts(classes, prompts)
 
     def adapt(self, ctx: ClientContext) -> tuple[Tensors, dict[str, float]]:
         """Return the site's adapter and the metrics of its training."""

@@ -1,7 +1,7 @@
 """A latent diffusion pipeline as a `Generator`, with one code path for all families and the embedded base."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .lora import Adapted
 from .lora_import import digest, imported
 from .lora_training import LoraTask, prior_samples, train_adapter
 from .pipeline_families import Condition
+from .prompt_check import check_prompts
 from .sampler import draw, timed
 from .settings import GeneratorSettings
 
@@ -39,6 +40,13 @@ class LatentDiffusion(GeneratorSettings):
         if self.compile and self.compile not in torch._dynamo.list_backends(()):
             known = torch._dynamo.list_backends(())
             raise InputError(f"torch.compile has no backend {self.compile!r}{suggest(self.compile, known)}")
+
+    def check_prompts(self, classes: Sequence[str], prompts: Mapping[str, Sequence[str]]) -> None:
+        """Raise `InputError` if two classes have equal tokens at a site (`prompts` by site); the weights need not exist.
+
+        Learned prompts begin as the embedded ones, so they would begin equal too.
+        """
+        check_prompts(self.base, classes, prompts)
 
     def noise(self) -> Any:
         """Return the base's own scheduler."""

@@ -347,35 +347,19 @@ def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
         InputError: The base does not exist, a part does not load, or a weight is not finite.
     """
     folder = find(base)
-    import diffusers
-    import transformers
-
     quiet()
-
     (kind, index), held = index_of(folder), files(base)
     loaded: dict[str, Any] = {}
     size = {part: sum(path.stat().st_size for name, path in held.items() if name.startswith(f"{part}/")) for part in kind.parts}
     # the largest first: for another type, the file's own type stays in memory until the whole part is converted
     for part in sorted(kind.parts, key=lambda part: -size[part]):
-        name = (index.get(part) or ("", ""))[1]
-        options: dict[str, Any] = {"local_files_only": True}
-        if library(part) == "transformers":
-            options["trust_remote_code"] = False
+        options: dict[str, Any] = {}
         if part in kind.models:
             options["use_safetensors"] = True
             options["dtype" if library(part) == "transformers" else "torch_dtype"] = DTYPES[dtype]
             if any(key.startswith(f"{part}/") and ".fp16" in key for key in held):
                 options["variant"] = "fp16"
-        try:
-            source = {"diffusers": diffusers, "transformers": transformers}[library(part)]
-            with torch.device("cpu"):  # a caller on the meta device still needs a readable base
-                loaded[part] = getattr(source, name).from_pretrained(folder / part, **options)
-        except Exception as error:  # each library raises its own errors; all mean that the folder is damaged or of another kind
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(
-                f"cannot load {part} of {folder}: expected a {name or 'part named in model_index.json'}; {reason}; "
-                "save or download the pipeline again"
-            ) from error
+        loaded[part] = load_part(folder, part, index, **options)
     if dtype == "fp16" and loaded["vae"].config.get("force_upcast"):
         loaded["vae"].float()
     for part in kind.models:
@@ -388,6 +372,27 @@ def load(base: str | Path, device: str = "cpu", dtype: str = "fp32") -> Parts:
         if device != "cpu" or sum(weight.nbytes for weight in loaded[part].parameters()) < _SMALL:
             loaded[part].to(memory_format=torch.channels_last)
     return assemble(kind, loaded, index)
+
+
+def load_part(folder: Path, part: str, index: Mapping[str, Any], **options: Any) -> Any:
+    """Return a part of a pipeline from its files; raise `InputError` if it does not load."""
+    import diffusers
+    import transformers
+
+    name = (index.get(part) or ("", ""))[1]
+    options["local_files_only"] = True
+    if library(part) == "transformers":
+        options["trust_remote_code"] = False
+    try:
+        source = {"diffusers": diffusers, "transformers": transformers}[library(part)]
+        with torch.device("cpu"):  # a caller on the meta device still needs a readable base
+            return getattr(source, name).from_pretrained(folder / part, **options)
+    except Exception as error:  # each library raises its own errors; all mean that the folder is damaged or of another kind
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"cannot load {part} of {folder}: expected a {name or 'part named in model_index.json'}; {reason}; "
+            "save or download the pipeline again"
+        ) from error
 
 
 def _check_finite(path: Path, dtype: torch.dtype) -> None:

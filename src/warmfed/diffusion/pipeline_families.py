@@ -49,6 +49,8 @@ class Family:
         condition = {name: table.to(dtype) for name, table in condition.items()}
         return self.predict(denoiser, noisy.to(dtype), time, condition, scale).float()
 
+    rows: Callable[[Any, Sequence[str], int], Tensor]
+    """rows(tokenizer, prompts, most tokens of the encoder) returns the token numbers that `embed` reads, int64 [n, length]."""
     classes: Mapping[str, tuple[str, ...]]
     """Allowed classes of transformers and diffusers for each part, by folder."""
 
@@ -111,12 +113,21 @@ SANA_TOKENS = 77
 """Tokens per prompt. diffusers uses 300; with the mask, both give equal results for short texts such as class names."""
 
 
-def _embed_sana(parts: Any, prompts: Sequence[str]) -> Condition:
+def _read_sana(tokenizer: Any, prompts: Sequence[str]) -> Any:
     # padded on the right, as in the pipeline
-    words = parts.tokenizer(
+    return tokenizer(
         [text.lower().strip() for text in prompts],
         padding="max_length", truncation=True, return_tensors="pt", max_length=SANA_TOKENS, padding_side="right",
-    ).to(parts.device)  # fmt: skip
+    )  # fmt: skip
+
+
+def _rows_sana(tokenizer: Any, prompts: Sequence[str], most: int) -> Tensor:
+    words = _read_sana(tokenizer, prompts)
+    return torch.where(words.attention_mask > 0, words.input_ids, -1)
+
+
+def _embed_sana(parts: Any, prompts: Sequence[str]) -> Condition:
+    words = _read_sana(parts.tokenizer, prompts).to(parts.device)
     hidden = parts.text_encoder(words.input_ids, attention_mask=words.attention_mask)[0]
     return {"prompt": hidden, "mask": words.attention_mask.to(hidden.dtype)}
 
@@ -154,6 +165,7 @@ STABLE = Family(
     _embed_stable,
     _predict_stable,
     lambda made: {"prompt": (made["text_encoder"]["max_position_embeddings"], made["text_encoder"]["hidden_size"])},
+    ids,
     {**_COMMON, "unet": ("UNet2DConditionModel",)},
 )
 XL = Family(
@@ -167,6 +179,7 @@ XL = Family(
         "prompt": (made["text_encoder"]["max_position_embeddings"], made["unet"]["cross_attention_dim"]),
         "pooled": (made["text_encoder_2"]["projection_dim"],),
     },
+    ids,
     {
         **_COMMON,
         "tokenizer_2": _CLIP_WORDS,
@@ -182,6 +195,7 @@ SANA = Family(
     _embed_sana,
     _predict_sana,
     lambda made: {"prompt": (SANA_TOKENS, made["text_encoder"]["hidden_size"]), "mask": (SANA_TOKENS,)},
+    _rows_sana,
     {
         **_COMMON,
         "tokenizer": ("GemmaTokenizer", "GemmaTokenizerFast"),

@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from ..core.rng import stream
 from ..core.tensors import Table, Tensors, select, sha256
 from ..data import SPLITS, Federation
 from ..data.rendered_digits import rendered
-from ..utils.errors import InputError
+from ..diffusion.prompt_check import Reader, difference, equal
+from ..utils.errors import InputError, printable
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -86,13 +87,29 @@ def pictures(federation: Federation, side: int) -> ImageSet:
     return ImageSet(select(table, order), federation.classes, tuple(captions))
 
 
+def check_captions(classes: Sequence[str], captions: Captions) -> None:
+    """Raise `InputError` if a caption of a class has the same tokens as one of another class."""
+    using = (Reader(tokenizer(captions)),)
+    texts = [text for row in captions for text in row]
+    owners = [label for label, row in enumerate(captions) for _ in row]
+    if pair := equal(using, texts, owners):
+        one, two = pair
+        raise InputError(
+            f"classes {printable(classes[owners[one]], 60)!r} and {printable(classes[owners[two]], 60)!r} have a caption with "
+            f"equal tokens: {difference(using, texts[one], texts[two])}"
+        )
+
+
 def mirrored(table: Tensors) -> dict[str, Tensor]:
     """Return the images and their mirror images."""
     return {"image": torch.cat([table["image"], table["image"].flip(-1)]), "label": table["label"].repeat(2)}
 
 
 def tokenizer(captions: Captions) -> Any:
-    """Return a `CLIPTokenizer` with the captions' words and all single characters, so it can encode any text."""
+    """Return a `CLIPTokenizer` with the captions' words of Latin letters, and all characters of ASCII.
+
+    Any other letter becomes the unknown token, which is also the token of the end.
+    """
     from transformers import CLIPTokenizer
 
     words = _words(text for texts in captions for text in texts)

@@ -38,7 +38,7 @@ from ..utils.errors import InputError
 from ..utils.files import atomic_write, loads_json, open_regular, read_bytes, read_json
 from ..utils.paths import exists, is_file
 from ..utils.settings import check_seed
-from .captions import Captions, ImageSet, digits, drawn, mirrored, tokenizer
+from .captions import Captions, ImageSet, check_captions, digits, drawn, mirrored, tokenizer
 
 Phase = tuple[Mapping[str, Tensor], Mapping[str, float]]
 """Tensors of a phase, and its figures for `pretraining.json`."""
@@ -288,10 +288,13 @@ def pretrain(
         pictures: public images; None: rendered digits.
 
     Raises:
-        InputError: if the work folder is of other settings or images, or the side is not that of rendered digits.
+        InputError: if the work folder is of other settings or images, the side is not that of rendered digits, or two classes
+            have a caption with equal tokens.
     """
     if pictures is None and settings.side != SIDE:
         raise InputError(f"digits are rendered with {SIDE} pixels; set side to {SIDE}, or set your own images")
+    if pictures is not None:
+        check_captions(pictures.classes, pictures.captions)
     _claim(work, {"settings": asdict(settings), "pictures": pictures and pictures.metadata})
     torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)  # denormal numbers are slow, and frequent early in the training

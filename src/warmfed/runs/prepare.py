@@ -142,6 +142,7 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
     config.algorithm.check_sites(len(federation.rows))
     if generator is not None:
         generator.check_settings()
+        generator.check_prompts(federation.classes, {site: prompts_of(site, federation.prompts) for site in federation.rows})
         _adapters(generator, config, federation, weights)
     drawn = config.task == "denoise"
     if isinstance(federation, Federation) and (uses or drawn):

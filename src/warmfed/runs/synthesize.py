@@ -75,7 +75,7 @@ def synthesize(
         by = f"the model of {site}" if site else "the global model"
     else:
         image, by = (
-            _adapted(folder, config, prompts_of(site, summary.get("prompts") or ()), label, site, ctx),
+            _adapted(folder, config, classes, prompts_of(site, summary.get("prompts") or ()), label, site, ctx),
             f"the adapter of {site}" if site else "the base",
         )
     place = {old: new for new, old in enumerate(wanted)}
@@ -97,7 +97,15 @@ def _label(name: str, classes: Sequence[str]) -> int:
     raise InputError(f"unknown class {name!r}{suggest(name, list(classes))}")
 
 
-def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor, site: str, ctx: SamplingContext) -> Tensor:
+def _adapted(
+    folder: Path,
+    config: Config,
+    classes: Sequence[str],
+    prompts: Sequence[str],
+    label: Tensor,
+    site: str,
+    ctx: SamplingContext,
+) -> Tensor:
     files = [path.name.removesuffix(".safetensors") for path in matching(folder / "adapters", "*.safetensors")]
     kinds = (f".{lora.PROMPTS}", f".{lora.TOKENS}")  # files beside the LoRA layers, or alone without them
     sites = sorted({name.removesuffix(kinds[0]).removesuffix(kinds[1]) for name in files if not name.endswith(".concepts")})
@@ -116,3 +124,6 @@ def _adapted(folder: Path, config: Config, prompts: Sequence[str], label: Tensor
     if adapter is not None:
         generator.check(adapter, prompts, f"the adapter of site {site!r}")
     return generator.synthesize(adapter, prompts, label, ctx)
+    if not {lora.PROMPTS, lora.TOKENS} & (adapter or {}).keys():  # learned ones differ, even if they began equal
+        wanted = label.unique().tolist()
+        generator.check_prompts([classes[each] for each in wanted], {site: [prompts[each] for each in wanted]})
