@@ -44,10 +44,10 @@ from ..runs.progress import RunListener, spoken
 from ..runs.synthesize import synthesize as draw
 from ..runs.verify import DifferenceError
 from ..runs.verify import verify as verify_run
-from ..utils.errors import InputError, shown
+from ..utils.errors import InputError, demand_text, shown
 from ..utils.files import occupied
 from ..utils.output import OutputError, output_fails
-from ..utils.paths import children, exists
+from ..utils.paths import children, exists, resolved
 from ..utils.settings import construct
 from .tables import dry_run_facts, dry_run_table, files_table
 
@@ -75,6 +75,7 @@ def run(asked: Namespace) -> int:
 
 
 def _over_flower(asked: Namespace, config: Config, folder: Path, reporter: RunListener) -> dict[str, Any]:
+    demand_text(str(resolved(folder)), "the path of the run folder, which Flower stores,")
     if asked.transport == "flower":
         return launch(config, folder, asked.superlink, reporter)
     from ..deploy.ray_simulation import simulate_on_ray

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from ..utils.errors import InputError, printable
+from ..utils.errors import InputError, demand_text, printable
 from ..utils.files import file_lock
 from ..utils.output import complain, prepare_output
 from ..utils.paths import is_folder, resolved
@@ -38,7 +38,9 @@ def _main(name: str, run: Callable[[Path], None]) -> NoReturn:
     try:
         if len(sys.argv) != 2 or not is_folder(Path(sys.argv[1])):
             raise InputError(f"usage: {name} FOLDER; FOLDER is a folder of `warmfed deploy init`")
-        run(resolved(Path(sys.argv[1])))
+        folder = resolved(Path(sys.argv[1]))
+        demand_text(str(folder), "the path of the folder, which Flower stores,")
+        run(folder)
     except InputError as error:
         complain(f"{name}: {printable(str(error), 4000)}")
         os._exit(2)

@@ -24,7 +24,7 @@ def demand_text(text: str, what: str) -> None:
         what: what the text is, for the error.
     """
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise InputError(f"{what} is not UTF-8: {printable(text, 80)!r}; write it in UTF-8")
+        raise InputError(f"{what} is not UTF-8: {printable(text, 80)}; write it in UTF-8")
 
 
 def shown(text: str) -> str:
