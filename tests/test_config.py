@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from warmfed.algorithms import ALGORITHMS
-from warmfed.config import build, parse, setting
+from warmfed.config import build, parse, setting, with_absolute_paths
 from warmfed.runs.prepare import prepare
 from warmfed.utils.errors import InputError
 
@@ -113,3 +113,31 @@ def test_what_is_no_toml(tmp_path: Path) -> None:
         parse(tmp_path / "run.toml")
     with pytest.raises(InputError, match="cannot read the configuration"):
         parse(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_file_with_a_byte_order_mark(end: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfseed = 3" + end)
+    assert parse(tmp_path / "run.toml").seed == 3
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    table = {
+        "data.source": "csv", "data.path": "t.csv", "data.cache": "~/c", "data.options.root": "../pictures",
+        "data.options.partition": {"rule": "file", "path": "p.json"}, "generator.adapters": {"ink ": "a.safetensors"},
+    }  # fmt: skip
+    found = with_absolute_paths(parse(None, table))
+    assert found.data.path == str(tmp_path / "t.csv")
+    assert found.data.cache == str(Path.home() / "c")
+    assert Path(found.data.options["root"]).is_absolute()
+    assert found.data.options["partition"]["path"] == str(tmp_path / "p.json")
+    assert found.generator.adapters == {"ink": str(tmp_path / "a.safetensors")}
+    assert (found.generator.base, found.model.start) == ("digits", "")
+    assert with_absolute_paths(parse(None, {"generator.base": "base"})).generator.base == str(tmp_path / "base")
+    assert with_absolute_paths(parse(None, {"data.source": "hub", "data.path": "a/b"})).data.path == "a/b"
+    assert with_absolute_paths(parse(None, {"data.source": "npz:x.npz"})).data.source == "npz:x.npz"
+    (tmp_path / "x.npz").write_bytes(b"")
+    assert with_absolute_paths(parse(None, {"data.source": "npz:x.npz"})).data.source == f"npz:{tmp_path / 'x.npz'}"
+    assert with_absolute_paths(found) == found

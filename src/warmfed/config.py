@@ -17,6 +17,8 @@ from .diffusion.networks import DenoiserSettings
 from .evaluation.generators import Evaluation
 from .utils.errors import InputError
 from .utils.files import loads_toml, read_bytes
+from .utils.names import plain_name
+from .utils.paths import exists, expanded
 from .utils.settings import check_choices, check_key, check_seed, construct, demand_texts
 
 T = TypeVar("T")
@@ -60,6 +62,9 @@ class Holdout:
     """Name of the held-out site. Default empty: every site takes part."""
     training: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
     """Fine-tuning of the global model at the held-out site, equal for all algorithms."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "site", plain_name(self.site))
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,45 @@ class Config:
         for key, table in tables.items():
             demand_texts(table, key)  # the folder that relative paths start from may have another encoding
         return tomli_w.dumps(tables)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with absolute paths, so that a run can be resumed from any folder.
+
+    Names (an embedded base, a data set of the hub) stay as they are.
+    """
+
+    def whole(path: Any) -> Any:
+        return str(expanded(path).absolute()) if path and isinstance(path, str) else path
+
+    def whole_if_there(path: str) -> str:
+        return str(expanded(path).absolute()) if path and exists(expanded(path)) else path
+
+    data, generator = config.data, config.generator
+    reader, colon, rest = data.source.partition(":")
+    options = dict(data.options)
+    for key in ("root", "lists", "cache"):
+        if options.get(key) not in (None, "off"):
+            options[key] = whole(options[key])
+    if isinstance(partition := options.get("partition"), Mapping) and "path" in partition:
+        options["partition"] = {**partition, "path": whole(partition["path"])}
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            data,
+            source=f"{reader}:{whole_if_there(rest)}" if colon and rest else whole_if_there(data.source),
+            path=data.path if data.source == "hub" else whole(data.path),
+            cache=whole(data.cache),
+            options=options,
+        ),
+        generator=dataclasses.replace(
+            generator,
+            base=whole_if_there(generator.base),
+            adapters={site: whole(path) for site, path in generator.adapters.items()},
+        ),
+        model=dataclasses.replace(config.model, start=whole_if_there(config.model.start)),
+        evaluation=dataclasses.replace(config.evaluation, features=whole_if_there(config.evaluation.features)),
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -322,6 +322,14 @@ def test_changed_files(file: str, old: str, new: str, words: tuple[str, ...], be
     refused(folder, capsys, *words)
 
 
+def test_a_run_is_resumed_from_any_folder(whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data.parent)
+    tiny.interrupted(replace(tiny.config(data), data=replace(tiny.config(data).data, source=data.name)), tmp_path / "run", 4)
+    monkeypatch.chdir(tmp_path)
+    resume(tmp_path / "run")
+    same(tmp_path / "run", whole)
+
+
 def test_changed_before_the_first_stage_is_done(data: Path, tmp_path: Path, capsys: Any) -> None:
     folder = tiny.interrupted(tiny.config(data), tmp_path / "run", MEMORIES)
     toml = folder / "config.toml"

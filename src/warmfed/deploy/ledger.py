@@ -15,6 +15,7 @@ from ..report.page import publish
 from ..report.parts import MISSING, Section, Table, cells, size
 from ..utils.errors import InputError
 from ..utils.files import read_lines
+from ..utils.names import plain_name
 from ..utils.paths import exists
 from .policy import Policy, table
 from .site import read_site
@@ -44,6 +45,7 @@ def read(folder: Path, site: str = "") -> Ledger:
     Raises:
         InputError: The ledger is missing or damaged, or has no such site.
     """
+    site = plain_name(site)
     if exists(folder / "site.toml"):
         config = read_site(folder)
         if site not in ("", config.name):

@@ -27,6 +27,7 @@ from ..diffusion import pipeline
 from ..transports.flower_project import write_project
 from ..utils.errors import InputError
 from ..utils.files import PUBLIC, atomic_write, make_folder, occupied, read_bytes, write_json
+from ..utils.names import plain_names
 from ..utils.paths import exists, is_folder, resolved
 from . import keys, policy
 from .project_file import Project, read_project, versions
@@ -63,6 +64,7 @@ def init(
     """
     if occupied(folder):
         raise InputError(f"{folder} exists already; choose another folder, or add a site to it: warmfed deploy add-site")
+    sites, classes = plain_names(sites, "--sites"), plain_names(classes, "--classes")
     for place, site in enumerate(sites):
         _check_name(site, sites[:place])
     if not sites:
@@ -151,6 +153,11 @@ def _project(settings: Config, asked: Project, data: Federation | None) -> Proje
     """Return the project with versions, and with the values of the configuration and its data."""
     classes, prompts, side = asked.classes, asked.prompts, int(settings.data.options.get("image_size", 0))
     if data is not None:
+        if classes and not prompts and set(classes) != set(data.classes):
+            raise InputError(
+                f"--classes {','.join(classes)} are not those of the data ({', '.join(data.classes)}), so the data's prompt "
+                f"{data.template!r} need not fit them; set --prompts as well"
+            )
         classes, prompts, side = classes or data.classes, prompts or data.template, data.shape[1]
     if len(set(classes)) < max(len(classes), 2):
         raise InputError(f"expected two or more different classes; got {', '.join(classes)}")

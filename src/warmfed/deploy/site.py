@@ -43,6 +43,7 @@ from ..transports.protocol import (
 )
 from ..utils.errors import InputError, printable, suggest
 from ..utils.files import PRIVATE, atomic_write, file_lock, loads_toml, make_folder, read_lines, write_json, write_lines
+from ..utils.names import plain_name, plain_names
 from ..utils.output import announce
 from ..utils.paths import exists, is_folder, resolved
 from ..utils.settings import construct
@@ -103,7 +104,8 @@ class SiteConfig:
         if self.name not in loaded.sites:
             raise InputError(f"the data {source!r} have no site {self.name!r}{suggest(self.name, list(loaded.sites))}")
         classes, tables = self.classes or loaded.classes, loaded.sites[self.name]
-        unknown = [name for name in loaded.present[self.name] if name not in classes]
+        held = {label for table in tables.splits.values() for label in table["label"].unique().tolist()}
+        unknown = [name for label, name in enumerate(loaded.classes) if label in held and name not in classes]
         if unknown:
             raise InputError(f"the data {source!r} have classes {unknown} that are not among the consortium's {list(classes)}")
         if classes != loaded.classes:
@@ -112,8 +114,8 @@ class SiteConfig:
 
 
 def _relabelled(table: Mapping[str, Any], was: tuple[str, ...], now: tuple[str, ...]) -> dict[str, Any]:
-    labels = [now.index(was[label]) for label in table["label"].tolist()]
-    return {"image": table["image"], "label": table["label"].new_tensor(labels)}
+    places = {label: now.index(name) for label, name in enumerate(was) if name in now}
+    return {"image": table["image"], "label": table["label"].new_tensor([places[label] for label in table["label"].tolist()])}
 
 
 def read_site(folder: Path) -> SiteConfig:
@@ -125,7 +127,8 @@ def read_site(folder: Path) -> SiteConfig:
     found = construct(SiteConfig, table, "", skip=("folder",))
     if not found.name or found.name != Path(found.name).name or found.name.startswith("."):
         raise InputError(f"{path}: name must be the site's name, without slashes; got {found.name!r}")
-    return replace(found, folder=resolved(folder))
+    classes = plain_names(found.classes, f"{path}: classes")
+    return replace(found, name=plain_name(found.name), classes=classes, folder=resolved(folder))
 
 
 _CONFIG = 65_536

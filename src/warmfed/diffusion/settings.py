@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from ..core.training import Training
 from ..utils.errors import InputError, suggest
+from ..utils.names import plain_name
 from ..utils.settings import check_choices
 from . import lora as layers
 from . import pipeline
@@ -149,6 +150,7 @@ class GeneratorSettings:
             raise InputError(
                 "textual inversion replaces learned prompts; set generator.prompts=false beside lora.textual_inversion"
             )
+        object.__setattr__(self, "adapters", {plain_name(site): path for site, path in self.adapters.items()})
         if not all(isinstance(path, str) for path in self.adapters.values()):
             raise InputError('expected a file for each site in generator.adapters, as {ink = "ink.safetensors"}')
 

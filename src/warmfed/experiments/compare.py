@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import report
 from ..algorithms import ALGORITHMS, entry
-from ..config import Config, nested, read_toml, resolve
+from ..config import Config, nested, read_toml, resolve, with_absolute_paths
 from ..data import Federation
 from ..runs.execute import execute, resume
 from ..runs.folder import read_summary
@@ -107,7 +107,7 @@ def plan(
             raise InputError(f"unknown algorithm or arm {name!r}{suggest(name, [*arms, *ALGORITHMS])}")
         for point, length, seed, site in product(points, lengths, numbers, left_out):
             own = [arms.get(name, {}), nested(point), {} if site is None else {"holdout": {"site": site}}]
-            config = _config(shared, name, _merged(*own), length, seed)
+            config = with_absolute_paths(_config(shared, name, _merged(*own), length, seed))
             settings = {key: _text(value) for key, value in point.items()}
             arm = " ".join([name] * (not settings or len(names) > 1) + _words(settings))
             found.append(Cell(arm, config.algorithm.rounds if length is None else length, seed, config, settings))

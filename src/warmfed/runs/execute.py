@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import report
-from ..config import Config
+from ..config import Config, with_absolute_paths
 from ..core import ServerState
 from ..core.tensors import Tensors, sha256
 from ..data import Site
@@ -57,6 +57,8 @@ def execute(
     Raises:
         InputError: The configuration is not valid, or the folder is not empty.
     """
+    if isinstance(backend, LocalBackend):
+        config = with_absolute_paths(config)
     prepared = backend.prepare(config)
     folder = claim_run_folder(config) if folder is None else folder
     if occupied(folder):

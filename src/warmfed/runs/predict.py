@@ -11,6 +11,7 @@ from ..core.tensors import Tensors, sha256
 from ..data.image_io import UnreadableError, decode
 from ..tasks.classification import Classify, load_model
 from ..utils.errors import InputError, suggest
+from ..utils.names import plain_name
 from ..utils.paths import is_file
 from .folder import read_config, read_summary
 
@@ -57,6 +58,7 @@ def predict(folder: Path, images: Sequence[Path], site: str = "") -> list[dict[s
     Raises:
         InputError: The run has not finished, the site or model does not exist or is damaged, or an image does not decode.
     """
+    site = plain_name(site)
     config, summary = read_config(folder), read_summary(folder)
     if config.task != "classify":
         raise InputError(f"the run in {folder} has no classifier; sample images with `warmfed synthesize {folder}`")
@@ -65,12 +67,13 @@ def predict(folder: Path, images: Sequence[Path], site: str = "") -> list[dict[s
         raise InputError(f"predict resizes images to squares, but this run has images of {height}×{width} pixels")
     task = Classify((channels, height, width), len(classes), config.model.name)
     model = released(folder, summary, site, task)
+    max_value = int(config.data.options.get("max_value", 0))
     pixels = []
     for image in images:
         try:
             if not is_file(image):
                 raise UnreadableError("is not a file; check the path")
-            pixels.append(torch.from_numpy(decode(image, height, channels).copy()))
+            pixels.append(torch.from_numpy(decode(image, height, channels, max_value).copy()))
         except UnreadableError as error:
             raise InputError(f"{image} {error}") from error
     found = task.predict(model, {"image": torch.stack(pixels)}).double().softmax(-1)

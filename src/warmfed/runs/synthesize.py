@@ -15,6 +15,7 @@ from ..diffusion import lora as lora
 from ..tasks.denoising import Denoise
 from ..utils.errors import InputError, suggest
 from ..utils.files import atomic_write, check_writable
+from ..utils.names import plain_name
 from ..utils.paths import matching
 from .folder import read_config, read_summary
 from .generators import build_generator
@@ -54,6 +55,7 @@ def synthesize(
         InputError: The run has not finished or has no generator, the site or class does not exist, or the adapter or model
             is damaged.
     """
+    site = plain_name(site)
     config, summary = read_config(folder), read_summary(folder)
     classes, shape = described(folder, summary)
     wanted = [_label(name, classes) for name in labels] or list(range(len(classes)))
@@ -90,6 +92,7 @@ def synthesize(
 
 
 def _label(name: str, classes: Sequence[str]) -> int:
+    name = plain_name(name)
     if name in classes:
         return classes.index(name)
     if name.isdecimal() and int(name) < len(classes):
@@ -123,7 +126,7 @@ def _adapted(
     adapter = lora.read(folder / "adapters", site) if site else None
     if adapter is not None:
         generator.check(adapter, prompts, f"the adapter of site {site!r}")
-    return generator.synthesize(adapter, prompts, label, ctx)
     if not {lora.PROMPTS, lora.TOKENS} & (adapter or {}).keys():  # learned ones differ, even if they began equal
         wanted = label.unique().tolist()
         generator.check_prompts([classes[each] for each in wanted], {site: [prompts[each] for each in wanted]})
+    return generator.synthesize(adapter, prompts, label, ctx)

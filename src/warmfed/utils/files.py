@@ -199,7 +199,8 @@ def loads_json(text: bytes | str) -> Any:
 def loads_toml(text: bytes | str) -> dict[str, Any]:
     """Return the tables of a TOML text; raise `ValueError` if it is not valid or nested more than `DEPTH` levels deep."""
     try:
-        tables = tomllib.loads(text.decode() if isinstance(text, bytes) else text)
+        # Windows programs begin a file with a byte order mark
+        tables = tomllib.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level: list[Any] = [tables]
