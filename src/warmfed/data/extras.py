@@ -20,6 +20,7 @@ def hf_datasets() -> Any:
     except ImportError as error:
         raise InputError(f"Parquet files and hub data need the package datasets; {_EXTRA}") from error
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the reader raises what it would log
     return datasets
 
 

@@ -1,6 +1,7 @@
 """Arrays in `.npz` files. Declared sizes are checked before memory is allocated; nothing is unpickled."""
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,7 +19,10 @@ FREELY = 2**30
 RATIO = 100
 """Maximum ratio of unpacked to packed size beyond `FREELY`; images reach about 20."""
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0}
-DAMAGE = (OSError, ValueError, IndexError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (
+    OSError, ValueError, IndexError, KeyError, TypeError, EOFError, RuntimeError, MemoryError, SyntaxError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 """Exceptions that reading a damaged archive raises."""
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
 """Shape, whether the array is in column-major order, type."""
