@@ -4,7 +4,7 @@ State and payload are values, never attributes. A client function takes the site
 cannot cross the wire by accident, be missing from a checkpoint, or depend on the process that ran the site.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, cast
@@ -58,7 +58,9 @@ class Task(Protocol):
     def build(self) -> nn.Module: ...
     def init(self, rng: torch.Generator) -> Tensors: ...
     def loss(self, model: nn.Module, batch: Table) -> Tensor: ...
-    def metrics(self, model: Tensors, data: Table, device: str = "cpu") -> Metrics: ...
+    def metrics(self, model: Tensors, data: Table, device: str = "cpu", held: Collection[int] | None = None) -> Metrics:
+        """Return the metrics of a model on a table; `held` are the classes of the site's training images, if known."""
+        ...
 
 
 class ClassifierTask(Task, Protocol):

@@ -14,7 +14,7 @@ METRICS = {
     **{
         f"{model}_{key}": (model, key)
         for model in ("global", "personal")
-        for key in ("site_mean", "balanced_accuracy", "macro_f1")
+        for key in ("site_mean", "balanced_accuracy", "macro_f1", "held", "lacking", "lacking_worst")
     },
     "holdout": ("holdout", "global"),
     "holdout_tuned": ("holdout", "tuned"),
@@ -26,7 +26,10 @@ METRICS = {
     "cas": ("quality", "cas"),
 }
 """Path of each metric in a summary, by row key."""
-TESTED_METRICS = {"accuracy": ("global", "personal", "holdout", "holdout_tuned"), "loss": ("fid", "cas")}
+TESTED_METRICS = {
+    "accuracy": ("global", "personal", "holdout", "holdout_tuned", "global_lacking", "personal_lacking"),
+    "loss": ("fid", "cas"),
+}
 """Metrics of the paired tests, by the task's main metric: accuracy, or loss for diffusion models."""
 
 

@@ -131,6 +131,8 @@ MEASURES = (
     ("balanced_accuracy", "balanced"),
     ("macro_f1", "macro-F1"),
     ("ece", "ECE"),
+    ("held_accuracy", "classes held"),
+    ("lacking_accuracy", "classes lacked"),
 )
 
 

@@ -35,6 +35,12 @@ EVEN: tuple[Column, ...] = tuple(
     for key, title in (("balanced_accuracy", "balanced"), ("macro_f1", "macro-F1"))
 )
 """Columns with equal weights of all classes."""
+HOLDING: tuple[Column, ...] = tuple(
+    (f"{model}, {title}, %", f"{model}_{key}_mean", f"{model}_{key}_std", max, number)
+    for model in ("global", "personal")
+    for key, title in (("held", "classes held"), ("lacking", "classes lacked"), ("lacking_worst", "classes lacked, worst site"))
+)
+"""Columns by the classes that a site's training images have or lack."""
 DRAWING: tuple[Column, ...] = (
     ("Fréchet distance", "fid_mean", "fid_std", min, lambda value: number(value, 2)),
     ("CAS, %", "cas_mean", "cas_std", max, number),
@@ -119,6 +125,14 @@ def even(compare: Mapping[str, Any]) -> Table | None:
     return replace(found, title=f"{_length(compare)}: every class weighs the same, means over the sites")
 
 
+def holding(compare: Mapping[str, Any]) -> Table | None:
+    """Return the table of accuracies on the classes that a site holds and lacks; None if no site lacks a tested class."""
+    if not any(_known(row.get(f"{model}_lacking_mean")) for row in compare["rows"] for model in ("global", "personal")):
+        return None
+    found = table(compare, HOLDING)
+    return replace(found, title=f"{_length(compare)}: classes that a site's training images have or lack, means over the sites")
+
+
 def _chosen(compare: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the title and key of the column that selects a sweep's best settings, or None if this is not a sweep."""
     if not compare.get("swept"):
@@ -183,7 +197,7 @@ def _chance(p: float | None) -> str:
 def markdown(compare: Mapping[str, Any]) -> str:
     """Return the tables and any paired tests as Markdown; the best values are bold."""
     parts = by_rounds(compare)
-    titled = len(parts) > 1 or any(even(part) for part in parts)
+    titled = len(parts) > 1 or any(even(part) or holding(part) for part in parts)
     return "\n".join(f"## {escaped(each.title)}\n\n" * titled + _markdown(each) for each in _tables(compare))
 
 
@@ -212,7 +226,7 @@ def _latex(each: Table) -> str:
 
 
 def _tables(compare: Mapping[str, Any]) -> list[Table]:
-    both = [each for part in by_rounds(compare) for each in (table(part), even(part), tests(part))]
+    both = [each for part in by_rounds(compare) for each in (table(part), even(part), holding(part), tests(part))]
     return [each for each in both if each is not None]
 
 

@@ -29,6 +29,9 @@ MEASURE = {
     "balanced_accuracy?": float,
     "macro_f1?": float,
     "ece?": float,
+    "held_accuracy?": float,
+    "lacking_accuracy?": float,
+    "lacking_count?": float,
     "loss?": float,
     "count?": int,
 }
@@ -70,8 +73,9 @@ MESSAGE = {
     "seconds?": float,
 }
 STAGE = {"stage": str, "number": int, "seconds": float, "peak_memory_mb?": float}
-GLOBAL = {"union?": Maybe(float), "site_mean?": Maybe(float), "site_worst?": Maybe(float)}
-PERSONAL = {"mean?": Maybe(float), "worst?": Maybe(float), "std?": Maybe(float), "union?": Maybe(float)}
+_HOLDING = {f"{name}{worst}?": Maybe(float) for name in ("held", "lacking") for worst in ("", "_worst")}
+GLOBAL = {"union?": Maybe(float), "site_mean?": Maybe(float), "site_worst?": Maybe(float), **_HOLDING}
+PERSONAL = {"mean?": Maybe(float), "worst?": Maybe(float), "std?": Maybe(float), "union?": Maybe(float), **_HOLDING}
 SUMMARY = {
     "warmfed": str,
     "algorithm": str,
@@ -123,7 +127,7 @@ COMPARISON = {
             **{
                 f"{model}_{name}_mean?": Maybe(float)
                 for model in ("global", "personal")
-                for name in ("site_mean", "balanced_accuracy", "macro_f1")
+                for name in ("site_mean", "balanced_accuracy", "macro_f1", "held", "lacking", "lacking_worst")
             },
             "validation_mean?": Maybe(float),
             "validation_personal_mean?": Maybe(float),

@@ -317,19 +317,25 @@ def line(record: Mapping[str, Any]) -> str:
     return f"  {name:<12} {duration(record['seconds']):>12}   {'   '.join(shown)}".rstrip()
 
 
+_HOLDING = {"held": "classes held", "lacking": "classes lacked"}
+"""Headers of accuracies on the classes that a site's training images have or lack."""
+
+
 def run_table(summary: Mapping[str, Any]) -> Table:
     """Return a table of a finished run: accuracies in percent, or the quality of its samples."""
     if summary["task"] == "denoise":
         return rich_table(quality_table(summary["quality"] or {}))
     table = PlainTable("test accuracy, %", box=None, pad_edge=False)
-    for header in ("all images", "mean of sites", "worst site"):
-        table.add_column(header, justify="right")
     once = summary["one_shot"] or {}
+    parts = (summary["global"], summary["personal"], once.get("global"), once.get("personal"))
+    holding = [key for key in ("held", "lacking") if any(key in (values or {}) for values in parts)]
+    for header in ("all images", "mean of sites", "worst site", *(_HOLDING[key] for key in holding)):
+        table.add_column(header, justify="right")
     for name, values, keys in (
-        ("global model", summary["global"], ("union", "site_mean", "site_worst")),
-        ("personal models", summary["personal"], ("union", "mean", "worst")),
-        ("one shot: global", once.get("global"), ("union", "site_mean", "site_worst")),
-        ("one shot: personal", once.get("personal"), ("union", "mean", "worst")),
+        ("global model", summary["global"], ("union", "site_mean", "site_worst", *holding)),
+        ("personal models", summary["personal"], ("union", "mean", "worst", *holding)),
+        ("one shot: global", once.get("global"), ("union", "site_mean", "site_worst", *holding)),
+        ("one shot: personal", once.get("personal"), ("union", "mean", "worst", *holding)),
     ):
         if values:
             table.add_row(name, *(number(values.get(key)) for key in keys))

@@ -113,10 +113,11 @@ def _sums(record: Record, measure: str) -> tuple[dict[str, float] | None, dict[s
         everywhere = {"union": union, "site_mean": sum(shared) / len(shared), "site_worst": worst(shared)} | _even(
             record["global"]
         )
+        everywhere |= _by_holding(record["global"])
     if own:
         values = torch.tensor(own, dtype=torch.float64)
         personal = {"mean": values.mean().item(), "worst": worst(own), "std": values.std(correction=0).item()}
-        personal |= _even(record["personal"])
+        personal |= _even(record["personal"]) | _by_holding(record["personal"])
     return everywhere, personal
 
 
@@ -128,6 +129,16 @@ def _even(views: Mapping[str, Any]) -> dict[str, float]:
         for name in ("balanced_accuracy", "macro_f1")
         if all(name in test for test in tests)
     }
+
+
+def _by_holding(views: Mapping[str, Any]) -> dict[str, float]:
+    """Return the accuracies on the classes that a site holds and on those that it lacks: means over the sites, and worst."""
+    found: dict[str, float] = {}
+    for name in ("held", "lacking"):
+        values = [view["test"][f"{name}_accuracy"] for view in views.values() if f"{name}_accuracy" in view["test"]]
+        if values:
+            found |= {name: sum(values) / len(values), f"{name}_worst": min(values)}
+    return found
 
 
 def _one_shot(records: list[dict[str, Any]], measure: str) -> dict[str, Any] | None:

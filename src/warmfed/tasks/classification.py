@@ -1,6 +1,6 @@
 """Image classification: cross-entropy loss and the metrics of the report."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,8 @@ class Classify:
         with torch.inference_mode():
             return torch.cat([call(net, {"image": part.to(device)}).cpu() for part in data["image"].split(batch)])
 
-    def metrics(self, model: Tensors, data: Table, device: str = "cpu") -> dict[str, float]:
-        """Return the metrics of `metrics.classification.measure` on `data`."""
-        return measure(self.predict(model, data, device=device), data["label"])
+    def metrics(
+        self, model: Tensors, data: Table, device: str = "cpu", held: Collection[int] | None = None
+    ) -> dict[str, float]:
+        """Return the metrics of `metrics.classification.measure` on `data`; `held` are the classes of the training images."""
+        return measure(self.predict(model, data, device=device), data["label"], held)

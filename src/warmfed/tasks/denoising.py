@@ -1,7 +1,7 @@
 """Denoising: a diffusion model of the sites' images, in pixels or in the latents of a frozen autoencoder."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -149,8 +149,13 @@ class Denoise:
             self.settings.min_snr_gamma if self.settings.weighting == "min-snr" else None,
         )
 
-    def metrics(self, model: Tensors, data: Table, device: str = "cpu") -> dict[str, float]:
-        """Return the loss and the count; every call uses the same noise, so only the weights change the loss."""
+    def metrics(
+        self, model: Tensors, data: Table, device: str = "cpu", held: Collection[int] | None = None
+    ) -> dict[str, float]:
+        """Return the loss and the count; every call uses the same noise, so only the weights change the loss.
+
+        A loss is not split by the classes that a site holds.
+        """
         total, count = 0.0, rows(data)
         with torch.no_grad(), seeded(stream("denoise", "metrics"), device):
             net = self._loaded(model, device)

@@ -65,8 +65,9 @@ class Client:
     def evaluate(self, received: Message, state: ClientState, model: Tensors | None) -> dict[str, Metrics]:
         """Return the metrics of the global and of the personal model on the validation and test rows, by "view/split"."""
         personal = self.model(received, state)
+        held = tuple(self.data["train"]["label"].unique().tolist()) if "train" in self.data else None
         return {
-            f"{name}/{split}": self.task.metrics(tensors, self.data[split], self.device)
+            f"{name}/{split}": self.task.metrics(tensors, self.data[split], self.device, held)
             for name, tensors in (("global", model), ("personal", personal))
             if tensors is not None
             for split in ("validation", "test")
