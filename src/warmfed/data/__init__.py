@@ -2,6 +2,7 @@
 
 from ..core import SPLITS
 from .build import partition, save_partition
+from .class_skew import hold_classes
 from .examples import DataError
 from .federation import Federation, FederationInfo, Site, describe_names
 from .load import load
@@ -23,6 +24,7 @@ __all__ = [
     "describe_names",
     "digits4",
     "folder",
+    "hold_classes",
     "hub",
     "idx",
     "load",

@@ -205,7 +205,9 @@ def _checked(examples: Examples, classes: Sequence[str], partitioned: bool, faul
         else:
             sound.append(site)
             if missing := [label for i, label in enumerate(classes) if i not in found]:
-                notes.append(f"site {site!r} has no images of {_some(missing)}")
+                notes.append(
+                    f"site {site!r} has no images of {_some(missing)}; its test does not show how a model does on them"
+                )
     return sound
 
 

@@ -11,12 +11,15 @@ from ..utils.errors import InputError, suggest
 from ..utils.paths import expanded, is_file, is_folder, matching
 from ..utils.settings import check_seed
 from .build import partition
+from .class_skew import ClassSkew, hold_classes
 from .examples import ReaderOptions
 from .federation import Federation
 from .partition import Partition
 from .readers import READERS
 from .readers.digits4 import digits4
 
+_TABLES: dict[str, Any] = {"partition": Partition, "held": ClassSkew}
+"""Options that are tables, and the classes of their fields."""
 _COLUMNS = dict.fromkeys(("image", "label", "site", "group"), str)
 
 
@@ -33,20 +36,21 @@ def load(name: str, /, path: str = "", **options: Any) -> Federation:
     """
     reader, found = _found(name, path)
     what = f"data {name!r}"
-    if not isinstance(options.get("partition"), Mapping | None):
-        raise InputError(f"data.options.partition must be a table of settings; got {options['partition']!r}")
+    for key in _TABLES:
+        if not isinstance(options.get(key), Mapping | None):
+            raise InputError(f"data.options.{key} must be a table of settings; got {options[key]!r}")
     _checked(options, _known(reader), what)
-    if options.get("partition"):
-        _checked(
-            options["partition"],
-            {f.name: get_type_hints(Partition)[f.name] for f in fields(Partition)},
-            "data.options.partition",
-        )
-    if reader != "digits4":
-        return READERS[reader](found, **options)
-    partitioning = options.pop("partition", None)
-    federation = digits4(**{key: value for key, value in options.items() if key != "cache"})
-    return federation if partitioning is None else partition(federation, **partitioning)
+    for key, cls in _TABLES.items():
+        if options.get(key):
+            _checked(options[key], {f.name: get_type_hints(cls)[f.name] for f in fields(cls)}, f"data.options.{key}")
+    held = options.pop("held", None)
+    if reader == "digits4":
+        partitioning = options.pop("partition", None)
+        federation = digits4(**{key: value for key, value in options.items() if key != "cache"})
+        federation = federation if partitioning is None else partition(federation, **partitioning)
+    else:
+        federation = READERS[reader](found, **options)
+    return federation if held is None else hold_classes(federation, **held)
 
 
 def _found(name: str, path: str) -> tuple[str, str]:
@@ -89,6 +93,7 @@ def _known(reader: str) -> dict[str, Any]:
         for name, p in inspect.signature(function).parameters.items()
         if name != "path" and p.kind is not p.VAR_KEYWORD
     }
+    own = {**own, "held": Mapping[str, Any] | None}
     if reader == "digits4":
         return own | {"partition": Mapping[str, Any] | None, "cache": str | None}
     columns = _COLUMNS if reader in ("parquet", "hub") else {}
