@@ -317,7 +317,8 @@ def test_the_filter_drops_what_nobody_recognises(tmp_path: Path) -> None:
         per_class=30, min_class_probability=0.5, filter_training=Training(lr=0.03, epochs=4), training=TRAINING, subset=30
     )
     ctx = replace(toy.central(generator=toy.Means(noise=20.0), folder=tmp_path), rng=stream("filter"))
-    model, subset, metrics = warm_start(ctx, adapters, classes, settings)
+    warm = warm_start(ctx, adapters, classes, settings)
+    model, subset, metrics = warm.model, warm.subset, warm.metrics
     samples = load_file(tmp_path / "synthetic" / "samples.safetensors")
     assert metrics["recognised/b"] < 0.8 < 0.9 < min(metrics["recognised/a"], metrics["recognised/c"])
     assert metrics["samples"] == 270
@@ -326,10 +327,12 @@ def test_the_filter_drops_what_nobody_recognises(tmp_path: Path) -> None:
     assert dropped[mirrored].float().mean() > 0.5 > 0.1 > dropped[~mirrored].float().mean()
     assert rows(subset) == 30
     assert model.keys() == toy.TASK.init(stream(0)).keys()
-    everything = warm_start(replace(ctx, rng=stream("filter")), adapters, classes, replace(settings, filter="none"))[2]
+    everything = warm_start(replace(ctx, rng=stream("filter")), adapters, classes, replace(settings, filter="none")).metrics
     assert everything["kept"] == 270
     assert everything["recognised/b"] == metrics["recognised/b"]
-    lenient = warm_start(replace(ctx, rng=stream("filter")), adapters, classes, replace(settings, min_class_probability=0.0))[2]
+    lenient = warm_start(
+        replace(ctx, rng=stream("filter")), adapters, classes, replace(settings, min_class_probability=0.0)
+    ).metrics
     assert lenient["kept"] == 270
 
 

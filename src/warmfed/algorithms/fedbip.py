@@ -20,7 +20,7 @@ from typing import ClassVar, final
 from ..core import GeneratorSpec
 from ..core.training import Training
 from ..utils.errors import InputError
-from .shared.synthetic_data import AdapterUpload, WarmStarted
+from .shared.synthetic_data import AdapterUpload, WarmStarted, demand_held_classes
 
 
 @final
@@ -40,6 +40,7 @@ class FedBiP(WarmStarted[AdapterUpload]):
     def __post_init__(self) -> None:
         if not 0 <= self.signal < 1 or self.variation < 0:
             raise InputError("signal must be at least 0 and below 1, variation at least 0; check [algorithm]")
+        demand_held_classes(self.synthesis, "FedBiP")
 
     @property
     def needs_generator(self) -> GeneratorSpec:

@@ -17,7 +17,7 @@ from typing import ClassVar, final
 
 from ..core import GeneratorSpec
 from ..core.training import Training
-from .shared.synthetic_data import AdapterUpload, WarmStarted
+from .shared.synthetic_data import AdapterUpload, WarmStarted, demand_held_classes
 
 
 @final
@@ -29,6 +29,9 @@ class FedDEO(WarmStarted[AdapterUpload]):
 
     description: Training = Training(optimizer="adamw", lr=3e-2, epochs=12, schedule="cosine", warmup=5, max_grad_norm=1.0)
     """Training of a site's class descriptions."""
+
+    def __post_init__(self) -> None:
+        demand_held_classes(self.synthesis, "FedDEO")
 
     @property
     def needs_generator(self) -> GeneratorSpec:

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast, final
 
+import torch
+
 from ..algorithms.shared.base import at_sites
 from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage, Workload, classifier
 from ..core.messages import message
@@ -42,6 +44,8 @@ from .shared.synthetic_data import (
     generator_of,
     labelled,
     likely,
+    of_lacking,
+    planned,
     warm_start,
     without,
 )
@@ -57,6 +61,7 @@ class Server:
     holders: tuple[str, ...]  # sites that have received S_sub
     classes: Tensors  # Y_n, by site
     adapters: Mapping[str, Tensors]  # A_n, B_n and prompt embeddings, until S is sampled
+    replay: Mapping[str, Tensors]  # by site, samples of the classes that it lacks, until it has them
 
 
 @message("warmfed.Adapter")
@@ -73,6 +78,15 @@ class Down:
 
     model: Tensors
     subset: Tensors | None
+
+
+@message("warmfed.Replay")
+class Replay:
+    """As `Down`, to a site that lacks classes; with samples of them in the site's own style."""
+
+    model: Tensors
+    subset: Tensors | None
+    samples: Tensors
 
 
 @message("warmfed.Late")
@@ -118,6 +132,7 @@ class Site:
     selector: Tensors | None  # ψ
     subset: Tensors | None
     steps: int
+    replay: Tensors | None  # samples of the classes that the site lacks
 
 
 @final
@@ -151,6 +166,9 @@ class WarmFed:
     """Whether the sites' validation sets how much of the fine-tuning is kept: all, half or none."""
     personal_gate: bool = True
     """Whether a site's validation sets how much of its last personal step is kept: all, half or none."""
+    replay: int = 0
+    """Samples of each class that a site lacks, in its own style, which its personal training adds; the server sends them
+    once. Needs `synthesis.classes` all; 0: none."""
     distill: Literal["dynamic", "static", "none"] = "dynamic"
     """Teacher of the personal models: dynamic (selected per image from the last two), static (the last one) or none."""
     distillation: Distillation = Distillation()
@@ -162,6 +180,11 @@ class WarmFed:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.replay < 0 or (self.replay and not (self.warm and self.synthesis.classes == "all")):
+            raise InputError(
+                f"replay needs samples of all classes, got {self.replay} with synthesis.classes={self.synthesis.classes!r}; "
+                "set algorithm.synthesis.classes to all, or replay to 0"
+            )
 
     @property
     def tunes(self) -> bool:
@@ -219,19 +242,19 @@ class WarmFed:
             weight_split="validation",
             images=False,
         )
-        personalize = Stage("personalize", self.done, self.personalize, replies=(Empty,), images=False)
+        personalize = Stage("personalize", self.done, self.personalize, self.send, replies=(Empty,), images=False)
         one_round = (train, gate) if self.tunes and self.gate else (train,)
         return ((adapt, warm) if self.warm else ()) + one_round * self.rounds + (personalize,)
 
     def init(self, ctx: ServerContext) -> Server:
-        return Server(ctx.task.init(ctx.rng), tuned=None, subset={}, holders=(), classes={}, adapters={})
+        return Server(ctx.task.init(ctx.rng), tuned=None, subset={}, holders=(), classes={}, adapters={}, replay={})
 
     def broadcast(self, server: Server, site: str) -> Down:
         needed = self.warm and self.before == "client" and site not in server.holders
         return Down(server.model, server.subset if needed else None)
 
     def init_client_state(self, received: Down, ctx: ClientContext) -> Site:
-        return Site(None, None, None, None, 0)
+        return Site(None, None, None, None, 0, None)
 
     def global_model(self, server: Server) -> Tensors | None:
         return server.model
@@ -260,19 +283,28 @@ class WarmFed:
 
     def start(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
-        model, subset, metrics = warm_start(ctx, server.adapters, classes, self.synthesis)
+        warm = warm_start(ctx, server.adapters, classes, self.synthesis)
+        replay = of_lacking(warm.kept, warm.sites, classes, self.replay)
         # S_sub has none of its classes; a late site's share is computed from S_sub.
-        held = {site: y[:0] if f"set_aside/{site}" in metrics else y for site, y in server.classes.items()}
-        return replace(server, model=model, subset=subset, classes=held, adapters={}), metrics
+        held = {site: y[:0] if f"set_aside/{site}" in warm.metrics else y for site, y in server.classes.items()}
+        server = replace(server, model=warm.model, subset=warm.subset, classes=held, adapters={}, replay=replay)
+        return server, warm.metrics
 
     # train: rounds t = 1..R
 
-    def invite(self, server: Server, site: str) -> Down | LateJoinRequest:
-        received = self.broadcast(server, site)
+    def invite(self, server: Server, site: str) -> Down | Replay | LateJoinRequest:
+        received = self.send(server, site)
         late = self.warm and (self.tune or self.before == "server") and site not in server.classes
         return LateJoinRequest(received.model, received.subset) if late else received
 
-    def train(self, received: Down | LateJoinRequest, state: Site, ctx: ClientContext) -> Reply[Model | LateJoinReply]:
+    def send(self, server: Server, site: str) -> Down | Replay:
+        received = self.broadcast(server, site)
+        if site in server.holders or site not in server.replay:
+            return received
+        return Replay(received.model, received.subset, server.replay[site])
+
+    def train(self, received: Down | Replay | LateJoinRequest, state: Site, ctx: ClientContext) -> Reply[Model | LateJoinReply]:
+        state = _with_samples(state, received)
         if received.subset is not None:
             state = replace(state, subset=received.subset)
         start = received.model
@@ -291,6 +323,9 @@ class WarmFed:
 
     def personal_step(self, start: Tensors, state: Site, ctx: ClientContext) -> tuple[Site, dict[str, float]]:
         """Train the personal model for one round from the global model, distilled from the site's last two models."""
+        if state.replay is not None:
+            own, _ = _parts(state.replay)
+            ctx = replace(ctx, data={**ctx.data, "train": join([ctx.data["train"], own])})
         count = self.personal.count(rows(ctx.data["train"]))
         selector = state.selector
         if self.distill == "dynamic" and state.personal is not None and state.older is not None:
@@ -333,8 +368,9 @@ class WarmFed:
         not added.
         """
         adapters, classes = gather(ctx, generator_of(ctx), replies)
-        share = round(rows(server.subset) / max(sum(len(held) for held in server.classes.values()), 1))
-        samples = draw(ctx, adapters, {site: tuple(held.tolist()) for site, held in classes.items()}, max(share, 1))
+        held = {site: tuple(labels.tolist()) for site, labels in classes.items()}
+        share = round(rows(server.subset) / max(sum(len(labels) for labels in server.classes.values()), 1))
+        samples = draw(ctx, adapters, *planned(held, len(ctx.prompts), max(share, 1), self.synthesis))
         aside, told = late_suspects(samples, tuple(adapters), server.subset, self.synthesis.contradicted)
         samples = without(samples, tuple(adapters), aside)
         # The present global model replaces the two cross-predicting classifiers of the warm start.
@@ -382,20 +418,45 @@ class WarmFed:
 
     # personalize: the sites' last personal step, from the last global model
 
-    def personalize(self, received: Down, state: Site, ctx: ClientContext) -> Reply[Empty]:
-        state, info = self.personal_step(received.model, state, ctx)
+    def personalize(self, received: Down | Replay, state: Site, ctx: ClientContext) -> Reply[Empty]:
+        state, info = self.personal_step(received.model, _with_samples(state, received), ctx)
         if self.personal_gate and state.personal is not None:
-            verdict = _verdict(ctx, received.model, state.personal)
-            share = float(_best(verdict.right, verdict.loss))
+            share = self.kept_share(received.model, state.personal, state, ctx)
             state = replace(state, personal=mix(received.model, state.personal, share))
             info = {**info, "personal_strength": share}
         return Reply(Empty(), state, float(rows(ctx.data["train"])), info)
+
+    def kept_share(self, before: Tensors, after: Tensors, state: Site, ctx: ClientContext) -> float:
+        """Return the share of the personal step that is best for the classes that the site holds and for those it lacks.
+
+        Held classes are judged by the site's validation images, lacking ones by samples that were not trained on. Every class
+        counts the same if the site lacks one.
+        """
+        if state.replay is None:
+            verdict = _verdict(ctx, before, after)
+            return float(_best(verdict.right, verdict.loss))
+        table = join([ctx.data["validation"], _parts(state.replay)[1]])
+        found = {share: ctx.task.metrics(mix(before, after, float(share)), table, ctx.device) for share in _SHARES}
+        return float(max(_SHARES, key=lambda share: (round(found[share]["balanced_accuracy"], 6), -found[share]["loss"])))
 
     def done(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         return server, {}
 
 
 _SHARES = ("0.0", "0.5", "1.0")
+
+
+def _with_samples(state: Site, received: Down | Replay | LateJoinRequest) -> Site:
+    return replace(state, replay=received.samples) if isinstance(received, Replay) else state
+
+
+def _parts(samples: Tensors) -> tuple[Tensors, Tensors]:
+    """Return three quarters of the samples, for training, and the rest, for the gate; one of the rest for each class."""
+    turn = torch.zeros(rows(samples), dtype=torch.int64)
+    for label in samples["label"].unique().tolist():
+        mine = samples["label"] == label
+        turn[mine] = torch.arange(int(mine.sum()))
+    return select(samples, turn % 4 != 0), select(samples, turn % 4 == 0)
 
 
 def _verdict(ctx: ClientContext, before: Tensors, after: Tensors) -> ValidationVote:

@@ -49,7 +49,8 @@ def central() -> ServerContext:
 
 
 def warmed(found: dict[str, Tensors | None], **changes: Any) -> tuple[Tensors, Table, dict[str, float]]:
-    model, subset, metrics = warm_start(central(), found, dict.fromkeys(found, (0, 1, 2)), replace(SETTINGS, **changes))
+    warm = warm_start(central(), found, dict.fromkeys(found, (0, 1, 2)), replace(SETTINGS, **changes))
+    model, subset, metrics = warm.model, warm.subset, warm.metrics
     return model, subset, dict(metrics)
 
 

@@ -63,7 +63,7 @@ def test_a_focus_asks_for_no_more_samples_in_all(tmp_path: Path) -> None:
         per_class=20, hard_fraction=0.5, filter_training=Training(lr=0.03, epochs=4), training=toy.TRAINING, subset=12
     )
     ctx = replace(toy.central(generator=toy.Means(noise=20.0), folder=folder), rng=stream("focus"))
-    metrics = warm_start(ctx, drawn, dict.fromkeys(drawn, (0, 1, 2)), settings)[2]
+    metrics = warm_start(ctx, drawn, dict.fromkeys(drawn, (0, 1, 2)), settings).metrics
     samples = load_file(folder / "synthetic" / "samples.safetensors")
     assert metrics["samples"] == 120 == len(samples["label"])
     count = [[int(((samples["site"] == s) & (samples["label"] == c)).sum()) for c in range(3)] for s in range(2)]
@@ -101,7 +101,8 @@ def test_a_warm_start_on_soft_labels(tmp_path: Path) -> None:
             per_class=8, soft_label_weight=soft, filter_training=Training(lr=0.03, epochs=4), training=toy.TRAINING, subset=12
         )
         ctx = replace(toy.central(generator=toy.Means(noise=20.0)), rng=stream("soft"))
-        return warm_start(ctx, adapters(), dict.fromkeys(adapters(), (0, 1, 2)), quick)[:2]
+        found = warm_start(ctx, adapters(), dict.fromkeys(adapters(), (0, 1, 2)), quick)
+        return found.model, found.subset
 
     (hard, plain), (model, subset) = start(0.0), start(0.7)
     assert not toy.same(hard, model)

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
@@ -53,7 +53,10 @@ class Synthesis:
     }
 
     per_class: int = 80
-    """Images per site and class; at least 1."""
+    """Images per site and class that it holds; at least 1."""
+    classes: Literal["held", "all"] = "held"
+    """Classes sampled from a site's adapter: held (those of its training images) or all of the federation. The number of
+    samples is the same; with all, the classes that a site lacks are drawn in its style."""
     contradicted: float = 0.4
     """Minimum share of a site's classes that others contradict to exclude the site, from 0 to 1; 0: no screening."""
     filter: Literal["cross", "none"] = "cross"
@@ -130,6 +133,56 @@ def drawn(ctx: ServerContext, adapters: Mapping[str, Tensors | None], labels: Ma
         "label": torch.cat(list(labels.values())),
         "site": torch.cat([torch.full((len(label),), i) for i, label in enumerate(labels.values())]),
     }
+
+
+def demand_held_classes(settings: Synthesis, name: str) -> None:
+    """Raise `InputError` if all classes are to be sampled by a method whose sites learn each class by itself."""
+    if settings.classes == "all":
+        raise InputError(f"{name} learns only the classes that a site holds; set algorithm.synthesis.classes to held")
+
+
+def planned(
+    classes: Mapping[str, tuple[int, ...]], count: int, per_class: int, settings: Synthesis
+) -> tuple[Mapping[str, tuple[int, ...]], int]:
+    """Return the classes to sample for each site, and the images of each.
+
+    Args:
+        classes: the classes that each site holds.
+        count: number of classes of the federation.
+        per_class: images per site and class that it holds.
+        settings: the settings of the sampling.
+    """
+    held = sum(len(each) for each in classes.values())
+    if settings.classes == "held" or held == count * len(classes):
+        return classes, per_class
+    return {site: tuple(range(count)) for site in classes}, max(1, round(per_class * held / (count * len(classes))))
+
+
+def of_held(samples: Table, sites: Sequence[str], classes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """Return whether each sample's class is one that its site holds, bool [n]."""
+    held = torch.zeros(len(sites), 1 + int(samples["label"].max()), dtype=torch.bool)
+    for i, site in enumerate(sites):
+        held[i, [label for label in classes[site] if label < held.shape[1]]] = True
+    return held[samples["site"], samples["label"]]
+
+
+def of_lacking(kept: Table, sites: Sequence[str], classes: Mapping[str, tuple[int, ...]], most: int) -> dict[str, Table]:
+    """Return, by site, at most `most` samples of each class that the site lacks, in its own style.
+
+    Args:
+        kept: the samples, {"image", "label", "site"}; "site" is an index into `sites`.
+        sites: names of the sites.
+        classes: the classes that each site holds.
+        most: most samples of each class.
+    """
+    own, found = of_held(kept, sites, classes), dict[str, Table]()
+    for i, site in enumerate(sites):
+        mine = ((kept["site"] == i) & ~own).nonzero()[:, 0]
+        labels = kept["label"][mine]
+        parts = [mine[labels == label][:most] for label in labels.unique().tolist()]
+        if parts and most:
+            found[site] = {name: kept[name][torch.cat(parts)] for name in ("image", "label")}
+    return found
 
 
 def _recognise(task: Task, training: Training, learn: Table, guess: Table, seed: int, device: str) -> Tensor:
@@ -217,24 +270,47 @@ def balanced_subset(samples: Table, count: int, rng: torch.Generator) -> Table:
     return select(samples, chosen.sort().values)
 
 
+@dataclass(frozen=True)
+class WarmStart:
+    """Result of the warm start."""
+
+    model: Tensors
+    """θ_g^0."""
+    subset: Table
+    """S_sub in the form of `labelled`."""
+    kept: Table
+    """The samples that passed the filter, {"image", "label", "site", …}; "site" is an index into `sites`."""
+    sites: tuple[str, ...]
+    """The sites that were not excluded."""
+    metrics: Metrics
+    """The samples drawn and kept by site, and the excluded sites."""
+
+
 def warm_start(
     ctx: ServerContext, adapters: Mapping[str, Tensors | None], classes: Mapping[str, tuple[int, ...]], settings: Synthesis
-) -> tuple[Tensors, Table, Metrics]:
+) -> WarmStart:
     """Sample S, exclude contradicted sites, filter the rest, and train the task's model on it from random weights.
 
-    Returns:
-        θ_g^0; S_sub in the form of `labelled`; and metrics: the samples drawn and kept by site, and the excluded sites.
+    A site is judged by the classes that it holds.
+
+    Args:
+        ctx: the server's context.
+        adapters: adapters by site; None samples from the base.
+        classes: the classes that each site holds.
+        settings: the settings of the sampling.
     """
     first = max(1, round(settings.per_class * (1 - settings.hard_fraction)))
-    samples = draw(ctx, adapters, classes, first)
-    aside, told = suspects(samples, tuple(adapters), settings.contradicted)
-    told = {**told, **{f"samples/{site}": float(first * len(classes[site])) for site in aside}}
+    wanted, first = planned(classes, len(ctx.prompts), first, settings)
+    samples = draw(ctx, adapters, wanted, first)
+    own = of_held(samples, tuple(adapters), classes)
+    aside, told = suspects(samples if own.all() else select(samples, own), tuple(adapters), settings.contradicted)
+    told = {**told, **{f"samples/{site}": float(first * len(wanted[site])) for site in aside}}
     told |= {f"kept/{site}": 0.0 for site in aside}
     samples = without(samples, tuple(adapters), aside)
     adapters = {site: adapter for site, adapter in adapters.items() if site not in aside}
     belief = cross_predict(ctx, samples, settings.filter_training)
-    if settings.hard_fraction and first < settings.per_class:
-        more = (settings.per_class - first) * sum(len(classes[site]) for site in adapters)
+    if settings.hard_fraction and rows(samples) < settings.per_class * sum(len(classes[site]) for site in adapters):
+        more = (settings.per_class * sum(len(classes[site]) for site in adapters)) - rows(samples)
         extra = drawn(ctx, adapters, sample_hard(samples, likely(belief, samples["label"]), adapters, more))
         samples = join([samples, extra])
         belief = cross_predict(ctx, samples, settings.filter_training)
@@ -260,8 +336,13 @@ def warm_start(
             f"recognised/{site}": right[mine].double().mean().item(),
             f"kept/{site}": float(keep[mine].sum()),
         }
+        if (lacking := mine & ~of_held(samples, tuple(adapters), classes)).any():
+            metrics |= {
+                f"recognised_lacking/{site}": right[lacking].double().mean().item(),
+                f"kept_lacking/{site}": float(keep[lacking].sum()),
+            }
     keep_samples(ctx, tuple(adapters), {**samples, "kept": keep}, asdict(settings))
-    return model, {name: subset[name] for name in columns}, metrics
+    return WarmStart(model, {name: subset[name] for name in columns}, kept, tuple(adapters), metrics)
 
 
 def keep_samples(ctx: ServerContext, sites: tuple[str, ...], table: Table, settings: Mapping[str, object]) -> None:
@@ -385,8 +466,8 @@ class WarmStarted(Combined[Server, Model, None, Model], Generic[Offered]):
     def start(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
         adapters = {site: server.adapters.get(site) for site in classes}
-        model, subset, metrics = warm_start(ctx, adapters, classes, self.synthesis)
-        return replace(server, model=model, subset=subset, adapters={}), metrics
+        warm = warm_start(ctx, adapters, classes, self.synthesis)
+        return replace(server, model=warm.model, subset=warm.subset, adapters={}), warm.metrics
 
     def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
