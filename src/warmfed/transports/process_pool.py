@@ -5,9 +5,7 @@ can start them, as long as nothing that is sent to a worker is defined there.
 """
 
 import ast
-import copyreg
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -135,7 +133,7 @@ class ProcessPool:
         found, error = _References(_Nowhere()), None
         try:
             found.dump((function, arguments))
-        except (pickle.PicklingError, AttributeError, TypeError) as fault:
+        except Exception as fault:  # whatever a class raises that cannot be sent
             error = fault
         if found.name and self._main.reason:
             raise InputError(f"worker processes cannot import {found.name}: {self._main.reason}; {_ADVICE}") from error
@@ -238,13 +236,11 @@ def _give_up(needed: bool, events: "SimpleQueue[Any]", reason: str) -> None:
         os._exit(1)
 
 
-class _References(pickle.Pickler):
-    """Pickler that only finds what is defined in `__main__`; it copies no tensors and arrays."""
+class _References(ForkingPickler):
+    """Pickler that only finds what is defined in `__main__`; it copies no tensors."""
 
     def __init__(self, file: Any) -> None:
-        super().__init__(file, 5, buffer_callback=lambda _: False)
-        reducers: Any = ForkingPickler
-        self.dispatch_table = {**copyreg.dispatch_table, **reducers._extra_reducers}
+        super().__init__(file, 5)
         self.name = ""
 
     def reducer_override(self, content: Any) -> Any:

@@ -1,6 +1,7 @@
 """Standard output and error of the commands: closed, full, or of an encoding that lacks a character."""
 
 import codecs
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -28,14 +29,14 @@ def prepare_output() -> None:
         stream: Any = getattr(sys, name)
         if stream is None or stream.closed:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=ERRORS)
     _watch(sys.stdout)
 
 
 def _watch(stream: Any) -> None:
     """Keep the error of a stream that cannot be written; it may drop the text, so that a later `flush` raises nothing."""
-    if hasattr(stream, "warmfed_fault"):
+    if not isinstance(stream, io.TextIOWrapper) or "warmfed_fault" in vars(stream):
         return
 
     def watched(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,16 +44,14 @@ def _watch(stream: Any) -> None:
             try:
                 return method(*arguments)
             except OSError as error:
-                stream.warmfed_fault = error
+                watching.warmfed_fault = error
                 raise
 
         return call
 
-    try:
-        stream.warmfed_fault = None
-        stream.write, stream.flush = watched(stream.write), watched(stream.flush)
-    except AttributeError:  # another program's stream
-        return
+    watching: Any = stream
+    watching.warmfed_fault = None
+    watching.write, watching.flush = watched(stream.write), watched(stream.flush)
 
 
 def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
