@@ -17,6 +17,7 @@ from ..utils.errors import InputError, suggest
 from ..utils.files import atomic_write, check_writable
 from ..utils.names import plain_name
 from ..utils.paths import matching
+from ..utils.settings import check_seed
 from .folder import read_config, read_summary
 from .generators import build_generator
 from .predict import described, released
@@ -43,7 +44,7 @@ def synthesize(
         site: site of the adapter or personal model; empty: the global diffusion model, or the base without an adapter.
         labels: names of classes; empty: all.
         count: images of each class.
-        seed: seed of the noise.
+        seed: seed of the noise, from 0 to 2**63 - 1.
         picture: PNG to write, with a row for each class.
         out: safetensors file to write, {"image": uint8 [n, 3, h, w], "label": int64 [n]}.
         progress: progress(what, done, total).
@@ -55,6 +56,7 @@ def synthesize(
         InputError: The run has not finished or has no generator, the site or class does not exist, or the adapter or model
             is damaged.
     """
+    check_seed(seed)
     site = plain_name(site)
     config, summary = read_config(folder), read_summary(folder)
     classes, shape = described(folder, summary)
