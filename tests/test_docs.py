@@ -150,7 +150,7 @@ def test_the_data_page_is_true(capsys: pytest.CaptureFixture[str]) -> None:
                 asked = parser().parse_args(line.split()[1:])
                 chosen = data_table(asked.config and ROOT / asked.config, dict(setting(each) for each in asked.settings))
                 check(chosen.source, dict(chosen.options))
-    assert (commands, tables) == (10, 4)
+    assert (commands, tables) == (10, 5)
 
 
 def check(source: str, options: dict[str, object]) -> None:

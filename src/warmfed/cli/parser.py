@@ -61,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (OSError, OutputError) as error:
             fault = output_fails()
             if fault is None:
+                if isinstance(error, OSError) and error.filename is not None:
+                    place = printable(str(error.filename), 300)
+                    complain(f"warmfed: cannot use {place}: {error.strerror}; check the path, its permissions and free space")
+                    return 2
                 raise
             discard(sys.stdout)
             advice = f"; {printable(str(error), _MOST)}" if isinstance(error, OutputError) and str(error) else ""

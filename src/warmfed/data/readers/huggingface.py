@@ -57,7 +57,8 @@ def parquet(path: str | Path, **options: Any) -> Federation:
             tables[split] = datasets.concatenate_datasets(
                 [datasets.Dataset.from_parquet(each, cache_dir=kept, keep_in_memory=False) for each in members]
             )
-        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, datasets.exceptions.DatasetGenerationError) as error:
+            # a file may hold any metadata for `datasets`
             reason = str(error.__cause__ or error).splitlines()[0]
             raise InputError(f"the Parquet files at {where} do not read as one table ({reason}); check them") from error
     return _federation(where.stem, tables, options)
