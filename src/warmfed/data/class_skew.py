@@ -11,6 +11,7 @@ from ..core.rng import random_state
 from ..core.tensors import Table, rows, select
 from ..utils.errors import InputError, suggest
 from ..utils.names import plain_name, plain_names
+from ..utils.settings import check_seed
 from .federation import Federation, Site
 
 
@@ -37,10 +38,11 @@ class ClassSkew:
             raise InputError(
                 f"data.options.held needs one of classes_per_site, alpha and classes; got {', '.join(chosen) or 'none'}"
             )
-        if self.classes_per_site < 0 or not 0 <= self.alpha < float("inf") or self.seed < 0:
+        check_seed(self.seed, "data.options.held.seed")
+        if self.classes_per_site < 0 or not 0 <= self.alpha < float("inf"):
             raise InputError(
-                "data.options.held expects classes_per_site from 2, a finite alpha above 0 and a seed from 0; "
-                f"got {self.classes_per_site}, {self.alpha:g} and {self.seed}"
+                "data.options.held expects classes_per_site from 2 and a finite alpha above 0; "
+                f"got {self.classes_per_site} and {self.alpha:g}"
             )
 
     def shares(self, federation: Federation) -> dict[str, list[float]]:

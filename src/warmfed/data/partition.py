@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..core.rng import random_state
 from ..utils.errors import InputError, suggest
+from ..utils.settings import check_seed
 from .extras import partitioned
 
 Ints = NDArray[np.int64]
@@ -157,6 +158,7 @@ class Partition:
             raise InputError(f"there is no partition rule {self.rule!r}{suggest(self.rule, rules)}")
         if not self.sites and self.rule not in ("flwr", "file"):
             raise InputError("data.options.partition needs sites; set the number of sites")
+        check_seed(self.seed, "data.options.partition.seed")
         if self.min_partition_size < 1:
             raise InputError(f"expected a min_partition_size of 1 image or more, got {self.min_partition_size}")
         if self.rule == "file" and not self.path:

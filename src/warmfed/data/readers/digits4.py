@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...core.rng import random_state
+from ...utils.settings import check_seed
 from ..federation import Federation, Site
 from ..partition import dirichlet, iid
 
@@ -38,6 +39,7 @@ def digits4(seed: int = 0, alpha: float | None = None) -> Federation:
     Raises:
         InputError: if alpha is not above 0.
     """
+    check_seed(seed, "the seed of digits4")
     labels, strokes = _originals()
     styles = {"ink": _ink, "paper": _paper, "street": _street, "texture": _texture}
     key = ("digits4", seed)
