@@ -28,13 +28,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from warmfed import report
 from warmfed.config import parse
 from warmfed.core.rng import stream
 from warmfed.data import load
 from warmfed.data.image_io import UnreadableError, decode
 from warmfed.diffusion import lora
 from warmfed.diffusion.generator import LatentDiffusion
+from warmfed.report.record import read_run
 from warmfed.runs.execute import execute, resume
 from warmfed.runs.folder import read_config, read_summary
 from warmfed.utils.errors import InputError
@@ -151,7 +151,7 @@ def _run_target(finished: Path, begun: Path) -> Target:
 
     def read(folder: Path) -> None:
         problems = []
-        for work in (lambda: report.write(folder / "finished"), lambda: resume(folder / "begun")):
+        for work in (lambda: read_run(folder / "finished"), lambda: resume(folder / "begun")):
             try:
                 work()
             except InputError as error:

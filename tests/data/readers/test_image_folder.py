@@ -62,7 +62,10 @@ def test_classes_are_the_union_and_numbers_are_sorted_by_value(tmp_path: Path) -
                 picture(ord(site) * 100 + int(name) * 7 + i).save(tmp_path / site / name / f"{i}.png")
     federation = folder(tmp_path)
     assert federation.classes == ("2", "9", "10")
-    assert federation.notes == ("site 'a' has no images of 2", "site 'b' has no images of 10")
+    assert federation.notes == tuple(
+        f"site {site!r} has no images of {name}; its test does not show how a model does on them"
+        for site, name in (("a", "2"), ("b", "10"))
+    )
     assert federation.present == {"a": ("9", "10"), "b": ("2", "9")}
 
 
