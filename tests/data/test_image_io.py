@@ -69,6 +69,13 @@ def test_black_pictures_are_refused(tmp_path: Path) -> None:
     refused(lambda: load("folder", str(root), image_size=8, max_value=100), "has pixel values from")
 
 
+def test_a_small_file_that_declares_a_huge_picture_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(buffer, "PNG")
+    with quiet(), pytest.raises(UnreadableError, match="declares 9,000×9,000 pixels in"):
+        picture(buffer.getvalue(), 8, 3)
+
+
 def test_frames_and_masks_are_noted(tmp_path: Path) -> None:
     root = pets(tmp_path)
     pages = [Image.new("L", (8, 8), shade) for shade in (40, 90)]

@@ -27,6 +27,12 @@ DEEP = 65535
 """Largest value of a 16-bit pixel."""
 
 
+_FREELY = 2**24
+"""Pixels that every picture may have."""
+_RATIO = 5000
+"""Most pixels for each byte beyond `_FREELY`; photographs and scans have less than 100."""
+
+
 class Facts(NamedTuple):
     """What a picture was before its conversion."""
 
@@ -79,6 +85,8 @@ def picture(source: bytes, size: int, channels: int, max_value: int = 0) -> tupl
     try:
         with Image.open(io.BytesIO(source), formats=FORMATS) as opened:
             had = opened.size
+            if had[0] * had[1] > max(_FREELY, _RATIO * len(source)):
+                raise UnreadableError(f"declares {had[0]:,}×{had[1]:,} pixels in {len(source):,} bytes; save it again")
             # a photograph of a phone (MPO) has a preview or a depth map as its second frame
             frames = opened.format != "MPO" and bool(getattr(opened, "is_animated", False))
             opened.draft(None, (4 * size, 4 * size))  # a large JPEG need not be decoded at full size
