@@ -19,7 +19,7 @@ from ..utils.files import read_json, write_json
 from ..utils.names import lookalikes, plain_name
 from ..utils.paths import expanded
 from .decode import Entry, pictures
-from .examples import WHOLE, Examples, ReaderOptions, Texts, digests, names_in_order, refuse, texts
+from .examples import WHOLE, Examples, ReaderOptions, Texts, absent_sites, digests, names_in_order, refuse, texts
 from .federation import Federation, Site
 from .image_cache import Cache, Mapped
 from .partition import Partition, Rule
@@ -55,8 +55,7 @@ def finished(
         DataError: if there are faults.
     """
     if common.sites is not None:
-        here = sorted({*sites, *(entry.site for entry in entries)})
-        faults += [f"there is no site {site!r}{suggest(site, here)}" for site in common.sites if site not in here]
+        faults += absent_sites(common.sites, [*sites, *(entry.site for entry in entries)])
         entries = [entry for entry in entries if entry.site in common.sites]
     found = {entry.label for entry in entries}
     classes = order if order and set(order) == found else names_in_order(found)
@@ -99,8 +98,7 @@ def assemble(
     """
     faults, notes = list(faults), list(notes)
     if options.sites is not None:
-        here = set(examples.site.tolist())
-        faults += [f"there is no site {site!r}{suggest(site, sorted(here))}" for site in options.sites if site not in here]
+        faults += absent_sites(options.sites, examples.site.tolist())
         examples = _only(examples, np.isin(examples.site, list(options.sites)))
     examples = replace(examples, name=_numbered(examples.name))
     sound = _checked(examples, classes, partitioned=partitioning is not None, faults=faults, notes=notes)

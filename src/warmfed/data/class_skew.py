@@ -13,6 +13,7 @@ from ..utils.errors import InputError, suggest
 from ..utils.names import plain_name, plain_names
 from ..utils.settings import check_seed
 from .federation import Federation, Site
+from .partition import drawn_shares, turns
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,16 @@ class ClassSkew:
             return self._listed(federation)
         if self.alpha:
             random = random_state("held", "dirichlet", self.seed)
-            drawn = np.stack([random.dirichlet(np.full(len(names), self.alpha)) for _ in range(count)])
-            if not np.isfinite(drawn).all():
-                raise InputError(f"alpha {self.alpha:g} is too small to draw shares of {len(names)} sites; set a larger one")
+            drawn = np.stack([drawn_shares(random, len(names), self.alpha) for _ in range(count)])
             kept = drawn / drawn.max(axis=1, keepdims=True)
             return {name: kept[:, place].tolist() for place, name in enumerate(names)}
         if not 2 <= self.classes_per_site <= count:
             raise InputError(f"expected classes_per_site from 2 to {count}, got {self.classes_per_site}")
         deck = random_state("held", "deck", self.seed).permutation(count).tolist()
-        turns = random_state("held", "sites", self.seed).permutation(len(names)).tolist()
+        order = random_state("held", "sites", self.seed).permutation(len(names)).tolist()
         found = {name: [0.0] * count for name in names}
-        for place, turn in enumerate(turns):
-            for card in range(self.classes_per_site):
-                found[names[turn]][deck[(place * self.classes_per_site + card) % count]] = 1.0
+        for site, label in turns(order, deck, self.classes_per_site):
+            found[names[site]][label] = 1.0
         return found
 
     def _listed(self, federation: Federation) -> dict[str, list[float]]:

@@ -140,6 +140,12 @@ LONGEST = 1024
 """Maximum length of a name in characters; each row of a column uses the memory of the longest name."""
 
 
+def absent_sites(wanted: Iterable[str], here: Iterable[str]) -> list[str]:
+    """Return a fault for each wanted site that is not among those of the source."""
+    known = sorted(set(here))
+    return [f"there is no site {site!r}{suggest(site, known)}" for site in wanted if site not in known]
+
+
 class Names:
     """Reads names of sites and classes in their plain form (`utils.names`), and notes each that had another."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..utils.errors import InputError
 from ..utils.files import make_folder as make_folder
-from ..utils.paths import expanded, is_file, is_folder, matching
+from ..utils.paths import expanded, is_file, matching
 
 Bytes = NDArray[np.uint8]
 _PARTIAL = ".partial"
@@ -89,7 +89,7 @@ class Cache:
 
     def size(self) -> int:
         """Return the bytes of all arrays in the folder."""
-        return sum(path.stat().st_size for path in matching(self.folder, "*.u8")) if is_folder(self.folder) else 0
+        return sum(path.stat().st_size for path in matching(self.folder, "*.u8"))
 
     def _make(self, path: Path, shape: tuple[int, ...], make: Callable[[Bytes], None]) -> None:
         make_folder(self.folder)

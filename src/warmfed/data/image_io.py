@@ -81,7 +81,7 @@ def quiet() -> Iterator[None]:
 
 
 def picture(source: bytes, size: int, channels: int, max_value: int = 0) -> tuple[Pixels, Facts]:
-    """Return the decoded picture, as `decode` does, and what it was before; call it within `quiet`."""
+    """Decode a picture as `decode` does; return its pixels and its facts. Call it within `quiet`."""
     try:
         with Image.open(io.BytesIO(source), formats=FORMATS) as opened:
             had = opened.size

@@ -4,7 +4,7 @@
 NumPy version.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -92,13 +92,27 @@ def shards(labels: NDArray[Any], sites: int, classes_per_site: int, *, key: Sequ
     deck = random_state(*key, "deck").permutation(values)
     names = random_state(*key, "sites").permutation(sites)
     holders: dict[int, list[int]] = {int(value): [] for value in values}
-    for card in range(sites * classes_per_site):
-        holders[int(deck[card % len(deck)])].append(int(names[card // classes_per_site]))
+    for site, value in turns(names.tolist(), deck.tolist(), classes_per_site):
+        holders[value].append(site)
     parts: list[list[Ints]] = [[] for _ in range(sites)]
     for value, held_by in holders.items():
         for turn, site in enumerate(held_by):
             parts[site].append(order[labels[order] == value][turn :: len(held_by)])
     return [np.concatenate(part) for part in parts]
+
+
+def turns(sites: Sequence[int], classes: Sequence[int], each: int) -> Iterator[tuple[int, int]]:
+    """Yield (site, class): in this order, each site takes the next `each` classes, which begin anew after the last one."""
+    for card in range(len(sites) * each):
+        yield sites[card // each], classes[card % len(classes)]
+
+
+def drawn_shares(random: np.random.RandomState, sites: int, alpha: float) -> NDArray[np.float64]:
+    """Return shares from Dirichlet(alpha), float [sites]; raise `InputError` if alpha is so small that they are not numbers."""
+    shares = random.dirichlet(np.full(sites, float(alpha)))
+    if not np.isfinite(shares).all():
+        raise InputError(f"alpha {alpha:g} is too small to draw shares of {sites} sites; 0.5 is a strong skew, 10 a weak one")
+    return shares
 
 
 def quantity(
@@ -117,9 +131,7 @@ def quantity(
     free = len(labels) - sites * min_partition_size
     if free < 0:
         raise InputError(f"expected {sites * min_partition_size} examples or more, got {len(labels)}; set fewer sites")
-    shares = random_state(*key, "sizes").dirichlet(np.full(sites, float(alpha)))
-    if not np.isfinite(shares).all():
-        raise InputError(f"alpha {alpha:g} is too small to draw shares of {sites} sites; 0.5 is a strong skew, 10 a weak one")
+    shares = drawn_shares(random_state(*key, "sizes"), sites, alpha)
     cuts = np.rint(np.cumsum(shares)[:-1] * free).astype(np.int64) + min_partition_size * np.arange(1, sites)
     return list(np.split(order, cuts))
 

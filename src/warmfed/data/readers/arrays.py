@@ -19,7 +19,7 @@ from ...utils.errors import InputError, suggest
 from ...utils.files import check_size, open_regular
 from ...utils.paths import expanded, is_file, matching, resolved
 from ..build import assemble
-from ..examples import WHOLE, Examples, Names, ReaderOptions, Texts, digests, reader_options, refuse, texts
+from ..examples import WHOLE, Examples, Names, ReaderOptions, Texts, absent_sites, digests, reader_options, refuse, texts
 from ..federation import SPLIT_NAMES, Federation
 from ..image_cache import Bytes
 from ..image_io import UnreadableError, from_array
@@ -103,10 +103,6 @@ def _check_numbers(values: NDArray[Any], count: int, what: str, most: int | None
         raise UnreadableError(f"expected {what} from 0 to {limit - 1}, got {low} to {high}; number them from 0")
 
 
-def _absent(sites: Sequence[str], here: set[str]) -> list[str]:
-    return [f"there is no site {site!r}{suggest(site, sorted(here))}" for site in sites if site not in here]
-
-
 def _names(site: str | Sequence[str]) -> Texts:
     return texts([site] if isinstance(site, str) else site)
 
@@ -124,7 +120,7 @@ def _gathered(
     name = common.name or name
     if common.sites is not None:  # before their arrays are examined; `assemble` chooses among sites of single images
         if all(isinstance(block.site, str) for block in blocks):
-            faults += _absent(common.sites, {str(block.site) for block in blocks})
+            faults += absent_sites(common.sites, (str(block.site) for block in blocks))
         blocks = [block for block in blocks if not isinstance(block.site, str) or block.site in common.sites]
     labels, sides = [], set()
     for block in blocks:
@@ -365,7 +361,7 @@ def idx(path: str | Path, **options: Any) -> Federation:
             continue
         split = "test" if match["split"] == "t10k" else SPLIT_NAMES[match["split"]]
         blocks.append(Block(site, split, shape[0], chunks, label, f"{site}/{split}"))
-    faults += _absent(common.sites or (), here)
+    faults += absent_sites(common.sites or (), here)
     refuse(root.name, faults)
     try:
         return _gathered(resolved(root).name, blocks, common, key.hexdigest(), faults, notes)

@@ -55,11 +55,11 @@ def folder(path: str | Path, *, lists: str = "", **options: Any) -> Federation:
     order: tuple[str, ...] = ()
     if lists != "off":
         where = expanded(lists) if lists else root
-        found = sorted(each for each in matching(where, "*.txt") if _LIST.fullmatch(each.name)) if is_folder(where) else []
+        found = [each for each in matching(where, "*.txt") if _LIST.fullmatch(each.name)]
         if lists and not found:
             raise InputError(f"{where} has no split lists; expected SITE_train.txt and SITE_test.txt")
         if found:
-            entries, order = _listed(root, entries, found, set(sites), faults, notes)
+            entries, order = _listed(entries, found, set(sites), faults, notes)
     return finished(resolved(root).name, entries, common, faults, notes, order, sites)
 
 
@@ -178,15 +178,14 @@ def _path_in_list(text: str) -> str:
 
 
 def _listed(
-    root: Path, entries: list[Entry], lists: list[Path], sites: set[str], faults: list[str], notes: list[str]
+    entries: list[Entry], lists: list[Path], sites: set[str], faults: list[str], notes: list[str]
 ) -> tuple[list[Entry], tuple[str, ...]]:
     """Return the pictures in the lists, with the lists' splits, and the classes in the order of the lists' labels.
 
     Args:
-        root: the folder of the pictures.
         entries: the pictures.
         lists: the files.
-        sites: names of the sites whose lists are read.
+        sites: names of all sites in the folder.
         faults: list of faults, extended here.
         notes: list of remarks, extended here.
     """
