@@ -63,7 +63,7 @@ def test_names_that_no_file_has(examine: Callable[[Path], Any], name: str, told:
 
 
 def test_a_home_that_does_not_exist() -> None:
-    with pytest.raises(InputError, match="no such home folder"):
+    with pytest.raises(InputError, match="the home folder of ~nobody-has-this-name/x is not known"):
         expanded("~nobody-has-this-name/x")
 
 

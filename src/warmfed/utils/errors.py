@@ -16,6 +16,11 @@ def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be stored as UTF-8; bytes of names in another encoding cannot."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def demand_text(text: str, what: str) -> None:
     """Raise `InputError` if a text cannot be stored as UTF-8, as of a command line or file name in another encoding.
 
@@ -23,7 +28,7 @@ def demand_text(text: str, what: str) -> None:
         text: the text.
         what: what the text is, for the error.
     """
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+    if not is_utf8(text):
         raise InputError(f"{what} is not UTF-8: {printable(text, 80)}; write it in UTF-8")
 
 

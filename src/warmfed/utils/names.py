@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from .errors import InputError
+from .errors import InputError, is_utf8
 
 _MISSING = {"nan", "none", "null", "nil", "na", "n/a", "<na>", "nat", "undefined"}
 _WHOLE = re.compile(r"(?<![\d.])0*(\d+)(?:\.0+)?(?![\d.])")
@@ -45,9 +45,7 @@ def fault_of_name(name: str) -> str:
     """Return why a name cannot be used, as the end of a sentence; empty if it can be."""
     if not name.strip():
         return "is empty; give it a name"
-    try:
-        name.encode()
-    except UnicodeEncodeError:
+    if not is_utf8(name):
         return "is not valid UTF-8, as in archives of some old systems; rename it"
     return "" if name == plain_name(name) else "has blanks at its ends or is not in Unicode's form NFC; rename it"
 

@@ -1,8 +1,8 @@
 """Examine paths that a user, a configuration or a table names; a path that cannot be examined gives one line.
 
-`pathlib` raises several exceptions for such paths: `PermissionError` if a folder above may not be searched, `OSError` for names
-that are too long, `ValueError` for NUL characters and `UnicodeEncodeError` for text that is no file name, `RuntimeError` for a
-`~` without a home folder. These functions raise `InputError` for all of them. A missing path is not an error.
+`pathlib` raises several exceptions for such paths. `PermissionError`: a folder above may not be searched. `OSError`: a name is
+too long. `ValueError`: a name has a NUL character, or the file system cannot store it. `RuntimeError`: `~` has no home folder.
+These functions raise `InputError` for all of them. A missing path is not an error.
 """
 
 import errno
@@ -20,11 +20,11 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
 
 
 def expanded(path: str | Path) -> Path:
-    """Return the path with `~` and `~user` replaced by home folders; raise `InputError` if there is no such folder."""
+    """Return the path with `~` and `~user` replaced by home folders; raise `InputError` if such a folder is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise InputError(f"{printable(str(path))}: there is no such home folder ({error}); write the whole path") from error
+        raise InputError(f"the home folder of {printable(str(path))} is not known ({error}); write the whole path") from error
 
 
 def exists(path: Path) -> bool:
@@ -65,7 +65,10 @@ def matching(folder: Path, pattern: str, *, below: bool = False) -> list[Path]:
     """
     if not is_folder(folder):
         return []
-    return sorted(path for path in (_below(folder) if below else children(folder)) if fnmatch(path.name, pattern))
+    if below:
+        return sorted(path for path in _below(folder) if fnmatch(path.name, pattern))
+    # a cache may have many files, of which few match
+    return sorted(folder / name for name in _examined(folder, lambda: os.listdir(folder)) if fnmatch(name, pattern))
 
 
 def unusable(path: str | Path, error: Exception) -> InputError:

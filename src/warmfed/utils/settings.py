@@ -4,7 +4,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ def _check_choice(where: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise InputError(f"{where} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def check_key(key: str, path: str, known: Iterable[str], renamed: Mapping[str, str]) -> None:
+def check_key(key: str, path: str, known: Collection[str], renamed: Mapping[str, str]) -> None:
     """Raise `InputError` if a key of a table is not known.
 
     Args:
