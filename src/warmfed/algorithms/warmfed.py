@@ -22,7 +22,6 @@ from typing import ClassVar, Literal, cast, final
 
 import torch
 
-from ..algorithms.shared.base import at_sites
 from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage, Workload, classifier
 from ..core.messages import message
 from ..core.rng import spawn
@@ -32,7 +31,7 @@ from ..fit import fit
 from ..utils.errors import InputError
 from ..utils.settings import check_choices
 from .shared.adapter_screening import late_suspects
-from .shared.base import Model, expect, gathering, upload
+from .shared.base import Model, at_sites, expect, gathering, upload
 from .shared.distillation import Distillation, distilled, dynamic
 from .shared.robust_aggregation import Robust
 from .shared.synthetic_data import (
@@ -58,7 +57,7 @@ class Server:
     model: Tensors  # θ_g
     tuned: Tensors | None  # θ_g after fine-tuning, until the gate decides
     subset: Tensors  # S_sub
-    holders: tuple[str, ...]  # sites that have received S_sub
+    holders: tuple[str, ...]  # sites that have received S_sub and their replay
     classes: Tensors  # Y_n, by site
     adapters: Mapping[str, Tensors]  # A_n, B_n and prompt embeddings, until S is sampled
     replay: Mapping[str, Tensors]  # by site, samples of the classes that it lacks, until it has them

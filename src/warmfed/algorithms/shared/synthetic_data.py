@@ -309,8 +309,8 @@ def warm_start(
     samples = without(samples, tuple(adapters), aside)
     adapters = {site: adapter for site, adapter in adapters.items() if site not in aside}
     belief = cross_predict(ctx, samples, settings.filter_training)
-    if settings.hard_fraction and rows(samples) < settings.per_class * sum(len(classes[site]) for site in adapters):
-        more = (settings.per_class * sum(len(classes[site]) for site in adapters)) - rows(samples)
+    more = settings.per_class * sum(len(classes[site]) for site in adapters) - rows(samples)
+    if settings.hard_fraction and more > 0:
         extra = drawn(ctx, adapters, sample_hard(samples, likely(belief, samples["label"]), adapters, more))
         samples = join([samples, extra])
         belief = cross_predict(ctx, samples, settings.filter_training)
@@ -328,6 +328,7 @@ def warm_start(
     columns = {name: column for name, column in kept.items() if name != "site"}
     model, info = fit(replace(ctx, rng=spawn(ctx.rng)), ctx.task.init(spawn(ctx.rng)), settings.training, columns)
     subset = balanced_subset(kept, settings.subset, spawn(ctx.rng))
+    lacking = ~of_held(samples, tuple(adapters), classes)
     metrics = {"samples": float(rows(samples)), "kept": float(rows(kept)), "loss": info["loss"], **told}
     for i, site in enumerate(adapters):
         mine = samples["site"] == i
@@ -336,10 +337,10 @@ def warm_start(
             f"recognised/{site}": right[mine].double().mean().item(),
             f"kept/{site}": float(keep[mine].sum()),
         }
-        if (lacking := mine & ~of_held(samples, tuple(adapters), classes)).any():
+        if (drawn_lacking := mine & lacking).any():
             metrics |= {
-                f"recognised_lacking/{site}": right[lacking].double().mean().item(),
-                f"kept_lacking/{site}": float(keep[lacking].sum()),
+                f"recognised_lacking/{site}": right[drawn_lacking].double().mean().item(),
+                f"kept_lacking/{site}": float(keep[drawn_lacking].sum()),
             }
     keep_samples(ctx, tuple(adapters), {**samples, "kept": keep}, asdict(settings))
     return WarmStart(model, {name: subset[name] for name in columns}, kept, tuple(adapters), metrics)
