@@ -9,7 +9,7 @@ import toy
 
 from warmfed.algorithms.fedbip import FedBiP
 from warmfed.algorithms.feddeo import FedDEO
-from warmfed.algorithms.shared.synthetic_data import Synthesis, of_lacking, planned
+from warmfed.algorithms.shared.synthetic_data import Synthesis, held_only, of_lacking, planned
 from warmfed.algorithms.warmfed import Replay, WarmFed
 from warmfed.core.tensors import Table, select
 from warmfed.utils.errors import InputError
@@ -89,6 +89,13 @@ def test_replay_goes_to_the_personal_models_only(rounds: int) -> None:
     kinds = [line.kind for record in replayed.rounds for line in record.exchanges if line.direction == "down"]
     assert kinds.count("warmfed.Replay") == len(LACKING)
     assert "warmfed.Replay" not in [line.kind for record in plain.rounds for line in record.exchanges]
+
+
+def test_sites_are_judged_by_the_classes_that_they_hold() -> None:
+    label = torch.tensor([0, 1, 2, 0, 2])
+    samples = {"image": torch.arange(5)[:, None], "label": label, "site": torch.tensor([0, 0, 0, 1, 1])}
+    assert held_only(samples, ("a", "b"), {"a": (0, 1), "b": (0, 2)})["image"][:, 0].tolist() == [0, 1, 3, 4]
+    assert held_only(samples, ("a", "b"), {"a": (0, 1, 2), "b": (0, 2)}) is samples
 
 
 def test_samples_are_the_sites_own_and_of_the_classes_that_it_lacks() -> None:

@@ -41,6 +41,7 @@ from .shared.synthetic_data import (
     draw,
     gather,
     generator_of,
+    held_only,
     labelled,
     likely,
     of_lacking,
@@ -370,7 +371,8 @@ class WarmFed:
         held = {site: tuple(labels.tolist()) for site, labels in classes.items()}
         share = round(rows(server.subset) / max(sum(len(labels) for labels in server.classes.values()), 1))
         samples = draw(ctx, adapters, *planned(held, len(ctx.prompts), max(share, 1), self.synthesis))
-        aside, told = late_suspects(samples, tuple(adapters), server.subset, self.synthesis.contradicted)
+        judged = held_only(samples, tuple(adapters), held)
+        aside, told = late_suspects(judged, tuple(adapters), server.subset, self.synthesis.contradicted)
         samples = without(samples, tuple(adapters), aside)
         # The present global model replaces the two cross-predicting classifiers of the warm start.
         belief = classifier(ctx).predict(server.model, samples, device=ctx.device).softmax(-1)

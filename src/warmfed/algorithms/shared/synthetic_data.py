@@ -166,6 +166,12 @@ def of_held(samples: Table, sites: Sequence[str], classes: Mapping[str, tuple[in
     return held[samples["site"], samples["label"]]
 
 
+def held_only(samples: Table, sites: Sequence[str], classes: Mapping[str, tuple[int, ...]]) -> Table:
+    """Return the samples of classes that their sites hold; sites are judged by them."""
+    own = of_held(samples, sites, classes)
+    return samples if own.all() else select(samples, own)
+
+
 def of_lacking(kept: Table, sites: Sequence[str], classes: Mapping[str, tuple[int, ...]], most: int) -> dict[str, Table]:
     """Return, by site, at most `most` samples of each class that the site lacks, in its own style.
 
@@ -302,8 +308,7 @@ def warm_start(
     first = max(1, round(settings.per_class * (1 - settings.hard_fraction)))
     wanted, first = planned(classes, len(ctx.prompts), first, settings)
     samples = draw(ctx, adapters, wanted, first)
-    own = of_held(samples, tuple(adapters), classes)
-    aside, told = suspects(samples if own.all() else select(samples, own), tuple(adapters), settings.contradicted)
+    aside, told = suspects(held_only(samples, tuple(adapters), classes), tuple(adapters), settings.contradicted)
     told = {**told, **{f"samples/{site}": float(first * len(wanted[site])) for site in aside}}
     told |= {f"kept/{site}": 0.0 for site in aside}
     samples = without(samples, tuple(adapters), aside)
