@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WARMFED_CACHE"] = tempfile.mkdtemp(prefix="warmfed-cache-")
 
+import hypothesis
 import pytest
 import torch
 import toy
@@ -17,6 +18,9 @@ import toy
 from warmfed.core.tensors import Table
 
 torch.set_num_threads(1)
+# the same examples in every run; `pytest --hypothesis-profile=default` draws new ones
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 atexit.register(shutil.rmtree, os.environ["WARMFED_CACHE"], ignore_errors=True)
 
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from warmfed.config import parse
 from warmfed.report.parts import Cell, Table
-from warmfed.runs.console import BarReporter, LineReporter, PlainTable, console, data_counts, print_path, rich_table
-from warmfed.utils.errors import shown
+from warmfed.runs.console import BarReporter, LineReporter, PlainTable, console, data_counts, one_line, print_path, rich_table
 from warmfed.utils.output import prepare_output
 
 NAMES = st.text(st.characters(codec=None, categories=None), min_size=1, max_size=12)
@@ -72,7 +71,7 @@ def test_any_name_can_be_in_the_progress(name: str) -> None:
                 reporter.phase(name, 1, 1)
 
     found = drawn(report, terminal=True)
-    assert found.count(shown(name).strip()) >= 3
+    assert one_line(found).count(one_line(name).strip()) >= 2  # said, and as a phase
 
 
 @pytest.mark.parametrize(
