@@ -15,7 +15,7 @@ from warmfed.algorithms.shared.synthetic_data import Synthesis, balanced_subset,
 from warmfed.algorithms.warmfed import ValidationVote, WarmFed
 from warmfed.core import ClientContext, Reply
 from warmfed.core.rng import spawn, stream
-from warmfed.core.tensors import mean, mix, rows, select, sub
+from warmfed.core.tensors import join, mean, mix, rows, select, sub
 from warmfed.core.training import Training
 from warmfed.fit import fit
 from warmfed.run import run
@@ -217,24 +217,30 @@ def test_each_site_gets_the_subset_once(sample: float) -> None:
 # the gate
 
 
-def verdicts(*found: dict[str, float]) -> dict[str, Reply]:
-    shares = ("0.0", "0.5", "1.0")
-    return {
-        str(i): Reply(ValidationVote({s: f[s] for s in shares}, {s: -f[s] for s in shares}, 20), None, 20.0, {})
-        for i, f in enumerate(found)
-    }
+def verdicts(*found: dict[str, list[float]], counts: tuple[int, ...] = (20, 20, 0)) -> dict[str, Reply]:
+    """Return votes with these right answers of the first classes, of so many images."""
+
+    def vote(right: dict[str, list[float]]) -> ValidationVote:
+        each = {s: torch.tensor([*r, *[0.0] * (toy.CLASSES - len(r))], dtype=torch.float64) for s, r in right.items()}
+        return ValidationVote(each, {s: -sum(r) for s, r in right.items()}, counts)
+
+    return {str(i): Reply(vote(right), None, float(sum(counts)), {}) for i, right in enumerate(found)}
+
+
+def shares(none: list[float], half: list[float], all_: list[float]) -> dict[str, list[float]]:
+    return {"0.0": none, "0.5": half, "1.0": all_}
 
 
 @pytest.mark.parametrize(
     ("found", "strength"),
     [
-        ([{"0.0": 10, "0.5": 9, "1.0": 9}, {"0.0": 10, "0.5": 10, "1.0": 10}], 0.0),
-        ([{"0.0": 10, "0.5": 12, "1.0": 9}, {"0.0": 10, "0.5": 9, "1.0": 11}], 0.5),
-        ([{"0.0": 10, "0.5": 12, "1.0": 19}, {"0.0": 10, "0.5": 9, "1.0": 9}], 1.0),
-        ([{"0.0": 10, "0.5": 10, "1.0": 10}], 0.0),
+        ([shares([5, 5], [4, 5], [5, 4]), shares([5, 5], [5, 5], [5, 5])], 0.0),
+        ([shares([5, 5], [6, 6], [4, 5]), shares([5, 5], [4, 5], [6, 5])], 0.5),
+        ([shares([5, 5], [6, 6], [9, 10]), shares([5, 5], [4, 5], [4, 5])], 1.0),
+        ([shares([5, 5], [5, 5], [5, 5])], 0.0),
     ],
 )
-def test_the_gate_follows_the_sum_of_right_answers(found: list, strength: float) -> None:
+def test_the_gate_follows_the_right_answers(found: list, strength: float) -> None:
     outcome = play(quick("warmfed"))
     server = replace(outcome.server, model=weights("average"), tuned=weights("tuned"))
     decided, metrics = outcome.algorithm.decide(server, verdicts(*found), toy.central())
@@ -245,6 +251,19 @@ def test_the_gate_follows_the_sum_of_right_answers(found: list, strength: float)
     assert decided.tuned is None
 
 
+def test_classes_count_the_same_at_the_gate_and_lacking_ones_have_no_vote() -> None:
+    outcome = play(quick("warmfed"))
+    server = replace(outcome.server, model=weights("average"), tuned=weights("tuned"))
+    common, rare = (90, 0, 0), (0, 10, 0)
+    # the tuned model loses 4 of 90 images of the common class and gains 1 of 10 of the rare one
+    votes = verdicts(shares([80], [80], [76]), counts=common)
+    votes["rare"] = verdicts(shares([0, 5], [0, 5], [0, 6]), counts=rare)["0"]
+    _, metrics = outcome.algorithm.decide(server, votes, toy.central())
+    assert metrics["gate_strength"] == 1.0
+    assert metrics["validation_before"] == pytest.approx((100 * 80 / 90 + 50) / 2)
+    assert metrics["validation_after"] == pytest.approx((100 * 76 / 90 + 60) / 2)
+
+
 @pytest.mark.parametrize("lr", [0.01, 0.5, 5.0])
 def test_the_gate_never_lowers_the_sites_validation_accuracy(lr: float) -> None:
     outcome = toy.play(quick("warmfed", tune_training=Training(lr=lr)))
@@ -252,10 +271,8 @@ def test_the_gate_never_lowers_the_sites_validation_accuracy(lr: float) -> None:
     assert len(decided) == 2
     for record in decided:
         merged = outcome.after("train", record.number).server.model
-        right = [
-            sum(toy.TASK.metrics(model, data["validation"])["accuracy"] for data in toy.SITES.values()) / 4
-            for model in (merged, record.server.model)
-        ]
+        everything = join([data["validation"] for data in toy.SITES.values()])
+        right = [toy.TASK.metrics(model, everything)["balanced_accuracy"] for model in (merged, record.server.model)]
         assert right[1] >= right[0] - 1e-9  # one image is 1.7; less is the rounding of the sum
         assert record.aggregate["validation_before"] == pytest.approx(right[0])
         assert record.aggregate["validation_after"] == pytest.approx(right[1])

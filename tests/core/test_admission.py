@@ -121,7 +121,7 @@ def shorter(tensors: Tensors) -> Tensors:
         ("warmfed", 0, bent(classes=lambda held: ()), "one or more distinct classes"),
         ("warmfed", 2, bent(model=shorter), "is missing, expected float32"),
         ("warmfed", 3, bent(right=shorter), "expected right answers and losses of 0.0, 0.5, 1.0, got"),
-        ("warmfed", 3, bent(right=lambda right: {**right, "1.0": 1e9}), "right answers and losses"),
+        ("warmfed", 3, bent(right=lambda right: {**right, "1.0": right["1.0"] + 1e9}), "right answers and losses"),
         ("warmfed", 3, bent(loss=lambda loss: {**loss, "1.0": float("nan")}), "right answers and losses"),
         ("fgl", 0, bent(classes=lambda held: (0, 0)), "one or more distinct classes"),
         ("fednova", 0, bent(direction=shorter), "is missing, expected float32"),

@@ -163,10 +163,10 @@ def message(**changes: Any) -> Callable[[Reply], Reply]:
         (
             "warmfed",
             3,
-            lambda r: replace(message(count=lambda n: 10**9)(r), weight=1e9),
+            lambda r: replace(message(counts=lambda n: (10**9, 0, 0))(r), weight=1e9),
             "expected 1 to the 15 validation rows",
         ),
-        ("warmfed", 3, message(count=lambda n: 10**9), "right answers and losses"),
+        ("warmfed", 3, message(counts=lambda n: (10**9, 0, 0)), "right answers and losses"),
         ("scaffold", 0, message(control=lambda c: dict(list(c.items())[1:])), "is missing, expected float32"),
         ("fednova", 0, message(accumulated=lambda n: 1e9), "it accumulated 1000000000.0 gradients, expected at most"),
         ("fedproto", 0, message(count=lambda c: {"images": c["images"] * 2**40}), "class counts whose sum is"),
@@ -247,8 +247,8 @@ def test_share_bounds_replies_verdicts_and_the_union_of_tests() -> None:
 
 def test_a_verdict_weighs_no_more_than_its_share() -> None:
     def few(reply: Reply) -> Reply:
-        right = dict.fromkeys(reply.message.right, 3.0)
-        return replace(reply, weight=3.0, message=replace(reply.message, count=3, right=right))
+        right = dict.fromkeys(reply.message.right, toy.torch.ones(3, dtype=toy.torch.float64))
+        return replace(reply, weight=3.0, message=replace(reply.message, counts=(1, 1, 1), right=right))
 
     faults = {(3, site): few for site in "bcd"}  # three sites of three right answers of three, and one of 15 images
     alone, shared = (

@@ -99,7 +99,7 @@ def test_equal_messages_have_equal_bytes() -> None:
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([5])
     assert encode(Model({"a": a, "b": b})) == encode(Model({"b": b.clone(), "a": a.clone()}))
     assert encode(Model({"a": a})) != encode(Model({"a": a.double()}))
-    assert encode(ValidationVote({"x": 1}, {}, 2)) == encode(ValidationVote({"x": 1.0}, {}, 2))
+    assert encode(ValidationVote({}, {"x": 1}, (2,))) == encode(ValidationVote({}, {"x": 1.0}, (2,)))
 
 
 def test_views_and_shared_tensors_travel_by_value() -> None:
@@ -128,7 +128,7 @@ def test_the_ledger_counts_the_tensors_of_inner_messages() -> None:
 
 
 MODEL = Model({"w": torch.ones(2)})
-VERDICT = ValidationVote({"0.0": 3.0}, {"0.0": 1.5}, 4)
+VERDICT = ValidationVote({"0.0": torch.ones(1)}, {"0.0": 1.5}, (4,))
 
 
 def forged(change: Any, sent: Message = MODEL) -> bytes:
@@ -169,12 +169,12 @@ REFUSED = {
     "tensor of no name": (forged(with_fields(model=[])), "undeclared tensors"),
     "an empty field": (forged(with_fields(model=None)), "it is empty"),
     "a number for tensors": (forged(with_fields(model=3)), "'model'"),
-    "text for a number": (forged(with_fields(count="4"), VERDICT), "expected int"),
-    "a truth for a number": (forged(with_fields(count=True), VERDICT), "expected int"),
-    "half a count": (forged(with_fields(count=4.5), VERDICT), "expected int"),
-    "text in a mapping": (forged(with_fields(right={"0.0": "many"}), VERDICT), "expected float"),
-    "a list for a mapping": (forged(with_fields(right=[1.0]), VERDICT), "'right'"),
-    "a number beyond all floats": (forged(with_fields(right={"0.0": 10**400}), VERDICT), "'right'"),
+    "text for a number": (forged(with_fields(counts=["4"]), VERDICT), "expected int"),
+    "a truth for a number": (forged(with_fields(counts=[True]), VERDICT), "expected int"),
+    "half a count": (forged(with_fields(counts=[4.5]), VERDICT), "expected int"),
+    "text in a mapping": (forged(with_fields(loss={"0.0": "many"}), VERDICT), "expected float"),
+    "a list for a mapping": (forged(with_fields(loss=[1.0]), VERDICT), "'loss'"),
+    "a number beyond all floats": (forged(with_fields(loss={"0.0": 10**400}), VERDICT), "'loss'"),
     "text for a list": (forged(with_fields(classes="01"), Adapter({}, (0,))), "expected a list"),
     "text in a list": (forged(with_fields(classes=["0"]), Adapter({}, (0,))), "expected int"),
     "an unknown inner kind": (forged(with_fields(message={"kind": "x", "fields": {}}), Reply(None, None, 1.0, {})), "kind 'x'"),

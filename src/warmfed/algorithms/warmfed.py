@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast, final
 
 import torch
+from torch import Tensor
 
 from ..core import ClientContext, Empty, GeneratorSpec, Metrics, Replies, Reply, ServerContext, Stage, Workload, classifier
 from ..core.messages import message
@@ -28,6 +29,7 @@ from ..core.rng import spawn
 from ..core.tensors import Tensors, join, mix, rows, select
 from ..core.training import Training
 from ..fit import fit
+from ..metrics.classification import measure
 from ..utils.errors import InputError
 from ..utils.settings import check_choices
 from .shared.adapter_screening import late_suspects
@@ -116,11 +118,11 @@ class Candidates:
 
 @message("warmfed.Verdict")
 class ValidationVote:
-    """A site's validation result for each share of the fine-tuning."""
+    """A site's validation result for each share of the fine-tuning; 0 for classes that it lacks."""
 
-    right: Mapping[str, float]
-    loss: Mapping[str, float]
-    count: int
+    right: Tensors  # by share, right answers of each class, float64 [classes]
+    loss: Mapping[str, float]  # by share, sum over the images
+    counts: tuple[int, ...]  # images of each class
 
 
 @message("warmfed.Site")
@@ -391,28 +393,41 @@ class WarmFed:
 
     def judge(self, received: Candidates, state: Site, ctx: ClientContext) -> Reply[ValidationVote]:
         verdict = _verdict(ctx, received.average, received.tuned)
-        return Reply(verdict, state, float(verdict.count), {})
+        return Reply(verdict, state, float(sum(verdict.counts)), {})
 
     def judged(self, reply: Reply[ValidationVote], site: str, ctx: ServerContext) -> None:
         """Raise `InputError` if a vote lacks a share of the fine-tuning or holds impossible numbers."""
-        right, loss, count = reply.message.right, reply.message.loss, reply.message.count
-        known = right.keys() == loss.keys() == set(_SHARES) and count == reply.weight
-        if not known or not all(0 <= right[s] < count + 0.5 and 0 <= loss[s] < math.inf for s in _SHARES):
-            raise InputError(f"expected right answers and losses of {', '.join(_SHARES)}, got {reply.message}")
+        right, loss, counts = reply.message.right, reply.message.loss, torch.tensor(reply.message.counts)
+        known = right.keys() == loss.keys() == set(_SHARES) and counts.shape == (len(ctx.prompts),)
+        known = known and bool((counts >= 0).all()) and int(counts.sum()) == reply.weight
+        fits = known and all(r.shape == counts.shape and ((r >= 0) & (r <= counts)).all() for r in right.values())
+        if not fits or not all(0 <= loss[s] < math.inf for s in _SHARES):
+            raise InputError(
+                f"expected right answers and losses of {', '.join(_SHARES)}, got {reply.message.right} and {loss} "
+                f"with {counts.tolist()} images of the classes"
+            )
 
     def decide(self, server: Server, replies: Replies[ValidationVote], ctx: ServerContext) -> tuple[Server, Metrics]:
-        """Keep the share of the fine-tuning with the most correct predictions; the lower loss breaks ties."""
-        heard = [(r.message, r.weight / r.message.count) for r in replies.values()]  # below 1 if the admission policy cut it
-        right = {share: sum(verdict.right[share] * part for verdict, part in heard) for share in _SHARES}
-        loss = {share: sum(verdict.loss[share] * part for verdict, part in heard) for share in _SHARES}
-        count = sum(reply.weight for reply in replies.values())
+        """Keep the share of the fine-tuning with the best balanced accuracy; the lower loss breaks ties.
+
+        A class counts the same however many images of it the sites have; a site has no vote on a class that it lacks.
+        """
+        # below 1 if the admission policy cut the weight
+        heard = [(r.message, r.weight / sum(r.message.counts)) for r in replies.values()]
+        counts = torch.stack([torch.tensor(v.counts).double() * part for v, part in heard]).sum(0)
+        judged = counts > 0
+        right, loss = dict[str, float](), dict[str, float]()
+        for share in _SHARES:
+            answers = torch.stack([v.right[share].double() * part for v, part in heard]).sum(0)
+            right[share] = 100 * float((answers[judged] / counts[judged]).mean())
+            loss[share] = sum(v.loss[share] * part for v, part in heard)
         best = _best(right, loss)
         metrics = {
             "gate_kept": float(best != _SHARES[0]),
             "gate_strength": float(best),
-            "validation_before": 100 * right[_SHARES[0]] / count,
-            "validation_after": 100 * right[best] / count,
-            "validation_tuned": 100 * right[_SHARES[-1]] / count,
+            "validation_before": right[_SHARES[0]],
+            "validation_after": right[best],
+            "validation_tuned": right[_SHARES[-1]],
         }
         assert server.tuned is not None, "the stage train has tuned it"
         return replace(server, model=mix(server.model, server.tuned, float(best)), tuned=None), metrics
@@ -434,11 +449,12 @@ class WarmFed:
         counts the same if the site lacks one.
         """
         if state.replay is None:
-            verdict = _verdict(ctx, before, after)
-            return float(_best(verdict.right, verdict.loss))
+            verdict, count = _verdict(ctx, before, after), rows(ctx.data["validation"])
+            return float(_best({share: 100 * float(r.sum()) / count for share, r in verdict.right.items()}, verdict.loss))
         table = join([ctx.data["validation"], _parts(state.replay)[1]])
         found = {share: ctx.task.metrics(mix(before, after, float(share)), table, ctx.device) for share in _SHARES}
-        return float(max(_SHARES, key=lambda share: (round(found[share]["balanced_accuracy"], 6), -found[share]["loss"])))
+        right = {share: m["balanced_accuracy"] for share, m in found.items()}
+        return float(_best(right, {share: m["loss"] for share, m in found.items()}))
 
     def done(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         return server, {}
@@ -463,11 +479,16 @@ def _parts(samples: Tensors) -> tuple[Tensors, Tensors]:
 def _verdict(ctx: ClientContext, before: Tensors, after: Tensors) -> ValidationVote:
     """Return the validation result of each share of the way from one model to the other."""
     table = ctx.data["validation"]
-    found = {share: ctx.task.metrics(mix(before, after, float(share)), table, ctx.device) for share in _SHARES}
-    right = {share: m["accuracy"] * m["count"] / 100 for share, m in found.items()}
-    return ValidationVote(right, {share: m["loss"] * m["count"] for share, m in found.items()}, rows(table))
+    label, classes = table["label"], len(ctx.prompts)
+    right, loss = dict[str, Tensor](), dict[str, float]()
+    for share in _SHARES:
+        logits = classifier(ctx).predict(mix(before, after, float(share)), table, device=ctx.device)
+        found = measure(logits, label)
+        right[share] = label[logits.argmax(-1) == label].bincount(minlength=classes).double()
+        loss[share] = found["loss"] * found["count"]
+    return ValidationVote(right, loss, tuple(label.bincount(minlength=classes).tolist()))
 
 
 def _best(right: Mapping[str, float], loss: Mapping[str, float]) -> str:
-    """Return the share with the most correct predictions; the lower loss breaks ties."""
-    return max(_SHARES, key=lambda share: (round(right[share]), -loss[share]))
+    """Return the share with the highest accuracy, in percent; the lower loss breaks ties."""
+    return max(_SHARES, key=lambda share: (round(right[share], 6), -loss[share]))
