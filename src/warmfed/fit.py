@@ -3,13 +3,14 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 
 from .core import no_progress
 from .core.rng import seeded, spawn
@@ -33,6 +34,13 @@ class Trains(Protocol):
 
     def build(self) -> nn.Module: ...
     def loss(self, model: nn.Module, batch: Table) -> Tensor: ...
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """A task that trains on another form of a table, such as the features of a frozen body."""
+
+    def inputs(self, table: Table) -> Table: ...
 
 
 class Context(Protocol):
@@ -221,6 +229,8 @@ def fit(
     n = rows(data)
     if not n:
         raise InputError("cannot train: there are no rows; check the site's training data")
+    if isinstance(ctx.task, Encodes):
+        data = ctx.task.inputs(data)
     with seeded(ctx.rng, ctx.device):
         model = _model(ctx, start, trainable)
         parameters = dict(model.named_parameters())
@@ -349,6 +359,23 @@ def minibatches(ctx: C, training: Training, data: Table) -> Iterator[tuple[C, Ta
     order = _batches(rows(data), training.batch_size, ctx.rng)
     for _ in range(training.count(rows(data))):
         yield inner, select(data, torch.cat([next(order) for _ in range(training.gradient_accumulation_steps)]))
+
+
+@contextmanager
+def untracked(model: nn.Module) -> Iterator[bool]:
+    """Let normalisation layers use a batch's statistics without recording them, as transforms of torch.func need.
+
+    Yields:
+        Whether there are such layers.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        yield bool(layers)
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 def at(model: nn.Module, weights: Tensors) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
 from ..core.messages import message
-from ..core.tensors import Tensors, mean
+from ..core.tensors import Tensors, learned, mean
 from ..fit import fit, proximal
 from ..utils.errors import InputError
 from ..utils.settings import check_choices
@@ -72,7 +72,8 @@ class FedAMP(Rounds[Server, Model, Model, Model]):
 
     def aggregate(self, server: Server, replies: Replies[Model], ctx: ServerContext) -> tuple[Server, Metrics]:
         personal = dict(sorted({**server.personal, **{site: r.message.model for site, r in replies.items()}}.items()))
-        weight = self.weights([torch.cat([value.double().flatten() for value in w.values()]) for w in personal.values()])
+        weights = [learned(w) for w in personal.values()]
+        weight = self.weights([torch.cat([value.double().flatten() for value in w.values()]) for w in weights])
         cloud = {
             site: mean(zip(personal.values(), share.tolist(), strict=True))
             for site, share in zip(personal, weight, strict=True)

@@ -10,7 +10,7 @@ from typing import final
 
 from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
 from ..core.messages import message
-from ..core.tensors import Tensors, mean, scale, sub, to, zeros
+from ..core.tensors import Tensors, learned, mean, scale, sub, to, zeros
 from ..fit import fit, proximal
 from ..utils.errors import InputError
 from .shared.base import Model, Rounds, upload
@@ -45,24 +45,25 @@ class FedDyn(Rounds[Server, Model, Gradient, Model]):
 
     def init(self, ctx: ServerContext) -> Server:
         model = ctx.task.init(ctx.rng)
-        return Server(model, zeros(model))
+        return Server(model, zeros(learned(model)))
 
     def broadcast(self, server: Server, site: str) -> Model:
         return Model(server.model)
 
     def init_client_state(self, received: Model, ctx: ClientContext) -> Gradient:
-        return Gradient(zeros(received.model))
+        return Gradient(zeros(learned(received.model)))
 
     def train(self, received: Model, state: Gradient, ctx: ClientContext) -> Reply[Model]:
         # L_k(θ) - ⟨∇L_k(θ_k), θ⟩ + α/2·||θ - θ^{t-1}||²
         penalty = proximal(received.model, self.alpha)
         data, linear = ctx.data["train"], to(state.gradient, ctx.device)
         model, metrics = fit(ctx, received.model, self.local, data, penalty=penalty, correct=lambda name, g: g - linear[name])
-        gradient = sub(state.gradient, scale(sub(model, received.model), self.alpha))
+        gradient = sub(state.gradient, scale(learned(sub(model, received.model)), self.alpha))
         return upload(model, Gradient(gradient), ctx, metrics)
 
     def aggregate(self, server: Server, replies: Replies[Model], ctx: ServerContext) -> tuple[Server, Metrics]:
         average = mean((reply.message.model, 1.0) for reply in replies.values())
-        step = scale(sub(average, server.model), self.alpha * len(replies) / len(ctx.sites))
+        step = scale(learned(sub(average, server.model)), self.alpha * len(replies) / len(ctx.sites))
         drift = sub(server.drift, step)  # h^t = h^{t-1} - α/m·Σ_{k∈P} (θ_k - θ^{t-1})
-        return Server(sub(average, scale(drift, 1 / self.alpha)), drift), {}  # θ^t = 1/|P|·Σ θ_k - h^t/α
+        model = {**average, **sub(learned(average), scale(drift, 1 / self.alpha))}  # θ^t = 1/|P|·Σ θ_k - h^t/α
+        return Server(model, drift), {}

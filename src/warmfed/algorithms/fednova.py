@@ -14,7 +14,7 @@ from typing import ClassVar, final
 
 from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
 from ..core.messages import message
-from ..core.tensors import Tensors, add, mean, rows, scale, sub
+from ..core.tensors import Tensors, add, learned, mean, rows, scale, statistics, sub
 from ..fit import fit
 from ..utils.errors import InputError
 from .shared.base import Model, Rounds, expect
@@ -22,7 +22,7 @@ from .shared.base import Model, Rounds, expect
 
 @message("fednova.Normalized")
 class Normalized:
-    """A site's change per accumulated gradient, and the number of accumulated gradients."""
+    """A site's change per accumulated gradient, and the number of accumulated gradients; running statistics: their change."""
 
     direction: Tensors  # -η·d_i = (y_i - x)/‖a_i‖₁
     accumulated: float  # ‖a_i‖₁
@@ -42,7 +42,8 @@ class FedNova(Rounds[Model, Model, None, Normalized]):
         data = ctx.data["train"]
         model, metrics = fit(ctx, received.model, self.local, data)
         accumulated = self.local.accumulated(rows(data))
-        direction = scale(sub(model, received.model), 1 / accumulated)
+        change = sub(model, received.model)
+        direction = {**scale(learned(change), 1 / accumulated), **statistics(change)}
         return Reply(Normalized(direction, accumulated), state, float(rows(data)), metrics)
 
     def check(self, reply: Reply[Normalized], site: str, ctx: ServerContext) -> None:
@@ -53,10 +54,12 @@ class FedNova(Rounds[Model, Model, None, Normalized]):
             raise InputError(f"it accumulated {reply.message.accumulated} gradients, expected at most {most}")
 
     def change(self, message: Normalized, received: Model) -> Tensors:
-        return {f"model/{name}": value.double() * message.accumulated for name, value in message.direction.items()}
+        change = {**scale(learned(message.direction), message.accumulated), **statistics(message.direction)}
+        return {f"model/{name}": value.double() for name, value in change.items()}
 
     def aggregate(self, server: Model, replies: Replies[Normalized], ctx: ServerContext) -> tuple[Model, Metrics]:
         direction = mean((reply.message.direction, reply.weight) for reply in replies.values())
         total = sum(reply.weight for reply in replies.values())
         length = sum(reply.message.accumulated * reply.weight for reply in replies.values()) / total  # τ_eff = Σ p_i·‖a_i‖₁
-        return Model(add(server.model, scale(direction, length))), {"effective_steps": length}
+        step = {**scale(learned(direction), length), **statistics(direction)}
+        return Model(add(server.model, step)), {"effective_steps": length}

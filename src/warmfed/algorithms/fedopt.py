@@ -16,7 +16,7 @@ import torch
 
 from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
 from ..core.messages import message
-from ..core.tensors import Tensors, add, mix, scale, sub, zeros
+from ..core.tensors import Tensors, add, learned, mix, scale, statistics, sub, zeros
 from ..fit import fit
 from ..utils.settings import check_choices
 from .shared.base import Combined, Model, upload
@@ -50,14 +50,17 @@ class ServerOptimizer:
         check_choices(self)
 
     def begin(self, model: Tensors) -> Server:
-        second = {} if self.name == "momentum" else {name: torch.full_like(x, self.tau**2) for name, x in model.items()}
-        return Server(model, zeros(model), second)
+        weights = learned(model)
+        second = {} if self.name == "momentum" else {name: torch.full_like(x, self.tau**2) for name, x in weights.items()}
+        return Server(model, zeros(weights), second)
 
     def step(self, server: Server, change: Tensors) -> Server:
-        """Return the server's state after a step along `change`, Δ."""
+        """Return the server's state after a step along `change`, Δ; running statistics are averaged."""
+        mean = statistics(add(server.model, change))
+        weights, change = learned(server.model), learned(change)
         if self.name == "momentum":
             first = add(scale(server.first, self.beta1), change)
-            return Server(add(server.model, scale(first, self.lr)), first, {})
+            return Server({**add(weights, scale(first, self.lr)), **mean}, first, {})
         first = mix(change, server.first, self.beta1)
         square = {name: delta**2 for name, delta in change.items()}
         if self.name == "adam":
@@ -65,7 +68,7 @@ class ServerOptimizer:
         else:
             second = {n: v - (1 - self.beta2) * square[n] * torch.sign(v - square[n]) for n, v in server.second.items()}
         step = {name: m / (second[name].sqrt() + self.tau) for name, m in first.items()}
-        return Server(add(server.model, scale(step, self.lr)), first, second)
+        return Server({**add(weights, scale(step, self.lr)), **mean}, first, second)
 
 
 @final

@@ -22,7 +22,7 @@ from ..algorithms.shared.base import at_sites
 from ..core import ClientContext, Metrics, Reply, Task, Workload
 from ..core.tensors import Table, Tensors, add, rows, scale, select, sub
 from ..core.training import Training
-from ..fit import Loss, at, fit
+from ..fit import Loss, at, fit, untracked
 from ..utils.settings import check_choices
 from .shared.base import Model, Personalized, upload
 
@@ -61,6 +61,14 @@ class PerFedAvg(Personalized[Model]):
         """Return a loss whose gradient is the meta-gradient (I - α∇²f(w; D''))·∇f(w - α∇f(w; D); D')."""
 
         def loss(model: nn.Module, batch: Table) -> Tensor:
+            with untracked(model) as follows:
+                value = gradient_of(model, batch)
+            if follows:
+                with torch.no_grad():
+                    task.loss(model, batch)  # records the running statistics of normalisation layers
+            return value
+
+        def gradient_of(model: nn.Module, batch: Table) -> Tensor:
             def slope(weights: Tensors, part: Table) -> Tensors:
                 found: Tensors = grad(lambda w: task.loss(at(model, w), part))(dict(weights))
                 return found

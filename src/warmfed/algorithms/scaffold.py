@@ -15,7 +15,7 @@ from typing import ClassVar, final
 
 from ..core import ClientContext, Metrics, Replies, Reply, ServerContext
 from ..core.messages import message, tensors_of
-from ..core.tensors import Tensors, add, mean, rows, scale, sub, to, zeros
+from ..core.tensors import Tensors, add, is_statistic, learned, mean, rows, scale, statistics, sub, to, zeros
 from ..fit import fit
 from .shared.base import Rounds, expect
 
@@ -57,7 +57,7 @@ class Scaffold(Rounds[Server, Server, Control, Change]):
 
     def init(self, ctx: ServerContext) -> Server:
         model = ctx.task.init(ctx.rng)
-        return Server(model, zeros(model))
+        return Server(model, zeros(learned(model)))
 
     def init_client_state(self, received: Server, ctx: ClientContext) -> Control:
         return Control(zeros(received.control))
@@ -68,12 +68,12 @@ class Scaffold(Rounds[Server, Server, Control, Change]):
         model, metrics = fit(ctx, received.model, self.local, data, correct=lambda name, gradient: gradient + there[name])
         change = sub(model, received.model)
         reach = self.local.accumulated(rows(data)) * self.local.lr  # K·η
-        control = sub(scale(change, -1 / reach), shift)  # c_i⁺ = c_i - c + (x - y_i)/(K·η)
+        control = sub(scale(learned(change), -1 / reach), shift)  # c_i⁺ = c_i - c + (x - y_i)/(K·η)
         return Reply(Change(change, sub(control, state.control)), Control(control), float(rows(data)), metrics)
 
     def check(self, reply: Reply[Change], site: str, ctx: ServerContext) -> None:
         expect(reply.message.model, ctx)
-        expect(reply.message.control, ctx)
+        expect(reply.message.control, ctx, lambda name: not is_statistic(name))
 
     def change(self, message: Change, received: Server) -> Tensors:
         return tensors_of(message)
@@ -82,4 +82,5 @@ class Scaffold(Rounds[Server, Server, Control, Change]):
         model = mean((reply.message.model, 1.0) for reply in replies.values())
         control = mean((reply.message.control, 1.0) for reply in replies.values())
         share = len(replies) / len(ctx.sites)  # |S|/N
-        return Server(add(server.model, scale(model, self.server_lr)), add(server.control, scale(control, share))), {}
+        step = {**scale(learned(model), self.server_lr), **statistics(model)}
+        return Server(add(server.model, step), add(server.control, scale(control, share))), {}

@@ -49,6 +49,24 @@ def flat(a: Tensors) -> Tensor:
     return torch.cat([value.double().flatten() for _, value in sorted(a.items()) if value.is_floating_point()])
 
 
+_STATISTICS = ("running_mean", "running_var")
+
+
+def is_statistic(name: str) -> bool:
+    """Return whether a tensor of this name holds running statistics of a normalisation layer."""
+    return name.rpartition(".")[2] in _STATISTICS
+
+
+def learned(a: Tensors) -> dict[str, Tensor]:
+    """Return the tensors that gradients train."""
+    return only(a, lambda name: not is_statistic(name))
+
+
+def statistics(a: Tensors) -> dict[str, Tensor]:
+    """Return the running statistics of normalisation layers, which are averaged and not optimised."""
+    return only(a, is_statistic)
+
+
 def only(a: Tensors, keep: Callable[[str], bool]) -> dict[str, Tensor]:
     return {name: value for name, value in a.items() if keep(name)}
 
