@@ -15,6 +15,7 @@ from .core.training import Training
 from .diffusion.generator import LatentDiffusion
 from .diffusion.networks import DenoiserSettings
 from .evaluation.generators import Evaluation
+from .models import BACKBONE, check_trainable
 from .utils.errors import InputError
 from .utils.files import loads_toml, read_bytes
 from .utils.names import plain_name
@@ -49,9 +50,33 @@ class Model:
     """Settings of `[model]`: the classifier."""
 
     name: str = "cnn"
-    """Name of a network in `warmfed.models`. Default cnn."""
+    """Network: cnn (default), linear, pfllib-cnn, resnet18, or one of your own, python:package.module:function."""
+    backbone: str = ""
+    """Pretrained vision model of transformers instead: its folder, with safetensors. Default empty."""
     start: str = ""
-    """Initial weights: empty (random, the default), public (trained on the base's public data), or a safetensors file."""
+    """Initial weights: empty (random, the default), public (trained on the base's public data), auto, or a safetensors file.
+
+    auto is public if the base has a public classifier of this network, and random otherwise."""
+    trainable: str = "all"
+    """Part that is trained, sent and stored: all (default), head, lora, or last:N (N layers and the head)."""
+    buffers: Literal["auto", "averaged", "frozen"] = "auto"
+    """Running statistics of normalisation layers: averaged, frozen, or auto (default: frozen with `backbone`)."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_trainable(self.trainable)
+        if self.backbone and self.name != "cnn":
+            raise InputError(f"model.name is {self.name!r} beside model.backbone; remove one of them")
+
+    @property
+    def network(self) -> str:
+        """Name of the network for `warmfed.models.network`."""
+        return f"{BACKBONE}{self.backbone}" if self.backbone else self.name
+
+    @property
+    def statistics(self) -> Literal["averaged", "frozen"]:
+        """Policy of the running statistics."""
+        return self.buffers if self.buffers != "auto" else "frozen" if self.backbone else "averaged"
 
 
 @dataclass(frozen=True)
@@ -159,7 +184,9 @@ def with_absolute_paths(config: Config) -> Config:
             base=whole_if_there(generator.base),
             adapters={site: whole(path) for site, path in generator.adapters.items()},
         ),
-        model=dataclasses.replace(config.model, start=whole_if_there(config.model.start)),
+        model=dataclasses.replace(
+            config.model, start=whole_if_there(config.model.start), backbone=whole_if_there(config.model.backbone)
+        ),
         evaluation=dataclasses.replace(config.evaluation, features=whole_if_there(config.evaluation.features)),
     )
 

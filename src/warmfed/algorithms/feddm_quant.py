@@ -22,6 +22,7 @@ from ..core.rng import fork
 from ..core.tensors import Tensors, add, layout_mismatch, rows, sub
 from ..core.training import Training
 from ..fit import fit
+from ..models import initial
 from ..utils.errors import InputError
 from .shared.base import DRAWING, Combined, Model, upload
 
@@ -95,7 +96,7 @@ class FedDMQuant(Combined[Model, Model, None, Quantized | Model]):
         if not self.bits:
             return
         with torch.device("meta"):  # build shapes only, without weights
-            model = ctx.task.build().state_dict()
+            model = initial(ctx.task.build())
             floating = {name: value.numel() for name, value in model.items() if value.is_floating_point()}
             codes = {name: torch.empty(-(-n * self.bits // 8), dtype=torch.uint8) for name, n in floating.items()}
             grids = {name: torch.empty(2) for name in floating}

@@ -44,7 +44,7 @@ from ..runs.progress import RunListener, spoken
 from ..runs.synthesize import synthesize as draw
 from ..runs.verify import DifferenceError
 from ..runs.verify import verify as verify_run
-from ..utils.errors import InputError, demand_text, shown
+from ..utils.errors import InputError, demand_text, printable, shown
 from ..utils.files import occupied
 from ..utils.output import OutputError, output_fails
 from ..utils.paths import children, exists, resolved
@@ -110,6 +110,14 @@ def doctor(asked: Namespace) -> int:
         missing = dict.fromkeys(each.note for each in files if not each.there)
         out.print("\n".join(missing or ["nothing is missing"]), highlight=False, markup=False)
     return 0 if all(each.there for each in files) else 2
+
+
+def convert(asked: Namespace) -> int:
+    from ..models.convert import converted
+
+    count = converted(asked.weights, asked.out)
+    print(f"{count} tensors -> {printable(str(asked.out))}")
+    return 0
 
 
 def resume(asked: Namespace) -> int:

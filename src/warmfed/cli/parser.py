@@ -200,6 +200,10 @@ def parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--out", type=Path, metavar="FILE.safetensors", help="file to write, images with labels")
     _voices(synthesize)
 
+    convert = _command(commands, "convert", "convert weights that torch has saved (.pth, .bin) to safetensors")
+    convert.add_argument("weights", type=Path, metavar="FILE", help="file of tensors by name; nothing else in it is loaded")
+    convert.add_argument("out", type=Path, metavar="OUT.safetensors", help="new file")
+
     pretrain = _command(commands, "pretrain", "pre-train a generator's base on public images: rendered digits, or your own")
     pretrain.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings of pre-training, and [data] (default: digits)"

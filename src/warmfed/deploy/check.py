@@ -376,7 +376,7 @@ def _base(site: SiteConfig, project: Project) -> str:
 
 
 def _start(site: SiteConfig, base: str) -> str:
-    path = site.path(site.start) if site.start else pipeline.find(base) / "classifier.safetensors"
+    path = site.path(site.start) if site.start else pipeline.find(base) / pipeline.PUBLIC_CLASSIFIER
     return hashlib.sha256(read_bytes(path, "the classifier to start from")).hexdigest()
 
 

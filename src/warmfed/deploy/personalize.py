@@ -9,7 +9,7 @@ from ..core.training import Training
 from ..fit import fit
 from ..runs.folder import read_config, read_summary, write_model
 from ..runs.predict import described, released
-from ..tasks import Classify
+from ..runs.prepare import classification
 from ..transports.client import Client
 from ..utils.errors import InputError
 from ..utils.files import atomic_write, write_json
@@ -45,7 +45,7 @@ def personalize(folder: Path, site: SiteConfig, out: Path | None = None, trainin
     data = replace(site, classes=classes).federation()
     if data.shape != shape:
         raise InputError(f"the run has images of {shape}, those of site {site.name!r} have {data.shape}; set image_size")
-    task = Classify(shape, len(classes), config.model.name)
+    task = classification(config, shape, len(classes))
     model = released(folder, summary, "", task)
     settings = replace(config.holdout, site=site.name, training=training or config.holdout.training)
     tables = data.sites[site.name].splits

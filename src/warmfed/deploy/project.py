@@ -23,7 +23,7 @@ import tomli_w
 
 from ..config import Config, parse
 from ..data import Federation, describe_names, load
-from ..diffusion import pipeline
+from ..runs.prepare import start_file
 from ..transports.flower_project import write_project
 from ..utils.errors import InputError
 from ..utils.files import PUBLIC, atomic_write, make_folder, occupied, read_bytes, write_json
@@ -188,19 +188,17 @@ def _app(flwr: str) -> str:
     return app_sha256()
 
 
-def start_digest(settings: Config, start: str = "") -> str:
-    """Return the SHA-256 of the run's initial classifier, or of the file `start` instead; empty if there is none."""
-    path = Path(start or settings.model.start)
-    if settings.model.start == "public":
-        path = pipeline.find(settings.generator.base) / "classifier.safetensors"
-    return hashlib.sha256(read_bytes(path, "the classifier to start from")).hexdigest() if settings.model.start else ""
+def start_digest(settings: Config) -> str:
+    """Return the SHA-256 of the run's initial classifier; empty if there is none."""
+    path = start_file(settings)
+    return hashlib.sha256(read_bytes(Path(path), "the classifier to start from")).hexdigest() if path else ""
 
 
 def _absolute(settings: Config) -> Config:
     """Return the settings with absolute paths, because the server runs in another folder."""
     base, start = settings.generator.base, settings.model.start
     base = str(resolved(Path(base))) if is_folder(Path(base)) else base
-    start = str(resolved(Path(start))) if start not in ("", "public") else start
+    start = str(resolved(Path(start))) if start not in ("", "public", "auto") else start
     generator, model = replace(settings.generator, base=base), replace(settings.model, start=start)
     return replace(settings, generator=generator, model=model)
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..config import Config, Data, Holdout, build, read_toml
+from .. import models
+from ..config import Config, Data, Holdout, Model, build, read_toml
 from ..core import Empty, Reply
 from ..core.messages import Message, decode, encode, kind, tensors_of
 from ..core.tensors import sha256
@@ -67,6 +68,8 @@ class SiteConfig:
     """Imported adapter, a safetensors file, which replaces the site's own. Default empty: the site trains one."""
     start: str = ""
     """File of the initial classifier, if the run starts from a file."""
+    network: str = ""
+    """Network that the site allows besides warmfed's own: python:module:function, or the folder of a pretrained backbone."""
     classes: tuple[str, ...] = ()
     """Classes of the consortium in order. Default empty: those of the data."""
     prompts: str = ""
@@ -299,7 +302,7 @@ def _local(site: SiteConfig, text: str) -> Config:
     if config.generator.adapters:
         raise InputError("the run sets generator.adapters to files of the server; set adapter in site.toml instead")
     start = config.model.start
-    if start and start != "public":
+    if start not in ("", "public", "auto"):
         if not site.start:
             raise InputError("the run starts from a file; set start in site.toml to this site's copy of it")
         start = str(site.path(site.start))
@@ -317,13 +320,27 @@ def _local(site: SiteConfig, text: str) -> Config:
             compile="",
         ),
         denoising=replace(config.denoising, latent=_base(site, "denoising.latent", config.denoising.latent)),
-        model=replace(config.model, start=start),
+        model=replace(config.model, start=start, backbone=_network(site, config.model)),
     )
     # check the numbers first: a plan with a billion rounds must not be built
     if outside := site.policy.excess(local) or site.policy.sending(local.algorithm.stages()):
         more = f"; and {len(outside) - 2} more" if len(outside) > 2 else ""
         raise InputError(f"site {site.name!r} does not allow this run: {'; '.join(outside[:2])}{more}")
     return local
+
+
+def _network(site: SiteConfig, model: Model) -> str:
+    """Return the site's folder of the run's backbone, if any; raise `InputError` for a network that the site does not allow."""
+    if model.backbone:
+        if not site.network or site.network.startswith(models.PYTHON):
+            raise InputError("the run has a pretrained backbone; set network in site.toml to this site's copy of its folder")
+        return str(site.path(site.network))
+    if models.outside(model.name) and model.name != site.network:
+        raise InputError(
+            f"the run's network is {printable(repr(model.name), 80)}, which this site does not allow; if the site has "
+            f"installed it and agrees, it writes network = {printable(repr(model.name), 80)} in its site.toml"
+        )
+    return ""
 
 
 def _base(site: SiteConfig, setting: str, asked: str) -> str:

@@ -37,6 +37,8 @@ _SHARD = re.compile(r"[\w.-]+\.safetensors")
 _STRANGE = {"quantization_config", "attn_implementation"}
 """Settings with which a library loads other code or reads the weights differently."""
 _WANTED = "--include '*.json' --include '*/*.txt' --include '*/*.model' --include '*/*.safetensors' --exclude '*.fp16.*'"
+PUBLIC_CLASSIFIER = "classifier.safetensors"
+"""File of a base with its public classifier, trained on the base's public images."""
 _SMALL = 2**28
 """Maximum bytes of a network on the CPU whose convolutions are converted to channels-last."""
 _READ = 2**26

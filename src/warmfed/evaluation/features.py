@@ -37,7 +37,7 @@ def extractor(features: str, base: str, shape: tuple[int, int, int]) -> tuple[Ex
     Raises:
         InputError: if the file or folder is missing, damaged, or holds no supported network.
     """
-    path = pipeline.find(base) / "classifier.safetensors" if features == "public" else Path(features)
+    path = pipeline.find(base) / pipeline.PUBLIC_CLASSIFIER if features == "public" else Path(features)
     if is_folder(path):
         return _hugging(path), f"{path.name}"
     data = read_bytes(path, "the network whose features measure samples")

@@ -72,7 +72,7 @@ def check(settings: Evaluation, base: str, federation: Federation, *, drawn: boo
         return
     path = Path(settings.features)
     if settings.features == "public":
-        path = pipeline.find(base, weights=weights) / "classifier.safetensors"
+        path = pipeline.find(base, weights=weights) / pipeline.PUBLIC_CLASSIFIER
     if not exists(path):
         other = "a file" if drawn else "global, or to a file"
         raise InputError(f"the feature extractor (evaluation.features) {path} is not there; set features to {other}")

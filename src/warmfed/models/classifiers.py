@@ -13,6 +13,14 @@ from ..core.tensors import Tensors, strip_prefix
 from ..utils.errors import InputError, suggest
 
 
+def pixels(image: Tensor) -> Tensor:
+    """Return uint8 images [n, c, h, w] as float [n, c, h, w] in [-1, 1].
+
+    The result is contiguous, since the memory layout changes the last bits of a convolution.
+    """
+    return image.contiguous().float().div_(127.5).sub_(1)
+
+
 class Split(nn.Module):
     """A backbone `body` and a linear `head`; personalised methods select tensors by these two names."""
 
@@ -22,8 +30,8 @@ class Split(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Return features, float [n, width], of images float [n, c, h, w] in [-1, 1]."""
-        return self.body(x)
+        """Return features, float [n, width], of images float [n, c, h, w] in [-1, 1]; features are returned as they are."""
+        return x if x.dim() == 2 else self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, float [n, classes]."""
@@ -157,8 +165,13 @@ def named_by(tensors: Tensors) -> str | None:
 
 
 def holding(net: nn.Module, tensors: Tensors) -> nn.Module:
-    """Return the network in evaluation mode with these tensors, as a `Remembering` one if they include a datastore."""
-    net.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(DATASTORE)})
+    """Return the network in evaluation mode with these tensors, as a `Remembering` one if they include a datastore.
+
+    Tensors that are not part of the model (`frozen_names`) stay as they are.
+    """
+    given = {name: value for name, value in tensors.items() if not name.startswith(DATASTORE)}
+    left = frozen_names(net)
+    net.load_state_dict({**given, **{name: value for name, value in net.state_dict().items() if name in left}})
     store = strip_prefix(tensors, DATASTORE)
     return (Remembering(net, store) if store else net).eval()  # type: ignore[arg-type]
 
@@ -168,6 +181,16 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def frozen_names(net: nn.Module) -> frozenset[str]:
+    """Return the names of the tensors that are not part of the model that is trained and sent.
+
+    They are those of a frozen part, and all whole numbers, which count steps.
+    """
+    whole = {name for name, value in net.state_dict().items() if not value.is_floating_point()}
+    return frozenset(getattr(net, "frozen", frozenset()) | whole)
+
+
 def initial(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the network's tensors, by name."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    """Return a copy of the tensors that are trained and sent, by name."""
+    left = frozen_names(model)
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if name not in left}

@@ -30,7 +30,7 @@ from ..core.training_snapshot import Snapshots
 from ..data.rendered_digits import SIDE
 from ..diffusion.losses import denoising_loss
 from ..diffusion.networks import LATENT, text_to_image
-from ..diffusion.pipeline import Parts, pixels, save
+from ..diffusion.pipeline import PUBLIC_CLASSIFIER, Parts, pixels, save
 from ..diffusion.pipeline_families import ids
 from ..fit import Problem, fit
 from ..tasks import Classify
@@ -398,7 +398,7 @@ def _pretrain(
     write(out, tensors, denoiser_steps=settings.steps, **info)
     classifier = phase("classifier", lambda: public_classifier(settings, images, len(captions), progress, device))
     for folder in (*way.values(), out):  # `out` last: its classifier marks the base as finished
-        atomic_write(folder / "classifier.safetensors", save_tensors(dict(classifier)))
+        atomic_write(folder / PUBLIC_CLASSIFIER, save_tensors(dict(classifier)))
     return record
 
 
@@ -418,7 +418,7 @@ def public_classifier(
 def resumable(out: Path, settings: Pretraining) -> bool:
     """Return whether a folder has a base of these settings without its public classifier, which is written last."""
     path = out / "pretraining.json"
-    if not is_file(path) or exists(out / "classifier.safetensors"):
+    if not is_file(path) or exists(out / PUBLIC_CLASSIFIER):
         return False
     found = read_json(path, "the record of the pre-training")
     return bool(found.get("settings") == json.loads(json.dumps(asdict(settings))))

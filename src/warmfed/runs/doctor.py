@@ -9,6 +9,7 @@ from ..config import Config
 from ..diffusion import known_pipelines, pipeline
 from ..utils.errors import InputError
 from ..utils.paths import is_file, is_folder, matching
+from .prepare import start_file
 
 _BLOCK = 2**24
 
@@ -70,10 +71,9 @@ def _expected(base: str, folder: Path, advice: str) -> Iterator[File]:
 
 
 def _classifier(config: Config) -> Iterator[File]:
-    public = pipeline.folder_of(config.generator.base) / "classifier.safetensors"
-    if config.model.start:
-        path = public if config.model.start == "public" else Path(config.model.start)
-        yield _file("classifier to start from", path, "restore it, or leave model.start empty")
+    public = pipeline.folder_of(config.generator.base) / pipeline.PUBLIC_CLASSIFIER
+    if start := str(public) if config.model.start == "public" else start_file(config):
+        yield _file("classifier to start from", Path(start), "restore it, or leave model.start empty")
     if config.task == "denoise" and config.evaluation.samples:
         path = public if config.evaluation.features == "public" else Path(config.evaluation.features)
         yield _file("features for the evaluation of samples", path, "restore it, or set evaluation.features")

@@ -9,11 +9,12 @@ import torch
 from ..core import Task
 from ..core.tensors import Tensors, sha256
 from ..data.image_io import UnreadableError, decode
-from ..tasks.classification import Classify, load_model
+from ..tasks.classification import load_model
 from ..utils.errors import InputError, suggest
 from ..utils.names import plain_name
 from ..utils.paths import is_file
 from .folder import read_config, read_summary
+from .prepare import classification
 
 
 def described(folder: Path, summary: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, int, int]]:
@@ -65,7 +66,7 @@ def predict(folder: Path, images: Sequence[Path], site: str = "") -> list[dict[s
     classes, (channels, height, width) = described(folder, summary)
     if height != width:
         raise InputError(f"predict resizes images to squares, but this run has images of {height}×{width} pixels")
-    task = Classify((channels, height, width), len(classes), config.model.name)
+    task = classification(config, (channels, height, width), len(classes))
     model = released(folder, summary, site, task)
     max_value = int(config.data.options.get("max_value", 0))
     pixels = []

@@ -18,10 +18,12 @@ from ..diffusion.concept_inversion import Concepts
 from ..diffusion.generator import LatentDiffusion
 from ..evaluation import generators
 from ..tasks import Classify
+from ..tasks.classification import network_of
 from ..tasks.denoising import Denoise
 from ..transports.client import Client
 from ..utils.errors import InputError, suggest
 from ..utils.files import read_bytes
+from ..utils.paths import is_file
 from .generators import build_generator
 
 
@@ -38,7 +40,7 @@ class PreparedRun:
     base: str
     """SHA-256 of the generator's base; empty if the algorithm uses none."""
     start: str
-    """SHA-256 of the file with the initial weights; empty if there is none."""
+    """SHA-256 of the file with the initial weights, with that of the network's frozen part; empty if there is neither."""
 
     @property
     def fingerprint(self) -> str:
@@ -114,18 +116,19 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
         if isinstance(federation, FederationInfo):
             raise InputError("holdout.site is for runs on one machine only; remove it from the configuration")
         federation, holdout = federation.without(config.holdout.site), federation.sites[config.holdout.site]
-    start = config.model.start
-    if start == "public":
-        start = str(pipeline.find(config.generator.base) / "classifier.safetensors")
-    if config.task == "denoise" and start and config.model.start == "public":
-        raise InputError("a denoiser cannot start from the public classifier; set model.start to a file, or leave it empty")
     size = federation.shape, len(federation.classes)
-    task = Denoise(*size, config.denoising, start) if config.task == "denoise" else Classify(*size, config.model.name, start)
+    task: Classify | Denoise
+    if config.task == "denoise":
+        start = start_file(config)
+        task = Denoise(*size, config.denoising, start)
+    else:
+        task = classification(config, *size)
+        start = task.start
     try:
         task.probe(torch.zeros(1, *federation.shape, dtype=torch.uint8))
     except RuntimeError as error:
         raise InputError(
-            f"model {config.model.name!r} does not take images of {federation.shape} ({error}); choose another"
+            f"model {config.model.network!r} does not take images of {federation.shape} ({error}); choose another"
         ) from error
     generator = build_generator(config.generator, config.algorithm.needs_generator)
     uses = generator is not None
@@ -154,8 +157,38 @@ def prepare(config: Config, federation: Federation | FederationInfo | None = Non
         holdout,
         task,
         base=pipeline.fingerprint(config.generator.base) if uses and weights else "",
-        start=hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start and weights else "",
+        start=_start_digest(start, task) if weights else "",
     )
+
+
+def classification(config: Config, shape: tuple[int, int, int], classes: int) -> Classify:
+    """Return the task of a configuration for images of this shape; raise `InputError` as `start_file` does."""
+    model = config.model
+    return Classify(shape, classes, model.network, start_file(config), model.trainable, model.statistics)
+
+
+def _start_digest(start: str, task: Classify | Denoise) -> str:
+    """Return the SHA-256 of the file with the initial weights, with that of the frozen part of the network."""
+    digest = hashlib.sha256(read_bytes(Path(start), "the classifier to start from")).hexdigest() if start else ""
+    frozen = task.frozen_digest() if isinstance(task, Classify) else ""
+    return hashlib.sha256((digest + frozen).encode()).hexdigest() if frozen else digest
+
+
+def start_file(config: Config) -> str:
+    """Return the file of the initial weights; empty: random weights.
+
+    Raises:
+        InputError: The base is not found, its public classifier is damaged, or a denoiser would start from it.
+    """
+    start = config.model.start
+    if start not in ("public", "auto"):
+        return start
+    if config.task == "denoise":
+        raise InputError("a denoiser cannot start from the public classifier; set model.start to a file, or leave it empty")
+    if start == "public":
+        return str(pipeline.find(config.generator.base) / pipeline.PUBLIC_CLASSIFIER)
+    path = pipeline.folder_of(config.generator.base) / pipeline.PUBLIC_CLASSIFIER
+    return str(path) if is_file(path) and network_of(path, "the public classifier") == config.model.network else ""
 
 
 def _adapters(generator: Any, config: Config, federation: Federation | FederationInfo, weights: bool) -> None:

@@ -20,7 +20,7 @@ from ..diffusion.result_cache import cached
 from ..fit import fit
 from ..metrics.images import distances, memorization_rate
 from ..utils.errors import InputError
-from .classification import load_model, pixels
+from .classification import load_model
 
 
 @functools.cache
@@ -79,7 +79,7 @@ class Denoise:
     def encoded(self, data: Table) -> dict[str, Tensor]:
         """Return the table {"latent", "label"} of a table {"image", "label"}; training needs no autoencoder."""
         image = data["image"]
-        latent = _autoencoder(self.settings.latent).encode(image)[0] if self.settings.latent else pixels(image)
+        latent = _autoencoder(self.settings.latent).encode(image)[0] if self.settings.latent else models.pixels(image)
         return {"latent": latent.contiguous(), "label": data["label"]}
 
     def decoded(self, latent: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from ...core.messages import Message, message
 from ...core.tensors import Tensors, layout_mismatch, mean, only, rows
 from ...core.training import Training
 from ...fit import fit
+from ...models import initial
 from ...utils.errors import InputError
 from .robust_aggregation import Robust
 
@@ -87,7 +88,7 @@ def expect(model: Tensors, ctx: ServerContext, keep: Callable[[str], bool] = lam
         keep: predicate on tensor names; the model must hold exactly the tensors for which it is true.
     """
     with torch.device("meta"):  # build shapes only, without weights or random draws
-        like = only(ctx.task.build().state_dict(), keep)
+        like = only(initial(ctx.task.build()), keep)
     if wrong := layout_mismatch(model, like):
         raise InputError(f"{wrong}; do all run one version of warmfed?")
 
