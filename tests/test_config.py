@@ -134,7 +134,7 @@ def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytes
     assert Path(found.data.options["root"]).is_absolute()
     assert found.data.options["partition"]["path"] == str(tmp_path / "p.json")
     assert found.generator.adapters == {"ink": str(tmp_path / "a.safetensors")}
-    assert (found.generator.base, found.model.start) == ("digits", "")
+    assert (found.generator.base, found.model.start) == ("digits", "auto")
     assert with_absolute_paths(parse(None, {"generator.base": "base"})).generator.base == str(tmp_path / "base")
     assert with_absolute_paths(parse(None, {"data.source": "hub", "data.path": "a/b"})).data.path == "a/b"
     assert with_absolute_paths(parse(None, {"data.source": "npz:x.npz"})).data.source == "npz:x.npz"

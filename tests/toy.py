@@ -136,6 +136,8 @@ def quick(name: str, **changes: Any) -> Any:
     found, task = ALGORITHMS[name], task_of(name)
     settings = {**QUICK, Training: LEARNING} if task is DRAWING else QUICK
     values = {f.name: settings[type(f.default)] for f in fields(found.cls) if type(f.default) in settings}
+    if "synthesis" in values:
+        values["synthesis"] = replace(values["synthesis"], classes=found.cls.synthesis.classes)
     for key, value in found.settings.items():
         match key.split("."):
             case ["algorithm", "local", _]:

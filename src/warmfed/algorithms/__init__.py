@@ -1,7 +1,8 @@
 """The algorithms: one module per paper, the registry, and shared building blocks in `shared`."""
 
-from .registry import ALGORITHMS, Entry, entry
+from .registry import ALGORITHMS, entry
 from .shared.ema import Smoothed
+from .shared.entry import Entry
 from .warmfed import WarmFed
 
 __all__ = ["ALGORITHMS", "Entry", "Smoothed", "WarmFed", "entry"]

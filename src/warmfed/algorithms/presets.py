@@ -3,6 +3,18 @@
 DENOISE = {"task": "denoise"}
 CONVERGED = {"algorithm.budget.until": "validation"}
 PUBLIC = {"model.start": "public"}
+AUTO = {"model.start": "auto"}
+PAPER = {
+    "algorithm.distill": "dynamic",
+    "algorithm.gate": False,
+    "algorithm.local.lr": 0.02,
+    "algorithm.personal_gate": False,
+    "algorithm.replay": 0,
+    "algorithm.synthesis.classes": "held",
+    "algorithm.synthesis.contradicted": 0.0,
+    "algorithm.synthesis.filter": "none",
+}
+"""WarmFed as its paper describes it, from random weights."""
 ADAM = {"algorithm.server.name": "adam", "algorithm.server.lr": 0.03}
 YOGI = {"algorithm.server.name": "yogi", "algorithm.server.lr": 0.03}
 SLOW = {**DENOISE, "algorithm.correct": "slow"}

@@ -1,9 +1,5 @@
 """The registry of algorithms: one entry for each name on the command line."""
 
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
-
 from ..utils.errors import InputError, suggest
 from .apfl import APFL
 from .baselines import Centralized, LocalOnly
@@ -38,33 +34,10 @@ from .pdfed import PDFed
 from .perfedavg import PerFedAvg
 from .pfedme import PFedMe
 from .pfedsd import PFedSD
-from .presets import ADAM, CONVERGED, DENOISE, ONLY, PUBLIC, SLOW, TUN, UDEC, ULATDEC, USPLIT, YOGI
+from .presets import ADAM, AUTO, CONVERGED, DENOISE, ONLY, PAPER, PUBLIC, SLOW, TUN, UDEC, ULATDEC, USPLIT, YOGI
 from .scaffold import Scaffold
+from .shared.entry import Entry
 from .warmfed import WarmFed
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An algorithm's entry in the registry: its class, its preset and what `warmfed algorithms` shows."""
-
-    cls: type
-    """The class that implements the algorithm."""
-    _: KW_ONLY
-    page: str
-    """Stem of its page under docs/algorithms."""
-    paper: str
-    """Authors and year of the paper; "reference" for a baseline without one."""
-    about: str
-    """What the algorithm does, in one line."""
-    shared: str
-    """What a site sends to the server."""
-    private: str
-    """What a site keeps between rounds, besides its images; empty if it keeps nothing."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Configuration keys that the name presets; the user's own values take precedence."""
-    tasks: tuple[str, ...] = ("classify",)
-    """Tasks that the algorithm supports: classify, denoise or both."""
-
 
 BOTH = ("classify", "denoise")
 DRAWS = ("denoise",)
@@ -74,9 +47,19 @@ ALGORITHMS: dict[str, Entry] = {
         WarmFed,
         page="warmfed",
         paper="Feng et al. 2025",
-        about="adapters, warm start, gated server fine-tuning, dynamic self-distillation",
+        about="adapters, warm start on samples of all classes, gated server fine-tuning, personal models with replay",
+        shared="a diffusion adapter once, model",
+        private="two own models, samples of classes that it lacks",
+        settings=AUTO,
+    ),
+    "warmfed-paper": Entry(
+        WarmFed,
+        page="warmfed",
+        paper="Feng et al. 2025",
+        about="WarmFed as in its paper: no filter, no gates, random start, dynamic self-distillation",
         shared="a diffusion adapter once, model",
         private="two own models, their selector",
+        settings=PAPER,
     ),
     "local": Entry(
         LocalOnly,

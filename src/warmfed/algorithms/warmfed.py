@@ -150,9 +150,9 @@ class WarmFed:
     """Share of the sites that train in each round."""
     warm: bool = True
     """Whether the run has a warm start; otherwise the initial weights are random and nothing is sampled."""
-    synthesis: Synthesis = Synthesis()
+    synthesis: Synthesis = Synthesis(classes="all")
     """Sampling and filtering of S, and training on it."""
-    local: Training = Training(lr=0.02, epochs=5, max_grad_norm=1.0)
+    local: Training = Training(lr=0.04, epochs=5, max_grad_norm=1.0)
     """Local training in one round, for the global model."""
     personal: Training = Training(lr=0.005, epochs=5, max_grad_norm=1.0)
     """Local training in one round, for the personal model."""
@@ -168,10 +168,10 @@ class WarmFed:
     """Whether the sites' validation sets how much of the fine-tuning is kept: all, half or none."""
     personal_gate: bool = True
     """Whether a site's validation sets how much of its last personal step is kept: all, half or none."""
-    replay: int = 0
-    """Samples of each class that a site lacks, in its own style, which its personal training adds; the server sends them
-    once. Needs `synthesis.classes` all; 0: none."""
-    distill: Literal["dynamic", "static", "none"] = "dynamic"
+    replay: int = 40
+    """Samples of each class that a site lacks, in its own style, which its training adds; the server sends them once.
+    There are none with `replay` 0, with `synthesis.classes` held, or without a warm start."""
+    distill: Literal["dynamic", "static", "none"] = "none"
     """Teacher of the personal models: dynamic (selected per image from the last two), static (the last one) or none."""
     distillation: Distillation = Distillation()
     """Self-distillation."""
@@ -182,11 +182,8 @@ class WarmFed:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.replay < 0 or (self.replay and not (self.warm and self.synthesis.classes == "all")):
-            raise InputError(
-                f"replay needs samples of all classes, got {self.replay} with synthesis.classes={self.synthesis.classes!r}; "
-                "set algorithm.synthesis.classes to all, or replay to 0"
-            )
+        if self.replay < 0:
+            raise InputError(f"replay must be at least 0; got {self.replay}")
 
     @property
     def tunes(self) -> bool:
@@ -314,7 +311,7 @@ class WarmFed:
             start, _ = fit(ctx, start, self.before_training, state.subset)  # e_s epochs, reading R2
         model, metrics = dict(start), dict[str, float]()
         if self.upload == "local":
-            model, metrics = fit(ctx, start, self.local, ctx.data["train"])  # θ_n^t
+            model, metrics = fit(ctx, start, self.local, _with_replay(ctx, state).data["train"])  # θ_n^t
         state, info = self.personal_step(start, state, ctx)  # θ_{p,n}^t
         uploaded = state.personal if self.upload == "personal" and state.personal is not None else model
         reply = upload(uploaded, state, ctx, {**metrics, **info})
@@ -325,9 +322,7 @@ class WarmFed:
 
     def personal_step(self, start: Tensors, state: Site, ctx: ClientContext) -> tuple[Site, dict[str, float]]:
         """Train the personal model for one round from the global model, distilled from the site's last two models."""
-        if state.replay is not None:
-            own, _ = _parts(state.replay)
-            ctx = replace(ctx, data={**ctx.data, "train": join([ctx.data["train"], own])})
+        ctx = _with_replay(ctx, state)
         count = self.personal.count(rows(ctx.data["train"]))
         selector = state.selector
         if self.distill == "dynamic" and state.personal is not None and state.older is not None:
@@ -465,6 +460,14 @@ _SHARES = ("0.0", "0.5", "1.0")
 
 def _with_samples(state: Site, received: Down | Replay | LateJoinRequest) -> Site:
     return replace(state, replay=received.samples) if isinstance(received, Replay) else state
+
+
+def _with_replay(ctx: ClientContext, state: Site) -> ClientContext:
+    """Return the context with the site's samples of classes that it lacks among its training images."""
+    if state.replay is None:
+        return ctx
+    own, _ = _parts(state.replay)
+    return replace(ctx, data={**ctx.data, "train": join([ctx.data["train"], own])})
 
 
 def _parts(samples: Tensors) -> tuple[Tensors, Tensors]:

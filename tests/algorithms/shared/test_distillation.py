@@ -148,7 +148,7 @@ def test_the_selector_learns_to_pick_the_teacher_that_knows() -> None:
 
 
 def test_the_pool_is_the_last_two_personal_models() -> None:
-    algorithm = quick("warmfed", rounds=3, warm=False)
+    algorithm = quick("warmfed", rounds=3, warm=False, distill="dynamic")
     tap = toy.Tap(InProcess(toy.workers(algorithm)))
     list(run(algorithm, toy.central(), tap, evaluate="never"))
     states = [reply.state for _, site, _, _, reply in tap.seen if site == "b"]
