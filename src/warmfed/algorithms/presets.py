@@ -1,4 +1,8 @@
-"""Settings that belong to a registered name, below the user's own: keys of the configuration."""
+"""Tasks and settings of registered names; settings are keys of the configuration, below the user's own."""
+
+BOTH = ("classify", "denoise")
+DRAWS = ("denoise",)
+"""Tasks of an entry."""
 
 DENOISE = {"task": "denoise"}
 CONVERGED = {"algorithm.budget.until": "validation"}

@@ -1,8 +1,9 @@
-"""The registry of algorithms: one entry for each name on the command line."""
+"""The registry of algorithms: one entry for each name on the command line; those of diffusion models are in a second file."""
 
 from ..utils.errors import InputError, suggest
 from .apfl import APFL
 from .baselines import Centralized, LocalOnly
+from .ccvr import CCVR
 from .dense import DENSE
 from .ditto import Ditto
 from .fedala import FedALA
@@ -13,34 +14,29 @@ from .fedbabu import FedBABU
 from .fedbip import FedBiP
 from .fedbn import FedBN
 from .fedbsd import FedBSD
-from .fedddpm import FedDDPM
 from .feddeo import FedDEO
-from .feddiffuse import FedDiffuse
-from .feddm_quant import FedDMQuant
 from .feddyn import FedDyn
+from .fedncm import FedNCM
 from .fednova import FedNova
 from .fedopt import FedOpt
 from .fedper import FedPer
-from .fedphd import FedPhD
+from .fedpft import FedPFT
 from .fedproto import FedProto
 from .fedprox import FedProx
 from .fedrep import FedRep
 from .fedrod import FedRoD
 from .fgl import FGL
+from .generative_registry import GENERATIVE
 from .knnper import KNNPer
 from .lg_fedavg import LGFedAvg
 from .moon import MOON
-from .pdfed import PDFed
 from .perfedavg import PerFedAvg
 from .pfedme import PFedMe
 from .pfedsd import PFedSD
-from .presets import ADAM, AUTO, CONVERGED, DENOISE, ONLY, PAPER, PUBLIC, SLOW, TUN, UDEC, ULATDEC, USPLIT, YOGI
+from .presets import ADAM, AUTO, BOTH, CONVERGED, PAPER, PUBLIC, YOGI
 from .scaffold import Scaffold
 from .shared.entry import Entry
 from .warmfed import WarmFed
-
-BOTH = ("classify", "denoise")
-DRAWS = ("denoise",)
 
 ALGORITHMS: dict[str, Entry] = {
     "warmfed": Entry(
@@ -182,6 +178,30 @@ ALGORITHMS: dict[str, Entry] = {
         about="local losses with a dynamic regulariser",
         shared="model",
         private="gradient",
+    ),
+    "ccvr": Entry(
+        CCVR,
+        page="ccvr",
+        paper="Luo et al. 2021",
+        about="FedAvg, then a head calibrated on features sampled from class Gaussians",
+        shared="model, mean and covariance of the features of each class once",
+        private="",
+    ),
+    "fedpft": Entry(
+        FedPFT,
+        page="fedpft",
+        paper="Beitollahi et al. 2024",
+        about="one shot: a head trained on features sampled from the sites' Gaussian mixtures",
+        shared="Gaussian mixtures of the features of each class once",
+        private="",
+    ),
+    "fedncm": Entry(
+        FedNCM,
+        page="fedncm",
+        paper="Legate et al. 2023",
+        about="class means of the features as the head, then FedAvg",
+        shared="mean features of each class once, model",
+        private="",
     ),
     "moon": Entry(
         MOON,
@@ -351,116 +371,7 @@ ALGORITHMS: dict[str, Entry] = {
         shared="latents, concepts once, model",
         private="",
     ),
-    "fedddpm": Entry(
-        FedDDPM,
-        page="fedddpm",
-        paper="Peng et al. 2025",
-        about="a diffusion model, corrected each round on samples of the sites' own models",
-        shared="a model of its own once, model",
-        private="",
-        settings=DENOISE,
-        tasks=DRAWS,
-    ),
-    "fedddpm-plus": Entry(
-        FedDDPM,
-        page="fedddpm",
-        paper="Peng et al. 2025",
-        about="FedDDPM, corrected only if learning is slow",
-        shared="a model of its own once, model",
-        private="",
-        settings=SLOW,
-        tasks=DRAWS,
-    ),
-    "feddiffuse": Entry(
-        FedDiffuse,
-        page="feddiffuse",
-        paper="de Goede et al. 2024",
-        about="FULL: the whole diffusion network both ways",
-        shared="model",
-        private="",
-        settings=DENOISE,
-        tasks=DRAWS,
-    ),
-    "feddiffuse-usplit": Entry(
-        FedDiffuse,
-        page="feddiffuse",
-        paper="de Goede et al. 2024",
-        about="USPLIT: in each pair, one site returns the decoder, the other the encoder",
-        shared="half of the model",
-        private="",
-        settings=USPLIT,
-        tasks=DRAWS,
-    ),
-    "feddiffuse-ulatdec": Entry(
-        FedDiffuse,
-        page="feddiffuse",
-        paper="de Goede et al. 2024",
-        about="ULATDEC: private encoders",
-        shared="bottleneck, decoder",
-        private="encoder",
-        settings=ULATDEC,
-        tasks=DRAWS,
-    ),
-    "feddiffuse-udec": Entry(
-        FedDiffuse,
-        page="feddiffuse",
-        paper="de Goede et al. 2024",
-        about="UDEC: private encoders and bottlenecks",
-        shared="decoder",
-        private="encoder, bottleneck",
-        settings=UDEC,
-        tasks=DRAWS,
-    ),
-    "feddm-quant": Entry(
-        FedDMQuant,
-        page="feddm-quant",
-        paper="Vora et al. 2024",
-        about="FedAvg of updates quantized to eight bits or fewer",
-        shared="quantized update",
-        private="",
-        settings=DENOISE,
-        tasks=DRAWS,
-    ),
-    "fedphd": Entry(
-        FedPhD,
-        page="fedphd",
-        paper="Long et al. 2025",
-        about="hierarchical averaging by class balance, and pruning",
-        shared="class counts once, model",
-        private="",
-        settings=DENOISE,
-        tasks=DRAWS,
-    ),
-    "pdfed": Entry(
-        PDFed,
-        page="pdfed",
-        paper="Balan et al. 2024",
-        about="each site continues from the peer's model with the best samples",
-        shared="model, vote",
-        private="model",
-        settings=DENOISE,
-        tasks=DRAWS,
-    ),
-    "fedavg-tun": Entry(
-        FedAvg,
-        page="fedavg-tun",
-        paper="Tun et al. 2023",
-        about="FedAvg of a class-conditional network with v-prediction",
-        shared="model",
-        private="",
-        settings=TUN,
-        tasks=DRAWS,
-    ),
-    "auxiliary-only": Entry(
-        FedDDPM,
-        page="fedddpm",
-        paper="Peng et al. 2025",
-        about="control of FedDDPM: training on the auxiliary set alone",
-        shared="a model of its own once",
-        private="",
-        settings=ONLY,
-        tasks=DRAWS,
-    ),
+    **GENERATIVE,
 }
 
 

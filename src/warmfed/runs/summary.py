@@ -142,9 +142,9 @@ def _by_holding(views: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _one_shot(records: list[dict[str, Any]], measure: str) -> dict[str, Any] | None:
-    """Return the results of the warm start: global after that stage, personal after the first training from it."""
-    warm = next((i for i, record in enumerate(records) if record["stage"] == "warm"), None)
-    if warm is None or not records[warm]["global"]:
+    """Return the results of the one shot before the rounds: global after that stage, personal after the first training."""
+    warm = next((i for i, record in enumerate(records) if record["stage"] in ("warm", "describe")), None)
+    if warm is None or not records[warm]["global"] or any(record["stage"] == "train" for record in records[:warm]):
         return None
     first = next((record for record in records[warm + 1 :] if record["personal"]), None)
     return {"global": _sums(records[warm], measure)[0], "personal": _sums(first, measure)[1] if first else None}
