@@ -46,7 +46,8 @@ def main() -> None:
                     "command": f"python benchmarks/fuzz_files.py --number {args.number} --seed {args.seed}",
                     "date": datetime.now(UTC).date().isoformat(),
                     "machine": f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}",
-                    "readers": found["readers"] | {name: counts | {"inputs": args.number, "broken": 0, "processor_seconds": seconds}},
+                    "readers": found["readers"]
+                    | {name: counts | {"inputs": args.number, "broken": 0, "processor_seconds": seconds}},
                 }
                 write_json(args.out, result)
 

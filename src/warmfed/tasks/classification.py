@@ -72,7 +72,8 @@ def _template(task: "Classify") -> models.Partial:
 @functools.cache
 def _frozen_digest(task: "Classify") -> str:
     net = _template(task)
-    return sha256({name: value for name, value in net.state_dict().items() if name in net.frozen}) if net.frozen else ""
+    frozen = {n: value for n, value in net.state_dict().items() if n in net.frozen and value.is_floating_point()}
+    return sha256(frozen) if frozen else ""
 
 
 def _drawn(task: "Classify") -> models.Partial:
