@@ -1,4 +1,4 @@
-"""Methods whose head comes from the sites' class features: FedPFT, CCVR and FedNCM."""
+"""Methods whose server trains on what the sites' models say: FedPFT, CCVR, FedNCM and FedDF."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ from warmfed.algorithms.fedproto import prototypes
 from warmfed.algorithms.shared.feature_gaussians import check_gaussians, gaussians, merged, sampled
 from warmfed.core.rng import stream
 from warmfed.core.tensors import join, select
+from warmfed.core.training import Training
 from warmfed.utils.errors import InputError
 
 FEATURES = torch.randn(60, 4, generator=stream("features")) * torch.tensor([1.0, 2.0, 0.5, 1.0])
@@ -112,3 +113,31 @@ def test_forged_mixtures_are_refused(change: Any, words: str) -> None:
 def test_settings_out_of_range_are_refused(name: str, settings: Any) -> None:
     with pytest.raises(InputError, match="must be at least 1"):
         toy.quick(name, **settings)
+
+
+@pytest.mark.parametrize(("name", "field"), [("ccvr", "head"), ("feddf", "distillation")])
+def test_without_training_at_the_server_it_is_fedavg(name: str, field: str) -> None:
+    assert toy.same(toy.play(toy.quick(name, **{field: Training(lr=0.0)})).model, toy.play(toy.quick("fedavg")).model)
+
+
+def test_feddf_of_one_site_keeps_its_model() -> None:
+    sites, sgd = {"c": toy.SITES["c"]}, Training(lr=0.1, batch_size=12)
+    alone = toy.play(toy.quick("feddf", distillation=sgd), sites=sites, evaluate="never").model
+    for name, value in toy.play(toy.quick("fedavg"), sites=sites, evaluate="never").model.items():
+        torch.testing.assert_close(alone[name], value, atol=1e-5, rtol=0)
+
+
+def test_feddf_learns_the_mean_of_the_sites_logits() -> None:
+    long = Training(optimizer="adam", lr=0.01, epochs=60, batch_size=60)
+    algorithm = toy.quick("feddf", rounds=1)
+    apart, near = (
+        toy.play(replace(algorithm, distillation=each), evaluate="never").rounds[-1].aggregate["distillation_loss"]
+        for each in (replace(long, lr=0.0), long)
+    )
+    assert near < apart / 4
+
+
+def test_feddf_with_adapters_that_change_nothing_is_feddf_on_the_base() -> None:
+    adapters = toy.play(toy.quick("feddf", images="adapters"), generator=toy.Means(neutral=True), evaluate="never")
+    assert toy.same(adapters.model, toy.play(toy.quick("feddf"), evaluate="never").model)
+    assert [r.stage for r in adapters.rounds] == ["adapt", "draw", "train", "train"]

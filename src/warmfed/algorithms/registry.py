@@ -15,6 +15,7 @@ from .fedbip import FedBiP
 from .fedbn import FedBN
 from .fedbsd import FedBSD
 from .feddeo import FedDEO
+from .feddf import FedDF
 from .feddyn import FedDyn
 from .fedncm import FedNCM
 from .fednova import FedNova
@@ -338,6 +339,14 @@ ALGORITHMS: dict[str, Entry] = {
         about="FedAvg, mixed with a k-nearest-neighbour classifier at each site",
         shared="model",
         private="features of its images",
+    ),
+    "feddf": Entry(
+        FedDF,
+        page="feddf",
+        paper="Lin et al. 2020",
+        about="FedAvg, distilled each round from the ensemble on generated images",
+        shared="model",
+        private="",
     ),
     "dense": Entry(
         DENSE,

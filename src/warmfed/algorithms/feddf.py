@@ -1,0 +1,121 @@
+"""FedDF: after each average, the server distils the ensemble of the sites' models into it, on unlabelled images.
+
+Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020, arXiv:2006.07242, Algorithm 1.
+
+The student starts from the weighted average of the sites' models. It learns the mean of their logits on images without labels
+by KL divergence. The paper's images are public or come from a generator. Here the generator of the run draws them: the base
+alone by prompts (`images = "base"`: the sites send nothing for them), or the sites' adapters (`images = "adapters"`: WarmFed's
+set S).
+
+Departures: a fixed number of steps, with a cosine schedule as in the paper; the paper stops at the best validation accuracy,
+within 10,000 steps of 128 images. One network for all sites (the paper's Algorithm 1; its Algorithm 3 groups different ones).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from ..core import (
+    ClientContext,
+    Empty,
+    GeneratorSpec,
+    Metrics,
+    Replies,
+    Reply,
+    ServerContext,
+    Stage,
+    Workload,
+    classifier,
+)
+from ..core.tensors import Table, Tensors, rows
+from ..core.training import Training
+from ..fit import Loss, fit
+from ..utils.errors import InputError
+from ..utils.settings import check_choices
+from .shared.base import Combined, Model, gathering, upload
+from .shared.distillation import divergence
+from .shared.synthetic_data import AdapterUpload, Server, check_adapter, classes_of, draw, gather, generator_of
+
+
+@final
+@dataclass(frozen=True)
+class FedDF(Combined[Server, Model, None, Model]):
+    """Average the sites' models and distil their ensemble into the average, on generated images without labels."""
+
+    images: Literal["base", "adapters"] = "base"
+    """Source of the images: base (prompts alone, all classes) or adapters (each site's adapter, its classes)."""
+    per_class: int = 20
+    """Images of each site and class; at least 1. Their labels are not used."""
+    distillation: Training = Training(optimizer="adam", lr=1e-3, steps=200, batch_size=64, schedule="cosine")
+    """Training of the student on the images in one round."""
+    temperature: float = 1.0
+    """Temperature T of the distillation; above 0."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.per_class < 1 or not self.temperature > 0:
+            raise InputError("per_class must be at least 1 and temperature above 0; check [algorithm]")
+
+    @property
+    def needs_generator(self) -> GeneratorSpec | None:
+        return GeneratorSpec()
+
+    @property
+    def samples_per_class(self) -> int:
+        return self.per_class
+
+    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        steps = self.rounds * self.distillation.count(self.per_class * pairs)
+        return (Workload("distillation", "server", steps, self.distillation),)
+
+    def init(self, ctx: ServerContext) -> Server:
+        return Server(ctx.task.init(ctx.rng), {}, {}, {})
+
+    def broadcast(self, server: Server, site: str) -> Model:
+        return Model(server.model)
+
+    def stages(self) -> tuple[Stage, ...]:
+        adapt = gathering("adapt", self.collect, self.adapt, replies=(AdapterUpload,), check=self.check_upload, images=False)
+        before = (adapt,) if self.images == "adapters" else ()
+        return (*before, Stage("draw", self.draw, evaluated=False)) + (self.round,) * self.rounds
+
+    def adapt(self, received: Empty, state: None, ctx: ClientContext) -> Reply[AdapterUpload]:
+        tensors, metrics = generator_of(ctx).adapt(ctx)
+        return Reply(AdapterUpload(tensors, classes_of(ctx)), None, float(rows(ctx.data["train"])), metrics)
+
+    def check_upload(self, reply: Reply[AdapterUpload], site: str, ctx: ServerContext) -> None:
+        check_adapter(generator_of(ctx), reply, site, ctx)
+
+    def collect(self, server: Server, replies: Replies[AdapterUpload], ctx: ServerContext) -> tuple[Server, Metrics]:
+        adapters, classes = gather(ctx, generator_of(ctx), replies)
+        return replace(server, adapters=adapters, classes=classes), {}
+
+    def draw(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
+        every = tuple(range(ctx.task.classes))
+        classes = {site: tuple(held.tolist()) for site, held in server.classes.items()} or dict.fromkeys(ctx.sites, every)
+        adapters: dict[str, Tensors | None] = {site: server.adapters.get(site) for site in classes}
+        image = draw(ctx, adapters, classes, self.per_class)["image"]
+        return replace(server, subset={"image": image}, adapters={}), {"samples": float(len(image))}
+
+    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
+        return upload(model, state, ctx, metrics)
+
+    def aggregate(self, server: Server, replies: Replies[Model], ctx: ServerContext) -> tuple[Server, Metrics]:
+        student = self.robust.combine(server.model, replies)
+        said = [classifier(ctx).predict(reply.message.model, server.subset, device=ctx.device) for reply in replies.values()]
+        model, info = fit(
+            ctx, student, self.distillation, {**server.subset, "wanted": torch.stack(said).mean(0)}, loss=self.kl(ctx)
+        )
+        return replace(server, model=model), {"distillation_loss": info["loss"]}
+
+    def kl(self, ctx: ServerContext) -> Loss:
+        """Return T²·KL(mean logits of the sites' models ‖ student)."""
+
+        def loss(model: nn.Module, batch: Table) -> Tensor:
+            return divergence(classifier(ctx).logits(model, batch), batch["wanted"], self.temperature)
+
+        return loss
