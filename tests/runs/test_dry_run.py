@@ -8,7 +8,7 @@ from warmfed.algorithms import ALGORITHMS
 
 EXACT = (
     "fedavg", "fedprox", "fedbn", "fedper", "fedrep", "fedbsd", "fedbabu", "fedrod", "ditto", "fedavg-finetune", "scaffold",
-    "feddyn", "fednova", "fedadam", "moon", "fedamp", "dense", "local", "centralized",
+    "feddyn", "fednova", "fedadam", "moon", "fedamp", "dense", "local", "centralized", "fedncm", "fedpft", "feddf",
 )  # fmt: skip
 
 
