@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import toy
 
+from warmfed.algorithms.fedavg import FedAvg
+from warmfed.core import ServerContext
 from warmfed.core.messages import encode
+from warmfed.core.rng import stream
+from warmfed.core.training import Training
 from warmfed.run import run
+from warmfed.transports.client import Client
 from warmfed.transports.in_process import InProcess
 from warmfed.utils.errors import InputError
 
@@ -37,6 +42,17 @@ def test_worker_processes_change_no_byte(name: str, tmp_path: Path) -> None:
             assert kept == [None, None] or encode(kept[0]) == encode(kept[1])
     for path in (tmp_path / "serial").rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "serial")).read_bytes()
+
+
+def test_more_sites_than_a_process_may_get_descriptors_change_no_byte() -> None:
+    algorithm, found = FedAvg(rounds=1, local=Training(batch_size=8)), []
+    tables = {f"s{i:03d}": {"train": toy.table(i, "train", 4 + i % 3)} for i in range(150)}  # 300 tensors; 256 are too many
+    for processes in (1, 2):
+        workers = {site: Client(site, algorithm, toy.TASK, data) for site, data in tables.items()}
+        with InProcess(workers, processes) as transport:
+            last = list(run(algorithm, ServerContext(toy.TASK, stream(0)), transport, evaluate="never"))[-1]
+        found.append((encode(last.server), last.results()))
+    assert found[0] == found[1]
 
 
 def test_jobs_are_spread_in_order() -> None:

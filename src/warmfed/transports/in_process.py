@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -12,13 +12,17 @@ import torch
 
 from ..core import ClientState, Exchange, Metrics, Reply, no_progress
 from ..core.messages import Message, decode, encode
-from ..core.tensors import Tensors
+from ..core.tensors import Tensors, rows
 from .client import Client, exchange
 from .client_state import ClientStates, snapshot_path
 from .process_pool import ProcessPool, tell
 
 Progress = Callable[[str, str, int, int], None]
 T = TypeVar("T")
+
+
+_JOBS = 16
+"""Jobs of a stage for each worker process; a job is one site, or several if there are more sites."""
 
 
 def _silent(site: str, what: str, done: int, total: int) -> None:
@@ -120,16 +124,17 @@ class InProcess:
                 reply = worker.work(stage, number, content, self.state(site))
                 yield site, reply, time.perf_counter() - began
             return
-        waiting = {
-            self._pool.submit(_work, site, stage, number, data, _pack(self.state(site))): site
-            for site, (_, data) in down.items()
-        }
+        # the largest sites first, so that no process works alone for long at the end
+        size = {site: max((rows(table) for table in self.workers[site].data.values()), default=0) for site in down}
+        order = sorted(down, key=lambda site: -size[site])
+        count = max(1, -(-len(order) // (_JOBS * self.processes)))
+        jobs = [[(s, down[s][1], _pack(self.state(s))) for s in order[i : i + count]] for i in range(0, len(order), count)]
+        waiting = [self._pool.submit(_work, stage, number, job) for job in jobs]
         try:
-            while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    site = waiting.pop(future)
-                    with self._pool.death_told():
-                        data, seconds = future.result()
+            for future in as_completed(waiting):
+                with self._pool.death_told():
+                    replies = future.result()
+                for site, data, seconds in replies:
                     yield site, decode(data, Reply, f"the reply of site {site!r}"), seconds
         finally:
             for future in waiting:
@@ -162,11 +167,16 @@ def _begin(workers: Mapping[str, Client]) -> None:
     _workers.update(workers)
 
 
-def _work(site: str, stage: str, number: int, down: bytes, state: bytes | None) -> tuple[bytes, float]:
-    worker = replace(_workers[site], progress=_named(tell, site))
-    began = time.perf_counter()
-    reply = worker.work(stage, number, decode(down), None if state is None else decode(state))
-    return encode(reply), time.perf_counter() - began
+def _work(stage: str, number: int, sites: list[tuple[str, bytes, bytes | None]]) -> list[tuple[str, bytes, float]]:
+    """Return (site, reply, seconds of work) for each (site, message, state)."""
+    received = {data: decode(data) for _, data, _ in sites}
+    replies = []
+    for site, down, state in sites:
+        worker = replace(_workers[site], progress=_named(tell, site))
+        began = time.perf_counter()
+        reply = worker.work(stage, number, received[down], None if state is None else decode(state))
+        replies.append((site, encode(reply), time.perf_counter() - began))
+    return replies
 
 
 def _evaluate(site: str, down: bytes, state: bytes | None, model: Tensors | None) -> dict[str, Metrics]:

@@ -6,6 +6,7 @@ can start them, as long as nothing that is sent to a worker is defined there.
 
 import ast
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from io import BytesIO
 from multiprocessing import active_children, current_process, get_context, parent_process, spawn, util
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.reduction import ForkingPickler
@@ -34,6 +36,8 @@ _SOCKET = 103 if sys.platform == "darwin" else 107
 """Most bytes in the name of a socket."""
 _OWN = len("/pymp-12345678/listener-12345678")
 """Bytes that multiprocessing adds to the folder of a socket."""
+_ALIGNED = 64
+"""Bytes to which each storage is aligned in shared memory, as torch aligns its own."""
 _ADVICE = "put the code into a file, with the start of the run under `if __name__ == '__main__':`, or set workers=1"
 
 
@@ -54,9 +58,10 @@ class ProcessPool:
     ) -> None:
         if getattr(current_process(), "_inheriting", False):
             raise _Unguarded  # a worker process imports a program that starts worker processes
-        self._processes, self._start = processes, (start, arguments)
+        self._processes, self._start, self._arguments = processes, start, arguments
         self._main = _Main.of_this_process()
         self._needs_main = self._check(start, arguments)
+        self._packed: _Packed | None = None
         self._context: Any
         if sys.platform == "win32":
             self._context = get_context("spawn")
@@ -126,7 +131,9 @@ class ProcessPool:
     def _executor(self) -> ProcessPoolExecutor:
         # a process reads its arguments in order, so it imports `__main__` before it reads what is defined there
         main = _Import(self._main, self._needs_main, self._events)
-        return ProcessPoolExecutor(self._processes, self._context, _begin, (self._events, main, *self._start))
+        self._packed = self._packed or _Packed(self._arguments)
+        arguments: Any = (self._events, main, self._start, self._packed)
+        return ProcessPoolExecutor(self._processes, self._context, _begin, arguments)
 
     def _check(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
         """Return whether worker processes need `__main__`; raise `InputError` if they need it and cannot import it."""
@@ -250,6 +257,78 @@ class _References(ForkingPickler):
         if isinstance(content, torch.Tensor | torch.UntypedStorage | torch.TypedStorage):
             return int, ()
         return NotImplemented
+
+
+class _Packed:
+    """Content that worker processes share: all its tensors lie in one block of shared memory, which has one descriptor.
+
+    A process can be started with few descriptors, and torch sends one for each storage. The tensors of this process become
+    views of the block, so that the data are in memory once.
+    """
+
+    def __init__(self, content: Any) -> None:
+        file = BytesIO()
+        packer = _Packer(file)
+        packer.dump(content)
+        self._content, self._block = file.getvalue(), packer.block()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, (self._content, self._block)
+
+
+class _Packer(ForkingPickler):
+    """Pickler that names plain tensors of the CPU by their place in one block of memory."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file, 5)
+        self._tensors: list[torch.Tensor] = []
+        self._begins: dict[int, int] = {}
+        self._size = 0
+
+    def persistent_id(self, content: Any) -> Any:
+        if type(content) is not torch.Tensor or content.device.type != "cpu" or content.layout != torch.strided:
+            return None
+        if content.requires_grad or content.is_quantized or content.is_conj() or content.is_neg():
+            return None
+        storage = content.untyped_storage()
+        if storage._cdata not in self._begins:
+            self._begins[storage._cdata] = self._size
+            self._size += -(-storage.nbytes() // _ALIGNED) * _ALIGNED
+        self._tensors.append(content)  # keeps the storage, and so its number, until the block is filled
+        offset = self._begins[storage._cdata] // content.element_size() + content.storage_offset()
+        return content.dtype, offset, tuple(content.shape), content.stride()
+
+    def block(self) -> torch.Tensor:
+        """Return the block, uint8 [bytes], and make the tensors views of it."""
+        block: torch.Tensor = torch.empty(self._size, dtype=torch.uint8).share_memory_()
+        filled = set()
+        for tensor in {id(tensor): tensor for tensor in self._tensors}.values():
+            storage = tensor.untyped_storage()
+            begin = self._begins[storage._cdata]
+            if begin not in filled and storage.nbytes():
+                block[begin : begin + storage.nbytes()] = torch.empty(0, dtype=torch.uint8).set_(storage)
+            filled.add(begin)
+        for tensor in {id(tensor): tensor for tensor in self._tensors}.values():
+            begin = self._begins[tensor.untyped_storage()._cdata]
+            offset = begin // tensor.element_size() + int(tensor.storage_offset())
+            with torch.no_grad():
+                _place(tensor, block, offset, tuple(tensor.shape), tensor.stride())
+        return block
+
+
+def _place(tensor: torch.Tensor, block: torch.Tensor, offset: int, shape: tuple[int, ...], stride: Any) -> torch.Tensor:
+    """Make `tensor` a view of `block`, from an element of its own type, and return it."""
+    tensor.set_(block.untyped_storage(), offset, shape, stride)
+    return tensor
+
+
+def _unpacked(content: bytes, block: torch.Tensor) -> Any:
+    class Unpacker(pickle.Unpickler):
+        def persistent_load(self, place: Any) -> torch.Tensor:
+            dtype, offset, shape, stride = place
+            return _place(torch.empty(0, dtype=dtype), block, offset, shape, stride)
+
+    return Unpacker(BytesIO(content)).load()
 
 
 class _Nowhere:
