@@ -48,7 +48,7 @@ def test_called_in_one_place(called: str, home: set[str]) -> None:
     assert {name for name in FILES if called in calls(name)} <= home
 
 
-@pytest.mark.parametrize("library", ["pickle", "torchvision", "timm", "random", "dill", "joblib"])
+@pytest.mark.parametrize("library", ["torchvision", "timm", "random", "dill", "joblib"])
 def test_never_imported(library: str) -> None:
     assert not [name for name in FILES if library in imports(name)]
 
@@ -67,6 +67,7 @@ def test_heavy_libraries_stay_in_their_folder(library: str) -> None:
     ("library", "home"),
     [
         ("datasets", {"data/extras.py"}),
+        ("pickle", {"transports/process_pool.py"}),  # between the processes of one run only
         ("flwr_datasets", {"data/extras.py"}),
         ("flwr", {"transports/flower.py", "transports/flower_processes.py"}),
         ("cryptography", {"deploy/keys.py"}),
