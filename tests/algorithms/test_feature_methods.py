@@ -109,6 +109,33 @@ def test_forged_mixtures_are_refused(change: Any, words: str) -> None:
         check_gaussians(sent, 3, 4, 1, "diagonal", 59.0)
 
 
+def test_a_covariance_that_is_none_is_refused() -> None:
+    sent = gaussians(FEATURES, LABEL, 3, 1, "full", stream("fit"))
+    check_gaussians(sent, 3, 4, 1, "full", 60.0)
+    for value in (1e6, -1e6):
+        spread = sent.mixture["spread"].clone()
+        spread[0, 0, 0, 1] = value
+        with pytest.raises(InputError, match="not symmetric"):
+            check_gaussians(replace(sent, mixture={**sent.mixture, "spread": spread}), 3, 4, 1, "full", 60.0)
+        spread[0, 0, 1, 0] = value  # symmetric, with a negative eigenvalue
+        with pytest.raises(InputError, match="below 0"):
+            check_gaussians(replace(sent, mixture={**sent.mixture, "spread": spread}), 3, 4, 1, "full", 60.0)
+
+
+def test_a_class_that_no_site_holds_is_never_predicted() -> None:
+    sites = {
+        site: {part: select(table, table["label"] != 2) if part != "test" else table for part, table in tables.items()}
+        for site, tables in toy.SITES.items()
+    }
+    model = toy.play(toy.quick("fedncm", rounds=0), task=toy.LAYERED, sites=sites).model
+    assert 2 not in toy.LAYERED.predict(model, everything("test")).argmax(-1).tolist()
+
+
+def test_no_more_features_are_sampled_than_set() -> None:
+    outcome = toy.play(toy.quick("fedpft", most=2, rounds=0), task=toy.LAYERED)
+    assert outcome.rounds[0].aggregate["samples"] == 2 * 3 * len(toy.SITES)
+
+
 @pytest.mark.parametrize(("name", "settings"), [("fedpft", {"components": 0}), ("ccvr", {"per_class": 0})])
 def test_settings_out_of_range_are_refused(name: str, settings: Any) -> None:
     with pytest.raises(InputError, match="must be at least 1"):

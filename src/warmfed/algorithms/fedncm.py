@@ -17,11 +17,16 @@ import torch
 import torch.nn.functional as F
 
 from ..core import ClientContext, Metrics, Replies, Reply, ServerContext, Stage, Workload, classifier
-from ..core.tensors import layout_mismatch, rows
+from ..core.tensors import Tensors, layout_mismatch, rows
 from ..fit import fit
 from ..utils.errors import InputError
 from .fedproto import Prototypes, prototypes
 from .shared.base import Averaging, Model, count_fits, counted, upload
+
+
+def means_of(message: Prototypes, received: Model) -> Tensors:
+    """Return what the admission policy compares between sites: the means, not the numbers of images."""
+    return {"feature/mean": message.feature["mean"]}
 
 
 @final
@@ -35,7 +40,15 @@ class FedNCM(Averaging[None, Model]):
         return ()
 
     def stages(self) -> tuple[Stage, ...]:
-        means = Stage("describe", self.set_head, self.describe, replies=self.described, check=self.check_means, images=False)
+        means = Stage(
+            "describe",
+            self.set_head,
+            self.describe,
+            replies=self.described,
+            check=self.check_means,
+            change=means_of,
+            images=False,
+        )
         return (means,) + (self.round,) * self.rounds
 
     def describe(self, received: Model, state: None, ctx: ClientContext) -> Reply[Prototypes]:
@@ -56,9 +69,9 @@ class FedNCM(Averaging[None, Model]):
     def set_head(self, server: Model, replies: Replies[Prototypes], ctx: ServerContext) -> tuple[Model, Metrics]:
         counts = [counted(reply.message.count["images"], reply.weight).double() for reply in replies.values()]
         sums = [r.message.feature["mean"].double() * n[:, None] for r, n in zip(replies.values(), counts, strict=True)]
-        # the norm of a row does not depend on the number of images; a class that no site holds keeps a row of zeros
-        weight = F.normalize(torch.stack(sums).sum(0), dim=1).float()
-        return Model({**server.model, "head.weight": weight, "head.bias": torch.zeros(len(weight))}), {}
+        weight = F.normalize(torch.stack(sums).sum(0), dim=1).float()  # does not depend on the number of images
+        held = torch.stack(counts).sum(0) > 0
+        return Model({**server.model, "head.weight": weight, "head.bias": torch.where(held, 0.0, -1e6)}), {}
 
     def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
         model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])

@@ -4,7 +4,7 @@ Beitollahi, Bie, Hemati, Brunswic, Li, Chen, Zhang, "Parametric Feature Transfer
 Models", 2024, arXiv:2402.01862.
 
 Each site fits a mixture to the features of each class that it holds, by the body of the initial model, and sends it. The server
-samples as many features as the site has images, and trains the head on those of all sites.
+samples as many features as the site has images, at most `most` of a class, and trains the head on those of all sites.
 
 Departures: rounds of FedAvg follow; with `rounds` 0 it is the paper's method. The paper's body is a frozen foundation model:
 set `model.backbone` or a public start. There is no differential privacy here.
@@ -31,11 +31,13 @@ class FedPFT(HeadFromFeatures):
     """Number K of Gaussians of a class at a site; at least 1."""
     covariance: Covariance = "diagonal"
     """Covariances: spherical, diagonal or full."""
+    most: int = 2000
+    """Largest number of features that the server samples for a class of a site; at least 1."""
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.components < 1:
-            raise InputError(f"components must be at least 1; got {self.components}")
+        if self.components < 1 or self.most < 1:
+            raise InputError(f"components and most must be at least 1; got {self.components} and {self.most}")
 
     def samples(self, rows: Mapping[str, int], pairs: int) -> int:
         return sum(rows.values())
@@ -50,5 +52,7 @@ class FedPFT(HeadFromFeatures):
         check_gaussians(reply.message, len(ctx.prompts), self.width(ctx), self.components, self.covariance, reply.weight)
 
     def set_head(self, server: Model, replies: Replies[FeatureGaussians], ctx: ServerContext) -> tuple[Model, Metrics]:
-        tables = [sampled(reply.message, admitted(reply), self.covariance, ctx.rng) for reply in replies.values()]
+        counts = [admitted(reply).clamp_max(self.most) for reply in replies.values()]
+        sent = [reply.message for reply in replies.values()]
+        tables = [sampled(one, count, self.covariance, ctx.rng) for one, count in zip(sent, counts, strict=True)]
         return self.tuned(server, join(tables), ctx)

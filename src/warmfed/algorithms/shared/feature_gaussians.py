@@ -3,6 +3,7 @@
 `HeadFromFeatures` is the abstract family of FedAvg with such a stage. Its methods differ in what a site sends, and when.
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,8 +89,13 @@ def _mixed(mine: Tensor, components: int, covariance: Covariance, rng: torch.Gen
 
     kind = {"spherical": "spherical", "diagonal": "diag", "full": "full"}[covariance]
     seed = int(torch.randint(2**31, (), generator=rng))
-    found = GaussianMixture(min(components, len(mine)), covariance_type=kind, reg_covar=_SMALLEST, random_state=seed)
-    found.fit(mine.numpy())
+    # k-means++ starts in numpy alone, so the number of threads cannot change a bit
+    found = GaussianMixture(
+        min(components, len(mine)), covariance_type=kind, reg_covar=_SMALLEST, random_state=seed, init_params="k-means++"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a mixture of few features may not converge
+        found.fit(mine.numpy())
     spread = torch.from_numpy(found.covariances_)
     return {
         "share": torch.from_numpy(found.weights_),
@@ -109,9 +115,20 @@ def check_gaussians(
     count_fits(sent.count["images"].tolist(), classes, weight)
     share, spread = sent.mixture["share"], sent.mixture["spread"]
     held = sent.count["images"] > 0
-    variance = spread.diagonal(dim1=-2, dim2=-1) if covariance == "full" else spread
-    if (share < 0).any() or (variance < 0).any() or ((share.sum(1) - held.float()).abs() > 1e-3).any():
-        raise InputError("a share or a variance of its Gaussians is below 0, or the shares of a class do not add up to 1")
+    whole = bool((share >= 0).all() and ((share.sum(1) - held.float()).abs() <= 1e-3).all())
+    if not whole or not (_positive(spread) if covariance == "full" else bool((spread >= 0).all())):
+        raise InputError(
+            "a share or a variance of its Gaussians is below 0, a covariance is not symmetric, or the shares of a class do not "
+            "add up to 1"
+        )
+
+
+def _positive(covariances: Tensor) -> bool:
+    """Return whether matrices are symmetric without negative eigenvalues, but for rounding."""
+    wide = covariances.double()
+    least = 1e-3 * wide.diagonal(dim1=-2, dim2=-1).abs().amax(-1).clamp_min(_SMALLEST)
+    symmetric = ((wide - wide.mT).abs().amax((-2, -1)) <= least).all()
+    return bool(symmetric and (torch.linalg.eigvalsh(wide)[..., 0] >= -least).all())
 
 
 def sampled(sent: FeatureGaussians, count: Tensor, covariance: Covariance, rng: torch.Generator) -> Table:
@@ -131,8 +148,8 @@ def sampled(sent: FeatureGaussians, count: Tensor, covariance: Covariance, rng: 
         mean, spread = sent.mixture["mean"][each], sent.mixture["spread"][each]
         noise = torch.randn(wanted, mean.shape[1], generator=rng)
         if covariance == "full":
-            roots = torch.stack([_root(one) for one in spread])
-            noise = (roots[place] @ noise.unsqueeze(-1)).squeeze(-1)
+            for component, one in enumerate(spread):
+                noise[place == component] = noise[place == component] @ _root(one).T
         else:
             noise = noise * (spread[place] + _SMALLEST).sqrt()
         parts.append(mean[place] + noise)
@@ -165,6 +182,11 @@ def merged(sent: Sequence[FeatureGaussians], counts: Sequence[Tensor]) -> Featur
     return FeatureGaussians(mixture, {"images": torch.stack(list(counts)).sum(0).long()})
 
 
+def means_of(message: FeatureGaussians, received: Model) -> Tensors:
+    """Return what the admission policy compares between sites: the means, not the numbers of images."""
+    return {"mixture/mean": message.mixture["mean"]}
+
+
 def of_head(name: str) -> bool:
     """Return whether a tensor belongs to the head."""
     return name.startswith("head.")
@@ -188,7 +210,13 @@ class HeadFromFeatures(Averaging[None, Model]):
     def description(self) -> Stage:
         """The stage that sets the head."""
         return Stage(
-            "describe", self.set_head, self.describe, replies=(FeatureGaussians,), check=self.check_features, images=False
+            "describe",
+            self.set_head,
+            self.describe,
+            replies=(FeatureGaussians,),
+            check=self.check_features,
+            change=means_of,
+            images=False,
         )
 
     def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
