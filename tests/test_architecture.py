@@ -117,6 +117,7 @@ def test_leaves_are_final_and_every_module_says_what_it_is() -> None:
                         "PartlyShared",
                         "SplitByName",
                         "Personalized",
+                        "FromGenerator",
                         "WarmStarted",
                         "HeadFromFeatures",
                     )

@@ -19,30 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from ..core import (
-    ClientContext,
     Empty,
-    GeneratorSpec,
     Metrics,
     Replies,
-    Reply,
     ServerContext,
     Stage,
     Workload,
     classifier,
 )
-from ..core.tensors import Table, Tensors, rows
+from ..core.tensors import Table, Tensors
 from ..core.training import Training
 from ..fit import Loss, fit
 from ..utils.errors import InputError
 from ..utils.settings import check_choices
-from .shared.base import Combined, Model, gathering, upload
+from .shared.base import Model, gathering
 from .shared.distillation import divergence
-from .shared.synthetic_data import AdapterUpload, Server, check_adapter, classes_of, draw, gather, generator_of
+from .shared.synthetic_data import AdapterUpload, FromGenerator, Server, draw
 
 
 @final
 @dataclass(frozen=True)
-class FedDF(Combined[Server, Model, None, Model]):
+class FedDF(FromGenerator[AdapterUpload]):
     """Average the sites' models and distil their ensemble into the average, on generated images without labels."""
 
     images: Literal["base", "adapters"] = "base"
@@ -60,10 +57,6 @@ class FedDF(Combined[Server, Model, None, Model]):
             raise InputError("per_class must be at least 1 and temperature above 0; check [algorithm]")
 
     @property
-    def needs_generator(self) -> GeneratorSpec | None:
-        return GeneratorSpec()
-
-    @property
     def samples_per_class(self) -> int:
         return self.per_class
 
@@ -71,27 +64,10 @@ class FedDF(Combined[Server, Model, None, Model]):
         steps = self.rounds * self.distillation.count(self.per_class * pairs)
         return (Workload("distillation", "server", steps, self.distillation),)
 
-    def init(self, ctx: ServerContext) -> Server:
-        return Server(ctx.task.init(ctx.rng), {}, {}, {})
-
-    def broadcast(self, server: Server, site: str) -> Model:
-        return Model(server.model)
-
     def stages(self) -> tuple[Stage, ...]:
         adapt = gathering("adapt", self.collect, self.adapt, replies=(AdapterUpload,), check=self.check_upload, images=False)
         before = (adapt,) if self.images == "adapters" else ()
         return (*before, Stage("draw", self.draw, evaluated=False)) + (self.round,) * self.rounds
-
-    def adapt(self, received: Empty, state: None, ctx: ClientContext) -> Reply[AdapterUpload]:
-        tensors, metrics = generator_of(ctx).adapt(ctx)
-        return Reply(AdapterUpload(tensors, classes_of(ctx)), None, float(rows(ctx.data["train"])), metrics)
-
-    def check_upload(self, reply: Reply[AdapterUpload], site: str, ctx: ServerContext) -> None:
-        check_adapter(generator_of(ctx), reply, site, ctx)
-
-    def collect(self, server: Server, replies: Replies[AdapterUpload], ctx: ServerContext) -> tuple[Server, Metrics]:
-        adapters, classes = gather(ctx, generator_of(ctx), replies)
-        return replace(server, adapters=adapters, classes=classes), {}
 
     def draw(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         every = tuple(range(ctx.task.classes))
@@ -99,10 +75,6 @@ class FedDF(Combined[Server, Model, None, Model]):
         adapters: dict[str, Tensors | None] = {site: server.adapters.get(site) for site in classes}
         image = draw(ctx, adapters, classes, self.per_class)["image"]
         return replace(server, subset={"image": image}, adapters={}), {"samples": float(len(image))}
-
-    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
-        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
-        return upload(model, state, ctx, metrics)
 
     def aggregate(self, server: Server, replies: Replies[Model], ctx: ServerContext) -> tuple[Server, Metrics]:
         student = self.robust.combine(server.model, replies)

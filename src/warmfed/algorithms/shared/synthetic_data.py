@@ -1,6 +1,7 @@
 """The synthetic set S: sampled from the sites' adapters, filtered, stored as an artefact, and trained on.
 
-`WarmStarted` is the abstract family of methods that start from S. They differ in what a site sends for it.
+`WarmStarted` is the abstract family of methods that start from S. They differ in what a site sends for it. `FromGenerator` is
+the family of all methods whose sites may send adapters first.
 """
 
 import json
@@ -416,46 +417,21 @@ Offered = TypeVar("Offered", bound=Message)
 
 
 @dataclass(frozen=True)
-class WarmStarted(Combined[Server, Model, None, Model], Generic[Offered]):
-    """Abstract: train a classifier on samples of the sites' generators, then run FedAvg with fine-tuning on S_sub."""
+class FromGenerator(Combined[Server, Model, None, Model], Generic[Offered]):
+    """Abstract: rounds of FedAvg, before which the sites may send adapters of the run's generator."""
 
-    images: ClassVar[bool]
-    """Whether a site's upload for the warm start holds its images in any form."""
-
-    synthesis: Synthesis = Synthesis()
-    """Sampling and filtering of S, and training on it."""
-    tune: bool = True
-    """Whether the server fine-tunes the aggregated model on S_sub."""
-    tune_training: Training = Training(lr=0.01, epochs=2, max_grad_norm=1.0)
-    """Training of the server's fine-tuning."""
     offers: ClassVar[tuple[type, ...]] = (AdapterUpload,)
-    """Message kinds that a site may send before the warm start."""
+    """Message kinds that a site may send before the rounds."""
 
     @property
     def needs_generator(self) -> GeneratorSpec | None:
         return GeneratorSpec()
-
-    @property
-    def samples_per_class(self) -> int:
-        return self.synthesis.per_class
-
-    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
-        tuning = self.rounds * self.tune_training.count(self.synthesis.subset) if self.tune else 0
-        return (
-            Workload("fine-tuning", "server", tuning, self.tune_training),
-            *self.synthesis.workload(pairs),
-        )
 
     def init(self, ctx: ServerContext) -> Server:
         return Server(ctx.task.init(ctx.rng), {}, {}, {})
 
     def broadcast(self, server: Server, site: str) -> Model:
         return Model(server.model)
-
-    def stages(self) -> tuple[Stage, ...]:
-        adapt = gathering("adapt", self.collect, self.adapt, replies=self.offers, check=self.check_upload, images=self.images)
-        train = Stage("train", self.aggregate, self.train, client_fraction=self.client_fraction, images=False)
-        return (adapt, Stage("warm", self.start)) + (train,) * self.rounds
 
     def adapt(self, received: Empty, state: None, ctx: ClientContext) -> Reply[Offered]:
         tensors, metrics = generator_of(ctx).adapt(ctx)
@@ -469,15 +445,46 @@ class WarmStarted(Combined[Server, Model, None, Model], Generic[Offered]):
         adapters, classes = gather(ctx, generator_of(ctx), replies)
         return replace(server, adapters=adapters, classes=classes), {}
 
+    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
+        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
+        return upload(model, state, ctx, metrics)
+
+
+@dataclass(frozen=True)
+class WarmStarted(FromGenerator[Offered]):
+    """Abstract: train a classifier on samples of the sites' generators, then run FedAvg with fine-tuning on S_sub."""
+
+    images: ClassVar[bool]
+    """Whether a site's upload for the warm start holds its images in any form."""
+
+    synthesis: Synthesis = Synthesis()
+    """Sampling and filtering of S, and training on it."""
+    tune: bool = True
+    """Whether the server fine-tunes the aggregated model on S_sub."""
+    tune_training: Training = Training(lr=0.01, epochs=2, max_grad_norm=1.0)
+    """Training of the server's fine-tuning."""
+
+    @property
+    def samples_per_class(self) -> int:
+        return self.synthesis.per_class
+
+    def further_work(self, rows: Mapping[str, int], pairs: int) -> tuple[Workload, ...]:
+        tuning = self.rounds * self.tune_training.count(self.synthesis.subset) if self.tune else 0
+        return (
+            Workload("fine-tuning", "server", tuning, self.tune_training),
+            *self.synthesis.workload(pairs),
+        )
+
+    def stages(self) -> tuple[Stage, ...]:
+        adapt = gathering("adapt", self.collect, self.adapt, replies=self.offers, check=self.check_upload, images=self.images)
+        train = Stage("train", self.aggregate, self.train, client_fraction=self.client_fraction, images=False)
+        return (adapt, Stage("warm", self.start)) + (train,) * self.rounds
+
     def start(self, server: Server, replies: Replies[Empty], ctx: ServerContext) -> tuple[Server, Metrics]:
         classes = {site: tuple(held.tolist()) for site, held in server.classes.items()}
         adapters = {site: server.adapters.get(site) for site in classes}
         warm = warm_start(ctx, adapters, classes, self.synthesis)
         return replace(server, model=warm.model, subset=warm.subset, adapters={}), warm.metrics
-
-    def train(self, received: Model, state: None, ctx: ClientContext) -> Reply[Model]:
-        model, metrics = fit(ctx, received.model, self.local, ctx.data["train"])
-        return upload(model, state, ctx, metrics)
 
     def aggregate(self, server: Server, replies: Replies[Model], ctx: ServerContext) -> tuple[Server, Metrics]:
         model, metrics = self.robust.combine(server.model, replies), {}
