@@ -15,7 +15,7 @@ from warmfed.core.rng import stream
 from warmfed.core.tensors import is_statistic, sha256
 from warmfed.core.training import Training
 from warmfed.fit import Problem, fit
-from warmfed.tasks import Classify
+from warmfed.tasks import Classify, classification
 from warmfed.utils.errors import InputError
 
 CLASSIFIERS = [name for name, each in ALGORITHMS.items() if "classify" in each.tasks]
@@ -122,6 +122,28 @@ class _Live:
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.task.loss(model, batch)
+
+
+@pytest.mark.parametrize("trainable", ["all", "head", "lora", "last:1"])
+def test_the_first_training_of_a_process_equals_the_next(trainable: str) -> None:
+    """The network is built once per process; that must not take random numbers from a training."""
+    begun = task("named", trainable=trainable)  # it has dropout
+    start = begun.init(stream("init"))
+    classification._template.cache_clear()
+    first, again = (
+        fit(Problem(begun, stream("fit")), start, Training(lr=0.1, epochs=1), toy.SITES["a"]["train"])[0] for _ in range(2)
+    )
+    assert toy.same(first, again)
+    before = torch.get_rng_state()
+    classification._template.cache_clear()
+    begun.build()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_head_without_a_bias_gets_one() -> None:
+    assert torch.equal(task("without_bias").init(stream("init"))["head.bias"], torch.zeros(3))
+    outcome = toy.play(toy.quick("fedncm", rounds=0), task=task("without_bias"))
+    assert outcome.model.keys() == task("without_bias").init(stream("init")).keys()
 
 
 def test_training_equals_a_plain_loop() -> None:

@@ -100,7 +100,8 @@ def _function(name: str) -> Any:
 def divided(net: nn.Module, shape: tuple[int, int, int], classes: int, who: str) -> Partial:
     """Return a network as body and head.
 
-    The head is the network's last linear layer with one output per class. It must be the last operation.
+    The head is the network's last linear layer with one output per class. It must be the last operation. It gets a bias of
+    zeros if it has none.
 
     Args:
         net: takes float [n, *shape] in [-1, 1], and returns float [n, classes].
@@ -131,6 +132,8 @@ def divided(net: nn.Module, shape: tuple[int, int, int], classes: int, who: str)
             raise InputError(
                 f"{who} does something after its last linear layer {name!r}; return that layer's outputs, the logits"
             )
+    if head.bias is None:  # methods set it
+        head.bias = nn.Parameter(torch.zeros(classes))
     return Partial(net.train(), head)
 
 

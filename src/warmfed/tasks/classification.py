@@ -59,13 +59,13 @@ def _fitting(found: Tensor | None, fresh: Tensor) -> Tensor:
 @functools.cache
 def _template(task: "Classify") -> models.Partial:
     """Return the network with its frozen part, built once per process; its random weights come from a stream of its name."""
-    with torch.device("cpu"), seeded(stream("network", task.model)):
+    with torch.device("cpu"), seeded(stream("network", task.model)):  # whoever calls first must not lose random numbers
         whole = models.network(task.model, task.shape, task.classes)
-    if task.start:
-        found = task._started(Path(task.start), "the classifier to start from")
-        fitting = {name: value for name, value in found.items() if value.shape == whole.state_dict()[name].shape}
-        whole.load_state_dict(fitting, strict=False)
-    made: models.Partial = models.part_trained(whole, task.trainable, task.buffers).eval()
+        if task.start:
+            found = task._started(Path(task.start), "the classifier to start from")
+            fitting = {name: value for name, value in found.items() if value.shape == whole.state_dict()[name].shape}
+            whole.load_state_dict(fitting, strict=False)
+        made: models.Partial = models.part_trained(whole, task.trainable, task.buffers).eval()
     return made
 
 

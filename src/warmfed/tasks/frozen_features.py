@@ -22,7 +22,7 @@ _KNOWN: MutableMapping[Tensor, dict[str, Tensor]] = WeakTensorKeyDictionary()
 def frozen_features(net: Partial, digest: str, image: Tensor) -> Tensor:
     """Return the features of uint8 images [n, c, h, w] by the body of a network, float [n, width], memory-mapped.
 
-    They are kept in the folder of decoded images, in a file whose name is the digest of images and body.
+    They are kept in the user's cache folder, in a file whose name is the digest of images and body.
 
     Args:
         net: the network, in evaluation mode.
