@@ -145,7 +145,7 @@ OUTSIDE = [
     ({"model.start": "/etc/passwd"}, "the run starts from a file; set start in site.toml"),
     ({"generator.adapters.a": "/etc/passwd"}, "the run sets generator.adapters to files of the server"),
     ({"algorithm.local.optimizer": "adam"}, "algorithm.local.optimizer is 'adam', only 'sgd' is allowed"),
-    ({"model.name": "../x"}, "there is no model '../x'"),
+    ({"model.name": "../x"}, "the run's network is '../x', which this site does not allow"),
 ]
 
 

@@ -170,7 +170,8 @@ def test_the_demo_needs_its_base_only(capsys: pytest.CaptureFixture[str]) -> Non
     content = Path(weights["path"]).read_bytes()
     assert weights["bytes"] == len(content)
     assert weights["sha256"] == hashlib.sha256(content).hexdigest()
-    assert len(files) == 10
+    assert len(files) == 11
+    assert files[-1]["what"] == "classifier to start from"
     code, files = asked(capsys, "doctor", "--algorithm", "fedavg", "--json")
     assert (code, files) == (0, [])
 

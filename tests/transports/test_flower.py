@@ -295,7 +295,7 @@ def test_records_that_are_no_message_are_refused(name: str) -> None:
         unpack(bad_records()[name])
 
 
-SAMPLING = ("warmfed", "fgl", "feddeo", "fedbip")
+SAMPLING = ("warmfed", "warmfed-paper", "fgl", "feddeo", "fedbip", "feddf")
 """They need a base's image size; `tests_deploy` runs WarmFed in a real deployment."""
 DRAWING = {"width": 32, "depth": 1, "latent": "", "times": 20, "steps": 2}
 

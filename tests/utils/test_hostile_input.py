@@ -414,10 +414,13 @@ def test_a_run_leaves_nothing_to_other_users(tmp_path: Path) -> None:
 
 
 def test_no_file_is_unpickled_and_no_foreign_code_is_trusted() -> None:
+    """Worker processes of one run pickle for each other; `convert` reads tensors and their containers alone."""
     source = Path(__file__).parents[2] / "src" / "warmfed"
+    allowed = {"process_pool.py": ["import pickle"], "convert.py": ["torch.load("]}
     for path in source.rglob("*.py"):
-        text = path.read_text()
-        assert not re.search(r"import pickle|allow_pickle=True|trust_remote_code=True|np\.load\(|torch\.load\(", text), path
+        found = re.findall(r"import pickle|allow_pickle=True|trust_remote_code=True|np\.load\(|torch\.load\(", path.read_text())
+        assert found == allowed.get(path.name, []), path
+    assert "weights_only=True" in (source / "models" / "convert.py").read_text()
 
 
 def test_json_that_is_deep_raises_as_other_damage_does() -> None:
